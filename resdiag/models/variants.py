@@ -1,0 +1,125 @@
+"""The variants as rows of a table: what stands on the branch, after the addition, at stem and head.
+
+No torch here: names are checked before anything slow is imported.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from resdiag.errors import UsageError, unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One residual unit, `y = h(x) + F(x)`, `x' = f(y)`, and the network around it.
+
+    Attributes:
+        id: Name used everywhere.
+        alias: The paper's letter, or "".
+        branch: Operations of F in order, joined by "-": conv, bn, relu, elu.
+        after_add: f, applied to the sum inside the block: relu, elu or none.
+        stem: Operations before the first block.
+        head: Operations between the last block and the global average pooling, or "".
+        shortcut: Whether there is a shortcut at all (False: a plain network).
+        source: Where the row comes from.
+    """
+
+    id: str
+    alias: str = ""
+    branch: str
+    after_add: str
+    stem: str
+    head: str = ""
+    shortcut: bool = True
+    source: str
+
+    @property
+    def norm(self) -> bool:
+        """Whether the branch has batch normalisation."""
+        return "bn" in self.branch.split("-")
+
+    @property
+    def activation(self) -> str:
+        """The branch's non-linearity: relu or elu."""
+        return "elu" if "elu" in self.branch.split("-") else "relu"
+
+
+_HE2015 = "He et al. 2015, arXiv:1512.03385, section 3.3 and 4.2; the paper's baseline"
+_PAPER = "Shah et al. 2016, arXiv:1604.04112, section "
+_ROWS = (
+    Variant(
+        id="original", branch="conv-bn-relu-conv-bn", after_add="relu", stem="conv-bn-relu",
+        source=_HE2015,
+    ),
+    Variant(
+        id="elu_nobn", alias="a", branch="conv-elu-conv-elu", after_add="none", stem="conv-elu",
+        source=_PAPER + "3.2.1, Fig. 3a",
+    ),
+    Variant(
+        id="elu_pre", alias="b", branch="elu-conv-elu-conv", after_add="none", stem="conv",
+        head="elu", source=_PAPER + "3.2.2, Fig. 3b",
+    ),
+    Variant(
+        id="elu_after", alias="c", branch="conv-elu-conv-bn", after_add="elu", stem="conv-elu",
+        source=_PAPER + "3.2.3, Fig. 3c, eq. 2",
+    ),
+    Variant(
+        id="elu", alias="d", branch="conv-elu-conv-bn", after_add="none", stem="conv-elu",
+        head="elu", source=_PAPER + "3.2.4, Fig. 3d, eq. 3",
+    ),
+    Variant(
+        id="no_relu", branch="conv-bn-relu-conv-bn", after_add="none", stem="conv-bn-relu",
+        head="relu",
+        source="control: original with nothing on the skip path (gcr/torch-residual-networks)",
+    ),
+    Variant(
+        id="relu_pre", branch="bn-relu-conv-bn-relu-conv", after_add="none", stem="conv",
+        head="bn-relu", source="control: He et al. 2016, arXiv:1603.05027, full pre-activation",
+    ),
+    Variant(
+        id="relu_nobn", branch="conv-relu-conv", after_add="relu", stem="conv-relu",
+        source="control: original without normalisation (is it ELU or the missing norm?)",
+    ),
+    Variant(
+        id="plain", branch="conv-bn-relu-conv-bn", after_add="relu", stem="conv-bn-relu",
+        shortcut=False, source="control: He et al. 2015, arXiv:1512.03385, plain network",
+    ),
+)  # fmt: skip
+
+VARIANTS: Mapping[str, Variant] = MappingProxyType({row.id: row for row in _ROWS})
+"""Every variant by id, in the order of the design's table."""
+
+_ALIASES = {row.alias: row.id for row in _ROWS if row.alias}
+
+
+def find_variant(name: str) -> Variant:
+    """Look a variant up by id or by the paper's letter.
+
+    Raises:
+        UsageError: `name` is neither; the message has the nearest match.
+
+    >>> find_variant("b").id
+    'elu_pre'
+    """
+    row = VARIANTS.get(_ALIASES.get(name, name))
+    if row is None:
+        raise unknown("variant", name, [*VARIANTS, *_ALIASES])
+    return row
+
+
+def count_blocks(depth: int) -> int:
+    """Blocks per stage n of a CIFAR ResNet of `depth` = 6n+2 weighted layers (He 2015, 4.2).
+
+    Raises:
+        UsageError: `depth` is not 6n+2 with n >= 1.
+
+    >>> count_blocks(110)
+    18
+    """
+    if depth < 8 or (depth - 2) % 6:
+        low = max(8, (depth - 2) // 6 * 6 + 2)
+        raise UsageError(
+            f"depth {depth} is not 6n+2; nearest: {low}, {low + 6}; the paper's: 20, 32, 44, 56, 110"
+        )
+    return (depth - 2) // 6
