@@ -120,6 +120,6 @@ def count_blocks(depth: int) -> int:
     if depth < 8 or (depth - 2) % 6:
         low = max(8, (depth - 2) // 6 * 6 + 2)
         raise UsageError(
-            f"depth {depth} is not 6n+2; nearest: {low}, {low + 6}; the paper's: 20, 32, 44, 56, 110"
+            f"depth {depth} is not 6n+2; nearest: {low}, {low + 6}; paper: 20, 32, 44, 56, 110"
         )
     return (depth - 2) // 6

@@ -1,15 +1,21 @@
-"""The catalogue of everything that is recorded: one entry per metric, and the derived ones' formulas.
+"""The catalogue of everything that is recorded: one entry per metric; the derived ones' formulas.
 
-Symbols: x block input, h(x) shortcut, F(x) branch, u = h + F the sum, H = f(u) the output with f the
-after-add; g = dL/dH, L the mean loss over a batch of B samples; mu_c, sigma_c^2 mean and variance of
-channel c over batch and positions. Only numpy is imported, and only by the derived formulas' callers:
-plots and tables need no torch.
+Symbols: x block input, h(x) shortcut, F(x) branch, u = h + F the sum, H = f(u) the output with f
+the after-add; g = dL/dH, L the mean loss over a batch of B samples; mu_c, sigma_c^2 mean and
+variance of channel c over batch and positions. No torch here: plots and tables do not need it.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
+
+Column: TypeAlias = "NDArray[np.float64]"
+Columns: TypeAlias = "Mapping[str, NDArray[np.float64]]"
 
 SITES = ("input", "branch", "shortcut", "sum", "output")
 """Where a tensor is taken in a block: x, F(x), h(x), u, H."""
@@ -40,7 +46,7 @@ class Metric:
     site: str
     source: str
     reading: str
-    derive: Callable[[Mapping[str, Any]], Any] | None = None
+    derive: Callable[[Columns], Column] | None = None
 
 
 _BROCK = "Brock et al. 2021, arXiv:2101.08692, signal propagation plots"
@@ -52,16 +58,16 @@ _SHAH = "Shah et al. 2016, arXiv:1604.04112, section "
 def _site_metrics(site: str) -> list[Metric]:
     """The moments of one site: recorded in a form that cannot overflow, then derived."""
 
-    def bias(f: Mapping[str, Any]) -> Any:
+    def bias(f: Columns) -> Column:
         return f[f"{site}_channel_mean_rms"] / f[f"{site}_channel_std"]
 
-    def second_moment(f: Mapping[str, Any]) -> Any:
+    def second_moment(f: Columns) -> Column:
         return f[f"{site}_channel_mean_rms"] ** 2 + f[f"{site}_channel_std"] ** 2
 
-    def channel_mean_sq(f: Mapping[str, Any]) -> Any:
+    def channel_mean_sq(f: Columns) -> Column:
         return f[f"{site}_channel_mean_rms"] ** 2
 
-    def channel_var(f: Mapping[str, Any]) -> Any:
+    def channel_var(f: Columns) -> Column:
         return f[f"{site}_channel_std"] ** 2
 
     quantiles = [
@@ -456,7 +462,7 @@ RECORDED_PER_STEP = ("lr", "grad_norm", "head_mean", "head_bias", "head_kick")
 """What a Monitor records once per step; training adds loss, error and speed."""
 
 
-def derive(columns: Mapping[str, Any], *, per_step: bool = False) -> dict[str, Any]:
+def derive(columns: Mapping[str, "ArrayLike"], *, per_step: bool = False) -> dict[str, Column]:
     """Compute the derived metrics from recorded columns (numpy arrays or pandas Series).
 
     Columns are cast to float64 first: squares of finite float32 values then stay finite. Division
@@ -469,7 +475,7 @@ def derive(columns: Mapping[str, Any], *, per_step: bool = False) -> dict[str, A
     import numpy as np
 
     known = {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
-    out: dict[str, Any] = {}
+    out: dict[str, Column] = {}
     # moments first: forward growth is made of them
     order = sorted(METRICS.values(), key=lambda metric: metric.id == "forward_growth")
     with np.errstate(all="ignore"):

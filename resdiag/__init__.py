@@ -1,0 +1,53 @@
+"""resdiag: gradient and activation diagnostics for residual networks.
+
+The public names, resolved on first use: `import resdiag` costs neither torch nor pandas.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from resdiag.explain.verdict import Verdict as Verdict
+    from resdiag.explain.verdict import judge as judge
+    from resdiag.models.resnet import build_model as build_model
+    from resdiag.models.variants import VARIANTS as VARIANTS
+    from resdiag.models.variants import Variant as Variant
+    from resdiag.runs.folder import load as load
+    from resdiag.runs.folder import open_run as open_run
+    from resdiag.watch.blocks import Block as Block
+    from resdiag.watch.blocks import find_blocks as find_blocks
+    from resdiag.watch.catalog import METRICS as METRICS
+    from resdiag.watch.monitor import Monitor as Monitor
+    from resdiag.watch.monitor import attach as attach
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    # watching any model
+    "attach": "resdiag.watch.monitor",
+    "Monitor": "resdiag.watch.monitor",
+    "find_blocks": "resdiag.watch.blocks",
+    "Block": "resdiag.watch.blocks",
+    "METRICS": "resdiag.watch.catalog",
+    # the paper's networks
+    "build_model": "resdiag.models.resnet",
+    "Variant": "resdiag.models.variants",
+    "VARIANTS": "resdiag.models.variants",
+    # runs on disk, and what they mean
+    "load": "resdiag.runs.folder",
+    "open_run": "resdiag.runs.folder",
+    "judge": "resdiag.explain.verdict",
+    "Verdict": "resdiag.explain.verdict",
+}
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    """Import the public name `name` from its home."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'resdiag' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

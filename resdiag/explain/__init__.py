@@ -1,0 +1,1 @@
+"""Explaining: what theory predicts, and the verdict on what was measured."""

@@ -1,0 +1,1 @@
+"""Runs on disk: the folder, its commit protocol, and reading it back as tidy frames."""

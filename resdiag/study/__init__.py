@@ -1,0 +1,1 @@
+"""Studies: the cell, one idempotent and resumable run with its verdict."""
