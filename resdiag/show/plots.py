@@ -1,0 +1,106 @@
+"""`draw` a plot of one run or several, `save` it as SVG, PNG or PDF.
+
+matplotlib is imported by the first `draw`, so that a usage error stays fast.
+"""
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resdiag.errors import StorageError, UsageError, unknown
+from resdiag.show.kinds import KINDS as KINDS
+from resdiag.show.kinds import PlotKind as PlotKind
+from resdiag.show.kinds import find_kind
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from resdiag.runs.folder import Run
+
+FORMATS = ("svg", "png", "pdf")
+"""File formats that `save` writes."""
+
+
+def draw(
+    kind: str, runs: "Sequence[Run]", *, step: int | None = None, theory: bool = True
+) -> "Figure":
+    """Draw one kind of plot; several runs are compared on the same axes.
+
+    Args:
+        kind: One of `KINDS`.
+        runs: One run or several; runs that differ in their seed only are drawn as a band.
+        step: Recorded step to show by block; None shows the first and the last ones.
+        theory: Overlay the prediction where there is one.
+
+    Returns:
+        A figure 7 inches wide that belongs to no pyplot state; its label is its title.
+
+    Raises:
+        UsageError: Unknown kind, no run, a run without records, without a metric that the plot
+            needs, or without the step asked for.
+    """
+    entry = find_kind(kind)
+    if not runs:
+        raise UsageError(f"plot '{kind}' needs a run", "resdiag run --variant elu_pre --depth 20")
+    from resdiag.show.families import FAMILIES
+    from resdiag.show.style import look
+    from resdiag.show.view import open_view
+
+    with look():
+        return FAMILIES[entry.name](open_view(entry, runs, step=step, theory=theory))
+
+
+def render(figure: "Figure", file_format: str) -> bytes:
+    """The bytes of a figure's file: the same figure gives the same bytes, without a date.
+
+    Raises:
+        UsageError: `file_format` is not one of `FORMATS`.
+    """
+    if file_format not in FORMATS:
+        raise unknown("format", file_format, FORMATS)
+    from resdiag.show.style import look
+
+    title = str(figure.get_label())
+    metadata: dict[str, dict[str, str | None]] = {
+        "svg": {"Date": None, "Title": title},
+        "png": {"Title": title},
+        "pdf": {"CreationDate": None, "Title": title},
+    }
+    buffer = io.BytesIO()
+    with look():
+        figure.savefig(buffer, format=file_format, metadata=metadata[file_format])
+    return buffer.getvalue()
+
+
+def save(figure: "Figure", stem: Path, formats: Sequence[str] = ("svg",)) -> list[Path]:
+    """Write a figure once per format as `stem.<format>`; a file appears whole or not at all.
+
+    Returns:
+        The paths written, in the order of `formats`.
+
+    Raises:
+        UsageError: A format that is not one of `FORMATS`.
+        StorageError: The folder cannot be written.
+    """
+    for name in formats:
+        if name not in FORMATS:
+            raise unknown("format", name, FORMATS)
+    # not with_suffix: a stem such as "lr0.1" has a dot that is no suffix
+    paths = [stem.with_name(f"{stem.name}.{name}") for name in formats]
+    for path, name in zip(paths, formats, strict=True):
+        _write_whole(path, render(figure, name))
+    return paths
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write beside the target, then rename over it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
