@@ -1,0 +1,100 @@
+"""The first offender: the first step, the first block and the direction of a non-finite number."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from resdiag.watch.catalog import SITES
+
+Direction = Literal["forward", "backward"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offender:
+    """Where a run broke.
+
+    Attributes:
+        step: First recorded step with a non-finite activation or gradient.
+        block: Forward: the first block whose activation is non-finite. Backward: the first block
+            in backward order, hence the last in forward order, whose gradient is.
+        direction: "forward" if an activation broke, "backward" if all activations were finite.
+        site: Site of the block's tensor: one of `SITES`, first in the order of computation, or
+            "parameters" if only the block's parameter gradient is non-finite.
+    """
+
+    step: int
+    block: int
+    direction: Direction
+    site: str
+
+
+_BACKWARD_SITES = {
+    "grad_output": "output",
+    "grad_sum": "sum",
+    "grad_input": "input",
+    "grad_param": "parameters",
+}
+
+
+def first_offender(metrics: pd.DataFrame) -> Offender | None:
+    """Find the first step, block and site with a non-finite number.
+
+    A missing value (NaN in a column that the run could not record) is not an offence; a norm that
+    is NaN while the same column has been finite before, or that is infinite, is. Infinite norms
+    count although an infinite norm can come from finite elements: in float32 that is the step
+    before the elements follow.
+
+    Args:
+        metrics: The block table: `step`, `block` and the recorded columns; any may be missing.
+
+    Returns:
+        The offender, or None if every recorded number is finite.
+    """
+    if not {"step", "block"} <= set(metrics.columns) or metrics.empty:
+        return None
+    table = metrics.sort_values(["step", "block"], kind="stable").reset_index(drop=True)
+    forward = _broken_activations(table)
+    backward = _broken_gradients(table)
+    broken = (forward | backward).any(axis=1)
+    if not broken.any():
+        return None
+    step = int(table.loc[broken.idxmax(), "step"])
+    now = table["step"] == step
+    direction: Direction = "forward" if forward[now].to_numpy().any() else "backward"
+    marks = (forward if direction == "forward" else backward)[now]
+    rows = marks.index[marks.any(axis=1)]
+    row = rows[0] if direction == "forward" else rows[-1]
+    site = str(marks.columns[marks.loc[row].to_numpy().argmax()])
+    return Offender(step=step, block=int(table.loc[row, "block"]), direction=direction, site=site)
+
+
+def _broken_activations(table: pd.DataFrame) -> pd.DataFrame:
+    """One boolean column per recorded site; the sites are in the order of computation."""
+    marks = {}
+    for site in SITES:
+        # an input is its neighbour's output: only the first block's is news
+        rows = table["block"] == table["block"].min() if site == "input" else True
+        if f"{site}_nonfinite" in table:
+            marks[site] = (_numbers(table, f"{site}_nonfinite") > 0) & rows
+    return pd.DataFrame(marks, index=table.index, dtype=bool)
+
+
+def _broken_gradients(table: pd.DataFrame) -> pd.DataFrame:
+    """One boolean column per site of a gradient, in the order of the backward pass."""
+    marks: dict[str, pd.Series] = {}
+    if "grad_nonfinite" in table:
+        marks["output"] = _numbers(table, "grad_nonfinite") > 0
+    for column, site in _BACKWARD_SITES.items():
+        if column in table:
+            values = _numbers(table, column)
+            seen = values.where(np.isfinite(values)).groupby(table["block"]).cummax()
+            was_finite = seen.groupby(table["block"]).ffill().notna()
+            broken = np.isinf(values) | (values.isna() & was_finite)
+            marks[site] = marks[site] | broken if site in marks else broken
+    return pd.DataFrame(marks, index=table.index, dtype=bool)
+
+
+def _numbers(table: pd.DataFrame, column: str) -> pd.Series:
+    return pd.to_numeric(table[column], errors="coerce").astype(float)
