@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,10 +154,13 @@ def _read_pickled(layout: _Layout, folder: Path) -> tuple[Labelled, Labelled, tu
     except RuntimeError as error:
         reason = "a file is missing or its MD5 is not the published one"
         raise _damaged(layout, folder, reason) from error
-    return _to_arrays(train), _to_arrays(test), tuple(train.classes)
+    pairs = [
+        (_channels_first(part.data), np.asarray(part.targets, dtype=np.int64))
+        for part in (train, test)
+    ]
+    return pairs[0], pairs[1], tuple(train.classes)
 
 
-def _to_arrays(dataset: Any) -> Labelled:
-    """(N, 32, 32, 3) and a list, as torchvision keeps them, to our order of axes."""
-    images, labels = dataset.data, dataset.targets
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), np.asarray(labels, dtype=np.int64)
+def _channels_first(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(N, 32, 32, 3), as torchvision keeps them, to our order of axes."""
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
