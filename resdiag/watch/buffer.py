@@ -1,0 +1,97 @@
+"""Where numbers wait on the device until they cross to the host, many steps at a time."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Key = tuple[int, str]
+"""A cell of one step: row and column name."""
+
+
+class Buffer:
+    """Preallocated float64 cells [slots, rows, columns] on the device of the model.
+
+    A slot is one recorded step. Writing is a device-side copy; the host sees nothing until `flush`
+    copies all used slots at once.
+
+    Args:
+        columns: Names of the columns.
+        slots: Recorded steps to keep before a flush is due.
+    """
+
+    def __init__(self, columns: tuple[str, ...], slots: int) -> None:
+        self.columns = columns
+        self._at = {name: i for i, name in enumerate(columns)}
+        self._slots = slots
+        self._cells: Tensor | None = None
+        self._steps: list[int] = []
+        self._aliases: list[dict[Key, Key]] = []
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the next step needs a flush first."""
+        return len(self._steps) >= self._slots
+
+    @property
+    def slot(self) -> int:
+        """The slot of the step being recorded."""
+        return len(self._steps) - 1
+
+    def begin(self, step: int) -> None:
+        """Open a slot for `step`."""
+        self._steps.append(step)
+        self._aliases.append({})
+        if self._cells is not None:
+            self._cells[self.slot].fill_(math.nan)
+
+    def reserve(self, rows: int, device: torch.device) -> None:
+        """Make room for `rows` rows; what is there stays."""
+        have = 0 if self._cells is None else self._cells.shape[1]
+        if rows <= have:
+            return
+        grown = max(rows, 2 * have, 16)
+        shape = (self._slots, grown, len(self.columns))
+        cells = torch.full(shape, math.nan, dtype=torch.float64, device=device)
+        if self._cells is not None:
+            cells[:, :have] = self._cells
+        self._cells = cells
+
+    def write(self, slot: int, row: int, first: str, values: Tensor) -> None:
+        """Write a vector (or a scalar) into consecutive columns from `first`, on the device."""
+        assert self._cells is not None
+        start = self._at[first]
+        self._cells[slot, row, start : start + max(1, values.numel())] = values
+
+    def write_column(self, slot: int, name: str, values: Tensor) -> None:
+        """Write one value per row."""
+        assert self._cells is not None
+        self._cells[slot, : values.numel(), self._at[name]] = values
+
+    def alias(self, row: int, name: str, source: Key) -> None:
+        """Say that a cell of the open slot equals another: the same tensor was there before."""
+        self._aliases[-1][row, name] = source
+
+    def flush(self) -> tuple[list[int], NDArray[np.float64]]:
+        """Move all used slots to the host: the steps, and values (steps, rows, columns).
+
+        This is the only place where the recorder waits for the device.
+        """
+        if self._cells is None:
+            steps, self._steps, self._aliases = self._steps, [], []
+            return steps, np.empty((len(steps), 0, len(self.columns)))
+        values = self._cells[: len(self._steps)].cpu().numpy().copy()
+        for slot, aliases in enumerate(self._aliases):
+            self._resolve(values[slot], aliases)
+        steps, self._steps, self._aliases = self._steps, [], []
+        return steps, values
+
+    def _resolve(self, values: NDArray[np.float64], aliases: Mapping[Key, Key]) -> None:
+        """Copy aliased cells; a source may be an alias itself."""
+        for (row, name), source in aliases.items():
+            while source in aliases:
+                source = aliases[source]
+            values[row, self._at[name]] = values[source[0], self._at[source[1]]]

@@ -1,0 +1,125 @@
+"""Which torch functions the tracer knows by role, and one call that can be applied again."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ADDITIONS = frozenset(
+    {
+        torch.add,
+        Tensor.add,
+        Tensor.add_,
+        Tensor.__add__,
+        Tensor.__radd__,
+        Tensor.__iadd__,
+    }
+)
+
+ACTIVATIONS = frozenset(
+    {
+        "relu",
+        "relu_",
+        "relu6",
+        "elu",
+        "elu_",
+        "selu",
+        "selu_",
+        "celu",
+        "celu_",
+        "gelu",
+        "silu",
+        "mish",
+        "leaky_relu",
+        "leaky_relu_",
+        "prelu",
+        "hardswish",
+        "hardtanh",
+        "hardtanh_",
+        "hardsigmoid",
+        "sigmoid",
+        "sigmoid_",
+        "tanh",
+        "tanh_",
+        "softplus",
+        "softsign",
+        "logsigmoid",
+        "clamp",
+        "clamp_",
+    }
+)
+"""Elementwise functions without randomness: applying one again draws nothing and changes nothing."""
+
+NORMALISATIONS = frozenset(
+    {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm"}
+)
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """The function's bare name: "elu" for torch.nn.functional.elu, "relu" for Tensor.relu."""
+    return getattr(function, "__name__", "").strip("_") or str(function)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One traced call whose first argument was the tensor followed.
+
+    Attributes:
+        function: The torch function.
+        args: Positional arguments after the tensor.
+        kwargs: Keyword arguments.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Name without underscores."""
+        return name_of(self.function)
+
+    @property
+    def is_activation(self) -> bool:
+        """Whether it is a known elementwise activation."""
+        return getattr(self.function, "__name__", "") in ACTIVATIONS
+
+    @property
+    def is_normalisation(self) -> bool:
+        """Whether it is a normalisation layer's function."""
+        return getattr(self.function, "__name__", "") in NORMALISATIONS
+
+    @property
+    def is_random(self) -> bool:
+        """Whether applying it again could draw random numbers."""
+        return any(word in self.name for word in ("drop", "rrelu", "rand", "bernoulli", "normal"))
+
+    @property
+    def is_inplace(self) -> bool:
+        """Whether the call overwrote its argument."""
+        named = getattr(self.function, "__name__", "")
+        return bool(self.kwargs.get("inplace")) or (named.endswith("_") and named[:2] != "__")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply the function to another tensor; never in place."""
+        kwargs = {k: v for k, v in self.kwargs.items() if k != "inplace"}
+        named = getattr(self.function, "__name__", "")
+        function = self.function
+        if self.is_inplace and named.endswith("_"):
+            function = getattr(F, named[:-1], None) or getattr(torch, named[:-1])
+        out: Tensor = function(x, *self.args, **kwargs)
+        return out
+
+
+def compose(calls: tuple[Call, ...]) -> Callable[[Tensor], Tensor]:
+    """The calls one after the other as one function."""
+
+    def apply(x: Tensor) -> Tensor:
+        for call in calls:
+            x = call(x)
+        return x
+
+    return apply

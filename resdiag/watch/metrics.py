@@ -1,0 +1,214 @@
+"""The measurements: pure functions from tensors to float64 scalars, each with formula and source.
+
+Squares of float32 values overflow at 2e19 and vanish below 1e-23 although the values themselves are
+finite. Every sum of squares here is exact in that range too: the fast float32 reduction is kept
+where it can be trusted and redone in float64 where it cannot. On the CPU trust is a look at the
+value, which is already in host memory; on an accelerator a look would stall the queue, so the
+reduction runs in float64 there from the start.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+SATURATED_SLOPE = 0.05
+"""An activation's output counts as saturated if its slope is below this."""
+
+QUANTILES = (0.1, 0.5, 0.9)
+
+STATISTICS = (
+    "mean",
+    "channel_mean_rms",
+    "channel_std",
+    "mean_q10",
+    "mean_q50",
+    "mean_q90",
+    "nonfinite",
+)
+"""What `statistics` returns, in order: the suffixes of a site's columns."""
+
+# outside these bounds a float32 norm may have lost its squares to overflow or underflow
+_TRUSTED = (1e-15, 1e18)
+# below this share of the second moment, E[x^2] - mean^2 has cancelled too many float32 digits
+_CANCELLED = 1e-2
+
+
+def norm(x: Tensor) -> Tensor:
+    """Euclidean norm sqrt(sum x^2), finite whenever every element of `x` is.
+
+    Args:
+        x: Any shape and floating dtype.
+
+    Returns:
+        0-d float64 tensor on the device of `x`, in units of `x`.
+
+    >>> f"{norm(torch.full((4,), 1e30)).item():.4g}"  # although 1e60 is no float32
+    '2e+30'
+    """
+    x = x.detach()
+    if _is_fast(x):
+        fast = torch.linalg.vector_norm(x)
+        if _TRUSTED[0] < _peek(fast) < _TRUSTED[1]:
+            return fast.double()
+    return torch.linalg.vector_norm(x, dtype=torch.float64)
+
+
+def statistics(x: Tensor) -> Tensor:
+    """Moments of a site over channels: what B1, B2 and the signal propagation plot are made of.
+
+    With mu_c and sigma_c^2 the mean and variance of channel c over batch and positions:
+    mean_c mu_c; sqrt(mean_c mu_c^2); sqrt(mean_c sigma_c^2); the 10, 50 and 90 % quantiles of mu_c;
+    the non-finite fraction.
+
+    Args:
+        x: (N, C, H, W), (N, C), or (N, T, C): channels are dimension 1 of a 2-d or 4-d and the
+            last one of a 3-d tensor.
+
+    Returns:
+        float64 tensor (7,), see `STATISTICS`; units of `x` but for the last, a fraction.
+
+    References:
+        Brock et al. 2021, arXiv:2101.08692; Clevert et al. 2015, arXiv:1511.07289.
+    """
+    x = x.detach()
+    sums, second, finite = _moments(x)
+    mu = sums * (sums.numel() / x.numel())
+    squared = mu.square().mean()
+    spread = (second - squared).clamp_min(0)
+    if finite and x.is_cpu and _peek(spread) < _CANCELLED * _peek(second):
+        spread = _centred_second_moment(x, mu)
+    broken = torch.zeros_like(squared) if finite else nonfinite_fraction(x)
+    return torch.cat(
+        [
+            torch.stack([mu.mean(), squared.sqrt(), spread.sqrt()]),
+            _quantiles(mu),
+            broken.unsqueeze(0),
+        ]
+    )
+
+
+def nonfinite_fraction(x: Tensor) -> Tensor:
+    """Share of NaN and infinite elements, a 0-d float64 tensor."""
+    return x.detach().isfinite().logical_not_().sum(dtype=torch.float64) / max(1, x.numel())
+
+
+def gradient(g: Tensor) -> tuple[Tensor, Tensor]:
+    """G2, the batch-size free gradient norm sqrt(B) ||g||_F, and the non-finite fraction of `g`.
+
+    For a mean loss over B samples this is B times the RMS over samples of the per-sample norm.
+
+    Args:
+        g: Gradient of the mean loss, batch first.
+
+    References:
+        He et al. 2016, arXiv:1603.05027, eq. 5.
+    """
+    g = g.detach()
+    size = norm(g)
+    finite = g.is_cpu and math.isfinite(_peek(size))
+    broken = torch.zeros_like(size) if finite else nonfinite_fraction(g)
+    return size * math.sqrt(g.shape[0] if g.dim() else 1), broken
+
+
+def relative_change(changed: Tensor, reference: Tensor) -> Tensor:
+    """||changed - reference||_F / ||reference||_F: P1 of (H, u), P2 of (f(h), h), P4 of f^(n).
+
+    0 when both are 0; a 0-d float64 tensor.
+
+    References:
+        Shah et al. 2016, arXiv:1604.04112, section 3.2.3.
+
+    >>> relative_change(torch.tensor([0.0, 4.0]), torch.tensor([3.0, 4.0])).item()
+    0.6
+    """
+    changed, reference = changed.detach(), reference.detach()
+    difference = norm(changed - reference)
+    return torch.where(difference == 0, difference, difference / norm(reference))
+
+
+def share(part: Tensor, total: Tensor) -> Tensor:
+    """Projection share <part, total> / ||total||^2; the shares of the parts of `total` sum to 1.
+
+    Args:
+        part: One addend of `total`, same shape.
+        total: E.g. dL/dx, the sum of what came through the shortcut and through the branch.
+
+    Returns:
+        0-d float64 tensor; outside 0..1 where the parts partly cancel.
+
+    >>> round(share(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])).item(), 6)
+    0.5
+    """
+    part, total = part.detach(), total.detach()
+    size = norm(total)
+    fast = _is_fast(part) and _is_fast(total) and part.stride() == total.stride()
+    if fast and _TRUSTED[0] < _peek(size) < _TRUSTED[1] and part.is_contiguous():
+        inner = torch.dot(part.view(-1), total.view(-1)).double()
+        if math.isfinite(_peek(inner)):
+            return inner / size.square()
+    # normalised before the product: squares of a large float64 norm stay finite, products do too
+    return (part.double() * (total.double() / size)).sum() / size
+
+
+def slope(function: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
+    """Derivative f'(u) of an elementwise function, same shape as `u`.
+
+    >>> slope(torch.relu, torch.tensor([-1.0, 2.0])).tolist()
+    [0.0, 1.0]
+    """
+    with torch.enable_grad():
+        at = u.detach().requires_grad_()
+        (derivative,) = torch.autograd.grad(function(at).sum(), at)
+    return derivative
+
+
+def channel_dimension(x: Tensor) -> int:
+    """The dimension that holds channels: 1 of a 2-d or 4-d tensor, else the last."""
+    return 1 if x.dim() in (2, 4) else x.dim() - 1
+
+
+def _is_fast(x: Tensor) -> bool:
+    """Whether a float32 reduction is worth trying: on the CPU, where its result can be checked."""
+    return x.is_cpu and x.dtype == torch.float32
+
+
+def _peek(value: Tensor) -> float:
+    """A CPU scalar as it lies in host memory: no kernel, no copy, no queue to wait for."""
+    return float(value.numpy())
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Channel sums (C,), second moment, and whether `x` is known to be finite."""
+    reduced = tuple(d for d in range(x.dim()) if d != channel_dimension(x))
+    size = norm(x)
+    if _is_fast(x) and _peek(size) < _TRUSTED[1]:
+        sums = x.sum(reduced).double()
+    else:
+        sums = x.double().sum(reduced) if x.is_cpu else x.sum(reduced, dtype=torch.float64)
+    finite = x.is_cpu and math.isfinite(_peek(size))
+    return sums, size.square() / max(1, x.numel()), finite
+
+
+def _centred_second_moment(x: Tensor, mu: Tensor) -> Tensor:
+    """mean_c sigma_c^2 by the two-pass formula, for means far larger than the spread."""
+    shape = [1] * x.dim()
+    shape[channel_dimension(x)] = -1
+    return (x.double() - mu.view(shape)).square().mean()
+
+
+def _quantiles(mu: Tensor) -> Tensor:
+    """Linear-interpolated quantiles (3,); NaN if any channel mean is not finite."""
+    low, high, weight = _quantile_positions(mu.numel(), mu.device)
+    ordered = mu.sort().values
+    return torch.lerp(ordered[low], ordered[high], weight) + 0 * mu.sum()
+
+
+@functools.lru_cache(maxsize=64)
+def _quantile_positions(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    at = torch.tensor([q * (count - 1) for q in QUANTILES], dtype=torch.float64)
+    low = at.floor().long()
+    high = (low + 1).clamp_max(count - 1)
+    return low.to(device), high.to(device), (at - low).to(device)

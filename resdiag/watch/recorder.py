@@ -1,0 +1,303 @@
+"""Measures what a tracer sees and writes it into the buffer: forward at once, backward by hooks.
+
+Gradients are read by tensor hooks set during the forward pass: module backward hooks refuse
+in-place activations (pytorch#61519), and references kept for later are overwritten by them.
+"""
+
+import math
+import weakref
+from collections import defaultdict
+
+import torch
+from torch import Tensor, nn
+
+from resdiag.watch import metrics
+from resdiag.watch.blocks import Anatomy
+from resdiag.watch.buffer import Buffer, Key
+from resdiag.watch.calls import Call
+from resdiag.watch.skip import MIXED, NOT_ELEMENTWISE, SkipPath
+from resdiag.watch.tracer import Addition
+
+HEAD = ("head_mean", "head_channel_mean_rms", "head_channel_std", "head_gap", "head_size")
+
+
+class Recorder:
+    """The tracer's listener that records one forward and backward pass.
+
+    Args:
+        cells: Per-block buffer; its columns are `catalog.RECORDED`.
+        head: Per-step buffer with one row; its columns begin with `HEAD`.
+        samples: Samples of the batch on which per-unit quantities are measured; None for all.
+    """
+
+    def __init__(self, cells: Buffer, head: Buffer, samples: int | None) -> None:
+        self.anatomy = Anatomy()
+        self.reasons: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+        self.seen_backward = False
+        self._cells, self._head = cells, head
+        self._skip = SkipPath(samples)
+        self._fixed = False
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a forward pass into the buffer's open slot."""
+        self._skip.reset()
+        self._known: dict[int, tuple[weakref.ref[Tensor], int, int, str]] = {}
+        self._children: dict[Key, int] = {}
+        self._via: dict[int, Tensor] = {}
+        self._scales: dict[int, float] = {}
+        self._sums: dict[int, Tensor] = {}
+        self._gates: list[tuple[tuple[str, ...], Tensor]] = []
+        self.strangers = 0
+
+    # -- forward -------------------------------------------------------------------------------
+
+    def operands(self, addition: Addition) -> None:
+        """Measure F(x), h(x) and x before an in-place addition overwrites one of them."""
+        row = self._row(addition)
+        if row is None:
+            return
+        self._measure(row, "branch", addition.branch, keep=False)
+        self._measure(row, "shortcut", addition.shortcut)
+        if addition.origin is not None:
+            self._measure(row, "input", addition.origin)
+            self._watch_input(row, addition.origin)
+        else:
+            self._miss(row, "input_mean", "the block's input was freed before its addition")
+        self._watch_shortcut(row, addition)
+        new = row == 0 or self.anatomy.blocks[row].stage != self.anatomy.blocks[row - 1].stage
+        self._skip.open(addition.origin, addition.shortcut, addition.path, new)
+
+    def added(self, addition: Addition) -> None:
+        """Measure the sum; keep its first samples for what the after-add will do to them."""
+        row = self.anatomy.rows.get((addition.owner, addition.ordinal))
+        if row is None or addition.sum is None:
+            return
+        self._measure(row, "sum", addition.sum)
+        self._sums[row] = self._skip.head(addition.sum).clone()
+        self._hook(addition.sum, row, "grad_sum")
+
+    def closed(self, addition: Addition, output: Tensor) -> None:
+        """Measure the output and what the after-add did."""
+        row = self.anatomy.rows.get((addition.owner, addition.ordinal))
+        if row is None:
+            return
+        if not self._fixed:
+            self.anatomy.finish(row, addition.after, addition.parameters)
+        slot = self._cells.slot
+        skip = self._skip.close(self._sums.pop(row), output, addition.after)
+        self._cells.write(slot, row, "perturbation", skip)
+        self._explain_skip(row, addition)
+        self._measure(row, "output", output)
+        if addition.after:
+            self._hook(output, row, "grad_output")
+        else:
+            self._cells.alias(row, "grad_output", (row, "grad_sum"))
+        self._write_gates(row, addition.owner)
+
+    def unit(self, owner: str, ordinal: int, x: Tensor, output: Tensor, module: nn.Module) -> None:
+        """Measure a module that is a block without an addition: input and output only."""
+        key = (owner, ordinal)
+        if key not in self.anatomy.rows:
+            if self._fixed:
+                self.strangers += 1
+                return
+            row = self.anatomy.add_unit(owner, ordinal, x, output)
+            self.anatomy.finish(row, (), list(module.parameters()))
+            self._cells.reserve(row + 1, output.device)
+        row = self.anatomy.rows[key]
+        self._measure(row, "input", x)
+        self._watch_input(row, x)
+        self._measure(row, "output", output)
+        self._hook(output, row, "grad_output")
+        self._miss(row, "perturbation", "the block has no residual addition")
+        self._write_gates(row, owner)
+
+    def activation(self, owners: tuple[str, ...], call: Call, x: Tensor) -> None:
+        """Remember which units of an activation inside a block are saturated."""
+        if x.is_floating_point():
+            self._gates.append((owners, _saturated(call, self._skip.head(x))))
+
+    def finished(self, features: Tensor | None, logits: Tensor | None) -> None:
+        """Measure the classifier's input, and hook its output for the head kick."""
+        self._fixed = self._fixed or bool(self.anatomy.blocks)
+        if features is None or logits is None:
+            return
+        slot = self._head.slot
+        self._head.reserve(1, features.device)
+        self._head.write(slot, 0, "head_mean", metrics.statistics(features)[:3])
+        size = torch.full((), features.shape[-1], dtype=torch.float64, device=features.device)
+        self._head.write(slot, 0, "head_size", size)
+        if logits.requires_grad:
+            logits.register_hook(lambda g: self._gap(slot, g))
+
+    # -- measuring -----------------------------------------------------------------------------
+
+    def _row(self, addition: Addition) -> int | None:
+        """The block's row, added during the first pass; None for an addition not seen then."""
+        row = self.anatomy.rows.get((addition.owner, addition.ordinal))
+        if row is None and self._fixed:
+            self.strangers += 1
+        elif row is None:
+            origin = addition.origin
+            addition.sum = addition.branch  # same shape; the sum itself is not there yet
+            row = self.anatomy.add_block(
+                addition, inputs=None if origin is None else tuple(origin.shape[1:])
+            )
+            addition.sum = None
+            self._cells.reserve(row + 1, addition.branch.device)
+        return row
+
+    def _measure(self, row: int, site: str, x: Tensor, *, keep: bool = True) -> None:
+        """Write a site's statistics, or an alias if this very tensor was measured before."""
+        known = self._find(x)
+        if known is not None:
+            for name in metrics.STATISTICS:
+                self._cells.alias(row, f"{site}_{name}", (known[0], f"{known[1]}_{name}"))
+            return
+        self._cells.write(self._cells.slot, row, f"{site}_mean", metrics.statistics(x))
+        if keep:
+            self._known[id(x)] = (weakref.ref(x), x._version, row, site)
+
+    def _find(self, x: Tensor) -> tuple[int, str] | None:
+        """Row and site at which `x`, unchanged since, was measured."""
+        entry = self._known.get(id(x))
+        if entry is None or entry[0]() is not x or entry[1] != x._version:
+            return None
+        return entry[2], entry[3]
+
+    def _write_gates(self, row: int, owner: str) -> None:
+        """Saturated and dead fractions over the activations that ran inside the block."""
+        inside = [gate for owners, gate in self._gates if owner in owners]
+        self._gates.clear()
+        if not inside:
+            self._miss(row, "saturated_fraction", "no known activation inside the block")
+            return
+        dead = [_per_channel(gate).all(1) for gate in inside]
+        share = sum(g.sum(dtype=torch.float64) for g in inside) / sum(g.numel() for g in inside)
+        gone = torch.cat(dead).double().mean()
+        self._cells.write(
+            self._cells.slot, row, "saturated_fraction", torch.stack([torch.as_tensor(share), gone])
+        )
+
+    def _explain_skip(self, row: int, addition: Addition) -> None:
+        if not all(call.is_activation for call in addition.after):
+            self._miss(row, "identity_defect", NOT_ELEMENTWISE)
+        if addition.path is None:
+            self._miss(row, "skip_gain", MIXED)
+
+    def _miss(self, row: int, metric: str, reason: str) -> None:
+        """Note why a metric and those beside it are NaN for a block."""
+        self.reasons[metric][reason].add(row)
+
+    # -- backward ------------------------------------------------------------------------------
+
+    def _hook(self, x: Tensor, row: int, column: str) -> None:
+        if not x.requires_grad:
+            self._miss(row, column, "no gradient is asked for at this tensor")
+            return
+        slot = self._cells.slot
+        x.register_hook(lambda g: self._gradient(slot, row, column, g))
+
+    def _gradient(self, slot: int, row: int, column: str, g: Tensor) -> None:
+        """Write G2; hand dL/du to the share of the block's input, or finish that share."""
+        self.seen_backward = True
+        size, broken = metrics.gradient(g)
+        self._cells.write(slot, row, column, size)
+        if column == "grad_sum":
+            self._hold(row, g)
+        if column != "grad_input" and column == self._grad_column(row, "output"):
+            self._cells.write(slot, row, "grad_nonfinite", broken)
+        child = self._children.get((row, column))
+        if child is not None:
+            self._share(slot, child, g)
+
+    def _watch_input(self, row: int, x: Tensor) -> None:
+        """Read dL/dx where the tensor was the output of an earlier block, else by a hook."""
+        known = self._find(x)
+        if known is not None and known[1] in ("sum", "output") and known[0] != row:
+            source = (known[0], self._grad_column(known[0], known[1]))
+            self._cells.alias(row, "grad_input", source)
+            self._children[source] = row
+        elif x.requires_grad:
+            self._hook(x, row, "grad_input")
+            self._children[row, "grad_input"] = row
+        else:
+            self._miss(row, "grad_input", "the block's input needs no gradient")
+
+    def _grad_column(self, row: int, site: str) -> str:
+        """The column in which the gradient hook of a measured tensor writes."""
+        return "grad_output" if site == "output" and self._writes_output(row) else "grad_sum"
+
+    def _writes_output(self, row: int) -> bool:
+        block = self.anatomy.blocks[row]
+        return block.shortcut == "none" or block.after_add != "none"
+
+    def _watch_shortcut(self, row: int, addition: Addition) -> None:
+        """Arrange for the gradient that enters x through the shortcut to be held for its share."""
+        x, h = addition.origin, addition.shortcut
+        if x is None or not x.requires_grad or not h.requires_grad:
+            return
+        if h is x:
+            self._scales[row] = addition.shortcut_scale
+            return
+        entries = list(_entries(h, x))
+        if not entries:
+            self._miss(row, "shortcut_share", "the shortcut's first operation was not found")
+        for node, index in entries:
+            node.register_hook(lambda grads, _, i=index: self._collect(row, grads[i]))
+
+    def _hold(self, row: int, g: Tensor) -> None:
+        scale = self._scales.get(row)
+        if scale is not None:
+            self._via[row] = g if scale == 1 else g * scale
+
+    def _collect(self, row: int, g: Tensor | None) -> None:
+        if g is not None:
+            self._via[row] = g if row not in self._via else self._via[row] + g
+
+    def _share(self, slot: int, row: int, total: Tensor) -> None:
+        via = self._via.pop(row, None)
+        if via is not None and via.shape == total.shape:
+            self._cells.write(slot, row, "shortcut_share", metrics.share(via, total))
+
+    def _gap(self, slot: int, g: Tensor) -> None:
+        """max_k |p_k - y_k|: the batch sum of dL/dlogits of a mean cross-entropy."""
+        self.seen_backward = True
+        gap = g.detach().reshape(-1, g.shape[-1]).sum(0).abs().amax().double()
+        self._head.write(slot, 0, "head_gap", gap)
+
+
+def _entries(h: Tensor, x: Tensor) -> list[tuple[torch.autograd.graph.Node, int]]:
+    """Nodes between x and h that take x itself, and at which input: where its gradient leaves."""
+    target = x.grad_fn
+    stack, seen = [h.grad_fn], set()
+    found: list[tuple[torch.autograd.graph.Node, int]] = []
+    while stack and len(seen) < 256:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for index, (before, output) in enumerate(node.next_functions):
+            leaf = target is None and getattr(before, "variable", None) is x
+            if leaf or (target is not None and before is target and output == x.output_nr):
+                found.append((node, index))
+            elif before is not None and before is not target:
+                stack.append(before)
+    return found
+
+
+def _saturated(call: Call, x: Tensor) -> Tensor:
+    """Which units have a slope below `SATURATED_SLOPE`; the usual two without computing slopes."""
+    if call.name == "relu":
+        return x <= 0
+    if call.name == "elu" and call.kwargs.get("alpha", 1.0) == 1.0 and not call.args:
+        return x < math.log(metrics.SATURATED_SLOPE)
+    return metrics.slope(call, x).abs() < metrics.SATURATED_SLOPE
+
+
+def _per_channel(gate: Tensor) -> Tensor:
+    """(C, everything else)."""
+    return gate.movedim(metrics.channel_dimension(gate), 0).reshape(
+        gate.shape[metrics.channel_dimension(gate)], -1
+    )

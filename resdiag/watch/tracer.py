@@ -1,0 +1,420 @@
+"""Sees one forward pass as residual blocks: which additions join a shortcut and a branch.
+
+The rule (design, section 4.2): for every tensor, keep per open module frame the largest number of
+parameterised operations on its way from that frame's input. An addition of equal shapes is residual
+if both operands descend from the input of the module whose forward is running and their counts
+differ: the smaller one is the shortcut (0: identity, more: projection), the other the branch. The
+sum starts the count again, and so do an activation or a normalisation applied to it (the
+after-add).
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from resdiag.watch.calls import ADDITIONS, Call
+
+
+@dataclass(eq=False)
+class Addition:
+    """One residual addition, as it happens.
+
+    Attributes:
+        owner: Name of the module whose forward is running ("" is the model itself).
+        ordinal: Number of residual additions that `owner` has done before in this pass.
+        origin: The block's input x: where both operands descend from; None if it is gone.
+        branch: F(x), before the addition.
+        shortcut: h(x).
+        shortcut_count: Parameterised operations on the shortcut: 0 for an identity.
+        path: The calls that lead from `origin` to `shortcut` if none has parameters, else None.
+        shortcut_scale: Factor on the shortcut inside the addition (torch.add's alpha), mostly 1.
+        parameters: Parameters used since the owner's previous residual addition.
+        sum: y = h + F, set once it is computed.
+        after: The after-add's calls, set at the end of the block.
+    """
+
+    owner: str
+    ordinal: int
+    origin: Tensor | None
+    branch: Tensor
+    shortcut: Tensor
+    shortcut_count: int
+    path: tuple[Call, ...] | None
+    shortcut_scale: float
+    parameters: list[nn.Parameter]
+    sum: Tensor | None = None
+    after: tuple[Call, ...] = ()
+
+
+class Listener(Protocol):
+    """What a tracer tells while the forward pass runs."""
+
+    def operands(self, addition: Addition) -> None:
+        """Both operands are there; an in-place addition has not overwritten one yet."""
+
+    def added(self, addition: Addition) -> None:
+        """The sum is there; an in-place after-add has not overwritten it yet."""
+
+    def closed(self, addition: Addition, output: Tensor) -> None:
+        """The block has ended: `addition.after` turned the sum into `output`."""
+
+    def unit(self, owner: str, ordinal: int, x: Tensor, output: Tensor, module: nn.Module) -> None:
+        """A module that was named as a block ended without a residual addition."""
+
+    def activation(self, owners: tuple[str, ...], call: Call, x: Tensor) -> None:
+        """A known activation is about to be applied to `x`; `owners` are the open frames' names."""
+
+    def finished(self, features: Tensor | None, logits: Tensor | None) -> None:
+        """The pass has ended; the last linear layer mapped `features` to `logits`."""
+
+
+@dataclass
+class _Trail:
+    """How a tensor descends from the input of one frame."""
+
+    count: int
+    origin: "weakref.ref[Tensor]"
+    path: tuple[Call, ...] | None
+
+
+@dataclass(eq=False)
+class _Frame:
+    """One module whose forward is running."""
+
+    name: str
+    module: nn.Module
+    entry: Tensor | None
+    parameters: dict[int, nn.Parameter] = field(default_factory=dict)
+    open: Addition | None = None
+    tail: Tensor | None = None
+    chain: tuple[Call, ...] = ()
+    additions: int = 0
+
+
+class Tracer(TorchFunctionMode):
+    """Traces the forward passes of one model while switched on, and tells a listener.
+
+    Hooks stand on the model and on every module that can run an addition; they return at once
+    while `wanted()` is False.
+
+    Args:
+        model: The root module.
+        listener: Told about additions, blocks, activations and the head.
+        wanted: Asked once per forward pass of the root whether to trace it.
+        units: Names of modules that are blocks even without a residual addition; if given,
+            additions elsewhere are not blocks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        listener: Listener,
+        wanted: Callable[[], bool],
+        units: frozenset[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self._listener, self._wanted, self._units = listener, wanted, units
+        self._frames: list[_Frame] = []
+        self._trails: dict[int, tuple[weakref.ref[Tensor], dict[int, _Trail]]] = {}
+        self._counts: dict[str, int] = {}
+        self._head: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._weights: dict[int, weakref.ref[Tensor]] = {}
+        self._on, self._busy = False, False
+        self._handles = list(self._install(model))
+
+    def close(self) -> None:
+        """Remove every hook; safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._stop()
+
+    # -- hooks ---------------------------------------------------------------------------------
+
+    def _install(self, model: nn.Module) -> Iterator[RemovableHandle]:
+        """Hooks on the root first: its pre-hook switches the others on."""
+        names = {module: name for name, module in model.named_modules()}
+        for module, name in names.items():
+            root = module is model
+            if not root and not _can_add(module) and name not in (self._units or ()):
+                continue
+            yield module.register_forward_pre_hook(self._enter(name, root), with_kwargs=True)
+            yield module.register_forward_hook(self._leave(name, root), always_call=root)
+
+    def _enter(self, name: str, root: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if root and not self._on and self._wanted():
+                self._start()
+            if self._on:
+                self._push(name, module, [*_tensors(args), *_tensors(kwargs)])
+
+        return hook
+
+    def _leave(self, name: str, root: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, output: object) -> None:
+            if not self._on:
+                return
+            if root and (len(self._frames) != 1 or output is None):  # an exception passed
+                self._stop()
+                return
+            self._pop(module, output)
+            if root:
+                features, logits = self._head
+                self._quietly(self._listener.finished, features, logits)
+                self._stop()
+
+        return hook
+
+    def _start(self) -> None:
+        self._on = True
+        self.__enter__()
+
+    def _stop(self) -> None:
+        """Leave the function mode and forget the pass."""
+        if self._on:
+            self._on = False
+            self.__exit__(None, None, None)
+        self._frames.clear()
+        self._trails.clear()
+        self._counts.clear()
+        self._weights.clear()
+        self._head = (None, None)
+
+    def _quietly(self, tell: Callable[..., None], *args: object) -> None:
+        """Tell the listener without tracing what it computes."""
+        self._busy = True
+        try:
+            tell(*args)
+        finally:
+            self._busy = False
+
+    # -- frames --------------------------------------------------------------------------------
+
+    def _push(self, name: str, module: nn.Module, inputs: list[Tensor]) -> None:
+        entry = next((t for t in inputs if t.is_floating_point()), None)
+        frame = _Frame(name, module, entry)
+        self._frames.append(frame)
+        for tensor in inputs:
+            trails = {**self._trails_of(tensor), id(frame): _Trail(0, weakref.ref(tensor), ())}
+            self._mark(tensor, trails, weighted=False)
+
+    def _pop(self, module: nn.Module, output: object) -> None:
+        frame = self._frames.pop()
+        if frame.module is not module:  # an inner exception was caught by the model's own code
+            while self._frames and frame.module is not module:
+                frame = self._frames.pop()
+        outputs = list(_tensors(output))
+        first = outputs[0] if outputs else None
+        if frame.open is not None:
+            self._close(frame, first)
+        named = self._units is not None and frame.name in self._units
+        if named and not frame.additions and frame.entry is not None and first is not None:
+            ordinal = self._ordinal(frame.name)
+            self._quietly(
+                self._listener.unit, frame.name, ordinal, frame.entry, first, frame.module
+            )
+
+    def _close(self, frame: _Frame, returned: Tensor | None) -> None:
+        """End the open block of a frame at its module's output or at its next addition."""
+        addition, frame.open = frame.open, None
+        assert addition is not None and addition.sum is not None
+        followed = frame.tail is not None and frame.tail is returned
+        addition.after = frame.chain if followed else ()
+        output = frame.tail if followed else addition.sum
+        addition.parameters.extend(frame.parameters.values())
+        frame.parameters.clear()
+        frame.tail, frame.chain = None, ()
+        assert output is not None
+        self._quietly(self._listener.closed, addition, output)
+
+    def _ordinal(self, owner: str) -> int:
+        ordinal = self._counts.get(owner, 0)
+        self._counts[owner] = ordinal + 1
+        return ordinal
+
+    # -- operations ----------------------------------------------------------------------------
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        """See one torch function: trace it unless it only reads an attribute."""
+        kwargs = dict(kwargs or {})
+        if self._busy or not self._frames or getattr(func, "__name__", "") == "__get__":
+            return func(*args, **kwargs)
+        addition = self._residual(func, args, kwargs) if func in ADDITIONS else None
+        call = Call(func, args[1:], kwargs)
+        if call.is_activation and args and isinstance(args[0], Tensor):
+            owners = tuple(frame.name for frame in self._frames)
+            self._quietly(self._listener.activation, owners, call, args[0])
+        inputs = [t for t in (*_tensors(args), *_tensors(kwargs))]
+        trails, weighted = self._descend(inputs)
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor):
+            self._after(call, args, result, addition, trails, weighted)
+        else:
+            for tensor in _tensors(result):
+                self._mark(tensor, trails, weighted)
+        return result
+
+    def _after(
+        self,
+        call: Call,
+        args: tuple[Any, ...],
+        result: Tensor,
+        addition: Addition | None,
+        trails: dict[int, _Trail],
+        weighted: bool,
+    ) -> None:
+        """Give the result its trails; follow the sum; remember the head."""
+        frame = self._frames[-1]
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        if addition is not None:
+            addition.sum = result
+            frame.open, frame.tail, frame.chain = addition, result, ()
+            frame.additions += 1
+            trails[id(frame)] = _Trail(0, weakref.ref(result), ())
+            self._mark(result, trails, weighted)
+            self._quietly(self._listener.added, addition)
+            return
+        alone = first is not None and not any(True for _ in _tensors((args[1:], call.kwargs)))
+        if trails and alone and first is not None and not call.is_random:
+            self._extend_path(call, first, result, trails)
+        if call.name == "linear" and weighted and first is not None:
+            self._head = (first, result)
+        owner = self._owner_of(first, call, result)
+        if owner is not None:
+            owner.tail, owner.chain = result, (*owner.chain, call)
+            trails[id(owner)] = _Trail(0, weakref.ref(result), ())
+        self._mark(result, trails, weighted)
+
+    def _owner_of(self, first: Tensor | None, call: Call, result: Tensor) -> _Frame | None:
+        """The frame whose open block's sum (or its tail) this call turns into the output."""
+        if first is None or not (call.is_activation or call.is_normalisation):
+            return None
+        for frame in reversed(self._frames):
+            if frame.open is not None and frame.tail is first and result.shape == first.shape:
+                return frame
+        return None
+
+    def _extend_path(
+        self, call: Call, first: Tensor, result: Tensor, trails: dict[int, _Trail]
+    ) -> None:
+        """Remember how to repeat a parameter-free shortcut such as option A."""
+        for key, before in self._trails_of(first).items():
+            if key in trails and before.path is not None and first is not result:
+                trails[key].path = (*before.path, call)
+
+    def _residual(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Addition | None:
+        """The addition, if the rule calls it residual; the block before it in this frame ends."""
+        left, right = _operands(args, kwargs)
+        frame = self._frames[-1]
+        if left is None or right is None or left is right or left.shape != right.shape:
+            return None
+        if self._units is not None and frame.name not in self._units:
+            return None
+        a, b = self._trails_of(left).get(id(frame)), self._trails_of(right).get(id(frame))
+        if a is None or b is None or a.count == b.count:
+            return None
+        shortcut, branch, trail = (left, right, a) if a.count < b.count else (right, left, b)
+        origin = trail.origin()
+        if frame.open is not None:
+            self._close(frame, origin)
+        parameters = list(frame.parameters.values())
+        frame.parameters.clear()
+        path = trail.path if trail.count == 0 else None
+        addition = Addition(
+            frame.name,
+            self._ordinal(frame.name),
+            origin,
+            branch,
+            shortcut,
+            trail.count,
+            path,
+            float(kwargs.get("alpha", 1)) if shortcut is right else 1.0,
+            parameters,
+        )
+        self._quietly(self._listener.operands, addition)
+        return addition
+
+    def _descend(self, inputs: list[Tensor]) -> tuple[dict[int, _Trail], bool]:
+        """Trails of a result: per frame the largest count of its inputs, plus one if weighted."""
+        open_frames = {id(frame) for frame in self._frames}
+        trails: dict[int, _Trail] = {}
+        weighted = False
+        for tensor in inputs:
+            if isinstance(tensor, nn.Parameter):
+                for frame in self._frames:
+                    frame.parameters[id(tensor)] = tensor
+            found = self._trails_of(tensor)
+            if not found:
+                weighted = weighted or self._is_weight(tensor)
+            for key, trail in found.items():
+                if key in open_frames and (key not in trails or trail.count > trails[key].count):
+                    trails[key] = _Trail(trail.count, trail.origin, None)
+        if weighted:
+            for trail in trails.values():
+                trail.count += 1
+        return trails, weighted
+
+    # -- tensors -------------------------------------------------------------------------------
+
+    def _trails_of(self, tensor: Tensor) -> dict[int, _Trail]:
+        entry = self._trails.get(id(tensor))
+        return entry[1] if entry is not None and entry[0]() is tensor else {}
+
+    def _mark(self, tensor: Tensor, trails: dict[int, _Trail], weighted: bool) -> None:
+        """Store a tensor's trails; without any, it may still be made of weights alone."""
+        if trails:
+            self._trails[id(tensor)] = (weakref.ref(tensor), trails)
+        elif weighted:
+            self._weights[id(tensor)] = weakref.ref(tensor)
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        """A parameter, or computed from parameters alone (e.g. a standardised weight)."""
+        if isinstance(tensor, nn.Parameter):
+            return True
+        made = self._weights.get(id(tensor))
+        return made is not None and made() is tensor
+
+
+def _can_add(module: nn.Module) -> bool:
+    """Whether an addition can run in a module's own forward: not in torch's leaves and lists."""
+    leaf = next(module.children(), None) is None
+    ours = not type(module).__module__.startswith("torch.nn.modules")
+    return (ours or not leaf) and not isinstance(module, nn.Sequential | nn.ModuleList)
+
+
+def _operands(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The two tensors of an addition, or None for a number."""
+    left = args[0] if args else kwargs.get("input")
+    right = args[1] if len(args) > 1 else kwargs.get("other")
+    return (
+        left if isinstance(left, Tensor) else None,
+        right if isinstance(right, Tensor) else None,
+    )
+
+
+def _tensors(values: object) -> Iterator[Tensor]:
+    """Tensors inside nested tuples, lists, dicts and dataclass-like outputs, in order."""
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, tuple | list):
+        for value in values:
+            yield from _tensors(value)
+    elif isinstance(values, Mapping):
+        for value in values.values():
+            yield from _tensors(value)
