@@ -1,0 +1,254 @@
+"""Reading runs: one folder, or all below one, as tidy frames; also while they are written."""
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pandas as pd
+
+from resdiag.errors import UsageError
+from resdiag.runs.commit import BLOCKS, COMMIT, RUN, VERDICT, Commit
+from resdiag.runs.config import RunConfig
+from resdiag.runs.files import Damaged, from_json, read_file
+from resdiag.runs.segments import decode
+from resdiag.watch.catalog import METRICS, derive
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Run:
+    """One run as of the moment it was opened; from a folder, or from frames in memory.
+
+    Attributes:
+        config: What was asked for.
+        blocks: One entry per block: index, name, stage, transition, ...
+        path: Its folder.
+        environment: Where it ran.
+        data: Identity of the data set.
+        status: "new", "running", "done", "diverged" or "stopped".
+        steps: Optimizer steps that are committed.
+        unavailable: Metrics that could not be had: metric, blocks, reason.
+        point: Where gradients were read, one of `catalog.POINTS`.
+        verdict: The conclusion, once there is one.
+        drift: Changes of environment between resumes.
+        metrics_frame: Recorded block-level rows of a run that has no folder.
+        curve_frame: Step-level rows of a run that has no folder.
+        commit: The commit that was read.
+    """
+
+    config: RunConfig
+    blocks: list[dict[str, Any]]
+    path: Path = Path()
+    environment: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    status: str = "done"
+    steps: int = 0
+    unavailable: list[dict[str, Any]] = field(default_factory=list)
+    point: str = "local"
+    verdict: dict[str, Any] | None = None
+    drift: tuple[dict[str, Any], ...] = ()
+    metrics_frame: pd.DataFrame | None = None
+    curve_frame: pd.DataFrame | None = None
+    commit: Commit | None = None
+
+    def metrics(self) -> pd.DataFrame:
+        """Recorded and derived metrics, one row per (step, block).
+
+        Raises:
+            UsageError: A segment is damaged; the message names it.
+        """
+        frame = self._read("metrics") if self.metrics_frame is None else self.metrics_frame
+        columns = _columns(frame)
+        columns |= derive(columns)
+        order = ["step", "block", *(name for name in METRICS if name in columns)]
+        return pd.DataFrame({name: columns[name] for name in dict.fromkeys([*order, *columns])})
+
+    def curve(self) -> pd.DataFrame:
+        """Loss, error, learning rate and what else there is once per step; one row per step.
+
+        Raises:
+            UsageError: A segment is damaged; the message names it.
+        """
+        frame = self._read("curve") if self.curve_frame is None else self.curve_frame
+        columns = _columns(frame)
+        return pd.DataFrame({**columns, **derive(columns, per_step=True)})
+
+    @property
+    def label(self) -> str:
+        """A few words for a legend: variant, depth, and the seed if it is not 0."""
+        seed = f" seed {self.config.seed}" if self.config.seed else ""
+        return f"{self.config.variant}-{self.config.depth}{seed}"
+
+    def _read(self, table: str) -> pd.DataFrame:
+        """The segments that the commit names; those of a newer commit if they were replaced."""
+
+        def read(commit: Commit | None) -> pd.DataFrame:
+            names = commit.parts(table) if commit else []
+            parts = [(self.path / n, commit.read_file(self.path, n)) for n in names if commit]
+            frame: pd.DataFrame = decode(table, parts).to_pandas()
+            return frame
+
+        return _consistently(self.path, self.commit, read)
+
+
+def open_run(path: str | os.PathLike[str]) -> Run:
+    """Read a run's folder; the run may still be in progress.
+
+    Raises:
+        UsageError: There is no run, or a file of it is damaged; the message names the file.
+    """
+    folder = Path(path)
+    return _consistently(folder, _last_commit(folder), lambda commit: _open(folder, commit))
+
+
+def find_runs(path: str | os.PathLike[str]) -> list[Path]:
+    """The folders of runs at or below `path`, sorted; hidden folders and links are not entered."""
+    found = []
+    for folder, subfolders, files in os.walk(path):
+        if RUN in files:
+            found.append(Path(folder))
+            subfolders.clear()
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    return sorted(found)
+
+
+def latest_run(root: str | os.PathLike[str]) -> Path:
+    """The run below `root` with the newest commit.
+
+    Raises:
+        UsageError: There is none.
+    """
+    times = {}
+    for folder in find_runs(root):
+        try:
+            times[folder] = (folder / COMMIT).stat().st_mtime_ns
+        except FileNotFoundError:  # begun, nothing committed yet
+            continue
+    if not times:
+        hint = "`resdiag run --variant elu_pre --depth 110` makes one"
+        raise UsageError(f"no run under {os.fspath(root)}", hint)
+    return max(times, key=lambda folder: times[folder])
+
+
+def load(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """All runs at or below `path` as one tidy frame, one row per (run, step, block).
+
+    Columns: run, variant, depth, seed, data, point; step, block, stage, transition,
+    depth_fraction (`(block + 0.5) / blocks`); then the metrics of `resdiag.METRICS`.
+
+    Raises:
+        UsageError: There is no run, or a file of one is damaged; the message names the file.
+    """
+    folders = find_runs(path)
+    if not folders:
+        raise _no_run(Path(path))
+    return pd.concat([_tidy(open_run(folder)) for folder in folders], ignore_index=True)
+
+
+def _tidy(run: Run) -> pd.DataFrame:
+    """One run's metrics with the columns that tell it, and its blocks, apart."""
+    metrics = run.metrics()
+    block = metrics["block"]
+    stage = {entry["index"]: entry["stage"] for entry in run.blocks}
+    transition = {entry["index"]: entry["transition"] for entry in run.blocks}
+    return pd.DataFrame(
+        {
+            "run": run.path.name or run.config.name,
+            "variant": run.config.variant,
+            "depth": run.config.depth,
+            "seed": run.config.seed,
+            "data": run.config.data,
+            "point": run.point,
+            "step": metrics["step"],
+            "block": block,
+            "stage": block.map(stage).astype("Int16"),
+            "transition": block.map(transition).astype("boolean"),
+            "depth_fraction": (block + 0.5) / max(len(run.blocks), 1),
+            **{name: metrics[name] for name in metrics.columns.drop(["step", "block"])},
+        }
+    )
+
+
+def _consistently(folder: Path, commit: Commit | None, read: Callable[[Commit | None], T]) -> T:
+    """Read as of `commit`, or of a newer one if the writer has replaced its files meanwhile."""
+    while True:
+        try:
+            return read(commit)
+        except Damaged:
+            newer = _last_commit(folder)
+            if newer == commit:
+                raise
+            commit = newer
+
+
+def _last_commit(folder: Path) -> Commit | None:
+    """The commit of a run; None if it has begun and not committed yet."""
+    if (folder / COMMIT).exists():
+        return Commit.read(folder / COMMIT)
+    if not (folder / RUN).exists():
+        raise _no_run(folder)
+    return None
+
+
+def _open(folder: Path, commit: Commit | None) -> Run:
+    """Put a run together from the small files of one commit."""
+    run = _read_json(folder, commit, RUN) or {}
+    blocks = (_read_json(folder, commit, BLOCKS) if commit else None) or {}
+    if not isinstance(run.get("environment"), dict) or not isinstance(run.get("data"), dict):
+        raise Damaged(f"{folder / RUN} is damaged: a key is missing")
+    return Run(
+        config=RunConfig.from_dict(run.get("config", {})),
+        blocks=_entries(folder, blocks, "blocks", {"index": int, "stage": int, "transition": bool}),
+        path=folder,
+        environment=run["environment"],
+        data=run["data"],
+        status=commit.status if commit else "new",
+        steps=commit.step if commit else 0,
+        unavailable=_entries(folder, blocks, "unavailable", {"metric": str}),
+        point=str(blocks.get("point", "local")),
+        verdict=_read_json(folder, commit, VERDICT) if commit else None,
+        drift=commit.drift if commit else (),
+        commit=commit,
+    )
+
+
+def _read_json(folder: Path, commit: Commit | None, name: str) -> dict[str, Any] | None:
+    """A file of the commit, or of a run without one; None if the commit does not name it."""
+    if commit is None:
+        return from_json(read_file(folder / name), folder / name)
+    if name not in commit.files:
+        return None
+    return from_json(commit.read_file(folder, name), folder / name)
+
+
+def _entries(
+    folder: Path, document: Mapping[str, Any], key: str, kinds: Mapping[str, type]
+) -> list[dict[str, Any]]:
+    """A list of objects that have certain keys."""
+    entries = document.get(key, [])
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict) and all(isinstance(entry.get(k), kinds[k]) for k in kinds)
+        for entry in entries
+    ):
+        raise Damaged(f"{folder / BLOCKS} is damaged: '{key}' is not a list of {key}")
+    return entries
+
+
+def _columns(frame: pd.DataFrame) -> dict[str, np.ndarray]:
+    """A frame's columns by name."""
+    return {str(name): frame[name].to_numpy() for name in frame.columns}
+
+
+def _no_run(path: Path) -> UsageError:
+    """There is no run here; name the nearest one beside it."""
+    beside = {file.parent.name: file.parent for file in path.parent.glob(f"*/{RUN}")}
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    return UsageError(
+        f"no run at {path}" + ("" if path.exists() else ": there is no such folder"),
+        f"did you mean {beside[near[0]]}?" if near else f"a run is a folder with a {RUN}",
+    )

@@ -1,0 +1,110 @@
+"""Parquet segments: the two tables of a run, sealed piece by piece."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from resdiag.runs.files import Damaged
+from resdiag.watch.catalog import RECORDED
+
+METRICS = pa.schema(
+    [("step", pa.int32()), ("block", pa.int16()), *((name, pa.float32()) for name in RECORDED)]
+)
+"""One row per recorded step and block."""
+
+_WIDE = ("loss", "grad_norm")  # these leave float32's range while a run explodes
+CURVE = pa.schema(
+    [
+        ("step", pa.int32()),
+        *(
+            (name, pa.float64() if name in _WIDE else pa.float32())
+            for name in (
+                "epoch", "loss", "error", "lr", "images_per_s",
+                "train_loss", "train_error", "test_loss", "test_error",
+                "grad_norm", "head_mean", "head_bias", "head_kick",
+            )
+        ),
+    ]
+)  # fmt: skip
+"""One row per optimizer step."""
+
+SCHEMAS = {"metrics": METRICS, "curve": CURVE}
+"""The schema of each table by the name of its folder."""
+
+
+def encode(table: str, columns: Mapping[str, Any], keys: Mapping[str, str]) -> bytes:
+    """One Parquet file: zstd, byte stream split; the same columns give the same bytes.
+
+    Args:
+        table: "metrics" or "curve".
+        columns: One array of shape (rows,) per column; floats left out are NaN.
+        keys: What the rows belong to, kept in the file's metadata.
+
+    Raises:
+        ValueError: A column is unknown, or step or block is missing (a mistake of the caller).
+    """
+    schema: pa.Schema = SCHEMAS[table]
+    stray = set(columns) - set(schema.names)
+    if stray:
+        raise ValueError(f"no such column in {table}: {', '.join(sorted(stray))}")
+    rows = len(columns["step"])
+    arrays = [_array(columns, field, rows) for field in schema]
+    metadata = {key: value.encode(errors="backslashreplace") for key, value in keys.items()}
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        pa.Table.from_arrays(arrays, schema=schema.with_metadata(metadata)),
+        sink,
+        compression="zstd",
+        use_dictionary=False,
+        column_encoding={
+            field.name: "BYTE_STREAM_SPLIT" for field in schema if pa.types.is_floating(field.type)
+        },
+    )
+    return bytes(sink.getvalue())
+
+
+def _array(columns: Mapping[str, Any], field: pa.Field, rows: int) -> pa.Array:
+    """One column in its type; a value beyond float32 becomes infinite, which is how it looks."""
+    if field.name not in columns and not pa.types.is_floating(field.type):
+        raise ValueError(f"column '{field.name}' is missing")
+    values = columns.get(field.name)
+    with np.errstate(over="ignore"):
+        array = np.full(rows, np.nan) if values is None else np.asarray(values)
+        if array.shape != (rows,):
+            raise ValueError(f"column '{field.name}' has shape {array.shape}, not ({rows},)")
+        return pa.array(array.astype(field.type.to_pandas_dtype()))
+
+
+def decode(table: str, parts: Sequence[tuple[Path, bytes]]) -> pa.Table:
+    """The rows of some segments; float columns that an older one lacks are NaN.
+
+    Raises:
+        Damaged: A segment is not a Parquet file of this table.
+    """
+    schema: pa.Schema = SCHEMAS[table]
+    tables = [_decode_part(schema, path, data) for path, data in parts]
+    return pa.concat_tables(tables) if tables else schema.empty_table()
+
+
+def _decode_part(schema: pa.Schema, path: Path, data: bytes) -> pa.Table:
+    """One segment, cut to its table's columns; nothing else in the file is interpreted."""
+    try:
+        # ParquetFile, not read_table: no pandas metadata, no paths, no partitions
+        file = pq.ParquetFile(pa.BufferReader(data))
+        known = [name for name in schema.names if name in file.schema_arrow.names]
+        found = file.read(columns=known)
+        columns = [
+            found.column(field.name).cast(field.type)
+            if field.name in known
+            else pa.array(np.full(found.num_rows, np.nan, field.type.to_pandas_dtype()))
+            for field in schema
+        ]
+        if any(column.null_count for column in columns) or not {"step"} <= set(known):
+            raise ValueError("a value is missing")
+        return pa.Table.from_arrays(columns, schema=schema)
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{path} is damaged: not a segment ({type(error).__name__})") from error
