@@ -71,7 +71,7 @@ def _timeout() -> Iterator[None]:
 def _explain(name: str, folder: Path, error: Exception) -> ResdiagError:
     if isinstance(error, OSError) and error.errno in _DISK:
         return StorageError(f"{folder}: {error.strerror}", hint="choose another --data-root")
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = " ".join(str(error).split()) or type(error).__name__
     return ResdiagError(
         f"cannot download {name}: {reason}",
         hint=f"try again, or copy the set into {folder} from another computer; "
