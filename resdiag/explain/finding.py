@@ -5,7 +5,6 @@ JSON has no NaN and no infinity: `plain` writes NaN as null and the infinities a
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +29,9 @@ class Evidence:
     text: str
     source: str
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The fields as JSON-safe values, see `plain`."""
-        fields: dict[str, Any] = plain(asdict(self))
-        return fields
+        return {name: plain(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +56,12 @@ class Finding:
     evidence: tuple[Evidence, ...]
     next: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The fields as JSON-safe values, see `plain`."""
-        fields: dict[str, Any] = plain(asdict(self))
-        return fields
+        return {name: plain(value) for name, value in asdict(self).items()}
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """A copy of `value` that strict JSON can hold.
 
     >>> plain({"loss": float("inf"), "gain": float("nan"), "steps": (1, 2.5)})

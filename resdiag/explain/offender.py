@@ -60,14 +60,16 @@ def first_offender(metrics: pd.DataFrame) -> Offender | None:
     broken = (forward | backward).any(axis=1)
     if not broken.any():
         return None
-    step = int(table.loc[broken.idxmax(), "step"])
+    step = int(table["step"].to_numpy()[broken.to_numpy().argmax()])
     now = table["step"] == step
     direction: Direction = "forward" if forward[now].to_numpy().any() else "backward"
     marks = (forward if direction == "forward" else backward)[now]
     rows = marks.index[marks.any(axis=1)]
     row = rows[0] if direction == "forward" else rows[-1]
     site = str(marks.columns[marks.loc[row].to_numpy().argmax()])
-    return Offender(step=step, block=int(table.loc[row, "block"]), direction=direction, site=site)
+    return Offender(
+        step=step, block=int(table["block"].to_numpy()[row]), direction=direction, site=site
+    )
 
 
 def _broken_activations(table: pd.DataFrame) -> pd.DataFrame:

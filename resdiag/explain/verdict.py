@@ -1,7 +1,7 @@
 """The verdict on a run: what happened, where, since when, why, and what to look at next."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import pandas as pd
@@ -66,13 +66,9 @@ class Verdict:
     findings: tuple[Finding, ...] = ()
     not_judged: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The verdict for JSON: NaN becomes null, infinities "inf" and "-inf"."""
-        fields = dict(vars(self))
-        fields["evidence"] = [item.to_dict() for item in self.evidence]
-        fields["findings"] = [item.to_dict() for item in self.findings]
-        safe: dict[str, Any] = plain(fields)
-        return safe
+        return {name: plain(value) for name, value in asdict(self).items()}
 
 
 def judge(run: RunLike) -> Verdict:
