@@ -290,11 +290,11 @@ def test_a_folder_is_read_in_the_order_of_its_names(tmp_path):
     assert data.flip
 
 
-@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tar.xz", "tgz"])
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tar.xz", "tar.bz2", "tgz"])
 @pytest.mark.parametrize("lead", ["", "./", "pets-1.0/"])
 def test_an_archive_is_the_same_data_as_its_folder(tmp_path, suffix, lead):
     folder = open_data(f"folder:{write_tree(tmp_path / 'pets')}")
-    mode = {"tar": "w", "tar.xz": "w:xz"}.get(suffix, "w:gz")
+    mode = {"tar": "w", "tar.xz": "w:xz", "tar.bz2": "w:bz2"}.get(suffix, "w:gz")
     before = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
     path = write_tar(tmp_path / f"pets.{suffix}", lead, mode)
     archive = open_data(f"folder:{path}")
@@ -330,6 +330,13 @@ def test_a_giant_member_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
     monkeypatch.setattr("resdiag.training.tree.MAX_BYTES", 10_000)
     extra = [(member("train/cat/zeros.png"), bytes(20_000))]
     with pytest.raises(UsageError, match="exceeds the limits"):
+        open_data(f"folder:{write_tar(tmp_path / 'pets.tar.gz', extra=extra)}")
+
+
+def test_a_giant_extended_header_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr("resdiag.training.tree.MAX_BYTES", 10_000)
+    extra = [(member("pax", tarfile.XHDTYPE), bytes(20_000))]
+    with pytest.raises(UsageError, match="claims 20,480 bytes"):
         open_data(f"folder:{write_tar(tmp_path / 'pets.tar.gz', extra=extra)}")
 
 

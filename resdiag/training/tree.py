@@ -1,10 +1,13 @@
 """`--data folder:PATH`: a tree `train/<class>/*`, `test/<class>/*`, or a tar archive of one."""
 
+import bz2
+import gzip
+import io
+import lzma
 import os
 import tarfile
 import zlib
 from collections.abc import Iterator
-from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -80,12 +83,47 @@ def _split_name(name: Path | PurePosixPath) -> tuple[str, tuple[str, str, str]]:
 
 def _decode_archive(path: Path) -> Decoded:
     try:
-        with tarfile.open(path) as archive:
+        with _open_packed(path) as file, tarfile.open(fileobj=_Bounded(file, path)) as archive:
             return decode_all(_read_members(archive, path), path)
-    except (tarfile.TarError, EOFError, zlib.error, LZMAError, OSError) as error:
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         raise UsageError(
             f"{path}: not a complete tar archive: {error}", hint=f"{_LAYOUT} in it"
         ) from error
+
+
+def _open_packed(path: Path) -> io.BufferedIOBase:
+    """The unpacked bytes of the archive, by what it begins with."""
+    with path.open("rb") as file:
+        start = file.read(6)
+    if start.startswith(b"\x1f\x8b"):
+        return gzip.open(path)
+    if start.startswith(b"BZh"):
+        return bz2.open(path)
+    return lzma.open(path) if start == b"\xfd7zXZ\0" else path.open("rb")
+
+
+class _Bounded(io.RawIOBase):
+    """A file that refuses giant reads: tarfile takes a member's extended header in one piece."""
+
+    def __init__(self, file: io.BufferedIOBase, path: Path) -> None:
+        self._file, self._path = file, path
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_BYTES + tarfile.BLOCKSIZE:
+            raise UsageError(f"{self._path}: a header in it claims {size:,} bytes")
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
 
 
 def _read_members(archive: tarfile.TarFile, path: Path) -> Iterator[Picture]:
