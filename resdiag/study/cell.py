@@ -1,0 +1,149 @@
+"""The cell: one run with its verdict, started by one idempotent and resumable command."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from resdiag.explain.verdict import Verdict, judge
+from resdiag.runs.config import RunConfig
+from resdiag.runs.environment import environment
+from resdiag.runs.folder import Run, open_run
+from resdiag.runs.store import RunWriter
+from resdiag.training.data import ImageData, open_data
+from resdiag.training.display import open_display
+from resdiag.training.interrupt import Interrupt
+from resdiag.training.loop import Training
+from resdiag.training.recipe import Request, resolve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a cell ended with.
+
+    Attributes:
+        run: The run as it lies on disk.
+        verdict: The conclusion.
+        resumed_at: Step it continued from; 0 for a new run.
+        signal: Signal that stopped it, 0 for none.
+        notes: What could not be watched, in words.
+    """
+
+    run: Run
+    verdict: Verdict
+    resumed_at: int
+    signal: int
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to run a cell, apart from what it computes.
+
+    Attributes:
+        root: Folder of runs.
+        data_root: Folder of downloaded data sets.
+        force: Start over even if the run exists.
+        allow_drift: Continue in a changed environment.
+        quiet: Show no progress.
+    """
+
+    root: Path = Path("runs")
+    data_root: Path | None = None
+    force: bool = False
+    allow_drift: bool = False
+    quiet: bool = False
+
+
+def run_cell(request: Request, options: Options, say: Callable[[str], None]) -> Outcome:
+    """Train what is missing of a run, judge it, and write the verdict into its folder.
+
+    Args:
+        request: What to run.
+        options: Where and how.
+        say: Told one line about the data, and one about resuming.
+
+    Raises:
+        UsageError: See `resolve`, `open_data` and `RunWriter.open`.
+        BusyError: Another process is at this run.
+        StorageError: The folder cannot be written.
+    """
+    request.check()
+    data = open_data(request.data, options.data_root)
+    say(f"data: {data.note}")
+    config = resolve(request, data_name=data.name, train_size=len(data.train_labels))
+    writer = RunWriter.open(
+        options.root,
+        config,
+        environment=environment(config.device, config.dtype),
+        data={**data.identity},
+        force=options.force,
+        allow_drift=options.allow_drift,
+    )
+    with writer:
+        return _continue(writer, config, data, options, say)
+
+
+def _continue(
+    writer: RunWriter,
+    config: RunConfig,
+    data: ImageData,
+    options: Options,
+    say: Callable[[str], None],
+) -> Outcome:
+    """Bring an open run to its end."""
+    begun = writer.committed_step
+    signal, notes, status = 0, (), writer.status
+    if status in ("done", "diverged"):
+        say(f"{writer.folder} is {status} already; --force starts over")
+    else:
+        say(f"{writer.folder}" + (f" continues at step {begun}" if begun else ""))
+        status, signal, notes = _train(writer, config, data, options)
+    run = open_run(writer.folder)
+    verdict = judge(run)
+    if run.verdict is None or run.status != status:
+        writer.finish(status, verdict.to_dict())
+        run = open_run(writer.folder)
+    return Outcome(run=run, verdict=verdict, resumed_at=begun, signal=signal, notes=notes)
+
+
+def _train(
+    writer: RunWriter, config: RunConfig, data: ImageData, options: Options
+) -> tuple[str, int, tuple[str, ...]]:
+    title = f"{config.variant} d{config.depth}"
+    display = open_display(title, config.steps, writer.committed_step, quiet=options.quiet)
+    try:
+        with Interrupt() as interrupt, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the monitor's notes are returned instead
+            training = Training(config, data, writer)
+            status = training.run(display, interrupt)
+    finally:
+        display.close()
+    return status, interrupt.signal, tuple(training.monitor.notes)
+
+
+def summarise(outcome: Outcome) -> dict[str, Any]:
+    """The document of `resdiag run --json`."""
+    run, verdict = outcome.run, outcome.verdict
+    curve = run.curve()
+    tested = curve["test_error"].dropna()
+    trained = curve["train_error"].dropna()
+    return {
+        "schema": 1,
+        "run": str(run.path),
+        "status": run.status,
+        "steps": run.steps,
+        "resumed_at": outcome.resumed_at,
+        "data": run.data.get("name", ""),
+        "variant": run.config.variant,
+        "depth": run.config.depth,
+        "seed": run.config.seed,
+        "test_error": {
+            "final": float(tested.iloc[-1]) if len(tested) else None,
+            "best": float(tested.min()) if len(tested) else None,
+        },
+        "train_error": float(trained.iloc[-1]) if len(trained) else None,
+        "verdict": verdict.to_dict(),
+        "notes": list(outcome.notes),
+    }

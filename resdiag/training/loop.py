@@ -1,0 +1,316 @@
+"""The training loop: predict, loss, backward, step, record, commit."""
+
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim import SGD
+
+from resdiag.models.resnet import build_model
+from resdiag.models.variants import VARIANTS
+from resdiag.runs.config import RunConfig
+from resdiag.runs.store import RunWriter
+from resdiag.training import checkpoint
+from resdiag.training.augment import Augmenter
+from resdiag.training.curve import Curve
+from resdiag.training.data import ImageData
+from resdiag.training.display import Display, Standing
+from resdiag.training.interrupt import Interrupt
+from resdiag.training.recipe import learning_rate
+from resdiag.watch.monitor import Monitor, attach
+
+_EVALUATION_BATCH = 256
+_REPORT_EVERY_S = 0.5
+_LOOK_EVERY = 10  # steps between looks at the loss where a look waits for the device
+
+
+@dataclass
+class Tally:
+    """What a training counts and must not forget when it is resumed.
+
+    Attributes:
+        exploded: First step with a non-finite loss, -1 before.
+        loss_sum: Sum over samples of the loss in the running epoch.
+        wrong: Wrong predictions in the running epoch.
+        seen: Samples in the running epoch.
+    """
+
+    exploded: int = -1
+    loss_sum: float = 0.0
+    wrong: float = 0.0
+    seen: int = 0
+
+
+@dataclass
+class _Recent:
+    """Results of steps that have not been looked at: still on the device."""
+
+    rows: list[tuple[int, int, float]] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+
+class Training:
+    """One run from its last commit to its end.
+
+    Args:
+        config: What to train.
+        data: The images; those that `config.data` names.
+        writer: The run's folder.
+    """
+
+    def __init__(self, config: RunConfig, data: ImageData, writer: RunWriter) -> None:
+        self.config, self._writer = config, writer
+        self._device = torch.device(config.device)
+        # convolutions on the CPU are a fifth faster in this layout (docs/performance)
+        layout = {"memory_format": torch.channels_last}
+        self.model = build_model(
+            config.variant,
+            config.depth,
+            width=config.width,
+            num_classes=len(data.classes),
+            stem_bn=config.stem_bn,
+            seed=config.seed,
+        ).to(self._device, **layout)  # type: ignore[call-overload]
+        self._optimizer = SGD(
+            self.model.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov and config.momentum > 0,
+            weight_decay=config.weight_decay,
+        )
+        self._batches = Augmenter(
+            data,
+            config.batch_size,
+            config.seed,
+            config.augment,
+            self._device,
+            channels_last=True,
+        )
+        self.monitor = self._attach()
+        self._curve, self._tally, self._recent = Curve(), Tally(), _Recent()
+        self._metrics: list[dict[str, NDArray[Any]]] = []
+        self._first_norms: dict[int, float] = {}
+        self._worst = ""
+        self._standing: Standing | None = None
+        self._clock = self._reported = time.perf_counter()
+
+    def run(self, display: Display, interrupt: Interrupt) -> str:
+        """Train to the end, to an explosion, or to a signal.
+
+        Returns:
+            "done", "diverged" or "stopped": the status that was committed.
+
+        Raises:
+            StorageError: A commit could not be written; the one before it stays.
+        """
+        status = self._writer.status
+        done = self._resume()
+        with self.monitor:
+            while status not in ("done", "diverged") and done < self.config.steps:
+                self._train_step(done)
+                done += 1
+                self._report(display, done)
+                status = self._status(done, interrupt)
+                if status != "running" or done % self.config.commit_every == 0:
+                    self._commit(done, status)
+                if status == "stopped":
+                    break
+        return status
+
+    # -- one step ------------------------------------------------------------------------------
+
+    def _train_step(self, step: int) -> None:
+        lr = learning_rate(self.config, step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        images, labels = self._batches.batch(step)
+        self._optimizer.zero_grad()
+        loss, wrong = self._forward_backward(images, labels)
+        self._remember(step, len(labels), lr, loss, wrong)
+        if self._exploded_unseen():
+            # the step that explodes must be in the record: do its passes once more, watched
+            self.monitor.demand()
+            self._optimizer.zero_grad()
+            self._forward_backward(images, labels)
+        self._optimizer.step()
+        self.monitor.step()
+        self._evaluate(step + 1)
+
+    def _forward_backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        half = self.config.dtype == "bfloat16"
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
+            logits = self.model(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        torch.autograd.backward(loss)
+        return loss.detach(), (logits.detach().argmax(1) != labels).sum()
+
+    def _remember(self, step: int, size: int, lr: float, loss: Tensor, wrong: Tensor) -> None:
+        """Keep a step's results on the device; look at them when a look costs nothing."""
+        self._recent.rows.append((step, size, lr))
+        self._recent.values.append(torch.stack([loss.double(), wrong.double()]))
+        if self._device.type == "cpu" or len(self._recent.rows) >= _LOOK_EVERY:
+            self._look()
+
+    def _look(self) -> None:
+        """Bring the results of recent steps to the host."""
+        recent, self._recent = self._recent, _Recent()
+        if not recent.rows:
+            return
+        values = torch.stack(recent.values).tolist()
+        now = time.perf_counter()
+        speed = sum(size for _, size, _ in recent.rows) / max(now - self._clock, 1e-9)
+        self._clock = now
+        for (step, size, lr), (loss, wrong) in zip(recent.rows, values, strict=True):
+            epoch = (step + 1) / self._batches.steps_per_epoch
+            error = wrong / size
+            self._curve.add(
+                step, epoch=epoch, loss=loss, error=error, lr=lr, images_per_s=speed
+            )
+            self._tally.loss_sum += loss * size
+            self._tally.wrong += wrong
+            self._tally.seen += size
+            if self._tally.exploded < 0 and not math.isfinite(loss):
+                self._tally.exploded = step
+            self._standing = Standing(
+                done=step + 1, loss=loss, error=error, images_per_s=speed, worst=self._worst
+            )
+
+    def _exploded_unseen(self) -> bool:
+        """Whether this very step's loss was just seen to be non-finite, and not recorded."""
+        newest = -1 if self._standing is None else self._standing.done - 1
+        exploded = self._tally.exploded
+        return 0 <= exploded == newest and not self.monitor.is_recording
+
+    # -- between steps -------------------------------------------------------------------------
+
+    def _status(self, done: int, interrupt: Interrupt) -> str:
+        exploded = self._tally.exploded
+        if exploded >= 0 and done > exploded + self.config.stop_after_explosion:
+            return "diverged"
+        if done >= self.config.steps:
+            return "diverged" if exploded >= 0 else "done"
+        return "stopped" if interrupt.signal else "running"
+
+    def _evaluate(self, done: int) -> None:
+        """Test error, and the epoch's running training error, where they are due."""
+        every = self.config.eval_every
+        last = done == self.config.steps
+        if self._tally.exploded >= 0 or not (last or (every and done % every == 0)):
+            return
+        self._look()
+        tally = self._tally
+        seen = max(1, tally.seen)
+        test_loss, test_error = self._test()
+        self._curve.add(
+            done - 1,
+            train_loss=tally.loss_sum / seen,
+            train_error=tally.wrong / seen,
+            test_loss=test_loss,
+            test_error=test_error,
+        )
+        self._tally = Tally(exploded=tally.exploded)
+        self._clock = time.perf_counter()
+
+    @torch.no_grad()
+    def _test(self) -> tuple[float, float]:
+        """Mean loss and error of the test images in evaluation mode."""
+        self.model.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=self._device)
+        count = 0
+        for images, labels in self._batches.test_batches(_EVALUATION_BATCH):
+            logits = self.model(images).float()
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            wrong = (logits.argmax(1) != labels).sum()
+            totals += torch.stack([loss.double(), wrong.double()])
+            count += len(labels)
+        self.model.train()
+        loss_sum, wrong_sum = (totals / max(1, count)).tolist()
+        return loss_sum, wrong_sum
+
+    def _report(self, display: Display, done: int) -> None:
+        """Show the standing twice a second; the worst block is read from what was recorded."""
+        now = time.perf_counter()
+        if now - self._reported < _REPORT_EVERY_S and done < self.config.steps:
+            return
+        self._reported = now
+        self._drain()
+        if self._standing is not None:
+            display.show(self._standing)
+
+    def _drain(self) -> None:
+        metrics, curve = self.monitor.drain()
+        if len(metrics["step"]):
+            self._metrics.append(metrics)
+            self._worst = self._name_worst(metrics)
+        self._curve.merge(curve)
+
+    def _name_worst(self, metrics: dict[str, NDArray[Any]]) -> str:
+        """The first non-finite block of the last recorded step, else the most changed one."""
+        last = metrics["step"] == metrics["step"][-1]
+        norms = metrics["grad_output"][last].astype(np.float64)
+        broken = np.flatnonzero(metrics["output_nonfinite"][last] > 0)
+        if broken.size:
+            return f"block {broken[0]} is not finite"
+        if not self._first_norms:
+            first = metrics["step"] == metrics["step"][0]
+            self._first_norms = dict(enumerate(metrics["grad_output"][first].tolist()))
+        base = np.array([self._first_norms.get(i, math.nan) for i in range(len(norms))])
+        with np.errstate(all="ignore"):
+            change = np.abs(np.log10(norms / base))
+        if not np.isfinite(change).any():
+            return ""
+        worst = int(np.nanargmax(np.where(np.isfinite(change), change, np.nan)))
+        return f"block {worst}: gradient x{norms[worst] / base[worst]:.2g} since step 0"
+
+    # -- commits -------------------------------------------------------------------------------
+
+    def _commit(self, done: int, status: str) -> None:
+        self._look()
+        self._drain()
+        if self.monitor.blocks:
+            self._writer.describe(
+                [block.to_dict() for block in self.monitor.blocks],
+                self.monitor.unavailable,
+                self.monitor.point,
+            )
+        self._writer.commit(
+            done,
+            _join(self._metrics),
+            self._curve.take(),
+            checkpoint.pack(self.model, self._optimizer),
+            asdict(self._tally),
+            status,
+        )
+        self._metrics = []
+
+    def _resume(self) -> int:
+        """Continue from the last commit; returns the number of steps done."""
+        saved = self._writer.restore()
+        if saved is None:
+            return 0
+        checkpoint.unpack(self.model, self._optimizer, saved.tensors)
+        self._tally = Tally(**saved.state)
+        self.monitor.start_at(saved.step)
+        return saved.step
+
+    def _attach(self) -> Monitor:
+        plain = not VARIANTS[self.config.variant].shortcut
+        return attach(
+            self.model,
+            optimizer=self._optimizer,
+            blocks=self.model.unit_names if plain else None,
+            every=max(1, self.config.every),
+            record_first=self.config.record_first,
+        )
+
+
+def _join(parts: list[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
+    if not parts:
+        return {}
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
