@@ -37,7 +37,7 @@ def make_metrics(first, last, blocks=3):
     step = np.repeat(np.arange(first, last, dtype=np.int32), blocks)
     block = np.tile(np.arange(blocks, dtype=np.int16), last - first)
     value = (1 + step + block / 10).astype(np.float32)
-    return {"step": step, "block": block, **{name: value for name in RECORDED}}
+    return {"step": step, "block": block, **dict.fromkeys(RECORDED, value)}
 
 
 def make_curve(first, last):

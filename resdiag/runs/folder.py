@@ -147,7 +147,9 @@ def load(path: str | os.PathLike[str]) -> pd.DataFrame:
     folders = find_runs(path)
     if not folders:
         raise _no_run(Path(path))
-    return pd.concat([_tidy(open_run(folder)) for folder in folders], ignore_index=True)
+    frames = [_tidy(open_run(folder)) for folder in folders]
+    # an empty frame would turn the other runs' whole numbers into objects
+    return pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
 
 
 def _tidy(run: Run) -> pd.DataFrame:
@@ -166,8 +168,8 @@ def _tidy(run: Run) -> pd.DataFrame:
             "point": run.point,
             "step": metrics["step"],
             "block": block,
-            "stage": block.map(stage).astype("Int16"),
-            "transition": block.map(transition).astype("boolean"),
+            "stage": block.map(stage),
+            "transition": block.map(transition),
             "depth_fraction": (block + 0.5) / max(len(run.blocks), 1),
             **{name: metrics[name] for name in metrics.columns.drop(["step", "block"])},
         }

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import secrets
 import socket
 import time
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from resdiag.runs.files import create_file, list_folder, remove_file
 
 _NAME = re.compile(r"lock-(\d{1,9})\.json")
 _START = 19  # index of the start time in `_stat`
-_GRACE = 5.0  # seconds a lock may stay empty: its owner is between creating and writing it
+_GRACE = 1.0  # seconds a lock may stay empty: its owner has created it and is about to write
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Lock:
     """
 
     path: Path
+    owner: bytes
 
     @classmethod
     def take(cls, folder: Path) -> "Lock":
@@ -38,10 +40,16 @@ class Lock:
         found = _locks(folder)
         for path in found.values():
             _refuse_living(path)
-        lock = cls(folder / f"lock-{max(found, default=0) + 1}.json")
         pid = os.getpid()
-        owner = {"host": socket.gethostname(), "pid": pid, "start": _stat(pid)[_START]}
-        if not create_file(lock.path, json.dumps(owner).encode()):
+        owner = {
+            "host": socket.gethostname(),
+            "pid": pid,
+            "start": _stat(pid)[_START],
+            "token": secrets.token_hex(8),
+        }
+        number = max(found, default=0) + 1
+        lock = cls(folder / f"lock-{number}.json", json.dumps(owner).encode())
+        if not create_file(lock.path, lock.owner):
             raise BusyError(f"{folder} was taken by another process at this moment")
         try:
             lock._settle(folder)
@@ -63,13 +71,21 @@ class Lock:
         Raises:
             BusyError: This process must not write into the folder any more.
         """
-        found = _locks(self.path.parent)
-        if not found or found[max(found)] != self.path:
-            raise BusyError(f"{self.path.parent} was taken over: {self.path.name} is gone")
+        newest = max(_locks(self.path.parent).items(), default=(0, None))[1]
+        if newest != self.path or not self._held():
+            raise BusyError(f"{self.path.parent} was taken over from this process")
 
     def release(self) -> None:
         """Give the folder back; twice is fine."""
-        remove_file(self.path)
+        if self._held():
+            remove_file(self.path)
+
+    def _held(self) -> bool:
+        """Whether the lock file is there and this process wrote it."""
+        try:
+            return self.path.read_bytes() == self.owner
+        except OSError:
+            return False
 
 
 def _locks(folder: Path) -> dict[int, Path]:
@@ -80,18 +96,15 @@ def _locks(folder: Path) -> dict[int, Path]:
 
 def _refuse_living(path: Path) -> None:
     """Raise unless the lock's owner is known to be dead."""
-    age = 0.0
+    owner = _owner(path)
+    if owner is None:
+        return
+    host, pid, start = owner
+    if host == socket.gethostname() and not _alive(pid, start):
+        return
     try:
         age = max(0.0, time.time() - path.stat().st_mtime)
-        owner = json.loads(path.read_bytes())
-        host, pid, start = owner["host"], int(owner["pid"]), owner["start"]
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        if age > _GRACE:
-            return
-        host, pid, start = "an unknown host", 0, None
-    if host == socket.gethostname() and not _alive(pid, start):
+    except FileNotFoundError:  # released at this moment
         return
     raise BusyError(
         f"{path.parent} is being written by process {pid} on {host} since {age:.0f} s",
@@ -99,7 +112,22 @@ def _refuse_living(path: Path) -> None:
     )
 
 
-def _alive(pid: int, start: str | None) -> bool:
+def _owner(path: Path) -> tuple[str, int, str] | None:
+    """Host, pid and start of a lock; None if it is gone, or its owner died while writing it."""
+    deadline = time.monotonic() + _GRACE
+    while True:
+        try:
+            document = json.loads(path.read_bytes())
+            return str(document["host"]), int(document["pid"]), str(document["start"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(_GRACE / 20)
+
+
+def _alive(pid: int, start: str) -> bool:
     """Whether the process that took the lock runs: same pid and, where known, same start."""
     if not 0 < pid < 2**31:
         return False

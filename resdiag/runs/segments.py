@@ -97,14 +97,17 @@ def _decode_part(schema: pa.Schema, path: Path, data: bytes) -> pa.Table:
         file = pq.ParquetFile(pa.BufferReader(data))
         known = [name for name in schema.names if name in file.schema_arrow.names]
         found = file.read(columns=known)
-        columns = [
-            found.column(field.name).cast(field.type)
-            if field.name in known
-            else pa.array(np.full(found.num_rows, np.nan, field.type.to_pandas_dtype()))
-            for field in schema
-        ]
-        if any(column.null_count for column in columns) or not {"step"} <= set(known):
-            raise ValueError("a value is missing")
+        columns = [_decode_column(found, field) for field in schema]
         return pa.Table.from_arrays(columns, schema=schema)
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"{path} is damaged: not a segment ({type(error).__name__})") from error
+
+
+def _decode_column(found: pa.Table, field: pa.Field) -> pa.Array:
+    """One column in its type, without gaps."""
+    if field.name not in found.column_names and pa.types.is_floating(field.type):
+        return pa.array(np.full(found.num_rows, np.nan, field.type.to_pandas_dtype()))
+    column = found.column(field.name).cast(field.type)
+    if column.null_count:
+        raise ValueError("a value is missing")
+    return column
