@@ -278,3 +278,9 @@ def test_a_reader_names_the_damaged_file(forged, name):
     with pytest.raises(UsageError, match=rf"{name} is damaged") as caught:
         load(forged), open_run(forged).curve()
     assert "repairs it" in caught.value.hint
+
+
+def test_a_lost_commit_is_not_read_as_a_new_run(forged):
+    (forged / "COMMIT.json").unlink()
+    with pytest.raises(UsageError, match=r"cannot read .*COMMIT\.json"):
+        open_run(forged)

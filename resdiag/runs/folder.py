@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from resdiag.errors import UsageError
-from resdiag.runs.commit import BLOCKS, COMMIT, RUN, VERDICT, Commit
+from resdiag.runs.commit import BLOCKS, COMMIT, PREVIOUS, RUN, VERDICT, Commit
 from resdiag.runs.config import RunConfig
 from resdiag.runs.files import Damaged, from_json, read_file
 from resdiag.runs.segments import decode
@@ -190,7 +190,7 @@ def _consistently(folder: Path, commit: Commit | None, read: Callable[[Commit | 
 
 def _last_commit(folder: Path) -> Commit | None:
     """The commit of a run; None if it has begun and not committed yet."""
-    if (folder / COMMIT).exists():
+    if (folder / COMMIT).exists() or (folder / PREVIOUS).exists():  # a lost one is damage
         return Commit.read(folder / COMMIT)
     if not (folder / RUN).exists():
         raise _no_run(folder)
