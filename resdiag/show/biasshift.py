@@ -1,0 +1,87 @@
+"""Bias shift: are the activations centred, by block, and does the head's mean drift over steps."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from resdiag.show.byblock import finish_blocks, trace_blocks
+from resdiag.show.lines import guide, head_panel
+from resdiag.show.overtime import finish_steps, trace_steps
+from resdiag.show.scale import huge, plotted
+from resdiag.show.sheet import legend, open_sheet, subject
+from resdiag.show.view import Trace, View, moment_words
+
+
+def draw_biasshift(view: View) -> Figure:
+    """Signed mean with its 10-90 % band and B2 of output and branch; mean and B2 at the head."""
+    single = view.single
+    traces = _ends(view.history()) if single else view.traces(view.moments()[-1])
+    figure, body = open_sheet(
+        view, f"Bias shift by block and step: {subject(view)}", height=5.7,
+        shown=view.steps_shown(traces) if single else moment_words(traces),
+        notes=["Bands: 10 to 90 % of the channel means, at the last finite line of a single run."],
+    )  # fmt: skip
+    panels = body.subplots(3, 2)
+    for column, site in enumerate(("output", "branch")):
+        _draw_mean(panels[0, column], view, traces, site)
+        _draw_bias(panels[1, column], view, traces, site)
+    _draw_head(panels[2, 0], view, "head_mean", "mean of the pooled features")
+    _draw_head(panels[2, 1], view, "head_bias", "B2 of the pooled features")
+    legend(body)
+    return figure
+
+
+def _ends(traces: Sequence[Trace]) -> list[Trace]:
+    """The first line and the last that is finite, and the very last: bands stay apart."""
+    return [traces[0], *traces[-2:]] if len(traces) > 3 else list(traces)
+
+
+def _draw_mean(axes: Axes, view: View, traces: Sequence[Trace], site: str) -> None:
+    """Signed mean; the band is that of the last finite line, or of every line of a comparison."""
+    trace_blocks(axes, view, traces, f"{site}_mean")
+    finite = [t for t in traces if np.isfinite(t.values(f"{site}_mean")).any()]
+    for trace in finite[-1:] if view.single else finite[:4]:
+        low, high = (np.median(trace.values(f"{site}_mean_q{q}"), axis=0) for q in (10, 90))
+        x = trace.records[0].positions(view.normalised)
+        known = np.isfinite(low) & np.isfinite(high)
+        axes.fill_between(
+            x, low, high, where=known, color=trace.look.colour, alpha=0.16, lw=0
+        )  # fmt: skip
+    head_panel(axes, f"{site}: mean and band of channels", r"mean$_c\,\mu_c$", stages=True)
+    finish_blocks(axes, view)
+    _compress(axes)
+    guide(axes, 0.0, "")
+
+
+def _draw_bias(axes: Axes, view: View, traces: Sequence[Trace], site: str) -> None:
+    trace_blocks(axes, view, traces, f"{site}_bias")
+    head_panel(axes, f"{site}: bias shift B2", r"rms$_c\,\mu_c$ / rms$_c\,\sigma_c$", stages=True)
+    finish_blocks(axes, view, floor=0.0)
+    if plotted(axes).size and plotted(axes).max() > 0.7:
+        guide(axes, 1.0, "1: mean = signal")
+
+
+def _draw_head(axes: Axes, view: View, column: str, title: str) -> None:
+    # a single run's line needs no name: the title has it
+    trace_steps(axes, view, column, label="_{}" if view.single else "")
+    head_panel(axes, title, "B1" if column == "head_mean" else "B2")
+    finish_steps(axes, view)
+    _compress(axes)
+
+
+def _compress(axes: Axes) -> None:
+    """A symmetric log axis where a linear one would hide most values."""
+    y = plotted(axes)
+    if not huge(y):
+        return
+    size = np.abs(y[y != 0])
+    inner = float(max(size.min(), size.max() / 1e12))
+    axes.set_yscale("symlog", linthresh=inner)
+    decades = np.log10(size.max() / inner)
+    power = max(1, int(np.ceil(decades / 3)))
+    steps = inner * 10.0 ** np.arange(power, decades + 0.01, power)
+    signs = [sign for sign in (-1, 1) if (sign * y > 0).any()]
+    axes.set_yticks(sorted([0.0, *(sign * step for sign in signs for step in steps)]))
+    axes.minorticks_off()

@@ -1,0 +1,90 @@
+"""Heat maps of block against recorded step; non-finite cells are hatched, missing ones grey."""
+
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.patches import Patch
+
+from resdiag.show.style import ALARM, MAGNITUDES, NONFINITE
+from resdiag.show.view import Bools, Floats, Record
+
+_HATCH, _MISSING = "xxxx", "0.85"
+
+
+def draw_heat(
+    axes: Axes, record: Record, values: Floats, broken: Bools, label: str, *,
+    log: bool = True, limits: tuple[float, float] | None = None, palette: str = MAGNITUDES,
+) -> None:  # fmt: skip
+    """Draw `values` (block, step): block 0 at the bottom, one column per recorded step.
+
+    Args:
+        axes: Where.
+        record: The run.
+        values: One row per block.
+        broken: Non-finite cells, hatched.
+        label: Of the colour bar.
+        log: Whether colours are logarithmic; zeros then take the darkest colour.
+        limits: Values of the first and last colour; None takes them from `values`.
+        palette: Name of the colour map.
+    """
+    finite = np.isfinite(values) & ~broken
+    low, high = limits or _limits(values[finite], log=log)
+    shown = np.where(finite, np.clip(values, low, high), np.nan)
+    norm = LogNorm(low, high) if log else Normalize(low, high)
+    # a mesh cannot be hatched cell by cell: the background is, and holes show it
+    axes.patch.set(facecolor="white", edgecolor=ALARM, hatch=_HATCH, linewidth=0)
+    missing = ~finite & ~broken
+    if missing.any():
+        axes.pcolormesh(
+            np.ma.masked_array(missing.astype(float), ~missing), cmap="Greys", vmin=0, vmax=5,
+            rasterized=True,
+        )  # fmt: skip
+    sns.heatmap(
+        shown, ax=axes, mask=~finite, norm=norm, vmin=low, vmax=high, cmap=palette, cbar=True,
+        cbar_kws={"label": label, "pad": 0.015, "aspect": 18, "fraction": 0.06},
+        xticklabels=False, yticklabels=False, rasterized=True,
+    )  # fmt: skip
+    axes.invert_yaxis()
+    _label_cells(axes, record)
+
+
+def _limits(values: Floats, *, log: bool) -> tuple[float, float]:
+    """Limits of the colours that differ, whatever the values."""
+    known = values[values > 0] if log else values
+    if not known.size:
+        return (0.1, 1.0) if log else (0.0, 1.0)
+    low, high = float(known.min()), float(known.max())
+    if low == high:
+        return (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+    return low, high
+
+
+def _label_cells(axes: Axes, record: Record) -> None:
+    """Ticks at the middle of cells, stage boundaries as white lines."""
+    count = len(record.steps)
+    places = np.unique(np.linspace(0, count - 1, min(count, 12)).round().astype(int))
+    axes.set_xticks(places + 0.5, [str(record.steps[place]) for place in places], rotation=0)
+    every = max(1, record.n_blocks // 6)
+    blocks = np.arange(0, record.n_blocks, every)
+    axes.set_yticks(blocks + 0.5, [str(block) for block in blocks], rotation=0)
+    axes.set(xlabel="recorded step", ylabel="block")
+    axes.grid(False)
+    axes.tick_params(labelsize=7, length=2)
+    for edge in record.boundaries:
+        axes.axhline(edge, color="white", lw=1.2)
+        axes.axhline(edge, color="0.3", lw=0.5)
+    for spine in axes.spines.values():
+        spine.set_visible(True)
+
+
+def heat_keys(broken: Bools, missing: Bools) -> list[Patch]:
+    """Entries of the legend for what is not a colour."""
+    keys = []
+    if broken.any():
+        keys.append(
+            Patch(facecolor="white", edgecolor=ALARM, hatch=_HATCH, lw=0, label=f"{NONFINITE} cell")
+        )
+    if missing.any():
+        keys.append(Patch(facecolor=_MISSING, lw=0, label="not available"))
+    return keys

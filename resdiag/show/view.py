@@ -1,0 +1,353 @@
+"""What a figure draws: runs as arrays (block x step), grouped into lines with label and look."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from resdiag.errors import UsageError
+from resdiag.models.variants import VARIANTS
+from resdiag.show.kinds import PlotKind
+from resdiag.show.style import Look, depth_looks, step_looks, variant_looks
+from resdiag.watch.catalog import METRICS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from resdiag.runs.folder import Run
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+
+class _Asked(dict[str, float]):
+    """Stands for a frame's columns and remembers which ones a formula reads."""
+
+    def __missing__(self, key: str) -> float:
+        self[key] = 1.0
+        return 1.0
+
+
+def inputs_of(metric: str) -> set[str]:
+    """The recorded metrics that `metric` is computed from, itself if recorded.
+
+    >>> sorted(inputs_of("grad_growth"))
+    ['grad_input', 'grad_output']
+    """
+    entry = METRICS.get(metric)
+    if entry is None or entry.derive is None:
+        return {metric}
+    asked: Any = _Asked()
+    entry.derive(asked)
+    return set().union(*(inputs_of(name) for name in asked))
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """One run as arrays; rows are blocks, columns recorded steps."""
+
+    run: "Run"
+    metrics: "pd.DataFrame"
+    curve: "pd.DataFrame"
+
+    @cached_property
+    def steps(self) -> NDArray[np.int64]:
+        """Recorded steps, rising."""
+        return np.unique(self.metrics["step"].to_numpy(dtype=np.int64))
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of the network."""
+        return len(self.run.blocks)
+
+    @property
+    def boundaries(self) -> list[int]:
+        """Blocks at which a stage begins, the first left out."""
+        stages = [block.get("stage", 0) for block in self.run.blocks]
+        return [i for i in range(1, len(stages)) if stages[i] != stages[i - 1]]
+
+    def grid(self, metric: str) -> Floats:
+        """Values by (block, step); NaN where the frame has no row or no column."""
+        out = np.full((self.n_blocks, len(self.steps)), np.nan)
+        if metric in self.metrics:
+            rows = self.metrics["block"].to_numpy(dtype=np.int64)
+            columns = np.searchsorted(self.steps, self.metrics["step"].to_numpy(dtype=np.int64))
+            out[rows, columns] = self.metrics[metric].to_numpy(dtype=np.float64)
+        return out
+
+    def unavailable(self, metric: str) -> list[dict[str, Any]]:
+        """The declared reasons why `metric` or one of its inputs is missing."""
+        wanted = inputs_of(metric) | {metric}
+        return [item for item in self.run.unavailable if item["metric"] in wanted]
+
+    def declared(self, metric: str) -> Bools:
+        """Blocks for which the run says that `metric` cannot be had."""
+        out = np.zeros(self.n_blocks, dtype=bool)
+        for item in self.unavailable(metric):
+            out[slice(None) if item["blocks"] == "all" else list(item["blocks"])] = True
+        return out
+
+    @cached_property
+    def sick(self) -> Bools:
+        """Cells (block, step) in which something non-finite was seen, or health is unknown."""
+        shares = [c for c in self.metrics if str(c).endswith("_nonfinite")]
+        out = np.zeros((self.n_blocks, len(self.steps)), dtype=bool)
+        known = np.zeros_like(out)
+        for name in map(str, shares):
+            share = self.grid(name)
+            known |= ~np.isnan(share)
+            out |= share > 0
+        for name in map(str, self.metrics.columns):
+            out |= np.isinf(self.grid(name))
+        return out | ~known
+
+    def broken(self, metric: str) -> Bools:
+        """Cells in which `metric` is non-finite, as opposed to not recorded.
+
+        A NaN that the run declares unavailable, or of a cell in which everything else is finite
+        (0/0), is a gap; any other is the trace of an explosion and must be seen.
+        """
+        values = self.grid(metric)
+        lost = np.isnan(values) & self.sick & ~self.declared(metric)[:, None]
+        return np.isinf(values) | lost
+
+    def place(self, step: int) -> int:
+        """Column of a recorded step.
+
+        Raises:
+            UsageError: It was not recorded; the message names the nearest ones.
+        """
+        place = int(np.searchsorted(self.steps, step))
+        if place == len(self.steps) or self.steps[place] != step:
+            near = [str(s) for s in self.steps[max(0, place - 1) : place + 1]]
+            raise UsageError(
+                f"step {step} of {self.run.label} was not recorded; nearest: {', '.join(near)}"
+            )
+        return place
+
+    def positions(self, normalised: bool) -> Floats:
+        """Where the blocks stand on the axis: index, or share of the depth at their middle."""
+        index = np.arange(self.n_blocks, dtype=np.float64)
+        return (index + 0.5) / self.n_blocks if normalised else index
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """Runs that differ in their seed only: one line with a band."""
+
+    label: str
+    look: Look
+    records: tuple[Record, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """One line over blocks: a series at one column (step) of each of its records."""
+
+    label: str
+    look: Look
+    records: tuple[Record, ...]
+    places: tuple[int, ...]
+
+    def values(self, metric: str) -> Floats:
+        """Values by (record, block)."""
+        pairs = zip(self.records, self.places, strict=True)
+        return np.stack([record.grid(metric)[:, place] for record, place in pairs])
+
+    def broken(self, metric: str) -> Bools:
+        """Non-finite values by (record, block)."""
+        pairs = zip(self.records, self.places, strict=True)
+        return np.stack([record.broken(metric)[:, place] for record, place in pairs])
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """Everything a figure needs to know."""
+
+    kind: PlotKind
+    series: tuple[Series, ...]
+    step: int | None
+    theory: bool
+
+    @property
+    def records(self) -> list[Record]:
+        """All runs, in the order of the lines."""
+        return [record for series in self.series for record in series.records]
+
+    @property
+    def single(self) -> Record | None:
+        """The run, if there is only one."""
+        return self.records[0] if len(self.records) == 1 else None
+
+    @property
+    def normalised(self) -> bool:
+        """Whether blocks are placed by share of the depth: the runs differ in depth."""
+        return len({record.n_blocks for record in self.records}) > 1
+
+    def moments(self) -> list[str]:
+        """The moments shown when runs are compared: the step asked for, or first and last."""
+        if self.step is not None:
+            return [f"step {self.step}"]
+        lone = all(len(record.steps) == 1 for record in self.records)
+        return ["first"] if lone else ["first", "last"]
+
+    def traces(self, moment: str) -> list[Trace]:
+        """One line per series at a moment of `moments`."""
+
+        def place(record: Record) -> int:
+            if self.step is not None:
+                return record.place(self.step)
+            return 0 if moment == "first" else len(record.steps) - 1
+
+        return [
+            Trace(s.label, s.look, s.records, tuple(place(record) for record in s.records))
+            for s in self.series
+        ]
+
+    def history(self, most: int = 4) -> list[Trace]:
+        """One line per telling step of a single run: first, early, last finite, last."""
+        record = self.records[0]
+        places = telling_places(record) if self.step is None else [record.place(self.step)]
+        while len(places) > most:
+            del places[1]  # the early one; where it broke says more
+        looks = step_looks(len(places))
+        return [
+            Trace(f"step {record.steps[place]}", look, (record,), (place,))
+            for place, look in zip(places, looks, strict=True)
+        ]
+
+    def steps_shown(self, traces: Sequence[Trace]) -> str:
+        """The steps of a single run's lines, in words."""
+        steps = [str(trace.records[0].steps[trace.places[0]]) for trace in traces]
+        return f"lines: step {', '.join(steps)} of {len(self.records[0].steps)} recorded"
+
+
+def moment_words(traces: Sequence[Trace]) -> str:
+    """The steps at which series are compared: "step 0", "last recorded step (2 to 150)"."""
+    places = [(r, p) for t in traces for r, p in zip(t.records, t.places, strict=True)]
+    steps = [int(record.steps[place]) for record, place in places]
+    if len(set(steps)) == 1:
+        return f"step {steps[0]}"
+    return f"last recorded step ({min(steps)} to {max(steps)})"
+
+
+def telling_places(record: Record) -> list[int]:
+    """Columns worth a line: first, early (geometric middle), last finite one, last."""
+    last = len(record.steps) - 1
+    early = int(np.searchsorted(record.steps, np.sqrt(max(0, record.steps[-1]))))
+    healthy = np.flatnonzero(~record.broken("grad_output").any(axis=0))
+    return sorted({0, min(early, last), int(healthy[-1]) if len(healthy) else 0, last})
+
+
+def open_view(kind: PlotKind, runs: "Sequence[Run]", *, step: int | None, theory: bool) -> View:
+    """Read the runs, check that they have what the plot needs, and group them into series.
+
+    Raises:
+        UsageError: A run without records, or without a metric that the plot needs.
+    """
+    records = [Record(run, run.metrics(), run.curve()) for run in runs]
+    for record in records:
+        _check(kind, record)
+        if step is not None:
+            record.place(step)
+    return View(kind, tuple(_group(records)), step, theory)
+
+
+def _check(kind: PlotKind, record: Record) -> None:
+    """Refuse a run that cannot be drawn, in one line."""
+    if record.metrics.empty or not record.n_blocks:
+        raise UsageError(
+            f"{record.run.label} has no recorded step yet", "wait, or choose another run"
+        )
+    known = {*record.metrics.columns, *record.curve.columns}
+    missing = [name for name in kind.needs if name not in known]
+    if missing:
+        columns = ", ".join(missing)
+        raise UsageError(
+            f"{record.run.label} has no column {columns}, which plot '{kind.name}' needs",
+            "record the run again with this version",
+        )
+
+
+def _settings(record: Record) -> dict[str, object]:
+    """What tells a run from another, the seed left out."""
+    config = record.run.config
+    everything = config.to_dict() if hasattr(config, "to_dict") else {}
+    everything |= {
+        "variant": config.variant,
+        "depth": config.depth,
+        "lr": config.lr,
+        "data": record.run.data.get("name", config.data),
+    }
+    return {key: _plain(value) for key, value in everything.items() if key != "seed"}
+
+
+def _plain(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _group(records: Sequence[Record]) -> list[Series]:
+    """Runs with equal settings and different seeds make one series."""
+    groups: dict[tuple[object, ...], list[Record]] = {}
+    for record in records:
+        settings = tuple(sorted(_settings(record).items()))
+        copies = 0
+        while any(
+            other.run.config.seed == record.run.config.seed
+            for other in groups.get((settings, copies), [])
+        ):
+            copies += 1  # the same seed twice is not a spread over seeds
+        groups.setdefault((settings, copies), []).append(record)
+    members = list(groups.values())
+    order = {name: place for place, name in enumerate(VARIANTS)}
+    members.sort(
+        key=lambda m: (order.get(m[0].run.config.variant, len(order)), m[0].run.config.depth)
+    )
+    return [
+        Series(label, look, tuple(group))
+        for label, look, group in zip(_labels(members), _looks(members), members, strict=True)
+    ]
+
+
+def _looks(members: Sequence[Sequence[Record]]) -> list[Look]:
+    variants = [group[0].run.config.variant for group in members]
+    if len(set(variants)) == 1 and len(members) > 1:
+        return depth_looks(len(members))
+    ranks = [variants[:place].count(name) for place, name in enumerate(variants)]
+    return variant_looks(variants, ranks)
+
+
+def _labels(members: Sequence[Sequence[Record]]) -> list[str]:
+    """Words for the legend: the settings in which the series differ."""
+    settings = [_settings(group[0]) for group in members]
+    names = dict.fromkeys(key for one in settings for key in one)
+    differing = [
+        key
+        for key in names
+        if len({repr(one.get(key)) for one in settings}) > 1 and key != "variant"
+    ]
+    many_variants = len({one["variant"] for one in settings}) > 1
+    labels = []
+    for group, one in zip(members, settings, strict=True):
+        words = [variant_words(str(one["variant"]))] if many_variants or not differing else []
+        words += [f"{key.replace('_', ' ')} {one.get(key)}" for key in differing]
+        if len(group) > 1:
+            words.append(f"({len(group)} seeds)")
+        labels.append(" ".join(words))
+    return [
+        label if labels.count(label) == 1 else f"{label} #{labels[: place + 1].count(label)}"
+        for place, label in enumerate(labels)
+    ]
+
+
+def variant_words(variant: str) -> str:
+    """A variant with the paper's letter.
+
+    >>> variant_words("elu_pre")
+    'elu_pre (b)'
+    """
+    row = VARIANTS.get(variant)
+    return f"{variant} ({row.alias})" if row and row.alias else variant
