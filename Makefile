@@ -1,0 +1,64 @@
+# Two commands do all the set-up: `make demo` and `make test`. `make help` lists the others.
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check static docs pages clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(VENV)/.installed  ## install, explode a 110-layer network, draw where
+	$(BIN)/resdiag run --variant elu_pre --depth 110 --data digits --runs demo/runs
+	@$(BIN)/resdiag plot gradnorms --runs demo/runs --out demo/gradnorms --format png,svg > /dev/null
+	@echo
+	@echo "the run:  demo/runs      again, in words:  $(BIN)/resdiag explain --runs demo/runs"
+	@echo "the plot: demo/gradnorms.png and demo/gradnorms.svg"
+
+test: $(VENV)/.installed-dev  ## install, then everything that CI runs
+	@$(MAKE) --no-print-directory static docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+
+check: static  ## the fast part: style, types, doors, documentation tests; installs nothing
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_docs.py
+
+static:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+docs:  ## build the documentation into docs/_build/html; a warning is an error
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+pages:  ## write the generated reference pages again
+	$(BIN)/python docs/generate.py
+
+clean:  ## remove the environment and everything that was built or drawn
+	rm -rf $(VENV) demo dist docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# The stamps below: an installation takes minutes, so it is repeated only if pyproject.toml changed.
+# It is editable, so that neither command ever runs an old copy of the code.
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/.made
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.made:
+	$(if $(filter yes,$(shell $(RECENT) 2>/dev/null)),,$(error $(TOO_OLD)))
+	@echo "installing into $(VENV) (PyTorch is large: a few minutes)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+RECENT = $(PYTHON) -c 'import sys; print("yes" if sys.version_info >= (3, 11) else "no")'
+FOUND = $(or $(shell $(PYTHON) --version 2>&1 | grep '^Python [0-9]'),not there)
+TOO_OLD = resdiag needs Python 3.11 or newer, and $(PYTHON) is $(FOUND): \
+	try make $(MAKECMDGOALS) PYTHON=python3.11
