@@ -57,7 +57,7 @@ def first_offender(metrics: pd.DataFrame) -> Offender | None:
     table = metrics.sort_values(["step", "block"], kind="stable").reset_index(drop=True)
     forward = _broken_activations(table)
     backward = _broken_gradients(table)
-    broken = (forward | backward).any(axis=1)
+    broken = forward.any(axis=1) | backward.any(axis=1)
     if not broken.any():
         return None
     step = int(table["step"].to_numpy()[broken.to_numpy().argmax()])
@@ -86,14 +86,16 @@ def _broken_activations(table: pd.DataFrame) -> pd.DataFrame:
 def _broken_gradients(table: pd.DataFrame) -> pd.DataFrame:
     """One boolean column per site of a gradient, in the order of the backward pass."""
     marks: dict[str, pd.Series] = {}
+    seen = pd.Series(True, index=table.index)
     if "grad_nonfinite" in table:
-        marks["output"] = _numbers(table, "grad_nonfinite") > 0
+        share = _numbers(table, "grad_nonfinite")
+        marks["output"], seen = share > 0, share.notna()
     for column, site in _BACKWARD_SITES.items():
         if column in table:
             values = _numbers(table, column)
-            seen = values.where(np.isfinite(values)).groupby(table["block"]).cummax()
-            was_finite = seen.groupby(table["block"]).ffill().notna()
-            broken = np.isinf(values) | (values.isna() & was_finite)
+            finite = values.where(np.isfinite(values)).groupby(table["block"])
+            # finite before and NaN now, where the block's backward pass was seen at all
+            broken = np.isinf(values) | (values.isna() & finite.ffill().notna() & seen)
             marks[site] = marks[site] | broken if site in marks else broken
     return pd.DataFrame(marks, index=table.index, dtype=bool)
 

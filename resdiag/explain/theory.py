@@ -5,11 +5,13 @@ relu_nobn); they hold for wide layers and Gaussian pre-activations, with He's in
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from resdiag.errors import UsageError
 from resdiag.explain.geometry import BlockShape, block_shapes, padding_share
 from resdiag.explain.growth import grow_elu_nobn, grow_elu_pre
 from resdiag.explain.moments import ACTIVATIONS, Array
@@ -20,6 +22,7 @@ from resdiag.models.variants import Variant, find_variant
 CRITICAL = 0.6
 """lr ||g_0|| above which no run has survived (science table 4.3: 28 runs, none in .6 ... 1.07)."""
 
+_LARGEST_WALK = 1e3  # the grid grows with its root; a stem on normalised images gives .1 ... 1
 _STEM_FAN_RATIO = 3 / 16  # input channels over output channels of the stem's convolution
 
 _UNNORMALISED = (
@@ -130,7 +133,7 @@ def predict(
         width_px: Width of the images.
 
     Raises:
-        UsageError: Unknown variant or a depth other than 6n+2.
+        UsageError: Unknown variant, a depth other than 6n+2, or an s0 that no stem gives.
 
     >>> b = predict("b", 110)
     >>> round(b.growth_per_block, 2), f"{b.second_moment[-1]:.0e}"
@@ -140,6 +143,9 @@ def predict(
     shapes = block_shapes(depth, width_px)
     if s0 is None:
         s0 = stem_second_moment(row, width_px)
+    largest = _LARGEST_WALK if row.norm and row.after_add != "none" else sys.float_info.max
+    if not 0 < s0 <= largest:
+        raise UsageError(f"second moment {s0:g} at the stem must be in (0, {largest:g}]")
     if m0 is None:
         m0 = _stem_mean(row, s0)
     columns = _columns(row, shapes, s0, m0)

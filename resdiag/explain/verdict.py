@@ -1,43 +1,20 @@
 """The verdict on a run: what happened, where, since when, why, and what to look at next."""
 
-from collections.abc import Mapping, Sequence
+import math
+import textwrap
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
-
-import pandas as pd
 
 from resdiag.explain.finding import Evidence, Finding, plain
+from resdiag.explain.mechanism import suggest_plots
+from resdiag.explain.observed import Observed
+from resdiag.explain.rules import RULES, NotJudged
+from resdiag.runs.folder import Run
 
 NAMES = ("exploded_at_init", "exploded", "skip_collapsed", "stalled", "at_risk", "healthy")
 """Every verdict, most upstream cause first: the first that fires names the run."""
 
-
-class ConfigLike(Protocol):
-    """What a verdict needs of a run's configuration."""
-
-    @property
-    def variant(self) -> str: ...
-    @property
-    def depth(self) -> int: ...
-    @property
-    def lr(self) -> float: ...
-    @property
-    def momentum(self) -> float: ...
-
-
-class RunLike(Protocol):
-    """What a verdict needs of a run; `resdiag.runs.folder.Run` has it."""
-
-    @property
-    def config(self) -> ConfigLike: ...
-    @property
-    def blocks(self) -> Sequence[Mapping[str, Any]]: ...
-    @property
-    def status(self) -> str: ...
-    @property
-    def data(self) -> Mapping[str, Any]: ...
-    def metrics(self) -> pd.DataFrame: ...
-    def curve(self) -> pd.DataFrame: ...
+_COLUMNS = 100
+_INDENT = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +48,83 @@ class Verdict:
         return {name: plain(value) for name, value in asdict(self).items()}
 
 
-def judge(run: RunLike) -> Verdict:
-    """Judge a run by the rules of science section 3."""
-    raise NotImplementedError(run)
+def judge(run: Run) -> Verdict:
+    """Judge a run by every rule of `resdiag.explain.rules`; the most upstream one names it.
+
+    A run that grew at initialisation and broke down later is `exploded_at_init`: that is the
+    cause; its summary says both. No rule raises on a missing or odd column: what cannot be judged
+    is listed in `not_judged`.
+
+    Args:
+        run: A run from a folder or from frames in memory; it may still be in progress.
+    """
+    seen = Observed(run)
+    outcomes = [outcome for rule in RULES for outcome in rule(seen)]
+    findings = tuple(item for item in outcomes if isinstance(item, Finding))
+    open_questions = [f"{i.name}: {i.reason}" for i in outcomes if isinstance(i, NotJudged)]
+    if run.status != "diverged" and run.steps < run.config.steps:
+        done = f"step {run.steps} of {run.config.steps}"
+        open_questions.append(f"the rest of the run: it is at {done} ({run.status})")
+    if not findings:
+        return _healthy(seen, tuple(open_questions))
+    first = findings[0]
+    return Verdict(
+        name=first.name,
+        step=first.step,
+        block=first.block,
+        summary=first.summary,
+        why=first.why,
+        # a breakdown is evidence of two rules, and said once
+        evidence=_once([item for finding in findings for item in finding.evidence]),
+        next=first.next,
+        findings=findings,
+        not_judged=tuple(open_questions),
+    )
 
 
 def render(verdict: Verdict) -> str:
     """The verdict as plain text: Verdict, Why, Evidence, Next; lines of at most 100 columns."""
-    raise NotImplementedError(verdict)
+    where = [f"step {verdict.step}"] if verdict.step is not None else []
+    where += [f"block {verdict.block}"] if verdict.block is not None else []
+    title = verdict.name + (f" ({', '.join(where)})" if where else "")
+    others = [finding.name for finding in verdict.findings[1:]]
+    lines = [*_wrap("Verdict", title), *_wrap("", verdict.summary)]
+    lines += _wrap("", f"also: {', '.join(others)}") if others else []
+    lines += _wrap("Why", verdict.why)
+    for index, item in enumerate(verdict.evidence):
+        lines += _wrap("Evidence" * (index == 0), f"- {item.text} [{_limit(item)}{item.metric}]")
+    for index, line in enumerate(verdict.next):
+        lines += _wrap("Next" * (index == 0), line)
+    for index, line in enumerate(verdict.not_judged):
+        lines += _wrap("Unjudged" * (index == 0), f"- {line}")
+    return "\n".join(lines)
+
+
+def _healthy(seen: Observed, not_judged: tuple[str, ...]) -> Verdict:
+    """No rule fired; how far the run went is said, not what it may still do."""
+    losses = seen.series("loss")
+    span = f" in {len(losses)} steps, last loss {losses.iloc[-1]:.3g}" if len(losses) else ""
+    return Verdict(
+        name="healthy",
+        summary=f"No rule fired{span}.",
+        why="Growth, gradients, skip path and loss stayed within the thresholds of "
+        "resdiag.explain.rules" + ("; see what could not be judged." if not_judged else "."),
+        next=suggest_plots(seen),
+        not_judged=not_judged,
+    )
+
+
+def _once(items: list[Evidence]) -> tuple[Evidence, ...]:
+    """Without repetitions, in order; compared by their words, for NaN differs from itself."""
+    return tuple({(item.metric, item.text): item for item in reversed(items)}.values())[::-1]
+
+
+def _limit(item: Evidence) -> str:
+    return "" if math.isnan(item.threshold) else f"threshold {item.threshold:.3g}; "
+
+
+def _wrap(label: str, text: str) -> list[str]:
+    """Lines of one entry: the label in the first ten columns, the text wrapped beside it."""
+    lines = textwrap.wrap(text, _COLUMNS - _INDENT) or [""]
+    lines = [f"{'':{_INDENT}}{line}" for line in lines]
+    return [f"{label:{_INDENT}}{lines[0][_INDENT:]}".rstrip(), *lines[1:]]

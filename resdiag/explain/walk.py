@@ -27,7 +27,7 @@ class Level:
 
     Attributes:
         nodes: Values of u, shape (K,).
-        step: Probability of moving from node j of the level before to node i, shape (K, J).
+        weights: Quadrature weights of the nodes, shape (K,).
         masses: One column per group of channels with the same past, shape (K, groups).
         shares: Share of the channels in each group, shape (groups,); group 0 is the channels
             that go back to the stem, each stage change appends a group.
@@ -37,7 +37,7 @@ class Level:
     """
 
     nodes: Array
-    step: Array
+    weights: Array
     masses: Array
     shares: Array
     through: Array
@@ -62,14 +62,24 @@ def walk(row: Variant, shapes: Sequence[BlockShape], s0: float) -> dict[str, Arr
         Columns by name, one value per block.
     """
     levels = [_start(row, s0)]
-    sigmas = []
-    for shape in shapes:
-        sigmas.append(_branch_std(row, shape, _second_moment(row, levels[-1])))
-        levels.append(_advance(row, levels[-1], shape, sigmas[-1]))
+    sigmas: list[float] = []
+    steps: list[Array] = []
+    grid = _common_grid(row, s0, len(shapes)) if row.norm else None
+    for index, shape in enumerate(shapes):
+        last = levels[-1]
+        sigma = _branch_std(row, shape, _second_moment(row, last))
+        nodes, weights = grid or _next_grid(row, last, sigma)
+        if grid and index > 1:
+            step = steps[-1]  # same grid, same sigma: one matrix serves all blocks
+        else:
+            step = weights[:, None] * _gauss(nodes[:, None] - _phi(row, last.nodes), sigma)
+        levels.append(_advance(row, last, shape, nodes, weights, step, sigma))
+        sigmas.append(sigma)
+        steps.append(step)
     pairs = zip(levels, levels[1:], shapes, sigmas, strict=False)
     rows = [_describe(row, *pair) for pair in pairs]
     columns = {name: np.array([entry[name] for entry in rows]) for name in rows[0]}
-    return {**columns, **_backward(row, levels, shapes)}
+    return {**columns, **_backward(row, levels, shapes, steps)}
 
 
 def skip_gain_from_zero(blocks: int) -> float:
@@ -108,7 +118,7 @@ def _start(row: Variant, s0: float) -> Level:
     values = _phi(row, nodes)
     return Level(
         nodes=nodes,
-        step=np.empty((len(nodes), 0)),
+        weights=weights,
         masses=masses[:, None],
         shares=np.ones(1),
         through=masses,
@@ -125,34 +135,49 @@ def _branch_std(row: Variant, shape: BlockShape, s: float) -> float:
     return float(np.sqrt(shape.gain2 * activation.second_moment(shape.gain1 * s)))
 
 
-def _advance(row: Variant, last: Level, shape: BlockShape, sigma: float) -> Level:
-    """The law behind one more block."""
+def _common_grid(row: Variant, s0: float, blocks: int) -> tuple[Array, Array]:
+    """A grid wide enough for every block of a walk with unit steps."""
+    lowest = float(_phi(row, np.array([-np.inf]))[0])
+    return _grid(lowest - _REACH, _REACH * (np.sqrt(s0 + blocks) + 1), 1.0)
+
+
+def _next_grid(row: Variant, last: Level, sigma: float) -> tuple[Array, Array]:
+    """A grid that follows the scale of the signal, and drops a tail that nothing reaches."""
     values = _phi(row, last.nodes)
     spread = np.sqrt(_second_moment(row, last) + sigma**2)
-    # the scale grows with the block: the grid follows it, and drops a tail that nothing reaches
-    high = min(values.max(), _REACH * spread) + _REACH * sigma
-    nodes, weights = _grid(values.min() - _REACH * sigma, high, sigma)
-    step = weights[:, None] * _gauss(nodes[:, None] - values, sigma)
+    high = min(float(values.max()), _REACH * spread) + _REACH * sigma
+    return _grid(float(values.min()) - _REACH * sigma, high, sigma)
+
+
+def _advance(
+    row: Variant,
+    last: Level,
+    shape: BlockShape,
+    nodes: Array,
+    weights: Array,
+    step: Array,
+    sigma: float,
+) -> Level:
+    """The law behind one more block; `step[i, j]`: probability to go from node j to node i."""
     slope = _slope(row, nodes)
     masses, shares, through = step @ last.masses, last.shares, slope * (step @ last.through)
-    begun, drifted = last.stage_through, last.drifted
+    first, current, law = last.drifted
     if shape.transition:
         appended = weights * _gauss(nodes, sigma)
         masses = np.column_stack([masses, appended])
         shares = np.append(shares * shape.kept, 1 - shape.kept)
-        begun = last.law
-        stage_through = slope * (shape.kept * (step @ begun) + (1 - shape.kept) * appended)
-        drifted = (values, values, last.law)
+        arriving = shape.kept * (step @ last.law) + (1 - shape.kept) * appended
+        first = current = _phi(row, last.nodes)
+        law = last.law
     else:
-        stage_through = slope * (step @ begun)
-    first, current, law = drifted
+        arriving = step @ last.stage_through
     return Level(
         nodes=nodes,
-        step=step,
+        weights=weights,
         masses=masses,
         shares=shares,
         through=through,
-        stage_through=stage_through,
+        stage_through=slope * arriving,
         drifted=(first, _phi(row, current), law),
     )
 
@@ -193,7 +218,7 @@ def _relative(law: Array, change: Array, value: Array) -> float:
 
 
 def _backward(
-    row: Variant, levels: Sequence[Level], shapes: Sequence[BlockShape]
+    row: Variant, levels: Sequence[Level], shapes: Sequence[BlockShape], steps: Sequence[Array]
 ) -> dict[str, Array]:
     """|g_{l-1}|^2 / |g_l|^2 = gate_l (1 + G_l), with the gates' memory.
 
@@ -212,7 +237,7 @@ def _backward(
         total, passed = float(now.law @ energy), float(now.law @ gated)
         # per unit: at a transition one position of four is kept and units halve in number
         kept, units = (0.25, 2.0) if shape.transition else (1.0, 1.0)
-        energy = kept * (gated @ now.step) + _gain(row, last, shape) * passed / units
+        energy = kept * (gated @ steps[index]) + _gain(row, last, shape) * passed / units
         growth[index] = units * float(last.law @ energy) / total
         attenuation[index] = np.sqrt(passed / total)
     return {"grad_growth": growth, "attenuation": attenuation}

@@ -1,0 +1,142 @@
+"""What was observed in a run: its two tables, read so that nothing missing or odd can raise."""
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from resdiag.errors import UsageError
+from resdiag.explain.offender import Offender, first_offender
+from resdiag.explain.theory import Prediction, predict
+from resdiag.runs.folder import Run
+
+
+class Observed:
+    """A run's tables with missing values as NaN, and the prediction that belongs to them.
+
+    Args:
+        run: The run to look at.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.variant, self.depth = str(run.config.variant), int(run.config.depth)
+        self.lr = float(run.config.lr)
+        self.metrics = _clean(run.metrics(), ["step", "block"])
+        self.curve = _clean(run.curve(), ["step"])
+        self.steps: list[int] = sorted({int(step) for step in self.metrics.get("step", ())})
+
+    @cached_property
+    def offender(self) -> Offender | None:
+        """The first non-finite number in the block table."""
+        return first_offender(self.metrics)
+
+    @cached_property
+    def prediction(self) -> Prediction | None:
+        """Theory for this variant and depth from the measured stem; None if it knows neither."""
+        s0, m0 = self.value("input_second_moment", 0, 0), self.value("input_mean", 0, 0)
+        known = math.isfinite(s0) and s0 > 0
+        try:
+            return predict(
+                self.variant,
+                self.depth,
+                s0=s0 if known else None,
+                m0=m0 if known and math.isfinite(m0) else None,
+            )
+        except UsageError:
+            return None
+
+    @property
+    def classes(self) -> int | None:
+        """Number of classes, None if the run does not say."""
+        stated = self.run.data.get("classes")
+        if isinstance(stated, Sequence) and not isinstance(stated, str):
+            stated = len(stated)
+        return int(stated) if isinstance(stated, int | float) and stated > 1 else None
+
+    @property
+    def indices(self) -> list[int]:
+        """Block indices of the table, in forward order."""
+        return sorted({int(block) for block in self.metrics.get("block", ())})
+
+    def profile(self, metric: str, step: int) -> "pd.Series[float]":
+        """One metric over the blocks at one step, indexed by block; empty if there is none."""
+        if metric not in self.metrics:
+            return pd.Series(dtype=float)
+        rows = self.metrics[self.metrics["step"] == step]
+        return pd.Series(rows[metric].to_numpy(dtype=float), index=rows["block"].to_numpy())
+
+    def value(self, metric: str, step: int, block: int) -> float:
+        """One number of the block table, NaN if it is missing."""
+        return float(self.profile(metric, step).get(block, math.nan))
+
+    def scalar(self, metric: str, step: int) -> float:
+        """One number of the step table, NaN if it is missing."""
+        if metric not in self.curve:
+            return math.nan
+        values = self.curve.loc[self.curve["step"] == step, metric].to_numpy(dtype=float)
+        return float(values[-1]) if len(values) else math.nan
+
+    def series(self, metric: str) -> "pd.Series[float]":
+        """One column of the step table, indexed by step; empty if there is none."""
+        if metric not in self.curve:
+            return pd.Series(dtype=float)
+        return pd.Series(
+            self.curve[metric].to_numpy(dtype=float), index=self.curve["step"].to_numpy()
+        )
+
+    def name(self, block: int | None) -> str:
+        """Words for a block: its index and its name in the model."""
+        if block is None:
+            return "no block"
+        names = [str(row["name"]) for row in self.run.blocks if row.get("index") == block]
+        return f"block {block} ({names[0]})" if names else f"block {block}"
+
+    def stage_growth(self, step: int) -> dict[int, tuple[float, int, int]]:
+        """Growth of E[H^2] per block within each stage, without what the transition does.
+
+        Returns:
+            By stage: the geometric mean of E[H_l^2] / E[H_{l-1}^2] over successive blocks of the
+            stage, how many such ratios there are, and the stage's first block.
+        """
+        moments = self.profile("output_second_moment", step)
+        stages: dict[int, list[int]] = {}
+        for row in self.run.blocks:
+            if isinstance(row.get("stage"), int) and row.get("index") in moments.index:
+                stages.setdefault(row["stage"], []).append(row["index"])
+        found = {}
+        for stage, blocks in sorted(stages.items()):
+            values = moments[sorted(set(blocks))].to_numpy(dtype=float)
+            with np.errstate(all="ignore"):
+                ratios = np.log(values[1:] / values[:-1])
+            ratios = ratios[np.isfinite(ratios)]
+            if len(ratios):
+                found[stage] = (float(np.exp(ratios.mean())), len(ratios), min(blocks))
+        return found
+
+    def growth_per_block(self, step: int) -> float:
+        """Geometric mean over all blocks of E[H^2] / E[x^2], as theory's `growth_per_block`."""
+        with np.errstate(all="ignore"):
+            logs = np.log(self.profile("forward_growth", step).to_numpy(dtype=float))
+            logs = logs[np.isfinite(logs)]
+            return float(np.exp(logs.mean())) if len(logs) else math.nan
+
+    def gradient_ratio(self, step: int) -> float:
+        """||dL/dx|| of the first block over ||dL/dH|| of the last."""
+        if not self.indices:
+            return math.nan
+        with np.errstate(all="ignore"):
+            first = np.float64(self.value("grad_input", step, self.indices[0]))
+            return float(first / np.float64(self.value("grad_output", step, self.indices[-1])))
+
+
+def _clean(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Numbers only, sorted by whole-numbered keys without repetition; empty if a key is missing."""
+    if not set(keys) <= set(frame.columns):
+        return pd.DataFrame()
+    numbers: pd.DataFrame = frame.apply(pd.to_numeric, errors="coerce").astype(float)
+    numbers[keys] = numbers[keys].where(np.isfinite(numbers[keys]) & (numbers[keys].abs() < 2**53))
+    numbers = numbers.dropna(subset=keys).astype(dict.fromkeys(keys, "int64"))
+    return numbers.drop_duplicates(keys, keep="last").sort_values(keys, ignore_index=True)

@@ -1,0 +1,240 @@
+"""The rules of the verdict: each looks at one run and yields what it found or could not judge."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from resdiag.explain import mechanism
+from resdiag.explain.breakdown import EARLIER_STEPS, count_norms, find_breakdown
+from resdiag.explain.finding import Evidence, Finding
+from resdiag.explain.observed import Observed
+from resdiag.explain.theory import CRITICAL, critical_lr
+
+INIT_GROWTH = 1.4
+"""Growth of E[H^2] per block, in two stages, that BatchNorm networks do not reach (<= 1.26)."""
+
+INIT_LOSS = 3.0
+"""Loss at step 0 in units of ln K."""
+
+STALL = 0.02
+"""Distance of the loss from ln K, in units of ln K."""
+
+LEAST_GAIN = 0.05
+"""Skip gain at the last block."""
+
+LEAST_GRADIENT = 0.3
+"""Gradient at the first block's input over gradient at the last block's output."""
+
+_STALL_STEPS = 20
+_RATIOS = 2  # a single ratio cannot tell geometric from additive growth
+
+_MEASURED = "thresholds between measured families at depths 20, 56, 110; Zhang et al. 2019 (Fixup)"
+_DEFINITION = "definition of resdiag.explain.rules"
+
+
+@dataclass(frozen=True)
+class NotJudged:
+    """A rule that could not be applied, and why."""
+
+    name: str
+    reason: str
+
+
+Outcome = Iterator[Finding | NotJudged]
+
+
+def exploded_at_init(seen: Observed) -> Outcome:
+    """E[H^2] grows by 1.4 per block in two stages, or the loss is above 3 ln K, at step 0.
+
+    A stage counts if two successive ratios of its blocks can be had: with BatchNorm the second
+    moment grows by a constant, and a short stage cannot tell that from a constant factor.
+    """
+    name = "exploded_at_init"
+    steep = []
+    if 0 not in seen.steps:
+        yield NotJudged(name, "growth at initialisation: step 0 was not recorded")
+    else:
+        stages = seen.stage_growth(0)
+        long = {stage: row for stage, row in stages.items() if row[1] >= _RATIOS}
+        if len(long) < 2:
+            reason = f"growth at initialisation: {len(long)} stages with 3 blocks or more, 2 needed"
+            yield NotJudged(name, reason)
+        else:
+            steep = [(stage, row) for stage, row in long.items() if row[0] >= INIT_GROWTH]
+    evidence = [_stage_evidence(seen, stage, *row) for stage, row in steep]
+    evidence = evidence if len(steep) >= 2 else []
+    block = evidence[0].block if evidence else None
+    loss, classes = seen.scalar("loss", 0), seen.classes
+    if classes is None or (math.isnan(loss) and "loss" not in seen.curve):
+        missing = "the number of classes" if classes is None else "the loss"
+        yield NotJudged(name, f"loss at step 0 against 3 ln K: {missing} is unknown")
+    elif loss > INIT_LOSS * math.log(classes):
+        evidence.append(_loss_evidence(loss, classes))
+    if evidence:
+        yield mechanism.explain_init(seen, block, evidence, find_breakdown(seen))
+
+
+def exploded(seen: Observed) -> Outcome:
+    """A non-finite loss or gradient, or a gradient norm 1e3 times the median before."""
+    if seen.series("loss").empty and seen.series("grad_norm").empty and not seen.steps:
+        yield NotJudged("exploded", "neither a loss nor a gradient was recorded")
+        return
+    evidence = find_breakdown(seen)
+    if evidence:
+        yield mechanism.explain_explosion(seen, evidence)
+    elif count_norms(seen) <= EARLIER_STEPS:
+        reason = f"jump of the gradient: {count_norms(seen)} norms, {EARLIER_STEPS + 1} needed"
+        yield NotJudged("exploded", reason)
+
+
+def skip_collapsed(seen: Observed) -> Outcome:
+    """Skip gain at the last block below 0.05, or total gradient ratio below 0.3, at the end."""
+    name = "skip_collapsed"
+    if seen.run.blocks and all(row.get("shortcut") == "none" for row in seen.run.blocks):
+        yield NotJudged(name, "the network has no shortcuts")
+        return
+    if not seen.steps:
+        yield NotJudged(name, "no step was recorded")
+        return
+    end = seen.steps[-1]
+    gain = seen.value("skip_gain", end, seen.indices[-1])
+    ratio = seen.gradient_ratio(end)
+    for value, what in ((gain, "skip gain"), (ratio, "gradient ratio")):
+        if not math.isfinite(value):
+            yield NotJudged(name, f"{what} at the last recorded step {end}: not recorded or NaN")
+    last = seen.indices[-1]
+    evidence = []
+    if gain < LEAST_GAIN:
+        since = _since(seen, end, lambda step: seen.value("skip_gain", step, last) < LEAST_GAIN)
+        gains = seen.profile("skip_gain", end)
+        first = int((gains < LEAST_GAIN).to_numpy().argmax())
+        evidence.append(
+            Evidence(
+                metric="skip_gain",
+                step=since,
+                block=int(gains.index[first]),
+                value=gain,
+                threshold=LEAST_GAIN,
+                text=f"skip gain at the last block is {gain:.2g} at step {end}, "
+                f"below {LEAST_GAIN} since step {since}",
+                source="He et al. 2016, arXiv:1603.05027, eq. 5; " + _DEFINITION,
+            )
+        )
+    if ratio < LEAST_GRADIENT:
+        since = _since(seen, end, lambda step: seen.gradient_ratio(step) < LEAST_GRADIENT)
+        evidence.append(
+            Evidence(
+                metric="grad_input",
+                step=since,
+                block=seen.indices[0],
+                value=ratio,
+                threshold=LEAST_GRADIENT,
+                text=f"gradient at the first block's input is {ratio:.2g} of that at the last "
+                f"block's output at step {end}, below {LEAST_GRADIENT} since step {since}",
+                source="Zaeemzadeh et al. 2018, arXiv:1805.07477; " + _DEFINITION,
+            )
+        )
+    if evidence:
+        yield mechanism.explain_collapse(seen, evidence)
+
+
+def stalled(seen: Observed) -> Outcome:
+    """Mean training loss within 2 % of ln K over the last epoch, or over the last 20 steps."""
+    name = "stalled"
+    losses, classes = seen.series("loss"), seen.classes
+    if classes is None:
+        yield NotJudged(name, "the number of classes is unknown")
+        return
+    epochs = seen.series("epoch").reindex(losses.index)
+    whole = epochs.max() - epochs.min() >= 1
+    last = losses[epochs > epochs.max() - 1] if whole else losses.iloc[-_STALL_STEPS:]
+    if not whole and len(losses) < _STALL_STEPS:
+        yield NotJudged(name, f"{len(losses)} steps: less than an epoch and than {_STALL_STEPS}")
+        return
+    with np.errstate(all="ignore"):
+        mean = float(np.mean(last.to_numpy(dtype=float)))
+    if not math.isfinite(mean):
+        yield NotJudged(name, "the loss is not finite at the end")
+        return
+    distance = abs(mean / math.log(classes) - 1)
+    if distance <= STALL:
+        span = "the last epoch" if whole else f"the last {len(last)} steps"
+        text = f"mean loss over {span} is {mean:.3f}, ln {classes} is {math.log(classes):.3f}"
+        evidence = Evidence(
+            metric="loss",
+            step=int(last.index[0]),
+            value=mean,
+            threshold=(1 + STALL) * math.log(classes),
+            text=text,
+            source=_DEFINITION,
+        )
+        yield mechanism.explain_stall(seen, evidence)
+
+
+def at_risk(seen: Observed) -> Outcome:
+    """Learning rate times gradient norm at step 0 is 0.6 or more."""
+    norm = seen.scalar("grad_norm", 0)
+    if math.isnan(norm):
+        yield NotJudged("at_risk", "the gradient norm of step 0 was not recorded")
+        return
+    lr = seen.scalar("lr", 0)
+    lr = lr if math.isfinite(lr) else seen.lr
+    if not lr * norm >= CRITICAL:
+        return
+    text = f"lr x ||g_0|| = {lr:.3g} x {norm:.3g} = {lr * norm:.3g}; critical lr "
+    evidence = Evidence(
+        metric="lr_grad_norm",
+        step=0,
+        value=lr * norm,
+        threshold=CRITICAL,
+        text=text + f"{critical_lr(norm):.1e}",
+        source="28 runs of a and b with He's initialisation: all above 1.07 died, all up to 0.6 "
+        "survived; observed, not derived",
+    )
+    yield mechanism.explain_risk(seen, evidence)
+
+
+RULES: tuple[Callable[[Observed], Outcome], ...] = (
+    exploded_at_init,
+    exploded,
+    skip_collapsed,
+    stalled,
+    at_risk,
+)
+"""Most upstream cause first; a rule's name is its function's."""
+
+
+def _stage_evidence(seen: Observed, stage: int, growth: float, ratios: int, first: int) -> Evidence:
+    text = f"E[H^2] x{growth:.2f} per block in stage {stage}, from {seen.name(first)}"
+    return Evidence(
+        metric="output_second_moment",
+        step=0,
+        block=first,
+        value=growth,
+        threshold=INIT_GROWTH,
+        text=f"{text}: geometric mean of {ratios} ratios",
+        source=_MEASURED,
+    )
+
+
+def _loss_evidence(loss: float, classes: int) -> Evidence:
+    return Evidence(
+        metric="loss",
+        step=0,
+        value=loss,
+        threshold=INIT_LOSS * math.log(classes),
+        text=f"loss at step 0 is {loss:.3g}, guessing is ln {classes} = {math.log(classes):.2f}",
+        source=_MEASURED,
+    )
+
+
+def _since(seen: Observed, end: int, bad: Callable[[int], bool]) -> int:
+    """The first recorded step from which on `bad` holds until the end."""
+    since = end
+    for step in reversed(seen.steps):
+        if not bad(step):
+            break
+        since = step
+    return since

@@ -1,0 +1,452 @@
+"""Verdicts on planted runs: every pathology is named, healthy controls stay so, nothing raises."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from resdiag.explain.finding import plain
+from resdiag.explain.offender import first_offender
+from resdiag.explain.theory import predict
+from resdiag.explain.verdict import NAMES, judge, render
+from resdiag.models.variants import VARIANTS
+from resdiag.runs.config import RunConfig
+from resdiag.runs.folder import Run
+from resdiag.watch.catalog import RECORDED, SITES
+
+LN10 = math.log(10)
+NORMALISED = ("original", "elu_after", "elu", "no_relu", "relu_pre")
+
+
+def blocks_of(depth, shortcut="identity"):
+    n = (depth - 2) // 6
+    return [
+        {"index": i, "name": f"stages.{i // n}.{i % n}", "stage": i // n, "shortcut": shortcut}
+        | {"transition": i > 0 and i % n == 0}
+        for i in range(3 * n)
+    ]
+
+
+def plant(variant="elu", depth=20, *, steps=30, lr=0.01, change=None, **options):
+    """A run whose step 0 is theory's, and whose loss falls; `change(metrics, curve)` plants."""
+    theory = predict(variant, depth)
+    count = len(theory.second_moment)
+    moments = np.append(theory.s0, theory.second_moment)
+    back = np.exp(np.cumsum(np.log(theory.grad_growth)[::-1])[::-1] / 2)
+    one_step = {
+        "block": np.arange(count),
+        "input_channel_mean_rms": np.zeros(count),
+        "input_channel_std": np.sqrt(moments[:-1]),
+        "output_channel_mean_rms": np.zeros(count),
+        "output_channel_std": np.sqrt(moments[1:]),
+        "input_mean": np.append(theory.m0, theory.mean[:-1]),
+        "output_mean": theory.mean,
+        "skip_gain": theory.skip_gain,
+        "grad_param": np.ones(count),
+        "grad_input": back,
+        "grad_output": np.append(back[1:], 1.0),
+        "grad_nonfinite": np.zeros(count),
+        **{f"{site}_nonfinite": np.zeros(count) for site in SITES},
+    }
+    metrics = pd.concat([pd.DataFrame({"step": s, **one_step}) for s in range(steps)])
+    metrics = metrics.reset_index(drop=True).astype(dict.fromkeys(one_step, float))
+    step = np.arange(steps)
+    curve = pd.DataFrame(
+        {"step": step, "epoch": step / 100, "loss": 2.4 * 0.97**step, "lr": lr, "grad_norm": 2.0}
+    )
+    if change:
+        change(metrics, curve)
+    config = RunConfig(
+        variant=variant, depth=depth, data="digits", recipe="probe", steps=steps, batch_size=64,
+        lr=lr, milestones=(), augment=False, record_first=10, every=1, eval_every=0,
+        commit_every=10,
+    )  # fmt: skip
+    fields = {"data": {"classes": 10}, "steps": steps, "blocks": blocks_of(depth)}
+    return Run(config=config, metrics_frame=metrics, curve_frame=curve, **(fields | options))
+
+
+def fake(metrics, curve, *, variant="elu", **fields):
+    """A run whose tables are given as they are: `Run` refuses some of what is tried here."""
+    config = SimpleNamespace(variant=variant, depth=20, lr=0.1, momentum=0.9, steps=30)
+    fields = {"blocks": [], "data": {}, "status": "done", "steps": 30, "path": Path()} | fields
+    return SimpleNamespace(config=config, metrics=lambda: metrics, curve=lambda: curve, **fields)
+
+
+def at(metrics, step, block=None):
+    """Rows of a step, of one block or from it on."""
+    rows = metrics["step"] == step
+    return rows if block is None else rows & (metrics["block"] == block)
+
+
+# --- healthy controls ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", NORMALISED)
+@pytest.mark.parametrize("depth", [8, 14, 20, 32, 56, 110])
+def test_a_normalised_network_that_learns_is_healthy(variant, depth):
+    verdict = judge(plant(variant, depth))
+    assert (verdict.name, verdict.findings) == ("healthy", ())
+
+
+@pytest.mark.parametrize("depth", [8, 14])
+def test_networks_too_shallow_to_judge_growth_say_so(depth):
+    assert any(
+        "growth at initialisation" in reason for reason in judge(plant(depth=depth)).not_judged
+    )
+
+
+def test_a_plain_network_is_not_blamed_for_a_skip_path_it_does_not_have():
+    verdict = judge(plant("plain", blocks=blocks_of(20, "none")))
+    assert verdict.name == "healthy"
+    assert "skip_collapsed: the network has no shortcuts" in verdict.not_judged
+
+
+# --- exploded at initialisation --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["elu_nobn", "elu_pre", "relu_nobn"])
+@pytest.mark.parametrize("depth", [20, 56, 110])
+def test_un_normalised_sums_have_exploded_at_init(variant, depth):
+    theory = predict(variant, depth)
+    verdict = judge(plant(variant, depth))
+    assert (verdict.name, verdict.step, verdict.block) == ("exploded_at_init", 0, 0)
+    growth = [item for item in verdict.evidence if item.metric == "output_second_moment"]
+    assert len(growth) == 3
+    assert all(item.value >= item.threshold == 1.4 for item in growth)
+    assert f"x{theory.growth_per_block:.2f} by theory" in verdict.why
+    assert any(
+        f"--variant {'no_relu' if variant == 'relu_nobn' else 'elu'} " in line
+        for line in verdict.next
+    )
+
+
+def test_growth_at_init_is_the_cause_of_the_explosion_that_follows():
+    def explode(metrics, curve):
+        curve.loc[3:, ["loss", "grad_norm"]] = math.nan
+        rows = at(metrics, 3) & (metrics["block"] >= 5)
+        metrics.loc[rows, ["branch_nonfinite", "output_nonfinite"]] = 0.5
+
+    verdict = judge(plant("elu_pre", 56, steps=6, change=explode))
+    assert (verdict.name, verdict.step) == ("exploded_at_init", 0)
+    assert [finding.name for finding in verdict.findings] == ["exploded_at_init", "exploded"]
+    assert "x1.80 per block" in verdict.why
+    assert "multiplied by 1.80 per block at step 0" in verdict.summary
+    assert "non-finite at step 3, forward in block 5 (stages.0.5)" in verdict.summary
+    assert any((item.step, item.block) == (3, 5) for item in verdict.evidence)
+
+
+def test_a_large_loss_at_step_0_is_enough():
+    def lift(metrics, curve):
+        curve.loc[0, "loss"] = 3.01 * LN10
+
+    verdict = judge(plant(change=lift))
+    assert (verdict.name, verdict.block) == ("exploded_at_init", None)
+
+
+def test_growth_in_one_stage_only_is_healthy():
+    def grow(metrics, curve):
+        factor = 2.0 ** (metrics["block"].clip(upper=5) / 2)
+        metrics["output_channel_std"] = factor
+
+    assert judge(plant("elu", 38, change=grow)).name == "healthy"
+
+
+# --- exploded later --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("column", ["loss", "grad_norm"])
+def test_a_non_finite_number_in_the_curve_is_an_explosion(value, column):
+    def explode(metrics, curve):
+        curve.loc[7:, column] = value
+
+    verdict = judge(plant(change=explode))
+    assert (verdict.name, verdict.step) == ("exploded", 7)
+
+
+def test_a_missing_gradient_norm_of_an_unrecorded_step_is_no_explosion():
+    def thin(metrics, curve):
+        curve.loc[curve["step"] % 10 > 0, "grad_norm"] = math.nan
+
+    run = plant(change=thin)
+    recorded = run.metrics_frame[run.metrics_frame["step"] % 10 == 0]
+    assert judge(Run(**{**vars(run), "metrics_frame": recorded})).name == "healthy"
+
+
+def test_the_first_block_whose_activation_breaks_is_named():
+    def explode(metrics, curve):
+        rows = at(metrics, 9) & metrics["block"].isin([4, 5, 6, 7, 8])
+        metrics.loc[rows, "output_nonfinite"] = 1.0
+        metrics.loc[at(metrics, 9), "grad_nonfinite"] = 1.0
+
+    verdict = judge(plant(change=explode))
+    assert (verdict.name, verdict.step, verdict.block) == ("exploded", 9, 4)
+    assert "forward in block 4 (stages.1.1)" in verdict.summary
+
+
+def test_gradients_break_in_backward_order_if_the_forward_pass_is_finite():
+    def explode(metrics, curve):
+        rows = at(metrics, 9) & metrics["block"].isin([0, 1, 2, 3])
+        metrics.loc[rows, "grad_nonfinite"] = 1.0
+
+    run = plant(change=explode)
+    verdict = judge(run)
+    assert (verdict.name, verdict.step, verdict.block) == ("exploded", 9, 3)
+    assert "backward" in verdict.summary
+    assert first_offender(run.metrics()).direction == "backward"
+
+
+def test_a_jump_of_the_gradient_is_an_explosion_after_five_norms():
+    def jump(at_step):
+        def change(metrics, curve):
+            curve.loc[at_step, "grad_norm"] = 2.01e3
+
+        return judge(plant(change=change))
+
+    assert (jump(5).name, jump(5).step) == ("exploded", 5)
+    assert "exploded" not in [finding.name for finding in jump(4).findings]
+
+
+# --- collapse, stall, risk -------------------------------------------------------------------
+
+
+def test_a_collapsed_skip_path_is_named_with_the_step_since_when():
+    def collapse(metrics, curve):
+        late = metrics["step"] >= 12
+        metrics.loc[late & (metrics["block"] >= 6), "skip_gain"] = 0.02
+
+    verdict = judge(plant("elu_after", change=collapse))
+    assert (verdict.name, verdict.step, verdict.block) == ("skip_collapsed", 12, 6)
+    assert "theory at initialisation" in verdict.why
+
+
+def test_a_gradient_that_does_not_reach_the_first_block_is_a_collapse():
+    def vanish(metrics, curve):
+        metrics.loc[metrics["block"] == 0, "grad_input"] = 0.29
+
+    assert judge(plant(change=vanish)).name == "skip_collapsed"
+
+
+def test_a_collapse_that_was_over_at_the_end_is_none():
+    def collapse(metrics, curve):
+        metrics.loc[at(metrics, 12), "skip_gain"] = 0.02
+
+    assert judge(plant("elu_after", change=collapse)).name == "healthy"
+
+
+@pytest.mark.parametrize(
+    ("factor", "name"), [(1.019, "stalled"), (0.981, "stalled"), (0.97, "healthy")]
+)
+def test_a_loss_at_ln_k_for_an_epoch_is_a_stall(factor, name):
+    def stall(metrics, curve):
+        curve["epoch"] = curve["step"] / 10
+        curve["loss"] = factor * LN10
+
+    assert judge(plant(change=stall)).name == name
+
+
+def test_a_run_of_few_steps_is_not_judged_for_a_stall():
+    def stall(metrics, curve):
+        curve["loss"] = LN10
+
+    verdict = judge(plant(steps=19, change=stall))
+    assert verdict.name == "healthy"
+    assert any(reason.startswith("stalled: 19 steps") for reason in verdict.not_judged)
+    assert judge(plant(steps=20, change=stall)).name == "stalled"
+
+
+def test_a_large_first_step_is_a_risk_and_the_suggested_lr_is_below_critical():
+    verdict = judge(plant(lr=0.3))
+    assert verdict.name == "at_risk"
+    assert "survived 30 steps" in verdict.why
+    (suggested,) = [
+        float(line.split("--lr ")[1].split()[0]) for line in verdict.next if "--lr" in line
+    ]
+    assert suggested * 2.0 < 0.6
+    assert judge(plant(lr=0.299)).name == "healthy"
+
+
+def test_every_rule_that_fired_is_kept_and_the_most_upstream_one_names_the_run():
+    def spoil(metrics, curve):
+        curve["loss"] = LN10
+        metrics["skip_gain"] = 0.01
+
+    verdict = judge(plant("elu_after", lr=0.5, change=spoil))
+    names = [finding.name for finding in verdict.findings]
+    assert names == ["skip_collapsed", "stalled", "at_risk"]
+    assert verdict.name == names[0]
+
+
+# --- what is missing is said -----------------------------------------------------------------
+
+
+def test_a_run_stopped_early_says_what_it_has_not_seen():
+    stopped = plant(steps=30, status="stopped")
+    assert judge(Run(**{**vars(stopped), "steps": 12})).not_judged == (
+        "the rest of the run: it is at step 12 of 30 (stopped)",
+    )
+    assert judge(stopped).not_judged == ()
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        ("skip_gain", "skip gain"),
+        ("grad_input", "gradient ratio"),
+        ("output_channel_std", "growth"),
+    ],
+)
+def test_a_missing_column_is_said_and_never_raises(column, words):
+    def drop(metrics, curve):
+        del metrics[column]
+
+    verdict = judge(plant(change=drop))
+    assert verdict.name == "healthy"
+    assert any(words in reason for reason in verdict.not_judged)
+
+
+def test_an_empty_run_is_judged_to_be_unjudged():
+    empty = fake(pd.DataFrame(), pd.DataFrame())
+    verdict = judge(empty)
+    assert verdict.name == "healthy"
+    assert {reason.split(":")[0] for reason in verdict.not_judged} >= set(NAMES[:-1])
+
+
+def test_an_unknown_network_is_judged_without_theory():
+    run = plant("elu_pre", 56)
+    config = plant().config
+    object.__setattr__(config, "variant", "torchvision:resnet50")
+    verdict = judge(Run(**{**vars(run), "config": config}))
+    assert verdict.name == "exploded_at_init"
+    assert "by theory" not in verdict.why
+    assert not [line for line in verdict.next if line.startswith("resdiag run")]
+
+
+# --- first offender --------------------------------------------------------------------------
+
+
+def frame(**columns):
+    return pd.DataFrame({"step": [0, 0, 1, 1], "block": [0, 1, 0, 1], **columns})
+
+
+def test_the_first_offender_is_the_earliest_step_then_forward_then_block_then_site():
+    found = first_offender(
+        frame(
+            branch_nonfinite=[0, 0, 0, 0.1], output_nonfinite=[0, 0, 0, 1],
+            sum_nonfinite=[0, 0, 0, 1], grad_nonfinite=[0, 0, 1, 1],
+        )
+    )  # fmt: skip
+    assert (found.step, found.block, found.direction, found.site) == (1, 1, "forward", "branch")
+
+
+def test_a_missing_number_is_no_offence_but_one_that_turned_nan_is():
+    assert first_offender(frame(grad_param=[math.nan] * 4)) is None
+    assert first_offender(frame(grad_param=[1, math.nan, 1, math.nan])) is None
+    found = first_offender(frame(grad_param=[1.0, 1.0, 1.0, math.nan]))
+    assert (found.step, found.block, found.direction, found.site) == (
+        1,
+        1,
+        "backward",
+        "parameters",
+    )
+    # the block did not take part in this backward pass
+    assert (
+        first_offender(frame(grad_param=[1, 1, 1, math.nan], grad_nonfinite=[0, 0, 0, math.nan]))
+        is None
+    )
+
+
+def test_an_infinite_norm_is_an_offence():
+    found = first_offender(frame(grad_output=[1, 1, math.inf, 1]))
+    assert (found.step, found.block, found.site) == (1, 0, "output")
+
+
+def test_nothing_recorded_is_no_offence():
+    assert first_offender(pd.DataFrame()) is None
+    assert first_offender(frame()) is None
+
+
+# --- text and JSON ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_text_fits_100_columns_and_has_its_parts(variant):
+    def explode(metrics, curve):
+        curve.loc[20:, ["loss", "grad_norm"]] = math.nan
+        metrics.loc[at(metrics, 20), "output_nonfinite"] = 1.0
+
+    for change in (None, explode):
+        text = render(judge(plant(variant, 20, lr=0.5, change=change)))
+        lines = text.splitlines()
+        assert max(map(len, lines)) <= 100
+        labels = [line.split()[0] for line in lines if not line.startswith(" ")]
+        assert labels[:4] == ["Verdict", "Why", "Evidence", "Next"]
+        assert "nan" not in text.split("Unjudged")[0].replace("loss is nan", "").replace(
+            "grad_norm is nan", ""
+        ).lower().replace("finan", "")
+
+
+def test_json_has_no_nan_and_no_infinity():
+    def explode(metrics, curve):
+        curve.loc[7:, "loss"] = math.inf
+
+    fields = judge(plant(change=explode)).to_dict()
+    again = json.loads(json.dumps(fields, allow_nan=False))
+    assert again == fields
+    assert again["evidence"][0]["value"] == "inf"
+    assert set(again) == {
+        "name", "step", "block", "summary", "why", "evidence", "next", "findings", "not_judged",
+    }  # fmt: skip
+
+
+@given(
+    st.recursive(
+        st.floats() | st.integers() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+def test_plain_values_are_strict_json(value):
+    json.dumps(plain(value), allow_nan=False)
+
+
+# --- nothing raises --------------------------------------------------------------------------
+
+NUMBERS = st.one_of(
+    st.floats(width=32), st.sampled_from([0.0, 1.0, math.nan, math.inf, -math.inf, 1e38, 1e-38])
+)
+COLUMNS = [*RECORDED, "output_second_moment", "forward_growth", "step", "block"]
+CURVE = ["step", "epoch", "loss", "lr", "grad_norm"]
+
+
+@st.composite
+def frames(draw, columns):
+    chosen = draw(st.lists(st.sampled_from(columns), unique=True, max_size=12))
+    keys = [name for name in ("step", "block") if name in columns and draw(st.booleans())]
+    length = draw(st.integers(0, 8))
+    data = {name: draw(st.lists(NUMBERS, min_size=length, max_size=length)) for name in chosen}
+    for key in keys:
+        data[key] = draw(st.lists(st.integers(0, 8), min_size=length, max_size=length))
+    return pd.DataFrame(data)
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(
+    metrics=frames(COLUMNS),
+    curve=frames(CURVE),
+    variant=st.sampled_from(list(VARIANTS)),
+    blocks=st.sampled_from([[], blocks_of(8), blocks_of(20), [{}], [{"index": 0}]]),
+    classes=st.sampled_from([None, 0, 10, ["a", "b"], "ten", math.nan]),
+)
+def test_no_frame_makes_a_verdict_raise(metrics, curve, variant, blocks, classes):
+    run = fake(metrics, curve, variant=variant, blocks=blocks, data={"classes": classes})
+    verdict = judge(run)
+    assert verdict.name in NAMES
+    json.dumps(verdict.to_dict(), allow_nan=False)
+    assert all(len(line) <= 100 for line in render(verdict).splitlines())
+    assert (verdict.name == "healthy") == (not verdict.findings)
