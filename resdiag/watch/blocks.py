@@ -137,7 +137,7 @@ class _Finder:
 
 
 def find_blocks(
-    model: nn.Module, *inputs: Any, blocks: Sequence[str] | None = None, **kwargs: Any
+    model: nn.Module, *inputs: object, blocks: Sequence[str] | None = None, **kwargs: object
 ) -> list[Block]:
     """Find the residual blocks of a model by running one forward pass on example inputs.
 

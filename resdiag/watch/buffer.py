@@ -29,6 +29,7 @@ class Buffer:
         self._slots = slots
         self._cells: Tensor | None = None
         self._steps: list[int] = []
+        self._taken = 0  # slots that were flushed while a later one was open
         self._aliases: list[dict[Key, Key]] = []
 
     @property
@@ -42,9 +43,11 @@ class Buffer:
         return len(self._steps) - 1
 
     def begin(self, step: int) -> None:
-        """Open a slot for `step`."""
-        self._steps.append(step)
-        self._aliases.append({})
+        """Open a slot for `step`; if the last slot is that step's already, wipe it."""
+        if self._steps[self._taken :][-1:] != [step]:
+            self._steps.append(step)
+            self._aliases.append({})
+        self._aliases[-1].clear()
         if self._cells is not None:
             self._cells[self.slot].fill_(math.nan)
 
@@ -75,22 +78,31 @@ class Buffer:
         """Say that a cell of the open slot equals another: the same tensor was there before."""
         self._aliases[-1][row, name] = source
 
-    def flush(self) -> tuple[list[int], NDArray[np.float64]]:
+    def flush(self, *, keep_open: bool = False) -> tuple[list[int], NDArray[np.float64]]:
         """Move all used slots to the host: the steps, and values (steps, rows, columns).
 
         This is the only place where the recorder waits for the device.
+
+        Args:
+            keep_open: The last slot is still being written: leave it for the next flush.
         """
+        used = slice(self._taken, len(self._steps) - keep_open)
+        steps, aliases = self._steps[used], self._aliases[used]
         if self._cells is None:
-            steps, self._steps, self._aliases = self._steps, [], []
-            return steps, np.empty((len(steps), 0, len(self.columns)))
-        values = self._cells[: len(self._steps)].cpu().numpy().copy()
-        for slot, aliases in enumerate(self._aliases):
-            self._resolve(values[slot], aliases)
-        steps, self._steps, self._aliases = self._steps, [], []
+            values = np.empty((len(steps), 0, len(self.columns)))
+        else:
+            values = self._cells[used].cpu().numpy().copy()
+        for slot, known in enumerate(aliases):
+            self._resolve(values[slot], known)
+        self._taken = used.stop if keep_open else 0
+        if not keep_open:
+            self._steps, self._aliases = [], []
         return steps, values
 
     def _resolve(self, values: NDArray[np.float64], aliases: Mapping[Key, Key]) -> None:
         """Copy aliased cells; a source may be an alias itself."""
+        if not values.size:
+            return
         for (row, name), source in aliases.items():
             while source in aliases:
                 source = aliases[source]

@@ -51,7 +51,7 @@ ACTIVATIONS = frozenset(
         "clamp_",
     }
 )
-"""Elementwise functions without randomness: applying one again draws nothing and changes nothing."""
+"""Elementwise functions without randomness: applying one again changes nothing."""
 
 NORMALISATIONS = frozenset(
     {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm"}

@@ -50,10 +50,13 @@ def norm(x: Tensor) -> Tensor:
     """
     x = x.detach()
     if _is_fast(x):
-        fast = torch.linalg.vector_norm(x)
-        if _TRUSTED[0] < _peek(fast) < _TRUSTED[1]:
+        fast: Tensor = torch.linalg.vector_norm(x)
+        value = _peek(fast)
+        # NaN cannot come from overflowing squares: some element is NaN
+        if _TRUSTED[0] < value < _TRUSTED[1] or math.isnan(value):
             return fast.double()
-    return torch.linalg.vector_norm(x, dtype=torch.float64)
+    exact: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
+    return exact
 
 
 def statistics(x: Tensor) -> Tensor:
@@ -64,7 +67,7 @@ def statistics(x: Tensor) -> Tensor:
     the non-finite fraction.
 
     Args:
-        x: (N, C, H, W), (N, C), or (N, T, C): channels are dimension 1 of a 2-d or 4-d and the
+        x: (N, C), (N, C, H, W), (N, C, T, H, W) or (N, T, C): channels are dimension 1, but the
             last one of a 3-d tensor.
 
     Returns:
@@ -166,8 +169,8 @@ def slope(function: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
 
 
 def channel_dimension(x: Tensor) -> int:
-    """The dimension that holds channels: 1 of a 2-d or 4-d tensor, else the last."""
-    return 1 if x.dim() in (2, 4) else x.dim() - 1
+    """The dimension that holds channels: 1 of a 2-d, 4-d or 5-d tensor, else the last."""
+    return 1 if x.dim() in (2, 4, 5) else x.dim() - 1
 
 
 def _is_fast(x: Tensor) -> bool:
@@ -184,7 +187,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor, bool]:
     """Channel sums (C,), second moment, and whether `x` is known to be finite."""
     reduced = tuple(d for d in range(x.dim()) if d != channel_dimension(x))
     size = norm(x)
-    if _is_fast(x) and _peek(size) < _TRUSTED[1]:
+    if _is_fast(x) and not _peek(size) >= _TRUSTED[1]:
         sums = x.sum(reduced).double()
     else:
         sums = x.double().sum(reduced) if x.is_cpu else x.sum(reduced, dtype=torch.float64)

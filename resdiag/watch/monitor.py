@@ -122,7 +122,7 @@ class Monitor:
         self._metrics: list[dict[str, NDArray[Any]]] = []
         self._curve: list[dict[str, NDArray[Any]]] = []
         self._step, self._recorded, self._open = 0, 0, True
-        self._paused = self._forward = self._read = False
+        self._paused = self._forward = self._read = self._demanded = False
         self._handles = [] if optimizer is None else self._follow(optimizer)
 
     # -- the loop ------------------------------------------------------------------------------
@@ -139,6 +139,7 @@ class Monitor:
             if not self._read:
                 self._read_gradients()
             self._check_backward()
+            self._recorder.end()
             self._recorded += 1
         elif self._schedule(self._step):
             self._note(
@@ -150,6 +151,15 @@ class Monitor:
         self._step += 1
         if self._cells.is_full:
             self._flush()
+
+    def demand(self) -> None:
+        """Record the next forward pass whatever the schedule says; it belongs to this step."""
+        self._demanded = True
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether this step's forward pass was recorded."""
+        return self._forward
 
     def start_at(self, step: int) -> None:
         """Count on from `step`, for a resumed training."""
@@ -198,7 +208,7 @@ class Monitor:
     def unavailable(self) -> list[dict[str, Any]]:
         """Metrics that are NaN for a reason: `{"metric", "blocks", "reason"}`."""
         missing: list[dict[str, Any]] = [
-            {"metric": metric, "blocks": sorted(rows), "reason": reason}
+            {"metric": metric, "blocks": sorted(rows) or "all", "reason": reason}
             for metric, reasons in self._recorder.reasons.items()
             for reason, rows in reasons.items()
         ]
@@ -240,17 +250,17 @@ class Monitor:
     def _wanted(self) -> bool:
         """Whether to trace the forward pass that begins: the first of a step that is due."""
         due = not self._paused and self._model.training and torch.is_grad_enabled()
-        if not due or not self._schedule(self._step):
+        if not due or not (self._demanded or self._schedule(self._step)):
             return False
-        if self._forward:
+        if self._forward and self._recorder.is_whole:
             self._note("several forward passes in one step: the first one is recorded")
             return False
-        self._forward = True
+        if not self._forward:
+            self._rates.append((math.nan, math.nan))
+        self._forward, self._demanded = True, False
         self._recorder.begin()
-        self._recorder.seen_backward = False
         self._cells.begin(self._step)
         self._head.begin(self._step)
-        self._rates.append((math.nan, math.nan))
         return True
 
     def _follow(self, optimizer: Optimizer) -> list[Any]:
@@ -281,6 +291,11 @@ class Monitor:
         per_block, total = self._norms.gradients()
         if anatomy.blocks:
             self._cells.write_column(self._cells.slot, "grad_param", per_block)
+        for row, members in enumerate(anatomy.parameters):
+            if all(p.grad is None for p in members):
+                self._recorder.miss(row, ("grad_param",), "no parameter of it has a gradient")
+            if not members:
+                self._recorder.miss(row, ("update_ratio",), "the block has no parameters")
         self._head.reserve(1, total.device)
         self._head.write(self._head.slot, 0, "grad_norm", total)
         if self._optimizer is not None:
@@ -293,6 +308,8 @@ class Monitor:
             self._note("no residual addition was found: name modules with blocks=[...]")
         elif not self._recorder.seen_backward:
             self._note("a recorded step had no backward pass through the blocks")
+        if self._recorder.repeats:
+            self._note("several backward passes reached the blocks: the last one is recorded")
         if self._recorder.strangers:
             self._note("the forward pass took additions that the first one had not: not recorded")
 
@@ -304,9 +321,10 @@ class Monitor:
 
     def _flush(self) -> None:
         """Bring the used slots to the host and complete what the host computes."""
-        steps, values = self._cells.flush()
-        head_steps, head = self._head.flush()
-        rates, self._rates = self._rates, []
+        recording = self._forward and self._open
+        steps, values = self._cells.flush(keep_open=recording)
+        head_steps, head = self._head.flush(keep_open=recording)
+        rates, self._rates = self._rates[: len(steps)], self._rates[len(steps) :]
         if not steps:
             return
         rows = len(self._recorder.anatomy.blocks)

@@ -6,13 +6,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from resdiag.watch import metrics
+
+_Index = tuple[Tensor, Tensor, Tensor]
+_KEPT = 16
+
 
 class ParameterNorms:
     """Per-block norms over groups of parameters.
 
     Args:
         parameters: All parameters watched, in any order.
-        groups: Per block, its parameters; those of no block count in the total only.
+        groups: Per block, its parameters; those of no block count in the total only, and those
+            of several blocks (shared weights, a block inside a block) in each of them.
     """
 
     def __init__(
@@ -20,15 +26,16 @@ class ParameterNorms:
     ) -> None:
         self._parameters = list(parameters)
         self._blocks = len(groups)
-        rows = {id(p): row for row, group in enumerate(groups) for p in group}
-        self._rows = [rows.get(id(p), self._blocks) for p in self._parameters]
+        at = {id(p): i for i, p in enumerate(self._parameters)}
+        self._members = [(at[id(p)], row) for row, g in enumerate(groups) for p in g if id(p) in at]
+        self._indices: dict[tuple[int, ...], _Index] = {}
         self._before: list[Tensor] | None = None
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """G1 per block (L,) and the norm over all parameters, float64; NaN without gradients."""
-        held = [(p.grad, row) for p, row in zip(self._parameters, self._rows, strict=True)]
-        grads = [(g, row) for g, row in held if g is not None]
-        return self._gather([g for g, _ in grads], [row for _, row in grads])
+        held = [(i, p.grad) for i, p in enumerate(self._parameters)]
+        dense = [(i, g.coalesce().values() if g.is_sparse else g) for i, g in held if g is not None]
+        return self._gather([g for _, g in dense], tuple(i for i, _ in dense))
 
     def remember(self) -> None:
         """Copy the parameters: call before the optimizer's step."""
@@ -38,33 +45,42 @@ class ParameterNorms:
         """||after - before|| / ||before|| per block (L,), float64; call after the step."""
         if self._before is None:
             return torch.full((self._blocks,), math.nan, dtype=torch.float64)
+        everything = tuple(range(len(self._parameters)))
         moved = torch._foreach_sub([p.detach() for p in self._parameters], self._before)
-        update, _ = self._gather(list(moved), self._rows)
-        weight, _ = self._gather(self._before, self._rows)
+        update, _ = self._gather(list(moved), everything)
+        weight, _ = self._gather(self._before, everything)
         self._before = None
         return update / weight
 
-    def _gather(self, tensors: list[Tensor], rows: list[int]) -> tuple[Tensor, Tensor]:
-        """Root of summed squares per block, and over everything."""
+    def _gather(self, tensors: list[Tensor], which: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Root of summed squares per block, and over everything; `which` parameters they are."""
         if not tensors:
             nan = torch.full((self._blocks + 1,), math.nan, dtype=torch.float64)
             return nan[:-1], nan[-1]
         squares = _norms(tensors).square()
-        sums = squares.new_full((self._blocks + 1,), math.nan)
-        present = torch.tensor(rows, device=squares.device)
-        sums[torch.tensor(sorted(set(rows)), device=squares.device)] = 0
-        sums.index_add_(0, present, squares)
-        return sums[:-1].sqrt(), squares.sum().sqrt()
+        places, rows, present = self._index(which, squares.device)
+        sums = squares.new_full((self._blocks,), math.nan).index_fill_(0, present, 0)
+        sums.index_add_(0, rows, squares.index_select(0, places))
+        return sums.sqrt(), squares.sum().sqrt()
+
+    def _index(self, which: tuple[int, ...], device: torch.device) -> _Index:
+        """Places in the list of tensors, their blocks, and the blocks that have any."""
+        # kept: sending a list of numbers to an accelerator makes the host wait
+        if which not in self._indices:
+            if len(self._indices) >= _KEPT:
+                self._indices.clear()
+            place = {parameter: at for at, parameter in enumerate(which)}
+            pairs = [(place[i], row) for i, row in self._members if i in place]
+            lists = [p for p, _ in pairs], [r for _, r in pairs], sorted({r for _, r in pairs})
+            places, rows, present = (
+                torch.tensor(numbers, dtype=torch.long, device=device) for numbers in lists
+            )
+            self._indices[which] = places, rows, present
+        return self._indices[which]
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:
     """Euclidean norms (P,), float64, finite whenever the elements are."""
-    device = tensors[0].device
-    if device.type != "cpu":
+    if tensors[0].device.type != "cpu":
         return torch.stack(torch._foreach_norm(tensors, 2, torch.float64))
-    fast = torch.stack(list(torch._foreach_norm(tensors))).double()
-    # on the CPU the values are in host memory: redo only what float32 squares may have lost
-    for index, value in enumerate(fast.numpy()):
-        if not 1e-15 < value < 1e18:
-            fast[index] = torch.linalg.vector_norm(tensors[index], dtype=torch.float64)
-    return fast
+    return torch.stack([metrics.norm(tensor) for tensor in tensors])

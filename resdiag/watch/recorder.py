@@ -15,8 +15,18 @@ from resdiag.watch import metrics
 from resdiag.watch.blocks import Anatomy
 from resdiag.watch.buffer import Buffer, Key
 from resdiag.watch.calls import Call
-from resdiag.watch.skip import MIXED, NOT_ELEMENTWISE, SkipPath
+from resdiag.watch.catalog import SITES
+from resdiag.watch.skip import COLUMNS, SkipPath
 from resdiag.watch.tracer import Addition
+
+_SITE_COLUMNS = {site: tuple(f"{site}_{name}" for name in metrics.STATISTICS) for site in SITES}
+_OUTPUT_GRADIENT = ("grad_output", "grad_nonfinite", "elasticity")
+_NO_ADDITION = (
+    *(column for site in ("branch", "shortcut", "sum") for column in _SITE_COLUMNS[site]),
+    "grad_sum",
+    "shortcut_share",
+    *COLUMNS,
+)
 
 HEAD = ("head_mean", "head_channel_mean_rms", "head_channel_std", "head_gap", "head_size")
 
@@ -33,22 +43,32 @@ class Recorder:
     def __init__(self, cells: Buffer, head: Buffer, samples: int | None) -> None:
         self.anatomy = Anatomy()
         self.reasons: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
-        self.seen_backward = False
+        self.seen_backward = self.is_whole = False
+        self.strangers = self.repeats = 0
         self._cells, self._head = cells, head
         self._skip = SkipPath(samples)
-        self._fixed = False
-        self.begin()
+        self._fixed, self._pass = False, 0
+        self.end()
 
     def begin(self) -> None:
         """Begin a forward pass into the buffer's open slot."""
+        self.end()
+        self._live = True
+        self._pass += 1
+        self.seen_backward = self.is_whole = False
+        self.strangers = self.repeats = 0
+
+    def end(self) -> None:
+        """Let go of the pass: a gradient that comes later belongs to no step."""
+        self._live = False
         self._skip.reset()
         self._known: dict[int, tuple[weakref.ref[Tensor], int, int, str]] = {}
-        self._children: dict[Key, int] = {}
+        self._children: dict[Key, list[int]] = defaultdict(list)
         self._via: dict[int, Tensor] = {}
         self._scales: dict[int, float] = {}
         self._sums: dict[int, Tensor] = {}
-        self._gates: list[tuple[tuple[str, ...], Tensor]] = []
-        self.strangers = 0
+        self._gates: list[tuple[tuple[str, ...], Call, Tensor]] = []
+        self._written: set[Key] = set()
 
     # -- forward -------------------------------------------------------------------------------
 
@@ -57,16 +77,28 @@ class Recorder:
         row = self._row(addition)
         if row is None:
             return
-        self._measure(row, "branch", addition.branch, keep=False)
-        self._measure(row, "shortcut", addition.shortcut)
+        branch = _scaled(addition.branch, addition.branch_scale)
+        shortcut = _scaled(addition.shortcut, addition.shortcut_scale)
+        self._measure(row, "branch", branch, keep=False)
+        self._measure(row, "shortcut", shortcut, keep=shortcut is addition.shortcut)
+        joined = row == 0 or self._follows(row, addition.origin)
         if addition.origin is not None:
             self._measure(row, "input", addition.origin)
             self._watch_input(row, addition.origin)
         else:
-            self._miss(row, "input_mean", "the block's input was freed before its addition")
+            missing = (*_SITE_COLUMNS["input"], "grad_input", "shortcut_share")
+            self.miss(row, missing, "the block's input was freed before its addition")
         self._watch_shortcut(row, addition)
         new = row == 0 or self.anatomy.blocks[row].stage != self.anatomy.blocks[row - 1].stage
-        self._skip.open(addition.origin, addition.shortcut, addition.path, new)
+        self._skip.open(
+            row,
+            addition.origin,
+            shortcut,
+            addition.path,
+            addition.shortcut_scale,
+            new=new,
+            joined=joined,
+        )
 
     def added(self, addition: Addition) -> None:
         """Measure the sum; keep its first samples for what the after-add will do to them."""
@@ -84,16 +116,21 @@ class Recorder:
             return
         if not self._fixed:
             self.anatomy.finish(row, addition.after, addition.parameters)
-        slot = self._cells.slot
-        skip = self._skip.close(self._sums.pop(row), output, addition.after)
-        self._cells.write(slot, row, "perturbation", skip)
-        self._explain_skip(row, addition)
+        skip = self._skip.close(row, self._sums.pop(row), output, addition.after)
+        self._cells.write(self._cells.slot, row, "perturbation", skip)
+        for column, reason in self._skip.missing(addition.after).items():
+            self.miss(row, (column,), reason)
         self._measure(row, "output", output)
         if addition.after:
             self._hook(output, row, "grad_output")
         else:
             self._cells.alias(row, "grad_output", (row, "grad_sum"))
-        self._write_gates(row, addition.owner)
+        inside = [
+            gate
+            for _, call, gate in self._gates
+            if any(call is other for other in addition.activations)
+        ]
+        self._write_gates(row, inside)
 
     def unit(self, owner: str, ordinal: int, x: Tensor, output: Tensor, module: nn.Module) -> None:
         """Measure a module that is a block without an addition: input and output only."""
@@ -110,26 +147,31 @@ class Recorder:
         self._watch_input(row, x)
         self._measure(row, "output", output)
         self._hook(output, row, "grad_output")
-        self._miss(row, "perturbation", "the block has no residual addition")
-        self._write_gates(row, owner)
+        self.miss(row, _NO_ADDITION, "the block has no residual addition")
+        self._write_gates(row, [gate for owners, _, gate in self._gates if owner in owners])
 
     def activation(self, owners: tuple[str, ...], call: Call, x: Tensor) -> None:
-        """Remember which units of an activation inside a block are saturated."""
+        """Remember which units of an activation are saturated, for the block it is in."""
         if x.is_floating_point():
-            self._gates.append((owners, _saturated(call, self._skip.head(x))))
+            self._gates.append((owners, call, _saturated(call, self._skip.head(x))))
 
     def finished(self, features: Tensor | None, logits: Tensor | None) -> None:
         """Measure the classifier's input, and hook its output for the head kick."""
-        self._fixed = self._fixed or bool(self.anatomy.blocks)
+        self._fixed, self.is_whole = self._fixed or bool(self.anatomy.blocks), True
+        self._skip.reset()
+        self._gates.clear()
         if features is None or logits is None:
+            self._miss_head("head_mean", "head_bias", "head_kick")
             return
-        slot = self._head.slot
+        slot, begun = self._head.slot, self._pass
         self._head.reserve(1, features.device)
         self._head.write(slot, 0, "head_mean", metrics.statistics(features)[:3])
         size = torch.full((), features.shape[-1], dtype=torch.float64, device=features.device)
         self._head.write(slot, 0, "head_size", size)
         if logits.requires_grad:
-            logits.register_hook(lambda g: self._gap(slot, g))
+            logits.register_hook(lambda g: self._gap(begun, slot, g))
+        else:
+            self._miss_head("head_kick")
 
     # -- measuring -----------------------------------------------------------------------------
 
@@ -166,12 +208,16 @@ class Recorder:
             return None
         return entry[2], entry[3]
 
-    def _write_gates(self, row: int, owner: str) -> None:
+    def _follows(self, row: int, x: Tensor | None) -> bool:
+        """Whether the block's input is the output of the block before it, untouched."""
+        known = None if x is None else self._find(x)
+        return known is not None and known[0] == row - 1 and known[1] in ("sum", "output")
+
+    def _write_gates(self, row: int, inside: list[Tensor]) -> None:
         """Saturated and dead fractions over the activations that ran inside the block."""
-        inside = [gate for owners, gate in self._gates if owner in owners]
-        self._gates.clear()
         if not inside:
-            self._miss(row, "saturated_fraction", "no known activation inside the block")
+            columns = ("saturated_fraction", "dead_fraction")
+            self.miss(row, columns, "no known activation inside the block")
             return
         dead = [_per_channel(gate).all(1) for gate in inside]
         share = sum(g.sum(dtype=torch.float64) for g in inside) / sum(g.numel() for g in inside)
@@ -180,36 +226,48 @@ class Recorder:
             self._cells.slot, row, "saturated_fraction", torch.stack([torch.as_tensor(share), gone])
         )
 
-    def _explain_skip(self, row: int, addition: Addition) -> None:
-        if not all(call.is_activation for call in addition.after):
-            self._miss(row, "identity_defect", NOT_ELEMENTWISE)
-        if addition.path is None:
-            self._miss(row, "skip_gain", MIXED)
+    def _miss_head(self, *columns: str) -> None:
+        for column in columns:
+            # no rows: it is not about a block
+            self.reasons[column]["no linear layer with a gradient ends the forward pass"] = set()
 
-    def _miss(self, row: int, metric: str, reason: str) -> None:
-        """Note why a metric and those beside it are NaN for a block."""
-        self.reasons[metric][reason].add(row)
+    def miss(self, row: int, columns: tuple[str, ...], reason: str) -> None:
+        """Note why columns are NaN for a block."""
+        for column in columns:
+            self.reasons[column][reason].add(row)
 
     # -- backward ------------------------------------------------------------------------------
 
     def _hook(self, x: Tensor, row: int, column: str) -> None:
         if not x.requires_grad:
-            self._miss(row, column, "no gradient is asked for at this tensor")
+            missing = {
+                "grad_sum": ("grad_sum", *_OUTPUT_GRADIENT, "shortcut_share"),
+                "grad_output": _OUTPUT_GRADIENT,
+                "grad_input": ("grad_input", "shortcut_share"),
+            }
+            self.miss(row, missing[column], "no gradient is asked for at this tensor")
             return
-        slot = self._cells.slot
-        x.register_hook(lambda g: self._gradient(slot, row, column, g))
+        begun, slot = self._pass, self._cells.slot
+        x.register_hook(lambda g: self._gradient(begun, slot, row, column, g))
 
-    def _gradient(self, slot: int, row: int, column: str, g: Tensor) -> None:
+    def _is_current(self, begun: int) -> bool:
+        """Whether the pass in which a hook was set is still the one being recorded."""
+        return self._live and begun == self._pass
+
+    def _gradient(self, begun: int, slot: int, row: int, column: str, g: Tensor) -> None:
         """Write G2; hand dL/du to the share of the block's input, or finish that share."""
+        if not self._is_current(begun):
+            return
         self.seen_backward = True
+        self.repeats += (row, column) in self._written
+        self._written.add((row, column))
         size, broken = metrics.gradient(g)
         self._cells.write(slot, row, column, size)
         if column == "grad_sum":
             self._hold(row, g)
         if column != "grad_input" and column == self._grad_column(row, "output"):
             self._cells.write(slot, row, "grad_nonfinite", broken)
-        child = self._children.get((row, column))
-        if child is not None:
+        for child in self._children.get((row, column), ()):
             self._share(slot, child, g)
 
     def _watch_input(self, row: int, x: Tensor) -> None:
@@ -218,12 +276,10 @@ class Recorder:
         if known is not None and known[1] in ("sum", "output") and known[0] != row:
             source = (known[0], self._grad_column(known[0], known[1]))
             self._cells.alias(row, "grad_input", source)
-            self._children[source] = row
-        elif x.requires_grad:
-            self._hook(x, row, "grad_input")
-            self._children[row, "grad_input"] = row
+            self._children[source].append(row)
         else:
-            self._miss(row, "grad_input", "the block's input needs no gradient")
+            self._hook(x, row, "grad_input")
+            self._children[row, "grad_input"].append(row)
 
     def _grad_column(self, row: int, site: str) -> str:
         """The column in which the gradient hook of a measured tensor writes."""
@@ -236,24 +292,26 @@ class Recorder:
     def _watch_shortcut(self, row: int, addition: Addition) -> None:
         """Arrange for the gradient that enters x through the shortcut to be held for its share."""
         x, h = addition.origin, addition.shortcut
-        if x is None or not x.requires_grad or not h.requires_grad:
+        if x is None or not x.requires_grad:
             return
         if h is x:
             self._scales[row] = addition.shortcut_scale
             return
         entries = list(_entries(h, x))
         if not entries:
-            self._miss(row, "shortcut_share", "the shortcut's first operation was not found")
+            reason = "no gradient leads from the shortcut back to the block's input"
+            self.miss(row, ("shortcut_share",), reason)
+        begun = self._pass
         for node, index in entries:
-            node.register_hook(lambda grads, _, i=index: self._collect(row, grads[i]))
+            node.register_hook(lambda grads, _, i=index: self._collect(begun, row, grads[i]))
 
     def _hold(self, row: int, g: Tensor) -> None:
         scale = self._scales.get(row)
         if scale is not None:
             self._via[row] = g if scale == 1 else g * scale
 
-    def _collect(self, row: int, g: Tensor | None) -> None:
-        if g is not None:
+    def _collect(self, begun: int, row: int, g: Tensor | None) -> None:
+        if g is not None and self._is_current(begun):
             self._via[row] = g if row not in self._via else self._via[row] + g
 
     def _share(self, slot: int, row: int, total: Tensor) -> None:
@@ -261,8 +319,10 @@ class Recorder:
         if via is not None and via.shape == total.shape:
             self._cells.write(slot, row, "shortcut_share", metrics.share(via, total))
 
-    def _gap(self, slot: int, g: Tensor) -> None:
+    def _gap(self, begun: int, slot: int, g: Tensor) -> None:
         """max_k |p_k - y_k|: the batch sum of dL/dlogits of a mean cross-entropy."""
+        if not self._is_current(begun):
+            return
         self.seen_backward = True
         gap = g.detach().reshape(-1, g.shape[-1]).sum(0).abs().amax().double()
         self._head.write(slot, 0, "head_gap", gap)
@@ -271,7 +331,7 @@ class Recorder:
 def _entries(h: Tensor, x: Tensor) -> list[tuple[torch.autograd.graph.Node, int]]:
     """Nodes between x and h that take x itself, and at which input: where its gradient leaves."""
     target = x.grad_fn
-    stack, seen = [h.grad_fn], set()
+    stack, seen = [h.grad_fn], set[torch.autograd.graph.Node]()
     found: list[tuple[torch.autograd.graph.Node, int]] = []
     while stack and len(seen) < 256:
         node = stack.pop()
@@ -285,6 +345,11 @@ def _entries(h: Tensor, x: Tensor) -> list[tuple[torch.autograd.graph.Node, int]
             elif before is not None and before is not target:
                 stack.append(before)
     return found
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    """What goes into the sum where the addition scales an operand."""
+    return x if factor == 1 else x.detach() * factor
 
 
 def _saturated(call: Call, x: Tensor) -> Tensor:

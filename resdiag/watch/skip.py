@@ -28,6 +28,53 @@ COLUMNS = (
 
 NOT_ELEMENTWISE = "the after-add is a normalisation: it has no slope per unit"
 MIXED = "a projection shortcut mixes units: no unit gradient leads through it"
+BROKEN = "something stands between the blocks: no skip path leads through it"
+_PER_UNIT = ("identity_defect", "identity_drift", "slope_mean", "slope_mean_sq")
+
+
+class _Chain:
+    """One number per unit carried along the shortcuts: the product of the slopes on the way.
+
+    Attributes:
+        lost: Why the product cannot be known any more, or "".
+    """
+
+    def __init__(self) -> None:
+        self.lost = ""
+        self._product: Tensor | None = None  # None: 1 for every unit
+        self._alive: Tensor | None = None  # 1 where a unit leads back to the chain's beginning
+
+    def lose(self, reason: str) -> None:
+        """Nothing can be said from here on; the first reason stays."""
+        self.lost = self.lost or reason
+        self._product = self._alive = None
+
+    def cross(self, x: Tensor, path: tuple[Call, ...]) -> None:
+        """Pass a shortcut without parameters, e.g. option A, which drops and appends units."""
+        if path and not self.lost:
+            lead = compose(path)
+            ones = torch.ones_like(x)
+            alive = lead(ones if self._alive is None else self._alive)
+            self._product = lead(ones if self._product is None else self._product)
+            self._alive = (alive != 0).to(alive.dtype)
+
+    def multiply(self, factor: Tensor) -> None:
+        """Pass an after-add with slopes `factor`, one per unit or one for all."""
+        before = self._product
+        if before is not None and factor.dim() and before.shape != factor.shape:
+            self.lose(BROKEN)
+        elif not self.lost:
+            self._product = factor if before is None else before * factor
+
+    def mean(self, like: Tensor) -> Tensor:
+        """Mean over the surviving units; NaN once it is lost."""
+        if self.lost:
+            return _nan(like)
+        if self._product is None:
+            return like.new_ones((), dtype=torch.float64)
+        if self._alive is None:
+            return _mean(self._product)
+        return self._product.sum(dtype=torch.float64) / self._alive.sum(dtype=torch.float64)
 
 
 class SkipPath:
@@ -42,99 +89,108 @@ class SkipPath:
         self.reset()
 
     def reset(self) -> None:
-        """Begin a forward pass."""
-        self._gain: tuple[Tensor, Tensor] | None = None  # product and mask of traceable units
-        self._lost = False
-        self._stage_gain: Tensor | None = None
+        """Begin a forward pass, or let go of the last one."""
+        self._stage, self._whole = _Chain(), _Chain()
         self._drift: tuple[Tensor, Tensor] | None = None  # h at the stage's first block, iterate
-        self._h: Tensor | None = None
+        self._h: dict[int, Tensor] = {}
 
     def head(self, x: Tensor) -> Tensor:
         """The samples looked at, detached."""
         return x.detach()[: self._samples]
 
-    def open(self, x: Tensor | None, h: Tensor, path: tuple[Call, ...] | None, new: bool) -> None:
+    def open(
+        self,
+        row: int,
+        x: Tensor | None,
+        h: Tensor,
+        path: tuple[Call, ...] | None,
+        scale: float,
+        *,
+        new: bool,
+        joined: bool,
+    ) -> None:
         """Pass a block's shortcut.
 
         Args:
+            row: The block.
             x: Block input, None if unknown.
-            h: Shortcut output.
+            h: Shortcut output, as it goes into the sum.
             path: Calls of a parameter-free shortcut, () for the identity, None for a projection.
+            scale: Factor on the shortcut inside the addition.
             new: Whether a stage begins: the per-stage products start again.
+            joined: Whether the input is the output of the block before, or this is the first.
         """
-        self._h = self.head(h).clone()
+        self._h[row] = self.head(h).clone()
         if new:
-            self._stage_gain, self._drift = None, None
-        if path is None or x is None:
-            self._gain, self._lost = None, True
-        elif path and not self._lost:
-            ones = torch.ones_like(self.head(x))
-            product, mask = self._gain or (ones, ones)
-            shortcut = compose(path)
-            self._gain = shortcut(product), shortcut(mask)
+            self._stage, self._drift = _Chain(), None
+        for chain in (self._whole,) if new else (self._stage, self._whole):
+            if not joined:
+                chain.lose(BROKEN)
+            if path is None or x is None or any(call.is_activation for call in path):
+                chain.lose(MIXED)
+            else:
+                chain.cross(self.head(x), path)
+        if scale != 1:
+            for chain in (self._stage, self._whole):
+                chain.multiply(torch.full((), scale, dtype=h.dtype, device=h.device))
 
-    def close(self, u: Tensor, output: Tensor, after: tuple[Call, ...]) -> Tensor:
+    def close(self, row: int, u: Tensor, output: Tensor, after: tuple[Call, ...]) -> Tensor:
         """Measure a block's after-add; (9,) float64, see `COLUMNS`; NaN where undefined.
 
         Args:
+            row: The block.
             u: The sum's first samples, as it was before the after-add.
             output: The block's output.
             after: The after-add's calls, () for none.
         """
+        h = self._h.pop(row)
         if not all(call.is_activation for call in after):
             return self._unmeasurable(u, output)
         if not after:
             return self._untouched(u)
         f = compose(after)
         derivative = slope(f, u)
-        self._multiply(derivative)
-        h = self._h
-        assert h is not None
+        for chain in (self._stage, self._whole):
+            chain.multiply(derivative)
         return torch.stack(
             [
                 relative_change(f(u), u),
                 relative_change(f(h), h),
                 *self._gains(u),
                 self._advance(f, h),
-                self._nan(u),
+                _nan(u),
                 _mean(u < 0),
                 _mean(derivative),
                 _mean(derivative.double().square()),
             ]
         )
 
+    def missing(self, after: tuple[Call, ...]) -> dict[str, str]:
+        """Why columns of the block just closed are NaN."""
+        reasons = {"skip_gain_stage": self._stage.lost, "skip_gain": self._whole.lost}
+        if not all(call.is_activation for call in after):
+            reasons |= dict.fromkeys(_PER_UNIT, NOT_ELEMENTWISE)
+        return {column: reason for column, reason in reasons.items() if reason}
+
     def _untouched(self, u: Tensor) -> Tensor:
         """No after-add: P1 = P2 = 0, slope 1, by definition rather than by rounding."""
         zero, one = u.new_zeros((), dtype=torch.float64), u.new_ones((), dtype=torch.float64)
         drift = zero if self._drift is None else relative_change(*reversed(self._drift))
         negative = _mean(u < 0)
-        return torch.stack([zero, zero, *self._gains(u), drift, self._nan(u), negative, one, one])
+        return torch.stack([zero, zero, *self._gains(u), drift, _nan(u), negative, one, one])
 
     def _unmeasurable(self, u: Tensor, output: Tensor) -> Tensor:
         """A normalisation after the addition: only what it does to the sum can be said."""
-        self._gain, self._stage_gain, self._lost = None, None, True
-        nan = self._nan(u)
+        self._stage.lose(NOT_ELEMENTWISE)
+        self._whole.lose(NOT_ELEMENTWISE)
+        nan = _nan(u)
         return torch.stack(
             [relative_change(self.head(output), u), *[nan] * 5, _mean(u < 0), nan, nan]
         )
 
-    def _multiply(self, derivative: Tensor) -> None:
-        before = self._stage_gain
-        self._stage_gain = derivative if before is None else before * derivative
-        if not self._lost:
-            product, mask = self._gain or (1.0, torch.ones_like(derivative))
-            self._gain = product * derivative, mask
-
     def _gains(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """P3 since the stage began, and since the first block (NaN behind a projection)."""
-        one = u.new_ones((), dtype=torch.float64)
-        stage = one if self._stage_gain is None else _mean(self._stage_gain)
-        if self._lost:
-            return stage, self._nan(u)
-        if self._gain is None:
-            return stage, one
-        product, mask = self._gain
-        return stage, product.sum(dtype=torch.float64) / mask.sum(dtype=torch.float64)
+        """P3 since the stage began, and since the first block."""
+        return self._stage.mean(u), self._whole.mean(u)
 
     def _advance(self, f: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
         """P4: apply f once more to the iterate that began as the stage's first shortcut."""
@@ -142,9 +198,10 @@ class SkipPath:
         self._drift = base, f(iterate)
         return relative_change(self._drift[1], base)
 
-    def _nan(self, u: Tensor) -> Tensor:
-        return torch.full((), torch.nan, dtype=torch.float64, device=u.device)
-
 
 def _mean(x: Tensor) -> Tensor:
     return x.mean(dtype=torch.float64)
+
+
+def _nan(like: Tensor) -> Tensor:
+    return torch.full((), torch.nan, dtype=torch.float64, device=like.device)

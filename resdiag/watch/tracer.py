@@ -3,13 +3,13 @@
 The rule (design, section 4.2): for every tensor, keep per open module frame the largest number of
 parameterised operations on its way from that frame's input. An addition of equal shapes is residual
 if both operands descend from the input of the module whose forward is running and their counts
-differ: the smaller one is the shortcut (0: identity, more: projection), the other the branch. The
-sum starts the count again, and so do an activation or a normalisation applied to it (the
-after-add).
+differ: the smaller one is the shortcut, the other the branch, and the sum starts the count again.
+The block's input is the last tensor that both operands came from; an activation or a normalisation
+applied to the sum is the after-add.
 """
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from resdiag.watch.calls import ADDITIONS, Call
+from resdiag.watch.lineage import Descent, Lineage
 
 
 @dataclass(eq=False)
@@ -32,9 +33,11 @@ class Addition:
         branch: F(x), before the addition.
         shortcut: h(x).
         shortcut_count: Parameterised operations on the shortcut: 0 for an identity.
-        path: The calls that lead from `origin` to `shortcut` if none has parameters, else None.
+        path: The calls that lead from `origin` to `shortcut` if they can be repeated, else None.
         shortcut_scale: Factor on the shortcut inside the addition (torch.add's alpha), mostly 1.
-        parameters: Parameters used since the owner's previous residual addition.
+        branch_scale: The same for the branch.
+        parameters: Parameters of the branch, the shortcut and (at the end) the after-add.
+        activations: Activations on the branch, the shortcut and (at the end) in the after-add.
         sum: y = h + F, set once it is computed.
         after: The after-add's calls, set at the end of the block.
     """
@@ -47,7 +50,9 @@ class Addition:
     shortcut_count: int
     path: tuple[Call, ...] | None
     shortcut_scale: float
+    branch_scale: float
     parameters: list[nn.Parameter]
+    activations: list[Call]
     sum: Tensor | None = None
     after: tuple[Call, ...] = ()
 
@@ -74,26 +79,19 @@ class Listener(Protocol):
         """The pass has ended; the last linear layer mapped `features` to `logits`."""
 
 
-@dataclass
-class _Trail:
-    """How a tensor descends from the input of one frame."""
-
-    count: int
-    origin: "weakref.ref[Tensor]"
-    path: tuple[Call, ...] | None
-
-
 @dataclass(eq=False)
 class _Frame:
     """One module whose forward is running."""
 
+    serial: int
     name: str
     module: nn.Module
     entry: Tensor | None
-    parameters: dict[int, nn.Parameter] = field(default_factory=dict)
+    walls: set[int] = field(default_factory=set)
     open: Addition | None = None
     tail: Tensor | None = None
     chain: tuple[Call, ...] = ()
+    chain_parameters: tuple[nn.Parameter, ...] = ()
     additions: int = 0
 
 
@@ -121,11 +119,11 @@ class Tracer(TorchFunctionMode):
         super().__init__()
         self._listener, self._wanted, self._units = listener, wanted, units
         self._frames: list[_Frame] = []
-        self._trails: dict[int, tuple[weakref.ref[Tensor], dict[int, _Trail]]] = {}
+        self._lineage, self._pushed = Lineage(), 0
         self._counts: dict[str, int] = {}
         self._head: tuple[Tensor | None, Tensor | None] = (None, None)
-        self._weights: dict[int, weakref.ref[Tensor]] = {}
         self._on, self._busy = False, False
+        self._mode = ExitStack()
         self._handles = list(self._install(model))
 
     def close(self) -> None:
@@ -149,8 +147,10 @@ class Tracer(TorchFunctionMode):
 
     def _enter(self, name: str, root: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if root and not self._on and self._wanted():
-                self._start()
+            if root:
+                self._stop()  # an interrupt (no Exception) leaves a pass open
+                if self._wanted():
+                    self._start()
             if self._on:
                 self._push(name, module, [*_tensors(args), *_tensors(kwargs)])
 
@@ -173,17 +173,16 @@ class Tracer(TorchFunctionMode):
 
     def _start(self) -> None:
         self._on = True
-        self.__enter__()
+        self._mode.enter_context(self)
 
     def _stop(self) -> None:
         """Leave the function mode and forget the pass."""
         if self._on:
             self._on = False
-            self.__exit__(None, None, None)
+            self._mode.close()
         self._frames.clear()
-        self._trails.clear()
+        self._lineage.clear()
         self._counts.clear()
-        self._weights.clear()
         self._head = (None, None)
 
     def _quietly(self, tell: Callable[..., None], *args: object) -> None:
@@ -198,11 +197,10 @@ class Tracer(TorchFunctionMode):
 
     def _push(self, name: str, module: nn.Module, inputs: list[Tensor]) -> None:
         entry = next((t for t in inputs if t.is_floating_point()), None)
-        frame = _Frame(name, module, entry)
+        self._pushed += 1
+        frame = _Frame(self._pushed, name, module, entry)
         self._frames.append(frame)
-        for tensor in inputs:
-            trails = {**self._trails_of(tensor), id(frame): _Trail(0, weakref.ref(tensor), ())}
-            self._mark(tensor, trails, weighted=False)
+        frame.walls.update(self._lineage.enter(tensor, frame.serial) for tensor in inputs)
 
     def _pop(self, module: nn.Module, output: object) -> None:
         frame = self._frames.pop()
@@ -223,15 +221,23 @@ class Tracer(TorchFunctionMode):
     def _close(self, frame: _Frame, returned: Tensor | None) -> None:
         """End the open block of a frame at its module's output or at its next addition."""
         addition, frame.open = frame.open, None
-        assert addition is not None and addition.sum is not None
-        followed = frame.tail is not None and frame.tail is returned
-        addition.after = frame.chain if followed else ()
-        output = frame.tail if followed else addition.sum
-        addition.parameters.extend(frame.parameters.values())
-        frame.parameters.clear()
-        frame.tail, frame.chain = None, ()
-        assert output is not None
+        assert addition is not None
+        assert addition.sum is not None
+        tail, output = frame.tail, addition.sum
+        if frame.chain and tail is not None and returned is not None and tail is returned:
+            output = tail
+            addition.after = frame.chain
+            addition.parameters.extend(frame.chain_parameters)
+            addition.activations.extend(call for call in frame.chain if call.is_activation)
+        frame.tail, frame.chain, frame.chain_parameters = None, (), ()
         self._quietly(self._listener.closed, addition, output)
+
+    def _passed(self, frame: _Frame, x: Tensor | None) -> Tensor | None:
+        """What the open block handed to the next one: its activated sum, if x was made from it."""
+        tail, activated = frame.tail, all(call.is_activation for call in frame.chain)
+        if tail is None or x is None or not activated:
+            return x
+        return tail if self._lineage.descends(x, tail) else x
 
     def _ordinal(self, owner: str) -> int:
         ordinal = self._counts.get(owner, 0)
@@ -256,14 +262,11 @@ class Tracer(TorchFunctionMode):
         if call.is_activation and args and isinstance(args[0], Tensor):
             owners = tuple(frame.name for frame in self._frames)
             self._quietly(self._listener.activation, owners, call, args[0])
-        inputs = [t for t in (*_tensors(args), *_tensors(kwargs))]
-        trails, weighted = self._descend(inputs)
+        inputs = [*_tensors(args), *_tensors(kwargs)]
+        descent = self._lineage.descend(inputs, [frame.serial for frame in self._frames])
         result = func(*args, **kwargs)
-        if isinstance(result, Tensor):
-            self._after(call, args, result, addition, trails, weighted)
-        else:
-            for tensor in _tensors(result):
-                self._mark(tensor, trails, weighted)
+        for tensor in _tensors(result):
+            self._after(call, args, tensor, addition, descent, alone=len(inputs) == 1)
         return result
 
     def _after(
@@ -272,30 +275,28 @@ class Tracer(TorchFunctionMode):
         args: tuple[Any, ...],
         result: Tensor,
         addition: Addition | None,
-        trails: dict[int, _Trail],
-        weighted: bool,
+        descent: Descent,
+        *,
+        alone: bool,
     ) -> None:
-        """Give the result its trails; follow the sum; remember the head."""
+        """Number a result; follow the sum; remember the head."""
         frame = self._frames[-1]
         first = args[0] if args and isinstance(args[0], Tensor) else None
-        if addition is not None:
-            addition.sum = result
-            frame.open, frame.tail, frame.chain = addition, result, ()
-            frame.additions += 1
-            trails[id(frame)] = _Trail(0, weakref.ref(result), ())
-            self._mark(result, trails, weighted)
-            self._quietly(self._listener.added, addition)
-            return
-        alone = first is not None and not any(True for _ in _tensors((args[1:], call.kwargs)))
-        if trails and alone and first is not None and not call.is_random:
-            self._extend_path(call, first, result, trails)
-        if call.name == "linear" and weighted and first is not None:
-            self._head = (first, result)
         owner = self._owner_of(first, call, result)
-        if owner is not None:
+        number = self._lineage.mark(result, descent, call, alone=alone)
+        if addition is not None and number is not None:
+            addition.sum = result
+            frame.open, frame.tail = addition, result
+            frame.chain, frame.chain_parameters = (), ()
+            frame.additions += 1
+            frame.walls.add(number)
+            self._lineage.enter(result, frame.serial)
+            self._quietly(self._listener.added, addition)
+        elif owner is not None:
             owner.tail, owner.chain = result, (*owner.chain, call)
-            trails[id(owner)] = _Trail(0, weakref.ref(result), ())
-        self._mark(result, trails, weighted)
+            owner.chain_parameters += descent.parameters
+        elif call.name == "linear" and descent.weighted and first is not None:
+            self._head = (first, result)
 
     def _owner_of(self, first: Tensor | None, call: Call, result: Tensor) -> _Frame | None:
         """The frame whose open block's sum (or its tail) this call turns into the output."""
@@ -305,14 +306,6 @@ class Tracer(TorchFunctionMode):
             if frame.open is not None and frame.tail is first and result.shape == first.shape:
                 return frame
         return None
-
-    def _extend_path(
-        self, call: Call, first: Tensor, result: Tensor, trails: dict[int, _Trail]
-    ) -> None:
-        """Remember how to repeat a parameter-free shortcut such as option A."""
-        for key, before in self._trails_of(first).items():
-            if key in trails and before.path is not None and first is not result:
-                trails[key].path = (*before.path, call)
 
     def _residual(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -324,69 +317,29 @@ class Tracer(TorchFunctionMode):
             return None
         if self._units is not None and frame.name not in self._units:
             return None
-        a, b = self._trails_of(left).get(id(frame)), self._trails_of(right).get(id(frame))
-        if a is None or b is None or a.count == b.count:
+        a, b = (self._lineage.counts(tensor).get(frame.serial) for tensor in (left, right))
+        if a is None or b is None or a == b:
             return None
-        shortcut, branch, trail = (left, right, a) if a.count < b.count else (right, left, b)
-        origin = trail.origin()
+        shortcut, branch = (left, right) if a < b else (right, left)
+        meeting = self._lineage.meet(shortcut, branch, frame.walls)
         if frame.open is not None:
-            self._close(frame, origin)
-        parameters = list(frame.parameters.values())
-        frame.parameters.clear()
-        path = trail.path if trail.count == 0 else None
+            self._close(frame, self._passed(frame, meeting.origin))
+        alpha = float(kwargs.get("alpha", 1))
         addition = Addition(
             frame.name,
             self._ordinal(frame.name),
-            origin,
+            meeting.origin,
             branch,
             shortcut,
-            trail.count,
-            path,
-            float(kwargs.get("alpha", 1)) if shortcut is right else 1.0,
-            parameters,
+            meeting.shortcut_count,
+            meeting.path,
+            alpha if shortcut is right else 1.0,
+            alpha if branch is right else 1.0,
+            meeting.parameters,
+            meeting.activations,
         )
         self._quietly(self._listener.operands, addition)
         return addition
-
-    def _descend(self, inputs: list[Tensor]) -> tuple[dict[int, _Trail], bool]:
-        """Trails of a result: per frame the largest count of its inputs, plus one if weighted."""
-        open_frames = {id(frame) for frame in self._frames}
-        trails: dict[int, _Trail] = {}
-        weighted = False
-        for tensor in inputs:
-            if isinstance(tensor, nn.Parameter):
-                for frame in self._frames:
-                    frame.parameters[id(tensor)] = tensor
-            found = self._trails_of(tensor)
-            if not found:
-                weighted = weighted or self._is_weight(tensor)
-            for key, trail in found.items():
-                if key in open_frames and (key not in trails or trail.count > trails[key].count):
-                    trails[key] = _Trail(trail.count, trail.origin, None)
-        if weighted:
-            for trail in trails.values():
-                trail.count += 1
-        return trails, weighted
-
-    # -- tensors -------------------------------------------------------------------------------
-
-    def _trails_of(self, tensor: Tensor) -> dict[int, _Trail]:
-        entry = self._trails.get(id(tensor))
-        return entry[1] if entry is not None and entry[0]() is tensor else {}
-
-    def _mark(self, tensor: Tensor, trails: dict[int, _Trail], weighted: bool) -> None:
-        """Store a tensor's trails; without any, it may still be made of weights alone."""
-        if trails:
-            self._trails[id(tensor)] = (weakref.ref(tensor), trails)
-        elif weighted:
-            self._weights[id(tensor)] = weakref.ref(tensor)
-
-    def _is_weight(self, tensor: Tensor) -> bool:
-        """A parameter, or computed from parameters alone (e.g. a standardised weight)."""
-        if isinstance(tensor, nn.Parameter):
-            return True
-        made = self._weights.get(id(tensor))
-        return made is not None and made() is tensor
 
 
 def _can_add(module: nn.Module) -> bool:
