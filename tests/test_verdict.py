@@ -141,9 +141,10 @@ def test_growth_at_init_is_the_cause_of_the_explosion_that_follows():
     assert any((item.step, item.block) == (3, 5) for item in verdict.evidence)
 
 
-def test_a_large_loss_at_step_0_is_enough():
+@pytest.mark.parametrize("loss", [3.01 * LN10, math.inf, math.nan])
+def test_a_large_loss_at_step_0_is_enough(loss):
     def lift(metrics, curve):
-        curve.loc[0, "loss"] = 3.01 * LN10
+        curve.loc[0, "loss"] = loss
 
     verdict = judge(plant(change=lift))
     assert (verdict.name, verdict.block) == ("exploded_at_init", None)
@@ -155,6 +156,15 @@ def test_growth_in_one_stage_only_is_healthy():
         metrics["output_channel_std"] = factor
 
     assert judge(plant("elu", 38, change=grow)).name == "healthy"
+
+
+def test_a_short_normalised_network_whose_first_stages_start_steeply_is_healthy():
+    def grow(metrics, curve):  # as measured on relu_pre at depth 20
+        moments = [1.4, 2.2, 3.4, 2.2, 3.3, 4.5, 3.3, 4.2, 5.3]
+        metrics["output_channel_std"] = np.sqrt(np.tile(moments, 30))
+
+    run = plant("relu_pre", 20, change=grow)
+    assert judge(run).name == "healthy"
 
 
 # --- exploded later --------------------------------------------------------------------------

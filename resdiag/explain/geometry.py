@@ -12,8 +12,8 @@ def padding_share(size: int) -> float:
 
     The others see zeros, so a convolution under He's initialisation multiplies the second moment by
     2 p_W and not by 2. Leaving it out makes E[H_L^2] 200-400 times too high at depth 110. It holds
-    for stride 1 and padding 1, and for stride 2 if the input's W is even. Source: science 2.2
-    (counting taps: 3W - 2 of 3W per dimension, 3W/2 - 1 of 3W/2 with stride 2).
+    for stride 1 and padding 1, and for stride 2 if the input's W is even. Source: taps
+    counted, 3W - 2 of 3W per dimension with stride 1, 3W/2 - 1 of 3W/2 with stride 2.
 
     >>> [round(padding_share(size), 3) for size in (32, 16, 8)]
     [0.959, 0.918, 0.84]

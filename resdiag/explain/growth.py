@@ -3,8 +3,9 @@
 s = E[H^2] and m = E[H] over batch, channels and positions; M, mu, D the moments of
 `resdiag.explain.moments`; g1, g2 the gains of the two convolutions (2 p_W each under He's
 initialisation, the first p_W at a stage change); k = 1, or 1/2 at a stage change, the share of the
-shortcut's channels that option A keeps. Source: science 2.2; the large-scale limit x2 per block of
-b is Zhang et al. 2019, arXiv:1901.09321 (Fixup) and De & Smith 2020, arXiv:2002.10444.
+shortcut's channels that option A keeps. Source: mean field, Yang & Schoenholz 2017,
+arXiv:1712.08969; the large-scale limit x2 per block of b is Zhang et al. 2019, arXiv:1901.09321
+(Fixup) and De & Smith 2020, arXiv:2002.10444.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ def grow_elu_nobn(shapes: Sequence[BlockShape], s0: float, m0: float) -> dict[st
     The branch's mean is positive, so means add coherently; without padding the factor tends to
     2.90 per block (kappa = m / sqrt(s) = .80). The backward ratio takes gates and gradient as
     independent. It is a lower bound: at large scale the network is positively homogeneous in H,
-    the component of g along H then grows backwards as ||H|| grows forwards (science 2.2), and
+    the component of g along H then grows backwards as ||H|| grows forwards (Fixup, theorem 1), and
     measured ratios lie between the two (2.4 against 1.8 at depth 110).
     """
     rows = []

@@ -63,7 +63,7 @@ class Activation:
 def elu_mean(q: ArrayLike) -> Array:
     """mu(q) = E[ELU(z)] = sqrt(q / 2 pi) + T_1 - 1/2; positive: the source of bias shift.
 
-    Source: science 2.1; Clevert et al. 2015, arXiv:1511.07289.
+    Source: closed form; Clevert et al. 2015, arXiv:1511.07289.
 
     >>> elu_mean([1.0, 16.0]).round(4)
     array([0.1605, 1.1902])
@@ -77,7 +77,7 @@ def elu_second_moment(q: ArrayLike) -> Array:
     """M(q) = E[ELU(z)^2] = q/2 + T_2 - 2 T_1 + 1/2, between q/2 (large q) and q (small q).
 
     A He-initialised convolution followed by ELU multiplies the second moment by 2 M(q) / q: 1.29
-    at q = 1, where ReLU has 1. Source: science 2.1.
+    at q = 1, where ReLU has 1. Source: closed form.
 
     >>> elu_second_moment([0.01, 1.0, 16.0]).round(4)
     array([0.0093, 0.6449, 8.3603])
@@ -89,14 +89,14 @@ def elu_second_moment(q: ArrayLike) -> Array:
 
 
 def elu_slope(q: ArrayLike) -> Array:
-    """D1(q) = E[ELU'(z)] = 1/2 + T_1, never above 1. Source: science 2.1."""
+    """D1(q) = E[ELU'(z)] = 1/2 + T_1, never above 1. Source: closed form."""
     return 0.5 + _tail(1, _root(q))
 
 
 def elu_slope_sq(q: ArrayLike) -> Array:
     """D(q) = E[ELU'(z)^2] = 1/2 + T_2, never above 1.
 
-    Source: science 2.1; it is V_phi' of Yang & Schoenholz 2017, arXiv:1712.08969.
+    Source: closed form; it is V_phi' of Yang & Schoenholz 2017, arXiv:1712.08969.
 
     >>> elu_slope_sq([1.0, 1e60]).round(3)
     array([0.668, 0.5  ])

@@ -2,7 +2,7 @@
 
 Backward, BatchNorm divides by the centred standard deviation of its input: a mean that is the same
 for all samples does not count, so bias shift makes the branch's gradient gain larger. Source:
-science 2.3; De & Smith 2020, arXiv:2002.10444; Yang et al. 2019, arXiv:1902.08129.
+De & Smith 2020, arXiv:2002.10444; Yang et al. 2019, arXiv:1902.08129.
 """
 
 from collections.abc import Sequence

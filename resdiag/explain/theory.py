@@ -20,22 +20,22 @@ from resdiag.explain.walk import walk
 from resdiag.models.variants import Variant, find_variant
 
 CRITICAL = 0.6
-"""lr ||g_0|| above which no run has survived (science table 4.3: 28 runs, none in .6 ... 1.07)."""
+"""lr ||g_0|| above which no run has survived (28 runs of a and b, none in .6 ... 1.07)."""
 
 _LARGEST_WALK = 1e3  # the grid grows with its root; a stem on normalised images gives .1 ... 1
 _STEM_FAN_RATIO = 3 / 16  # input channels over output channels of the stem's convolution
 
 _UNNORMALISED = (
     "un-normalised residual sum: the second moment is multiplied in every block by the recursion "
-    "of resdiag.explain.growth (Zhang et al. 2019 (Fixup); De & Smith 2020; science 2.2)"
+    "of resdiag.explain.growth (Zhang et al. 2019 (Fixup); De & Smith 2020)"
 )
 _NORMALISED = (
     "BatchNorm ends the branch and nothing stands on the skip path: E[H^2] grows by a constant per "
-    "block (De & Smith 2020; science 2.3)"
+    "block (De & Smith 2020)"
 )
 _WALK = (
     "scalar walk per unit with an activation after the addition, evolved exactly "
-    "(resdiag.explain.walk; science 2.3)"
+    "(resdiag.explain.walk; Sparre Andersen 1954 for its skip gain)"
 )
 _BASIS = {
     "elu_nobn": _UNNORMALISED + "; the gradient's growth is a lower bound",
@@ -182,7 +182,7 @@ def head_kick(lr: float, momentum: float, mean: float, channels: int, gap: float
 
     lr (1 + momentum) (||E_n hbar||^2 + 1) gap, with ||E_n hbar||^2 = channels mean^2: linear in
     depth for original and c, whose mean grows as the root of the depth. A heuristic for the first
-    step only. Source: science 2.3.
+    step only. Source: one step of SGD on the classifier.
 
     Args:
         lr: Learning rate.
@@ -200,7 +200,7 @@ def head_kick(lr: float, momentum: float, mean: float, channels: int, gap: float
 def critical_lr(grad_norm: float) -> float:
     """0.6 / ||g_0||: every run above it died, a necessary and not a sufficient condition.
 
-    Observed, not derived: 28 runs of a and b with He's initialisation (science table 4.3).
+    Observed, not derived: 28 runs of a and b with He's initialisation.
 
     >>> critical_lr(1.2e6)
     5e-07

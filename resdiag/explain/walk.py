@@ -3,7 +3,7 @@
 Fresh weights make each unit a scalar walk u_l = H_{l-1} + sigma_l xi, H_l = phi(u_l), xi ~ N(0, 1),
 with sigma = 1 where BatchNorm ends the branch: a walk reflected at 0 for ReLU, softly between -1
 and 0 for ELU. Nothing is fitted and nothing is sampled: the density of u is carried from block to
-block on Gauss-Legendre nodes. Source: science 2.3; the pure-skip gain of the reflected walk from 0
+block on Gauss-Legendre nodes. The pure-skip gain of the reflected walk from 0
 is C(2n, n) / 4^n ~ 1 / sqrt(pi n) whatever the step's law (Sparre Andersen 1954).
 """
 
