@@ -1,8 +1,13 @@
 """The command line: parse, call, print. Data on stdout, everything else on stderr."""
 
 import json
+import os
+import re
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +24,8 @@ _EPILOG = (
     "full or failing; 75 busy, or stopped by SIGTERM after a commit; 130 stopped by Ctrl-C. The "
     "same command continues a stopped run."
 )
+_STOPPED = {int(signal.SIGINT): 130, int(signal.SIGTERM): 75}
+"""Exit codes by the signal that stopped a run."""
 
 
 class App(typer.Typer):
@@ -26,7 +33,7 @@ class App(typer.Typer):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Run the command line and exit with its code."""
-        sys.exit(self.run(kwargs.pop("args", None)))
+        sys.exit(_deliver(self.run(kwargs.pop("args", None))))
 
     def run(self, args: Sequence[str] | None = None) -> int:
         """Run one command line.
@@ -44,11 +51,6 @@ class App(typer.Typer):
             code = command.main(args=words, prog_name="resdiag", standalone_mode=False)
         except ResdiagError as error:
             return _fail(error.message, error.hint, error.exit_code, as_json)
-        except KeyboardInterrupt:
-            return _fail("interrupted", "the same command continues", 130, as_json)
-        except BrokenPipeError:
-            sys.stderr.close()  # or Python would complain about it at exit
-            return 0
         except OSError as error:
             return _fail(str(error), "", 74, as_json)
         except Exception as error:
@@ -60,12 +62,26 @@ class App(typer.Typer):
         return code if isinstance(code, int) else 0
 
 
+def _deliver(code: int) -> int:
+    """Flush what was printed; the exit code says if that did not arrive."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # what is left in the buffer would fail once more when Python exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader has seen enough
+            return code or 1
+        return code or _fail(f"cannot write to standard output: {error}", "", 74, as_json=False)
+    return code
+
+
 def _fail(message: str, hint: str, code: int, as_json: bool) -> int:
     """Report an error and pass its exit code on."""
     if as_json:
         print(json.dumps({"error": message, "hint": hint}))
     else:
-        print(f"resdiag: {message}" + (f" ({hint})" if hint else ""), file=sys.stderr)
+        line = f"resdiag: {message}" + (f" ({hint})" if hint else "")
+        print(" ".join(line.splitlines()), file=sys.stderr)
     return code
 
 
@@ -73,17 +89,27 @@ app = App(
     name="resdiag",
     help="Gradient and activation diagnostics for residual networks.",
     epilog=_EPILOG,
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=True,
 )
 data_app = typer.Typer(
     help="Data sets: what is there, and how to get more.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode=None,
 )
 app.add_typer(data_app, name="data")
+
+
+@app.callback()
+@data_app.callback()
+def _help(context: typer.Context) -> None:
+    """Without a command the help is printed, which is not what a script wanted: exit code 2."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 RunsRoot = Annotated[
@@ -106,9 +132,7 @@ def run(
     ] = "probe",
     data: Annotated[
         str,
-        typer.Option(
-            help="auto, cifar10, cifar100, digits, fashion, folder:PATH or parquet:PATH."
-        ),
+        typer.Option(help="auto, cifar10, cifar100, digits, fashion, folder:PATH or parquet:PATH."),
     ] = "auto",
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     epochs: Annotated[
@@ -131,7 +155,7 @@ def run(
     commit_every: Annotated[int | None, typer.Option(help="Steps between commits.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 by autocast.")] = "float32",
-    threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of PyTorch.")] = None,
     runs: RunsRoot = Path("runs"),
     data_root: DataRoot = None,
     force: Annotated[bool, typer.Option("--force", help="Start over if the run exists.")] = False,
@@ -143,38 +167,19 @@ def run(
     as_json: Json = False,
 ) -> int:
     """Train one variant, or just start to train it, while recording; ends with the verdict."""
-    from resdiag.training.spec import check_data
     from resdiag.training.recipe import Request
+    from resdiag.training.spec import check_data
 
     asked = locals()
     request = Request(**{name: asked[name] for name in Request.__dataclass_fields__})
     request.check()
     check_data(data)
-    outcome = _run(request, device, threads, runs, data_root, force, allow_drift, quiet, as_json)
-    _print_outcome(outcome, as_json)
-    return {2: 130, 15: 75}.get(outcome.signal, 0)
-
-
-def _run(
-    request: Any,  # noqa: ANN401
-    device: str,
-    threads: int | None,
-    runs: Path,
-    data_root: Path | None,
-    force: bool,
-    allow_drift: bool,
-    quiet: bool,
-    as_json: bool,
-) -> "Outcome":
-    """Everything that needs torch."""
-    from dataclasses import replace
-
-    import torch
-
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+        raise unknown("device", device, ["auto", "cpu", "cuda", "cuda:N"])
+    # every mistake that can be seen without torch has been answered by now
     from resdiag.study.cell import Options, run_cell
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    request = replace(request, device=_find_device(device, threads))
     options = Options(
         root=runs,
         data_root=data_root,
@@ -182,19 +187,20 @@ def _run(
         allow_drift=allow_drift,
         quiet=quiet or as_json,
     )
-    say: Callable[[str], None] = (lambda line: None) if quiet else _say
-    return run_cell(replace(request, device=_find_device(device)), options, say)
+    outcome = run_cell(request, options, _keep_quiet if quiet else _say)
+    _print_outcome(outcome, as_json)
+    return _STOPPED[outcome.signal] if outcome.run.status == "stopped" else 0
 
 
-def _find_device(name: str) -> str:
-    """The device that `--device` means on this machine."""
+def _find_device(name: str, threads: int | None) -> str:
+    """The device that `--device` means on this machine; sets the number of CPU threads."""
     import torch
 
+    if threads is not None:
+        torch.set_num_threads(threads)
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda"):
-        raise unknown("device", name, ["auto", "cpu", "cuda", "cuda:N"])
     if kind == "cuda" and not int(index or 0) < torch.cuda.device_count():
         raise UsageError(f"device '{name}' is not here", f"{torch.cuda.device_count()} GPUs found")
     return name
@@ -217,9 +223,9 @@ def _print_outcome(outcome: "Outcome", as_json: bool) -> None:
 def _describe(summary: dict[str, Any]) -> str:
     """One paragraph of facts before the verdict."""
     test = summary["test_error"]
-    errors = ""
-    if test["final"] is not None:
-        errors = f", test error {test['final']:.2%} at the end, {test['best']:.2%} at best"
+    words = {"final": "at the end", "best": "at best"}
+    measured = [f"{test[key]:.2%} {words[key]}" for key in words if test[key] is not None]
+    errors = f", test error {', '.join(measured)}" if measured else ""
     if summary["train_error"] is not None:
         errors += f", training error {summary['train_error']:.2%} over the last epoch"
     return f"{summary['run']}: {summary['status']} after {summary['steps']} steps{errors}\n"
@@ -286,34 +292,40 @@ def _default_stem(kind: str, opened: "Sequence[Run]") -> Path:
 
 def _open_runs(paths: Sequence[Path] | None, root: Path) -> "list[Run]":
     """The runs named, or the latest; a missing one is refused before pandas is imported."""
-    for path in paths or []:
-        if not path.exists():
-            raise UsageError(f"no run at {path}", "resdiag run ... makes one; --runs is for roots")
-    if not paths and not root.is_dir():
-        raise UsageError(f"no runs in {root}", "resdiag run --variant elu_pre --depth 20")
+    for path in paths or [root]:
+        if next(path.rglob("run.json"), None) is None:
+            raise _no_run(path)
     from resdiag.runs.folder import find_runs, latest_run, open_run
 
     if not paths:
         return [open_run(latest_run(root))]
-    found = [run for path in paths for run in find_runs(path)]
-    if not found:
-        raise UsageError(f"no run at {paths[0]}", "a run folder has a run.json")
-    return [open_run(run) for run in dict.fromkeys(found)]
+    found = {path: find_runs(path) for path in paths}
+    for path, folders in found.items():
+        if not folders:  # what is there is hidden
+            raise _no_run(path)
+    return [open_run(run) for run in dict.fromkeys(chain(*found.values()))]
+
+
+def _no_run(path: Path) -> UsageError:
+    what = "no run at" if path.exists() else "no such folder:"
+    return UsageError(f"{what} {path}", "resdiag run --variant elu_pre --depth 20 makes one")
 
 
 @app.command()
 def explain(
-    path: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="The latest if none.")] = None,
+    path: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Latest if none.")] = None,
     runs: RunsRoot = Path("runs"),
     as_json: Json = False,
 ) -> None:
     """Say what happened in a run: verdict, why, evidence, and what to look at next."""
-    opened = _open_runs([path] if path else None, runs)[0]
+    opened = _open_runs([path] if path else None, runs)
+    if len(opened) > 1:
+        raise UsageError(f"{path} holds {len(opened)} runs", f"name one, e.g. {opened[0].path}")
     from resdiag.explain.verdict import judge, render
 
-    verdict = judge(opened)
+    verdict = judge(opened[0])
     if as_json:
-        print(json.dumps({"schema": 1, "run": str(opened.path), "verdict": verdict.to_dict()}))
+        print(json.dumps({"schema": 1, "run": str(opened[0].path), "verdict": verdict.to_dict()}))
     else:
         print(render(verdict))
 
@@ -340,8 +352,9 @@ def metrics(
     """Print what is recorded: name, formula, unit, site, source, and how to read it."""
     from resdiag.watch.catalog import METRICS
 
+    kinds = {True: "derived", False: "recorded"}
     rows = [
-        (m.id, m.formula, m.unit, m.site, "derived" if m.derive else "recorded", m.source, m.reading)
+        (m.id, m.formula, m.unit, m.site, kinds[m.derive is not None], m.source, m.reading)
         for m in METRICS.values()
         if name in m.id
     ]
@@ -400,3 +413,7 @@ def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]], as_json: 
 def _say(line: str) -> None:
     """One line of progress or notice."""
     print(line, file=sys.stderr, flush=True)
+
+
+def _keep_quiet(line: str) -> None:
+    """No line at all."""

@@ -94,7 +94,8 @@ def _continue(
 ) -> Outcome:
     """Bring an open run to its end."""
     begun = writer.committed_step
-    signal, notes, status = 0, (), writer.status
+    signal, status = 0, writer.status
+    notes: tuple[str, ...] = ()
     if status in ("done", "diverged"):
         say(f"{writer.folder} is {status} already; --force starts over")
     else:
@@ -140,7 +141,7 @@ def summarise(outcome: Outcome) -> dict[str, Any]:
         "depth": run.config.depth,
         "seed": run.config.seed,
         "test_error": {
-            "final": float(tested.iloc[-1]) if len(tested) else None,
+            "final": float(tested.iloc[-1]) if len(tested) and run.status == "done" else None,
             "best": float(tested.min()) if len(tested) else None,
         },
         "train_error": float(trained.iloc[-1]) if len(trained) else None,

@@ -1,8 +1,9 @@
 """The training loop: predict, loss, backward, step, record, commit."""
 
 import math
+import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,6 @@ from resdiag.watch.monitor import Monitor, attach
 
 _EVALUATION_BATCH = 256
 _REPORT_EVERY_S = 0.5
-_LOOK_EVERY = 10  # steps between looks at the loss where a look waits for the device
 
 
 @dataclass
@@ -47,14 +47,6 @@ class Tally:
     seen: int = 0
 
 
-@dataclass
-class _Recent:
-    """Results of steps that have not been looked at: still on the device."""
-
-    rows: list[tuple[int, int, float]] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-
-
 class Training:
     """One run from its last commit to its end.
 
@@ -68,7 +60,7 @@ class Training:
         self.config, self._writer = config, writer
         self._device = torch.device(config.device)
         # convolutions on the CPU are a fifth faster in this layout (docs/performance)
-        layout = {"memory_format": torch.channels_last}
+        layout: dict[str, Any] = {"memory_format": torch.channels_last}
         self.model = build_model(
             config.variant,
             config.depth,
@@ -76,7 +68,7 @@ class Training:
             num_classes=len(data.classes),
             stem_bn=config.stem_bn,
             seed=config.seed,
-        ).to(self._device, **layout)  # type: ignore[call-overload]
+        ).to(self._device, **layout)
         self._optimizer = SGD(
             self.model.parameters(),
             lr=config.lr,
@@ -93,9 +85,9 @@ class Training:
             channels_last=True,
         )
         self.monitor = self._attach()
-        self._curve, self._tally, self._recent = Curve(), Tally(), _Recent()
+        self._curve, self._tally = Curve(), Tally()
         self._metrics: list[dict[str, NDArray[Any]]] = []
-        self._first_norms: dict[int, float] = {}
+        self._base: tuple[int, NDArray[Any]] | None = None
         self._worst = ""
         self._standing: Standing | None = None
         self._clock = self._reported = time.perf_counter()
@@ -131,61 +123,57 @@ class Training:
             group["lr"] = lr
         images, labels = self._batches.batch(step)
         self._optimizer.zero_grad()
-        loss, wrong = self._forward_backward(images, labels)
-        self._remember(step, len(labels), lr, loss, wrong)
-        if self._exploded_unseen():
-            # the step that explodes must be in the record: do its passes once more, watched
-            self.monitor.demand()
-            self._optimizer.zero_grad()
-            self._forward_backward(images, labels)
+        results = self._forward_backward(images, labels)
+        self._count(step, len(labels), lr, results)
+        if self._tally.exploded == step and not self.monitor.is_recording:
+            self._record_again(images, labels)
         self._optimizer.step()
         self.monitor.step()
         self._evaluate(step + 1)
 
-    def _forward_backward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward_backward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Leave gradients in the parameters; loss and number of wrong predictions, float64 (2,)."""
+        logits = self._predict(images)
+        loss = F.cross_entropy(logits, labels)
+        torch.autograd.backward(loss)
+        wrong = (logits.detach().argmax(1) != labels).sum()
+        return torch.stack([loss.detach().double(), wrong.double()])
+
+    def _predict(self, images: Tensor) -> Tensor:
         half = self.config.dtype == "bfloat16"
         with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
-            logits = self.model(images)
-        loss = F.cross_entropy(logits.float(), labels)
-        torch.autograd.backward(loss)
-        return loss.detach(), (logits.detach().argmax(1) != labels).sum()
+            logits: Tensor = self.model(images)
+        return logits.float()
 
-    def _remember(self, step: int, size: int, lr: float, loss: Tensor, wrong: Tensor) -> None:
-        """Keep a step's results on the device; look at them when a look costs nothing."""
-        self._recent.rows.append((step, size, lr))
-        self._recent.values.append(torch.stack([loss.double(), wrong.double()]))
-        if self._device.type == "cpu" or len(self._recent.rows) >= _LOOK_EVERY:
-            self._look()
+    def _record_again(self, images: Tensor, labels: Tensor) -> None:
+        """The step that explodes must be in the record: do its passes once more, watched."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        self.monitor.demand()
+        self._optimizer.zero_grad()
+        self._forward_backward(images, labels)
+        for buffer, before in buffers:  # running statistics count the batch once
+            buffer.copy_(before)
 
-    def _look(self) -> None:
-        """Bring the results of recent steps to the host."""
-        recent, self._recent = self._recent, _Recent()
-        if not recent.rows:
-            return
-        values = torch.stack(recent.values).tolist()
+    def _count(self, step: int, size: int, lr: float, results: Tensor) -> None:
+        """Add a step's loss and wrong predictions to the curve and to the epoch's tally."""
+        # waits for the device once a step: an explosion is noticed while it can be recorded
+        loss, wrong = results.tolist()
+        per_epoch = self._batches.steps_per_epoch
+        if step % per_epoch == 0:
+            self._tally = Tally(exploded=self._tally.exploded)
+        self._tally.loss_sum += loss * size
+        self._tally.wrong += wrong
+        self._tally.seen += size
+        if self._tally.exploded < 0 and not math.isfinite(loss):
+            self._tally.exploded = step
         now = time.perf_counter()
-        speed = sum(size for _, size, _ in recent.rows) / max(now - self._clock, 1e-9)
+        speed, error = size / max(now - self._clock, 1e-9), wrong / size
         self._clock = now
-        for (step, size, lr), (loss, wrong) in zip(recent.rows, values, strict=True):
-            epoch = (step + 1) / self._batches.steps_per_epoch
-            error = wrong / size
-            self._curve.add(
-                step, epoch=epoch, loss=loss, error=error, lr=lr, images_per_s=speed
-            )
-            self._tally.loss_sum += loss * size
-            self._tally.wrong += wrong
-            self._tally.seen += size
-            if self._tally.exploded < 0 and not math.isfinite(loss):
-                self._tally.exploded = step
-            self._standing = Standing(
-                done=step + 1, loss=loss, error=error, images_per_s=speed, worst=self._worst
-            )
-
-    def _exploded_unseen(self) -> bool:
-        """Whether this very step's loss was just seen to be non-finite, and not recorded."""
-        newest = -1 if self._standing is None else self._standing.done - 1
-        exploded = self._tally.exploded
-        return 0 <= exploded == newest and not self.monitor.is_recording
+        epoch = (step + 1) / per_epoch
+        self._curve.add(step, epoch=epoch, loss=loss, error=error, lr=lr, images_per_s=speed)
+        self._standing = Standing(
+            done=step + 1, loss=loss, error=error, images_per_s=speed, worst=self._worst
+        )
 
     # -- between steps -------------------------------------------------------------------------
 
@@ -203,7 +191,6 @@ class Training:
         last = done == self.config.steps
         if self._tally.exploded >= 0 or not (last or (every and done % every == 0)):
             return
-        self._look()
         tally = self._tally
         seen = max(1, tally.seen)
         test_loss, test_error = self._test()
@@ -214,7 +201,6 @@ class Training:
             test_loss=test_loss,
             test_error=test_error,
         )
-        self._tally = Tally(exploded=tally.exploded)
         self._clock = time.perf_counter()
 
     @torch.no_grad()
@@ -224,7 +210,7 @@ class Training:
         totals = torch.zeros(2, dtype=torch.float64, device=self._device)
         count = 0
         for images, labels in self._batches.test_batches(_EVALUATION_BATCH):
-            logits = self.model(images).float()
+            logits = self._predict(images)
             loss = F.cross_entropy(logits, labels, reduction="sum")
             wrong = (logits.argmax(1) != labels).sum()
             totals += torch.stack([loss.double(), wrong.double()])
@@ -257,21 +243,20 @@ class Training:
         broken = np.flatnonzero(metrics["output_nonfinite"][last] > 0)
         if broken.size:
             return f"block {broken[0]} is not finite"
-        if not self._first_norms:
+        if self._base is None:
             first = metrics["step"] == metrics["step"][0]
-            self._first_norms = dict(enumerate(metrics["grad_output"][first].tolist()))
-        base = np.array([self._first_norms.get(i, math.nan) for i in range(len(norms))])
+            self._base = int(metrics["step"][0]), metrics["grad_output"][first].astype(np.float64)
+        since, base = self._base
         with np.errstate(all="ignore"):
             change = np.abs(np.log10(norms / base))
         if not np.isfinite(change).any():
             return ""
         worst = int(np.nanargmax(np.where(np.isfinite(change), change, np.nan)))
-        return f"block {worst}: gradient x{norms[worst] / base[worst]:.2g} since step 0"
+        return f"block {worst}: gradient x{norms[worst] / base[worst]:.2g} since step {since}"
 
     # -- commits -------------------------------------------------------------------------------
 
     def _commit(self, done: int, status: str) -> None:
-        self._look()
         self._drain()
         if self.monitor.blocks:
             self._writer.describe(
@@ -288,6 +273,7 @@ class Training:
             status,
         )
         self._metrics = []
+        self._clock = time.perf_counter()
 
     def _resume(self) -> int:
         """Continue from the last commit; returns the number of steps done."""
@@ -305,7 +291,7 @@ class Training:
             self.model,
             optimizer=self._optimizer,
             blocks=self.model.unit_names if plain else None,
-            every=max(1, self.config.every),
+            every=self.config.every or sys.maxsize,
             record_first=self.config.record_first,
         )
 

@@ -114,15 +114,18 @@ class Request:
             raise unknown("dtype", self.dtype, DTYPES)
         if self.steps is not None and self.epochs is not None:
             raise UsageError("--steps and --epochs exclude each other")
-        if not self.width > 0:
-            raise UsageError(f"width {self.width} must be positive; 1 is the paper's 16/32/64")
+        if not 0 < self.width <= _WIDEST:
+            raise UsageError(f"--width {self.width} must be positive and at most {_WIDEST}")
         for name, least in _LEAST.items():
             value = getattr(self, name)
+            option = "--" + name.replace("_", "-")
             if value is not None and not value >= least:
-                option = "--" + name.replace("_", "-")
                 raise UsageError(f"{option} {value} must be at least {least}")
+            if value is not None and not value < 2**63:
+                raise UsageError(f"{option} {value} is too large")
 
 
+_WIDEST = 64
 _LEAST = {
     "steps": 1,
     "epochs": 1,
@@ -171,7 +174,7 @@ def resolve(request: Request, *, data_name: str, train_size: int) -> RunConfig:
         steps=steps,
         batch_size=batch_size,
         lr=recipe.lr if request.lr is None else request.lr,
-        milestones=tuple(round(share * steps) for share in recipe.milestones),
+        milestones=tuple(max(1, round(share * steps)) for share in recipe.milestones),
         record_first=first,
         every=every,
         eval_every=per_epoch if recipe.evaluate else 0,
