@@ -1,0 +1,314 @@
+"""Writes the reference pages from the code; `--check` only says which ones are out of date.
+
+The pages are committed, so that they can be read without building anything; a test compares them.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias, get_args, get_type_hints
+
+from typer.main import get_command
+
+import resdiag
+from resdiag.cli import app
+from resdiag.models.variants import VARIANTS
+from resdiag.show.kinds import KINDS
+from resdiag.training.recipe import RECIPES
+from resdiag.watch.catalog import METRICS, POINTS, SITES, Metric
+
+HERE = Path(__file__).resolve().parent / "reference"
+Parser: TypeAlias = Any
+"""A command or one of its parameters: a class of Click's or of Typer's own, by its release."""
+
+_NOTE = "<!-- Written by docs/generate.py from {source}; edit that and run `make pages`. -->\n"
+
+
+def commands() -> Iterator[tuple[tuple[str, ...], Parser]]:
+    """Every command of the command line as its words and its parser, groups before members."""
+
+    def walk(words: tuple[str, ...], command: Parser) -> Iterator[tuple[tuple[str, ...], Parser]]:
+        yield words, command
+        for name, member in getattr(command, "commands", {}).items():
+            yield from walk((*words, name), member)
+
+    return walk(("resdiag",), get_command(app))
+
+
+def cli_page() -> str:
+    """The command line: what `--help` says of every command, in tables.
+
+    Made from the parsers and not from the text they print, which differs between releases of Typer.
+    """
+    parts = [
+        _head("Command line", "resdiag/cli.py"),
+        "Data goes to stdout, progress and notices to stderr. With `--json` a command prints one "
+        'JSON document on stdout, also when it fails: `{"error": ..., "hint": ...}`.\n',
+    ]
+    for words, command in commands():
+        parts.append(f"## `{' '.join(words)}`\n\n{command.help}\n")
+        arguments = [p for p in command.params if not p.opts[0].startswith("-")]
+        names = [_metavar(p) for p in arguments]
+        members = getattr(command, "commands", {})
+        tail = ["COMMAND"] if members else [*names, "[OPTIONS]"]
+        parts.append(f"```text\n{' '.join([*words, *tail])}\n```\n")
+        if members:
+            rows = [
+                (f"[`{' '.join([*words[1:], n])}`](#{'-'.join([*words, n])})", m.help)
+                for n, m in members.items()
+            ]
+            parts.append(_table(("command", "what it does"), rows))
+        elif command.params:
+            rows = [_parameter(p, get_type_hints(command.callback)) for p in command.params]
+            parts.append(_table(("option", "value", "default", "meaning"), rows))
+        if command.epilog:
+            parts.append(command.epilog + "\n")
+    return "\n".join(parts)
+
+
+def _parameter(parameter: Parser, hints: Mapping[str, object]) -> tuple[str, str, str, str]:
+    """A row of the table of options."""
+    names = [*parameter.opts, *parameter.secondary_opts]
+    if not names[0].startswith("-"):
+        names = [_metavar(parameter)]
+    flag = getattr(parameter, "is_flag", False)
+    default = "" if flag and not parameter.secondary_opts else parameter.default
+    if parameter.secondary_opts:
+        default = names[not default]
+    shown = "**required**" if parameter.required else f"`{default}`" if default else ""
+    if default == 0 and not flag:
+        shown = "`0`"
+    variable = f"; or set `{parameter.envvar}`." if parameter.envvar else ""
+    kind = "" if flag else _kind(hints[parameter.name])
+    meaning = parameter.help if variable == "" else parameter.help.removesuffix(".") + variable
+    return ", ".join(f"`{name}`" for name in names), kind, shown, meaning
+
+
+def _kind(hint: object) -> str:
+    """The name of an option's type: int of `int | None`, Path of `list[Path] | None`."""
+    for inner in get_args(hint):
+        if inner is not type(None):
+            return _kind(inner)
+    name = getattr(hint, "__name__", "")
+    return {"str": "text", "int": "whole number", "float": "number"}.get(name, name.lower())
+
+
+def _metavar(parameter: Parser) -> str:
+    name = parameter.metavar or parameter.name.upper()
+    return name if parameter.required or name.startswith("[") else f"[{name}]"
+
+
+def metrics_page() -> str:
+    """Every metric with its formula, unit, site, source and reading."""
+    recorded = sum(metric.derive is None for metric in METRICS.values())
+    parts = [
+        _head("Metrics", "resdiag/watch/catalog.py"),
+        f"{len(METRICS)} metrics: {recorded} are recorded, {len(METRICS) - recorded} are derived "
+        "from them when a run is read. A number that cannot be had is NaN, with the reason in "
+        "the run's `unavailable` list; it is never left out.\n",
+        "`resdiag metrics NAME` prints an entry in the terminal, `resdiag.METRICS` holds them in "
+        "Python.\n",
+        _SYMBOLS,
+        f"Gradients are read at one of {_code(POINTS)}; every series says which.\n",
+    ]
+    for title, text, members in _sections():
+        parts.append(f"## {title}\n\n{text}\n")
+        rows = [
+            (f"`{m.id}`<br>{m.label}", f"`{m.formula}`", m.unit, m.reading, _origin(m))
+            for m in members
+        ]
+        parts.append(_table(("metric", "formula", "unit", "how to read it", "source"), rows))
+    return "\n".join(parts)
+
+
+def variants_page() -> str:
+    """The table of variants, and the recipes that train them."""
+    rows = [
+        (
+            f"`{v.id}`",
+            v.alias,
+            v.branch,
+            v.after_add,
+            v.stem,
+            v.head or "-",
+            "option A" if v.shortcut else "none",
+            v.source,
+        )
+        for v in VARIANTS.values()
+    ]
+    header = ("id", "alias", "branch F", "after-add f", "stem", "head", "shortcut", "source")
+    recipes = [
+        (
+            f"`{name}`",
+            f"{r.steps} steps" if r.steps else f"{r.epochs} epochs",
+            str(r.batch_size),
+            f"{r.lr:g}",
+            ", ".join(f"{m:.3f}" for m in r.milestones) or "none",
+            f"first {r.record_first}, then each {r.every}th",
+            r.source,
+        )
+        for name, r in RECIPES.items()
+    ]
+    return "\n".join(
+        [
+            _head("Variants and recipes", "resdiag/models/variants.py and training/recipe.py"),
+            "A variant is a row of a table, not a class: $y = h(x) + F(x)$, $x' = f(y)$. Take it "
+            "by its id or by the paper's letter. Depths are 6n+2: 20, 32, 44, 56, 110, any other, "
+            "with 16, 32 and 64 channels.\n",
+            _table(header, rows),
+            "Option A is the parameter-free shortcut of the CIFAR networks: at a transition every "
+            "second pixel is taken and the new channels are zeros. No convolution has a bias, and "
+            "all are initialised with He's fan-out rule.\n",
+            "## Recipes\n\nBoth train with SGD, Nesterov momentum 0.9 and weight decay 1e-4 on all "
+            "parameters. Milestones are fractions of the training after which the learning rate "
+            "is divided by 10.\n",
+            _table(
+                ("recipe", "length", "batch", "lr", "milestones", "recorded steps", "source"),
+                recipes,
+            ),
+        ]
+    )
+
+
+def plots_page() -> str:
+    """Every kind of plot: its question, what to read in it, what it draws."""
+    parts = [
+        _head("Plots", "resdiag/show/kinds.py"),
+        "`resdiag plot KIND` draws the latest run, `resdiag plot KIND RUN RUN ...` compares "
+        "several on one axis. Values that are not finite are drawn as such.\n",
+    ]
+    for kind in KINDS.values():
+        needs = _code(kind.needs)
+        parts.append(
+            f"## `{kind.name}`\n\n{kind.title}. {kind.question}\n\n"
+            f"**Read:** {kind.reading}\n\n**Draws:** {needs}.\n"
+        )
+    return "\n".join(parts)
+
+
+def api_page() -> str:
+    """The public names, documented by their docstrings."""
+    parts = [
+        _head("Python", "resdiag/__init__.py"),
+        "Everything here is importable from `resdiag`; `import resdiag` itself imports neither "
+        "PyTorch nor pandas.\n",
+    ]
+    for name in resdiag.__all__:
+        if name == "__version__":
+            continue
+        value = getattr(resdiag, name)
+        if isinstance(value, type):
+            directive, options = "autoclass", "\n:members:"
+        elif callable(value):
+            directive, options = "autofunction", ""
+        else:
+            directive, options = "autodata", "\n:no-value:"
+        target = f"{resdiag._HOMES[name]}.{name}"
+        parts.append(
+            f"## `resdiag.{name}`\n ```{{eval-rst}}\n.. {directive}:: {target}"
+            + options.replace("\n", "\n   ")
+            + "\n```\n"
+        )
+    return "\n".join(parts)
+
+
+PAGES = {
+    "cli.md": cli_page,
+    "metrics.md": metrics_page,
+    "variants.md": variants_page,
+    "plots.md": plots_page,
+    "api.md": api_page,
+}
+"""The generated pages and what makes them."""
+
+_SYMBOLS = """\
+Symbols, in the order of the computation:
+
+| symbol | meaning |
+|---|---|
+| `x` | input of the block |
+| `h(x)` | shortcut |
+| `F(x)` | branch |
+| `u = h + F` | sum |
+| `H = f(u)` | output, f the after-add |
+| `L`, `B` | mean loss over a batch of B samples |
+| `theta` | parameters of the block |
+| `mu_c`, `sigma_c^2` | mean and variance of channel c over batch and positions |
+"""
+
+
+def _sections() -> Iterator[tuple[str, str, list[Metric]]]:
+    """The catalogue in the chapters of the page; the moments of the sites share one table."""
+    groups: dict[str, list[Metric]] = {"block": [], "moments": [], "run": []}
+    for metric in METRICS.values():
+        site = metric.site
+        if site == "run":
+            groups["run"].append(metric)
+        elif _is_moment(metric):
+            groups["moments"].append(metric)
+        else:
+            groups["block"].append(metric)
+    first = [m for m in groups["moments"] if m.site == SITES[0]]
+    yield (
+        "Of a block",
+        "One value per recorded step and block.",
+        groups["block"],
+    )
+    yield (
+        "Of a site",
+        f"The same moments at each of the sites {_code(SITES)}; written here for `{SITES[0]}`, at "
+        "another one the id begins with that site's name.",
+        first,
+    )
+    yield "Of a step", "One value per step: columns of the curve.", groups["run"]
+
+
+def _is_moment(metric: Metric) -> bool:
+    """Whether every site has this metric."""
+    _, _, rest = metric.id.partition("_")
+    return all(f"{site}_{rest}" in METRICS for site in SITES)
+
+
+def _origin(metric: Metric) -> str:
+    return metric.source + ("" if metric.derive is None else " (derived)")
+
+
+def _head(title: str, source: str) -> str:
+    return _NOTE.format(source=source) + f"\n# {title}\n"
+
+
+def _code(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; a bar inside a cell is escaped, in code as well."""
+    lines = [header, ["---"] * len(header), *rows]
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells) + "\n"
+
+
+def stale() -> list[str]:
+    """Names of the pages that differ from what the code says."""
+    return [
+        name
+        for name, page in PAGES.items()
+        if not (HERE / name).exists() or (HERE / name).read_text("utf-8") != page()
+    ]
+
+
+def main() -> int:
+    """Write the pages, or with `--check` fail if one is out of date."""
+    if "--check" in sys.argv[1:]:
+        old = stale()
+        if old:
+            print(f"out of date: {', '.join(old)}; run `make pages`", file=sys.stderr)
+        return int(bool(old))
+    HERE.mkdir(exist_ok=True)
+    for name, page in PAGES.items():
+        (HERE / name).write_text(page(), "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
