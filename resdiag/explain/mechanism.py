@@ -162,6 +162,7 @@ def _theory_of_growth(seen: Observed, growth: float) -> list[Evidence]:
     if theory is None:
         return []
     ratio = seen.gradient_ratio(0)
+    bound = ", which is a lower bound here" if "lower bound" in theory.basis else ""
     pairs = (
         (
             "forward_growth",
@@ -176,7 +177,8 @@ def _theory_of_growth(seen: Observed, growth: float) -> list[Evidence]:
             metric=metric,
             step=0,
             value=measured,
-            text=f"{words.format(measured)} measured, {predicted:.3g} by theory",
+            text=f"{words.format(measured)} measured, {predicted:.3g} by theory"
+            + bound * (metric == "grad_input"),
             source=theory.basis,
         )
         for metric, measured, predicted, words in pairs

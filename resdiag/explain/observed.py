@@ -44,9 +44,15 @@ class Observed:
                 self.depth,
                 s0=s0 if known else None,
                 m0=m0 if known and math.isfinite(m0) else None,
+                width_px=self._width_px(),
             )
         except UsageError:
             return None
+
+    def _width_px(self) -> int:
+        """Width of the first block's output, hence of the images; 32 if the run does not say."""
+        shape = self.run.blocks[0].get("shape") if self.run.blocks else None
+        return int(shape[-1]) if isinstance(shape, list | tuple) and len(shape) == 3 else 32
 
     @property
     def classes(self) -> int | None:
