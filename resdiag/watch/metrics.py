@@ -32,6 +32,8 @@ STATISTICS = (
 
 # outside these bounds a float32 norm may have lost its squares to overflow or underflow
 _TRUSTED = (1e-15, 1e18)
+# elements that one float32 sum of squares may take
+_PIECE = 2**18
 # below this share of the second moment, E[x^2] - mean^2 has cancelled too many float32 digits
 _CANCELLED = 1e-2
 
@@ -50,11 +52,11 @@ def norm(x: Tensor) -> Tensor:
     """
     x = x.detach()
     if _is_fast(x):
-        fast: Tensor = torch.linalg.vector_norm(x)
+        fast = _norm_by_pieces(x)
         value = _peek(fast)
         # NaN cannot come from overflowing squares: some element is NaN
         if _TRUSTED[0] < value < _TRUSTED[1] or math.isnan(value):
-            return fast.double()
+            return fast
     exact: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
     return exact
 
@@ -82,7 +84,7 @@ def statistics(x: Tensor) -> Tensor:
     squared = mu.square().mean()
     spread = (second - squared).clamp_min(0)
     if finite and x.is_cpu and _peek(spread) < _CANCELLED * _peek(second):
-        spread = _centred_second_moment(x, mu)
+        spread = _centred_second_moment(x)
     broken = torch.zeros_like(squared) if finite else nonfinite_fraction(x)
     return torch.cat(
         [
@@ -178,6 +180,15 @@ def _is_fast(x: Tensor) -> bool:
     return x.is_cpu and x.dtype == torch.float32
 
 
+def _norm_by_pieces(x: Tensor) -> Tensor:
+    """Norm from float32 norms of pieces: one float32 sum over 1e7 squares is off by 1e-3."""
+    kept = next((d for d in range(x.dim()) if math.prod(x.shape[d:]) <= _PIECE), x.dim())
+    if kept == x.dim() > 0:
+        kept, x = 0, x.double()
+    rows: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(kept, x.dim())))
+    return rows.double() if not kept else torch.linalg.vector_norm(rows.double())
+
+
 def _peek(value: Tensor) -> float:
     """A CPU scalar as it lies in host memory: no kernel, no copy, no queue to wait for."""
     return float(value.numpy())
@@ -195,11 +206,11 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor, bool]:
     return sums, size.square() / max(1, x.numel()), finite
 
 
-def _centred_second_moment(x: Tensor, mu: Tensor) -> Tensor:
+def _centred_second_moment(x: Tensor) -> Tensor:
     """mean_c sigma_c^2 by the two-pass formula, for means far larger than the spread."""
-    shape = [1] * x.dim()
-    shape[channel_dimension(x)] = -1
-    return (x.double() - mu.view(shape)).square().mean()
+    wide = x.double()
+    reduced = tuple(d for d in range(x.dim()) if d != channel_dimension(x))
+    return (wide - wide.mean(reduced, keepdim=True)).square().mean()
 
 
 def _quantiles(mu: Tensor) -> Tensor:

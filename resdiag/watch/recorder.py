@@ -273,7 +273,8 @@ class Recorder:
     def _watch_input(self, row: int, x: Tensor) -> None:
         """Read dL/dx where the tensor was the output of an earlier block, else by a hook."""
         known = self._find(x)
-        if known is not None and known[1] in ("sum", "output") and known[0] != row:
+        earlier = known is not None and known[1] in ("sum", "output") and known[0] != row
+        if x.requires_grad and known is not None and earlier:
             source = (known[0], self._grad_column(known[0], known[1]))
             self._cells.alias(row, "grad_input", source)
             self._children[source].append(row)
