@@ -282,6 +282,11 @@ def test_a_large_first_step_is_a_risk_and_the_suggested_lr_is_below_critical():
     assert judge(plant(lr=0.299)).name == "healthy"
 
 
+def test_a_run_that_lived_on_has_refuted_the_risk():
+    assert judge(plant(lr=0.3, steps=49)).name == "at_risk"
+    assert judge(plant(lr=0.3, steps=50)).name == "healthy"
+
+
 def test_every_rule_that_fired_is_kept_and_the_most_upstream_one_names_the_run():
     def spoil(metrics, curve):
         curve["loss"] = LN10

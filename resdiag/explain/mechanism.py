@@ -138,7 +138,7 @@ def explain_risk(seen: Observed, evidence: Evidence) -> Finding:
 
 def suggest_plots(seen: Observed) -> tuple[str, ...]:
     """What to look at when no rule fired."""
-    return _plots(seen, "table", "gradnorms", "biasshift")
+    return _plots(seen, "signal", "gradnorms", "biasshift")
 
 
 def _why_growth(seen: Observed, growth: float) -> str:

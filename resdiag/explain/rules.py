@@ -27,6 +27,9 @@ LEAST_GAIN = 0.05
 LEAST_GRADIENT = 0.3
 """Gradient at the first block's input over gradient at the last block's output."""
 
+SURVIVED = 50
+"""Steps with a finite loss after which `at_risk` is refuted: the late deaths came by step 18."""
+
 _STALL_STEPS = 20
 _RATIOS = 2  # a single ratio cannot tell geometric from additive growth
 
@@ -178,14 +181,19 @@ def stalled(seen: Observed) -> Outcome:
 
 
 def at_risk(seen: Observed) -> Outcome:
-    """Learning rate times gradient norm at step 0 is 0.6 or more."""
+    """Learning rate times gradient norm at step 0 is 0.6 or more, and the run has yet to live on.
+
+    It predicts: of the runs it was observed on, the last one died at step 18. A run that has made
+    `SURVIVED` steps with a finite loss has refuted it.
+    """
     norm = seen.scalar("grad_norm", 0)
     if math.isnan(norm):
         yield NotJudged("at_risk", "the gradient norm of step 0 was not recorded")
         return
     lr = seen.scalar("lr", 0)
     lr = lr if math.isfinite(lr) else seen.lr
-    if not lr * norm >= CRITICAL:
+    losses = seen.series("loss").to_numpy()
+    if not lr * norm >= CRITICAL or (len(losses) >= SURVIVED and np.isfinite(losses).all()):
         return
     text = f"lr x ||g_0|| = {lr:.3g} x {norm:.3g} = {lr * norm:.3g}; critical lr "
     evidence = Evidence(
