@@ -57,10 +57,13 @@ def _draw_mean(axes: Axes, view: View, traces: Sequence[Trace], site: str) -> No
 
 def _draw_bias(axes: Axes, view: View, traces: Sequence[Trace], site: str) -> None:
     trace_blocks(axes, view, traces, f"{site}_bias")
-    head_panel(axes, f"{site}: bias shift B2", r"rms$_c\,\mu_c$ / rms$_c\,\sigma_c$", stages=True)
     finish_blocks(axes, view, floor=0.0)
-    if plotted(axes).size and plotted(axes).max() > 0.7:
-        guide(axes, 1.0, "1: mean = signal")
+    y, words = plotted(axes), ""
+    if y.size and y.max() > 0.7:
+        guide(axes, 1.0, "")
+        words = " (dotted: 1)"
+    formula = r"rms$_c\,\mu_c$ / rms$_c\,\sigma_c$"
+    head_panel(axes, f"{site}: bias shift B2{words}", formula, stages=True)
 
 
 def _draw_head(axes: Axes, view: View, column: str, title: str) -> None:

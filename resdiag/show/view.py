@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resdiag.errors import UsageError
-from resdiag.models.variants import VARIANTS
 from resdiag.show.kinds import PlotKind
-from resdiag.show.style import Look, depth_looks, step_looks, variant_looks
+from resdiag.show.style import Look, step_looks
 from resdiag.watch.catalog import METRICS
 
 if TYPE_CHECKING:
@@ -226,128 +225,21 @@ class View:
 
 
 def moment_words(traces: Sequence[Trace]) -> str:
-    """The steps at which series are compared: "step 0", "last recorded step (2 to 150)"."""
+    """The steps at which series are compared: "step 0", "last step (2 to 150)"."""
     places = [(r, p) for t in traces for r, p in zip(t.records, t.places, strict=True)]
     steps = [int(record.steps[place]) for record, place in places]
     if len(set(steps)) == 1:
         return f"step {steps[0]}"
-    return f"last recorded step ({min(steps)} to {max(steps)})"
+    return f"last step ({min(steps)} to {max(steps)})"
 
 
 def telling_places(record: Record) -> list[int]:
-    """Columns worth a line: first, early (geometric middle), last finite one, last."""
+    """Columns worth a line: first, early (geometric middle), last.
+
+    Where the last one is broken: the last finite one and the one after it instead.
+    """
     last = len(record.steps) - 1
     early = int(np.searchsorted(record.steps, np.sqrt(max(0, record.steps[-1]))))
     healthy = np.flatnonzero(~record.broken("grad_output").any(axis=0))
-    return sorted({0, min(early, last), int(healthy[-1]) if len(healthy) else 0, last})
-
-
-def open_view(kind: PlotKind, runs: "Sequence[Run]", *, step: int | None, theory: bool) -> View:
-    """Read the runs, check that they have what the plot needs, and group them into series.
-
-    Raises:
-        UsageError: A run without records, or without a metric that the plot needs.
-    """
-    records = [Record(run, run.metrics(), run.curve()) for run in runs]
-    for record in records:
-        _check(kind, record)
-        if step is not None:
-            record.place(step)
-    return View(kind, tuple(_group(records)), step, theory)
-
-
-def _check(kind: PlotKind, record: Record) -> None:
-    """Refuse a run that cannot be drawn, in one line."""
-    if record.metrics.empty or not record.n_blocks:
-        raise UsageError(
-            f"{record.run.label} has no recorded step yet", "wait, or choose another run"
-        )
-    known = {*record.metrics.columns, *record.curve.columns}
-    missing = [name for name in kind.needs if name not in known]
-    if missing:
-        columns = ", ".join(missing)
-        raise UsageError(
-            f"{record.run.label} has no column {columns}, which plot '{kind.name}' needs",
-            "record the run again with this version",
-        )
-
-
-def _settings(record: Record) -> dict[str, object]:
-    """What tells a run from another, the seed left out."""
-    config = record.run.config
-    everything = config.to_dict() if hasattr(config, "to_dict") else {}
-    everything |= {
-        "variant": config.variant,
-        "depth": config.depth,
-        "lr": config.lr,
-        "data": record.run.data.get("name", config.data),
-    }
-    return {key: _plain(value) for key, value in everything.items() if key != "seed"}
-
-
-def _plain(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _group(records: Sequence[Record]) -> list[Series]:
-    """Runs with equal settings and different seeds make one series."""
-    groups: dict[tuple[object, ...], list[Record]] = {}
-    for record in records:
-        settings = tuple(sorted(_settings(record).items()))
-        copies = 0
-        while any(
-            other.run.config.seed == record.run.config.seed
-            for other in groups.get((settings, copies), [])
-        ):
-            copies += 1  # the same seed twice is not a spread over seeds
-        groups.setdefault((settings, copies), []).append(record)
-    members = list(groups.values())
-    order = {name: place for place, name in enumerate(VARIANTS)}
-    members.sort(
-        key=lambda m: (order.get(m[0].run.config.variant, len(order)), m[0].run.config.depth)
-    )
-    return [
-        Series(label, look, tuple(group))
-        for label, look, group in zip(_labels(members), _looks(members), members, strict=True)
-    ]
-
-
-def _looks(members: Sequence[Sequence[Record]]) -> list[Look]:
-    variants = [group[0].run.config.variant for group in members]
-    if len(set(variants)) == 1 and len(members) > 1:
-        return depth_looks(len(members))
-    ranks = [variants[:place].count(name) for place, name in enumerate(variants)]
-    return variant_looks(variants, ranks)
-
-
-def _labels(members: Sequence[Sequence[Record]]) -> list[str]:
-    """Words for the legend: the settings in which the series differ."""
-    settings = [_settings(group[0]) for group in members]
-    names = dict.fromkeys(key for one in settings for key in one)
-    differing = [
-        key
-        for key in names
-        if len({repr(one.get(key)) for one in settings}) > 1 and key != "variant"
-    ]
-    many_variants = len({one["variant"] for one in settings}) > 1
-    labels = []
-    for group, one in zip(members, settings, strict=True):
-        words = [variant_words(str(one["variant"]))] if many_variants or not differing else []
-        words += [f"{key.replace('_', ' ')} {one.get(key)}" for key in differing]
-        if len(group) > 1:
-            words.append(f"({len(group)} seeds)")
-        labels.append(" ".join(words))
-    return [
-        label if labels.count(label) == 1 else f"{label} #{labels[: place + 1].count(label)}"
-        for place, label in enumerate(labels)
-    ]
-
-
-def variant_words(variant: str) -> str:
-    """A variant with the paper's letter.
-
-    >>> variant_words("elu_pre")
-    'elu_pre (b)'
-    """
-    row = VARIANTS.get(variant)
-    return f"{variant} ({row.alias})" if row and row.alias else variant
+    finite = int(healthy[-1]) if len(healthy) else 0
+    return sorted({0, min(early, finite), finite, min(finite + 1, last)})
