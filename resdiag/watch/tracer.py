@@ -87,7 +87,8 @@ class _Frame:
     name: str
     module: nn.Module
     entry: Tensor | None
-    walls: set[int] = field(default_factory=set)
+    entries: set[int] = field(default_factory=set)
+    sums: set[int] = field(default_factory=set)
     open: Addition | None = None
     tail: Tensor | None = None
     chain: tuple[Call, ...] = ()
@@ -200,7 +201,7 @@ class Tracer(TorchFunctionMode):
         self._pushed += 1
         frame = _Frame(self._pushed, name, module, entry)
         self._frames.append(frame)
-        frame.walls.update(self._lineage.enter(tensor, frame.serial) for tensor in inputs)
+        frame.entries.update(self._lineage.enter(tensor, frame.serial) for tensor in inputs)
 
     def _pop(self, module: nn.Module, output: object) -> None:
         frame = self._frames.pop()
@@ -289,7 +290,7 @@ class Tracer(TorchFunctionMode):
             frame.open, frame.tail = addition, result
             frame.chain, frame.chain_parameters = (), ()
             frame.additions += 1
-            frame.walls.add(number)
+            frame.sums.add(number)
             self._lineage.enter(result, frame.serial)
             self._quietly(self._listener.added, addition)
         elif owner is not None:
@@ -321,7 +322,7 @@ class Tracer(TorchFunctionMode):
         if a is None or b is None or a == b:
             return None
         shortcut, branch = (left, right) if a < b else (right, left)
-        meeting = self._lineage.meet(shortcut, branch, frame.walls)
+        meeting = self._lineage.meet(shortcut, branch, frame.entries, frame.sums)
         if frame.open is not None:
             self._close(frame, self._passed(frame, meeting.origin))
         alpha = float(kwargs.get("alpha", 1))
