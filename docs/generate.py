@@ -59,7 +59,8 @@ def cli_page() -> str:
             ]
             parts.append(_table(("command", "what it does"), rows))
         elif command.params:
-            rows = [_parameter(p, get_type_hints(command.callback)) for p in command.params]
+            hints = get_type_hints(command.callback)
+            rows = [_parameter(parameter, hints) for parameter in command.params]
             parts.append(_table(("option", "value", "default", "meaning"), rows))
         if command.epilog:
             parts.append(command.epilog + "\n")
