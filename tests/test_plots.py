@@ -268,6 +268,15 @@ def test_the_legend_names_what_differs():
     assert sorted(legend_labels(by_lr)[:2]) == ["lr 0.01", "lr 0.1"]
 
 
+def test_a_dead_run_is_compared_by_its_last_finite_step_and_marked_at_its_last():
+    runs = [make_run("elu_pre", 20, explode=2), make_run("elu", 20, steps=FEW)]
+    axes = panel(draw("gradnorms", runs), "of the parameters, last finite step (1 to 9)")
+    finite = runs[0].metrics().query("step == 1")["grad_param"]
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), finite)
+    mark = next(line for line in axes.lines if line.get_label() == NONFINITE)
+    np.testing.assert_array_equal(mark.get_xdata(), np.arange(9))
+
+
 def test_other_differences_are_small_print_and_not_in_the_legend():
     runs = [make_run("elu", 20, steps=FEW), make_run("original", 20, lr=0.01, steps=FEW)]
     figure = draw("signal", runs)

@@ -79,12 +79,15 @@ def _compress(axes: Axes) -> None:
     y = plotted(axes)
     if not huge(y):
         return
-    size = np.abs(y[y != 0])
-    inner = float(max(size.min(), size.max() / 1e12))
-    axes.set_yscale("symlog", linthresh=inner)
-    decades = np.log10(size.max() / inner)
-    power = max(1, int(np.ceil(decades / 3)))
-    steps = inner * 10.0 ** np.arange(power, decades + 0.01, power)
+    size = np.log10(np.abs(y[y != 0]))
+    low = int(np.floor(max(size.min(), size.max() - 12)))
+    high = int(np.ceil(size.max()))
+    axes.set_yscale("symlog", linthresh=10.0**low)
+    every = max(1, (high - low) // 3)
+    powers = [10.0**power for power in range(low + every, high + 1, every)]
     signs = [sign for sign in (-1, 1) if (sign * y > 0).any()]
-    axes.set_yticks(sorted([0.0, *(sign * step for sign in signs for step in steps)]))
+    axes.set_yticks(sorted([0.0, *(sign * power for sign in signs for power in powers)]))
     axes.minorticks_off()
+    # room for marks on the top edge
+    top = 10.0 ** (high + 0.35 * (high - low))
+    axes.set_ylim(-(10.0 ** (high + 0.5)) if -1 in signs else -(10.0**low), top)

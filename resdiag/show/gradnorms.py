@@ -48,7 +48,7 @@ def _draw_several(view: View) -> Figure:
         initial = [t for t in traces if not any(t.places)]
         _draw_pair(row[0], row[1], view, traces, initial, moment_words(traces))
     for column in panels.T:
-        share_scale(column)
+        share_scale(column, most=4)
     legend(body)
     return figure
 

@@ -37,7 +37,7 @@ def draw_line(
         label=f"_{label}" if light else label,
         marker=look.marker, ms=(2.4 if light else 3.4) + thin, mec=look.colour if thin else "white",
         mew=0.3,
-        markevery=_places(len(x), rank),
+        markevery=_places(x, rank),
     )  # fmt: skip
     if len(values) > 1:
         axes.fill_between(x, low, high, color=look.colour, alpha=0.18, lw=0)
@@ -56,12 +56,13 @@ def _spread(drawn: Floats) -> tuple[Floats, Floats, Floats]:
     return middle, low, high
 
 
-def _places(count: int, rank: int) -> tuple[int, int] | tuple[float, float]:
-    """Which points get a marker: by index, or evenly along the line where there are many."""
-    if count > 60:
-        return (0.015 * (rank % 5), 0.09)
-    step = max(1, count // 12)
-    return (rank * max(1, step // 3)) % step, step
+def _places(x: Floats, rank: int) -> list[int]:
+    """Which points get a marker: about 12, evenly along the axis, not the same for each line."""
+    if len(x) <= 12:
+        return list(range(len(x)))
+    gap = (x[-1] - x[0]) / 12
+    wanted = x[0] + gap * (np.arange(12) + 0.5 + 0.25 * (rank % 4 - 1.5))
+    return sorted({int(place) for place in np.searchsorted(x, wanted)})
 
 
 def _stride(count: int) -> tuple[int, int]:

@@ -65,7 +65,9 @@ def _make_room(axes: Axes, y: Floats, *, log: bool) -> None:
         span = max(b - a, 0.6)
         middle = (a + b) / 2
         a, b = min(a, middle - span / 2), max(b, middle + span / 2)
-        axes.set_ylim(10 ** max(a - below * span, -300), 10 ** min(b + above * span, 300))
+        axes.set_ylim(
+            10 ** max(a - below * span - 0.04, -300), 10 ** min(b + above * span + 0.04, 300)
+        )
         name_decades(axes)
         return
     # equal values: a range around them, not one that magnifies rounding
@@ -84,12 +86,18 @@ def name_decades(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def share_scale(panels: Iterable[Axes]) -> None:
-    """Give panels of the same quantity the same range."""
+def share_scale(panels: Iterable[Axes], *, most: float = np.inf) -> None:
+    """Give panels of the same quantity the same range, if it is at most `most` times each one's.
+
+    Beyond that the same range would flatten the lines of one panel.
+    """
     chosen = [axes for axes in panels if plotted(axes).size]
     if not chosen:
         return
     limits = np.array([axes.get_ylim() for axes in chosen])
+    logs = np.log10(limits) if chosen[0].get_yscale() == "log" else limits
+    if logs[:, 1].max() - logs[:, 0].min() > most * np.diff(logs).min():
+        return
     for axes in chosen:
         axes.set_ylim(limits[:, 0].min(), limits[:, 1].max())
         if axes.get_yscale() == "log":

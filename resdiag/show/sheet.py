@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
 from resdiag.show.grouping import hidden_differences, variant_words
+from resdiag.show.overlay import prediction
 from resdiag.show.style import GREY, NONFINITE, THEORY, WIDTH, ZERO
 from resdiag.show.view import View
 
@@ -38,7 +39,13 @@ def open_sheet(
     caption = textwrap.wrap(f"Read: {view.kind.reading}", 126)
     small = [
         line
-        for note in [*notes, *_differences(view), *_reasons(view)]
+        for note in [
+            *notes,
+            *_anchor(view),
+            *_broken_ends(view),
+            *_differences(view),
+            *_reasons(view),
+        ]
         for line in textwrap.wrap(note, 126)
     ]
     top = 0.18 * len(heading) + _LINE * len(about) + _MARGIN
@@ -97,6 +104,29 @@ def _about(view: View, shown: str) -> str:
 
 def _listed(words: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(words))
+
+
+def _anchor(view: View) -> list[str]:
+    """What theory takes from the measurement: where it starts from, never a slope."""
+    if not view.theory or not any(prediction(record) for record in view.records):
+        return []
+    start = "Theory takes from the run what comes out of the stem at step 0"
+    return {
+        "gradnorms": [f"{start}, and the level of the gradient at the last block."],
+        "signal": [f"{start}."],
+        "growth": [f"{start}."],
+        "skip": [f"{start}."],
+    }.get(view.kind.name, [])
+
+
+def _broken_ends(view: View) -> list[str]:
+    """What lines and triangles are where runs that broke are compared."""
+    blocks = view.kind.name not in ("curves", "offender")
+    if view.single or not blocks or "last" not in view.moments():
+        return []
+    if all(trace.places == trace.ends for trace in view.traces("last")):
+        return []
+    return ["A run that broke: its line is the last finite step, its triangles the last step."]
 
 
 def _differences(view: View) -> list[str]:

@@ -113,6 +113,12 @@ class Record:
         lost = np.isnan(values) & self.sick & ~self.declared(metric)[:, None]
         return np.isinf(values) | lost
 
+    @cached_property
+    def last_finite(self) -> int:
+        """Column of the last step whose gradients are all finite; 0 if none is."""
+        healthy = np.flatnonzero(~self.broken("grad_output").any(axis=0))
+        return int(healthy[-1]) if len(healthy) else 0
+
     def place(self, step: int) -> int:
         """Column of a recorded step.
 
@@ -144,12 +150,17 @@ class Series:
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """One line over blocks: a series at one column (step) of each of its records."""
+    """One line over blocks: a series at one column (step) of each of its records.
+
+    `places` are the columns whose values are drawn, `ends` those whose non-finite values are: the
+    same, but for a run that broke, whose last finite step and last step they are.
+    """
 
     label: str
     look: Look
     records: tuple[Record, ...]
     places: tuple[int, ...]
+    ends: tuple[int, ...]
 
     def values(self, metric: str) -> Floats:
         """Values by (record, block)."""
@@ -158,7 +169,7 @@ class Trace:
 
     def broken(self, metric: str) -> Bools:
         """Non-finite values by (record, block)."""
-        pairs = zip(self.records, self.places, strict=True)
+        pairs = zip(self.records, self.ends, strict=True)
         return np.stack([record.broken(metric)[:, place] for record, place in pairs])
 
 
@@ -196,15 +207,16 @@ class View:
     def traces(self, moment: str) -> list[Trace]:
         """One line per series at a moment of `moments`."""
 
-        def place(record: Record) -> int:
+        def places(record: Record) -> tuple[int, int]:
             if self.step is not None:
-                return record.place(self.step)
-            return 0 if moment == "first" else len(record.steps) - 1
+                return (record.place(self.step),) * 2
+            return (0, 0) if moment == "first" else (record.last_finite, len(record.steps) - 1)
 
-        return [
-            Trace(s.label, s.look, s.records, tuple(place(record) for record in s.records))
-            for s in self.series
-        ]
+        traces = []
+        for series in self.series:
+            drawn, ends = zip(*map(places, series.records), strict=True)
+            traces.append(Trace(series.label, series.look, series.records, drawn, ends))
+        return traces
 
     def history(self, most: int = 4) -> list[Trace]:
         """One line per telling step of a single run: first, early, last finite, last."""
@@ -214,7 +226,7 @@ class View:
             del places[1]  # the early one; where it broke says more
         looks = step_looks(len(places))
         return [
-            Trace(f"step {record.steps[place]}", look, (record,), (place,))
+            Trace(f"step {record.steps[place]}", look, (record,), (place,), (place,))
             for place, look in zip(places, looks, strict=True)
         ]
 
@@ -228,9 +240,10 @@ def moment_words(traces: Sequence[Trace]) -> str:
     """The steps at which series are compared: "step 0", "last step (2 to 150)"."""
     places = [(r, p) for t in traces for r, p in zip(t.records, t.places, strict=True)]
     steps = [int(record.steps[place]) for record, place in places]
+    word = "last finite step" if any(trace.places != trace.ends for trace in traces) else "step"
     if len(set(steps)) == 1:
-        return f"step {steps[0]}"
-    return f"last step ({min(steps)} to {max(steps)})"
+        return f"{word} {steps[0]}"
+    return f"{word.replace('step', '').strip() or 'last'} step ({min(steps)} to {max(steps)})"
 
 
 def telling_places(record: Record) -> list[int]:
@@ -238,8 +251,6 @@ def telling_places(record: Record) -> list[int]:
 
     Where the last one is broken: the last finite one and the one after it instead.
     """
-    last = len(record.steps) - 1
+    last, finite = len(record.steps) - 1, record.last_finite
     early = int(np.searchsorted(record.steps, np.sqrt(max(0, record.steps[-1]))))
-    healthy = np.flatnonzero(~record.broken("grad_output").any(axis=0))
-    finite = int(healthy[-1]) if len(healthy) else 0
     return sorted({0, min(early, finite), finite, min(finite + 1, last)})
