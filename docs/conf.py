@@ -1,4 +1,7 @@
-"""Sphinx configuration: MyST pages, furo, no network."""
+"""Sphinx configuration: MyST pages, furo, no network.
+
+Formulas are written as code: typeset ones would need a script from a network when they are read.
+"""
 
 from resdiag import __version__
 
@@ -9,7 +12,6 @@ version = release = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
-myst_enable_extensions = ["dollarmath", "deflist"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
@@ -23,5 +25,6 @@ napoleon_use_ivar = True
 html_theme = "furo"
 html_title = f"resdiag {version}"
 html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 html_copy_source = False
 html_show_sphinx = False
