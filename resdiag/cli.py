@@ -155,7 +155,9 @@ def run(
     commit_every: Annotated[int | None, typer.Option(help="Steps between commits.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 by autocast.")] = "float32",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of PyTorch.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="CPU threads of PyTorch.")
+    ] = None,
     runs: RunsRoot = Path("runs"),
     data_root: DataRoot = None,
     force: Annotated[bool, typer.Option("--force", help="Start over if the run exists.")] = False,

@@ -109,6 +109,7 @@ MISTAKES = [
     ([*TINY, "--device", "tpu"], "unknown device 'tpu'"),
     ([*TINY, "--device", "cpu:1"], "unknown device 'cpu:1'"),
     ([*TINY, "--threads", "0"], "--threads"),
+    ([*TINY, "--threads", "999999999"], "--threads"),
     ([*TINY, "--lr", "inf"], "--lr inf"),
     ([*TINY, "--lr", "-1"], "--lr -1.0 must be at least 0"),
     ([*TINY, "--steps", "1", "--epochs", "1"], "exclude each other"),
