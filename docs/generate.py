@@ -59,7 +59,8 @@ def cli_page() -> str:
             ]
             parts.append(_table(("command", "what it does"), rows))
         elif command.params:
-            rows = [_parameter(p, get_type_hints(command.callback)) for p in command.params]
+            hints = get_type_hints(command.callback)
+            rows = [_parameter(parameter, hints) for parameter in command.params]
             parts.append(_table(("option", "value", "default", "meaning"), rows))
         if command.epilog:
             parts.append(command.epilog + "\n")
@@ -114,10 +115,10 @@ def metrics_page() -> str:
     for title, text, members in _sections():
         parts.append(f"## {title}\n\n{text}\n")
         rows = [
-            (f"`{m.id}`<br>{m.label}", f"`{m.formula}`", m.unit, m.reading, _origin(m))
+            (f"`{m.id}`<br>{m.label}", f"`{m.formula}`<br>unit {m.unit}", m.reading, _origin(m))
             for m in members
         ]
-        parts.append(_table(("metric", "formula", "unit", "how to read it", "source"), rows))
+        parts.append(_table(("metric", "formula", "how to read it", "source"), rows))
     return "\n".join(parts)
 
 
@@ -152,7 +153,7 @@ def variants_page() -> str:
     return "\n".join(
         [
             _head("Variants and recipes", "resdiag/models/variants.py and training/recipe.py"),
-            "A variant is a row of a table, not a class: $y = h(x) + F(x)$, $x' = f(y)$. Take it "
+            "A variant is a row of a table, not a class: `y = h(x) + F(x)`, `x' = f(y)`. Take it "
             "by its id or by the paper's letter. Depths are 6n+2: 20, 32, 44, 56, 110, any other, "
             "with 16, 32 and 64 channels.\n",
             _table(header, rows),

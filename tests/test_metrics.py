@@ -241,3 +241,10 @@ def test_no_measure_touches_its_tensor_or_its_graph():
         assert not value.requires_grad
     assert torch.equal(y, before)
     assert y._version == 0
+
+
+def test_one_sample_without_a_batch_dimension_and_an_empty_batch(path):
+    x = draw(5)
+    assert metrics.statistics(x).tolist() == metrics.statistics(x.unsqueeze(0)).tolist()
+    assert metrics.statistics(draw(0, 5)).isnan().all()
+    assert metrics.norm(draw(0, 5)).item() == 0

@@ -3,6 +3,7 @@
 import copy
 import gc
 import random
+import threading
 import warnings
 import weakref
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from resdiag.models.resnet import build_model
 from resdiag.models.variants import VARIANTS
@@ -715,3 +717,98 @@ def test_an_explosion_stays_visible_in_the_frame():
     assert np.isfinite(first.output_channel_std[1])
     assert first.output_channel_std[1] > 1e20
     assert (monitor.to_frame().query("step == 1").output_nonfinite == 1).any()
+
+
+# -- other ways to train ---------------------------------------------------------------------------
+
+
+class Checkpointed(torch.nn.Module):
+    """The stages of a network, recomputed in the backward pass."""
+
+    def __init__(self, variant, reentrant):
+        super().__init__()
+        self.net, self.reentrant = small(variant), reentrant
+
+    def forward(self, x):
+        x = self.net.stem(x)
+        for stage in self.net.stages:
+            x = checkpoint(stage, x, use_reentrant=self.reentrant)
+        return self.net.classifier(self.net.pool(self.net.head(x)).flatten(1))
+
+
+@pytest.mark.parametrize("variant", ["original", "elu_after", "elu"])
+def test_activation_checkpointing_gives_the_numbers_of_the_plain_pass(variant):
+    plain, recomputed = small(variant), Checkpointed(variant, reentrant=False)
+    frames = []
+    for model in (plain, recomputed):
+        with attach(model) as monitor:
+            train(model, 2, monitor=monitor)
+        frames.append(monitor.to_frame().drop(columns=["point", "step", "block"]))
+    np.testing.assert_array_equal(*frames)
+
+
+def test_the_old_kind_of_checkpointing_lacks_gradients_for_a_reason():
+    model = Checkpointed("original", reentrant=True)
+    with attach(model) as monitor:
+        train(model, 1, monitor=monitor)
+    frame = monitor.to_frame()
+    assert frame.grad_output.isna().all()
+    assert frame.output_mean.notna().all()
+    assert_reasons_are_complete(monitor)
+
+
+def test_two_monitors_on_one_model_see_the_same():
+    model = small("elu_after")
+    with attach(model) as first, attach(model) as second:
+        F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+        first.step()
+        second.step()
+    assert torch._C._len_torch_function_stack() == 0
+    one, two = (m.to_frame().drop(columns="point") for m in (first, second))
+    np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions_are_recorded_in_full(dtype):
+    model = small("elu_after").to(dtype)
+    images, labels = batch()
+    optimizer = sgd(model)
+    with attach(model, optimizer=optimizer) as monitor:
+        train(
+            model, 1, monitor=monitor, optimizer=optimizer, images=images.to(dtype), labels=labels
+        )
+    assert not monitor.unavailable
+    assert not monitor.to_frame().isna().any(axis=None)
+
+
+def test_autocast_is_watched_as_it_runs():
+    model = small("elu_after")
+    with attach(model) as monitor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = F.cross_entropy(model(batch()[0]), batch()[1])
+        loss.backward()
+        monitor.step()
+    frame = monitor.to_frame()
+    exact = watch_once(small("elu_after"))
+    columns = ["branch_channel_std", "output_channel_std", "grad_output", "skip_gain"]
+    np.testing.assert_allclose(frame[columns], exact[columns], rtol=0.05)
+
+
+def watch_once(model):
+    with attach(model) as monitor:
+        F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+        monitor.step()
+    return monitor.to_frame()
+
+
+def test_a_model_that_runs_in_another_thread_is_not_mixed_into_the_pass():
+    model = small("elu")
+    alone = watch_once(small("elu")).drop(columns="point")
+
+    def elsewhere(*_):
+        thread = threading.Thread(target=model.stages[0], args=(torch.randn(2, 4, 8, 8),))
+        thread.start()
+        thread.join()
+
+    model.stages[1].register_forward_pre_hook(elsewhere)
+    np.testing.assert_array_equal(watch_once(model).drop(columns="point"), alone)

@@ -1,5 +1,6 @@
 import math
 from dataclasses import fields, replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -135,7 +136,7 @@ configs = st.builds(
         gamma=gamma,
         warmup=warmup,
         milestones=tuple(sorted(cuts)),
-    ),  # fmt: skip
+    ),
     st.integers(1, 500),
     st.integers(0, 50),
     st.floats(0, 10),
@@ -150,7 +151,7 @@ def test_the_rate_is_the_warm_up_and_then_falls_by_gamma_at_each_milestone(confi
     rates = [learning_rate(config, step) for step in range(config.steps)]
     assert rates[: config.warmup] == [config.warmup_lr] * min(config.warmup, config.steps)
     rest = rates[config.warmup :]
-    assert all(a >= b for a, b in zip(rest, rest[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(rest))
     for step in range(config.warmup, config.steps):
         passed = len([m for m in config.milestones if m <= step])
         expected = config.lr * math.prod([config.gamma] * passed)

@@ -57,10 +57,13 @@ def _draw_mean(axes: Axes, view: View, traces: Sequence[Trace], site: str) -> No
 
 def _draw_bias(axes: Axes, view: View, traces: Sequence[Trace], site: str) -> None:
     trace_blocks(axes, view, traces, f"{site}_bias")
-    head_panel(axes, f"{site}: bias shift B2", r"rms$_c\,\mu_c$ / rms$_c\,\sigma_c$", stages=True)
     finish_blocks(axes, view, floor=0.0)
-    if plotted(axes).size and plotted(axes).max() > 0.7:
-        guide(axes, 1.0, "1: mean = signal")
+    y, words = plotted(axes), ""
+    if y.size and y.max() > 0.7:
+        guide(axes, 1.0, "")
+        words = " (dotted: 1)"
+    formula = r"rms$_c\,\mu_c$ / rms$_c\,\sigma_c$"
+    head_panel(axes, f"{site}: bias shift B2{words}", formula, stages=True)
 
 
 def _draw_head(axes: Axes, view: View, column: str, title: str) -> None:
@@ -76,12 +79,15 @@ def _compress(axes: Axes) -> None:
     y = plotted(axes)
     if not huge(y):
         return
-    size = np.abs(y[y != 0])
-    inner = float(max(size.min(), size.max() / 1e12))
-    axes.set_yscale("symlog", linthresh=inner)
-    decades = np.log10(size.max() / inner)
-    power = max(1, int(np.ceil(decades / 3)))
-    steps = inner * 10.0 ** np.arange(power, decades + 0.01, power)
+    size = np.log10(np.abs(y[y != 0]))
+    low = int(np.floor(max(size.min(), size.max() - 12)))
+    high = int(np.ceil(size.max()))
+    axes.set_yscale("symlog", linthresh=10.0**low)
+    every = max(1, (high - low) // 3)
+    powers = [10.0**power for power in range(low + every, high + 1, every)]
     signs = [sign for sign in (-1, 1) if (sign * y > 0).any()]
-    axes.set_yticks(sorted([0.0, *(sign * step for sign in signs for step in steps)]))
+    axes.set_yticks(sorted([0.0, *(sign * power for sign in signs for power in powers)]))
     axes.minorticks_off()
+    # room for marks on the top edge
+    top = 10.0 ** (high + 0.35 * (high - low))
+    axes.set_ylim(-(10.0 ** (high + 0.5)) if -1 in signs else -(10.0**low), top)

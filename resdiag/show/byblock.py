@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from resdiag.show.lines import draw_line
 from resdiag.show.overlay import predicted
 from resdiag.show.scale import finish_scale, whole_ticks
-from resdiag.show.style import GREY, PALE, THEORY
+from resdiag.show.style import PALE, THEORY
 from resdiag.show.view import Record, Trace, View
 
 
@@ -47,8 +47,8 @@ def trace_theory(axes: Axes, view: View, traces: Sequence[Trace], metric: str) -
         values = predicted(record, metric)
         if values is not None:
             axes.plot(
-                record.positions(view.normalised), values, color=GREY, lw=0.8, ls=(0, (4, 2)),
-                label=THEORY, zorder=1.5,
+                record.positions(view.normalised), values, color="0.58", lw=0.9, ls=(0, (4, 2)),
+                label=THEORY, zorder=3,  # on top: where it agrees it would not be seen below
             )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def draw_curves(view: View) -> Figure:
     steps = max(len(record.curve) for record in view.records)
     figure, body = open_sheet(
         view, f"Training curves: {subject(view)}", height=4.5,
-        shown=f"every step ({steps}), test where evaluated", notes=_breakdowns(view),
+        shown=f"all {steps} steps", notes=_breakdowns(view),
     )  # fmt: skip
     panels = body.subplots(2, 2)
     _draw_loss(panels[0, 0], view)

@@ -48,7 +48,7 @@ def _draw_several(view: View) -> Figure:
         initial = [t for t in traces if not any(t.places)]
         _draw_pair(row[0], row[1], view, traces, initial, moment_words(traces))
     for column in panels.T:
-        share_scale(column)
+        share_scale(column, most=4)
     legend(body)
     return figure
 
@@ -74,7 +74,5 @@ def _statement(record: Record) -> str:
     if not np.isfinite(norms[[0, -1]]).all() or norms[-1] <= 0 or norms[0] <= 0:
         return f"The gradient at the outputs is not finite or zero at step {first}"
     ratio = norms[0] / norms[-1]
-    verb = (
-        f"grows x {factor_words(ratio)}" if ratio >= 1 else f"shrinks x {factor_words(1 / ratio)}"
-    )
+    verb = f"grows ×{factor_words(ratio)}" if ratio >= 1 else f"shrinks ×{factor_words(1 / ratio)}"
     return f"The gradient {verb} from the last block back to block 0 at step {first}"

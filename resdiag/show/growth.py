@@ -8,6 +8,7 @@ from resdiag.show.byblock import finish_blocks, trace_blocks, trace_theory
 from resdiag.show.lines import guide, head_panel
 from resdiag.show.scale import finish_scale, share_scale
 from resdiag.show.sheet import legend, open_sheet, subject
+from resdiag.show.style import ink
 from resdiag.show.view import Floats, Record, Trace, View, moment_words
 
 _PANELS = (
@@ -25,7 +26,9 @@ def draw_growth(view: View) -> Figure:
     )  # fmt: skip
     panels = body.subplots(2, 2, width_ratios=[2.6, 1])
     for (metric, way, formula), (left, right) in zip(_PANELS, panels, strict=True):
-        _draw_factors(left, view, traces, metric, f"{way} growth per block", formula)
+        _draw_factors(
+            left, view, traces, metric, f"{way} growth per block (dotted: 1, scale kept)", formula
+        )
         _draw_stage_means(right, traces, metric)
         share_scale((left, right))
     legend(body)
@@ -39,19 +42,19 @@ def _draw_factors(
     trace_theory(axes, view, [t for t in traces if not any(t.places)], metric)
     head_panel(axes, title, formula, stages=True)
     finish_blocks(axes, view, log=True)
-    guide(axes, 1.0, "1: scale kept")
+    guide(axes, 1.0, "")
 
 
 def _draw_stage_means(axes: Axes, traces: list[Trace], metric: str) -> None:
     """Geometric mean over the stage's blocks, one mark per line, with its number if it fits."""
-    head_panel(axes, "geometric mean")
+    head_panel(axes, "geometric mean", stages=True)
     means = [_stage_means(trace.records[0], trace.values(metric)) for trace in traces]
     for rank, (trace, values) in enumerate(zip(traces, means, strict=True)):
         shift = (rank - (len(traces) - 1) / 2) * min(0.18, 0.7 / len(traces))
         x = np.arange(1, len(values) + 1) + shift
         axes.plot(
             x, values, ls="none", marker=trace.look.marker, color=trace.look.colour, ms=5,
-            mec="white", mew=0.4,
+            mew=0
         )  # fmt: skip
     count = max(len(values) for values in means)
     axes.set_xticks(range(1, count + 1), [f"stage {n + 1}" for n in range(count)])
@@ -68,11 +71,17 @@ def _write_means(axes: Axes, traces: list[Trace], means: list[Floats]) -> None:
     for rank, (trace, values) in enumerate(rows[:6]):
         for stage, value in enumerate(values, start=1):
             axes.annotate(
-                f"{value:.3g}" if np.isfinite(value) else "-", (stage, 0),
-                xycoords=axes.get_xaxis_transform(), xytext=(0, -15 - 10 * rank),
+                _short(value), (stage, 0),
+                xycoords=axes.get_xaxis_transform(), xytext=(0, -19 - 10 * rank),
                 textcoords="offset points", ha="center", va="top", size=7,
-                color=trace.look.colour, weight="bold",
+                color=ink(trace.look.colour), weight="bold",
             )  # fmt: skip
+
+
+def _short(value: float) -> str:
+    if not np.isfinite(value):
+        return "-"
+    return f"{value:.2f}" if 0.01 <= value < 1000 else f"{value:.0e}"
 
 
 def _stage_means(record: Record, values: Floats) -> Floats:

@@ -5,6 +5,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from resdiag.show.style import ALARM, MAGNITUDES, NONFINITE
 from resdiag.show.view import Bools, Floats, Record
@@ -46,6 +47,12 @@ def draw_heat(
         xticklabels=False, yticklabels=False, rasterized=True,
     )  # fmt: skip
     axes.invert_yaxis()
+    if log and np.log10(high) - np.log10(low) <= 2:
+        scale = axes.collections[-1].colorbar
+        if scale is not None:
+            scale.ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            scale.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            scale.ax.yaxis.set_minor_formatter(NullFormatter())
     _label_cells(axes, record)
 
 
@@ -63,7 +70,7 @@ def _limits(values: Floats, *, log: bool) -> tuple[float, float]:
 def _label_cells(axes: Axes, record: Record) -> None:
     """Ticks at the middle of cells, stage boundaries as white lines."""
     count = len(record.steps)
-    places = np.unique(np.linspace(0, count - 1, min(count, 12)).round().astype(int))
+    places = np.arange(0, count, -(-count // 14))
     axes.set_xticks(places + 0.5, [str(record.steps[place]) for place in places], rotation=0)
     every = max(1, record.n_blocks // 6)
     blocks = np.arange(0, record.n_blocks, every)

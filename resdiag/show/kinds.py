@@ -51,8 +51,8 @@ _ROWS = (
         question="Are the activations centred, and does their mean drift?",
         reading=(
             "0 is centred. A band that leaves 0 is a shift all channels share; a wide band around "
-            "0 is one that the mean hides. B2 above 1: the mean is larger than the signal. After a "
-            "BatchNorm the branch's mean is its learned bias, 0 at step 0 by construction."
+            "0 is one that the mean hides. B2 above 1: the mean is larger than the signal. Behind "
+            "a BatchNorm the branch's mean is its learned bias: 0 at step 0."
         ),
         needs=(*_quantiled("output"), *_quantiled("branch"), "head_mean", "head_bias"),
     ),
@@ -127,7 +127,8 @@ _ROWS = (
         question="Where and since when are there infinities or NaN, and in which direction?",
         reading=(
             "the marked cell is the first step and block with a non-finite value: on the way "
-            "forward the lowest block, on the way back the highest. Later cells are consequences."
+            "forward the lowest block, on the way back the highest. Later cells are consequences. "
+            "Where everything is finite, the change of the gradient is shown instead."
         ),
         needs=("output_nonfinite", "grad_nonfinite", "grad_output"),
     ),

@@ -31,13 +31,13 @@ def draw_line(
     drawn = np.where(np.isfinite(values) & ((values > 0) | (not log)), values, np.nan)
     middle, low, high = _spread(drawn)
     thin = look.marker in _THIN_MARKERS
-    width, alpha = (0.7, 0.55) if light else (1.3, 1.0)
+    width, alpha = (0.7, 0.55) if light else (1.3 if len(x) <= 200 else 0.8, 1.0)
     axes.plot(
         x, middle, color=look.colour, ls=look.line, lw=width, alpha=alpha,
         label=f"_{label}" if light else label,
         marker=look.marker, ms=(2.4 if light else 3.4) + thin, mec=look.colour if thin else "white",
         mew=0.3,
-        markevery=_stride(len(x), rank),
+        markevery=_places(x, rank),
     )  # fmt: skip
     if len(values) > 1:
         axes.fill_between(x, low, high, color=look.colour, alpha=0.18, lw=0)
@@ -56,9 +56,17 @@ def _spread(drawn: Floats) -> tuple[Floats, Floats, Floats]:
     return middle, low, high
 
 
-def _stride(count: int, rank: int) -> tuple[int, int]:
-    step = max(1, count // 12)
-    return (rank * max(1, step // 3)) % step, step
+def _places(x: Floats, rank: int) -> list[int]:
+    """Which points get a marker: about 12, evenly along the axis, not the same for each line."""
+    if len(x) <= 12:
+        return list(range(len(x)))
+    gap = (x[-1] - x[0]) / 12
+    wanted = x[0] + gap * (np.arange(12) + 0.5 + 0.25 * (rank % 4 - 1.5))
+    return sorted({int(place) for place in np.searchsorted(x, wanted)})
+
+
+def _stride(count: int) -> tuple[int, int]:
+    return 0, max(1, count // 12)
 
 
 def _mark_edge(axes: Axes, x: Floats, where: Bools, look: Look, rank: int, *, top: bool) -> None:
@@ -71,7 +79,7 @@ def _mark_edge(axes: Axes, x: Floats, where: Bools, look: Look, rank: int, *, to
         marks, np.full(len(marks), 1 - shift if top else shift), ls="none",
         marker="^" if top else "v", ms=4, mfc=look.colour, mec="black" if top else "white",
         mew=0.4, transform=axes.get_xaxis_transform(), clip_on=False, zorder=5,
-        label=NONFINITE if top else ZERO, markevery=_stride(len(marks), 0),
+        label=NONFINITE if top else ZERO, markevery=_stride(len(marks)),
         gid=NONFINITE if top else ZERO,
     )  # fmt: skip
 
@@ -96,6 +104,5 @@ def guide(axes: Axes, y: float, text: str) -> None:
     axes.axhline(y, color="0.25", lw=0.7, ls=(0, (1, 1.5)), zorder=1)
     axes.annotate(
         text, (1, y), xycoords=axes.get_yaxis_transform(), xytext=(-2, 1.5),
-        textcoords="offset points", ha="right", va="bottom", size=7, color="0.25", zorder=4,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
+        textcoords="offset points", ha="right", va="bottom", size=7, color="0.25", zorder=1.2,
     )  # fmt: skip

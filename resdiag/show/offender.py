@@ -95,7 +95,7 @@ def _draw_healthy(view: View, record: Record) -> Figure:
     block, column = int(worst[0]), int(worst[1])
     factor = f"{10 ** change[block, column]:.3g}" if finite.any() else "unknown"
     title = (
-        f"Everything is finite; largest change of the gradient: x {factor} "
+        f"Everything is finite; largest change of the gradient: ×{factor} "
         f"in block {block} at step {record.steps[column]}"
     )
     figure, body = open_sheet(
@@ -145,8 +145,8 @@ def _draw_several(view: View) -> Figure:
         if offender:
             axes.plot([stop], [row], marker="X", ms=8, mfc=ALARM, mec="black", mew=0.6, ls="none",
                       label="first non-finite value")  # fmt: skip
-            depth = f"{offender.block} of {record.n_blocks}"
-            text = f"step {stop}: block {depth}, {offender.direction} ({offender.site})"
+            where = f"block {offender.block} (last: {record.n_blocks - 1})"
+            text = f"step {stop}: {where}, {offender.direction} ({offender.site})"
         axes.annotate(
             text, (stop, row), xytext=(7, 0), textcoords="offset points", size=7, va="center",
             color="black" if offender else GREY,
@@ -163,6 +163,7 @@ def _finish_rows(axes: Axes, records: list[Record]) -> None:
     axes.set_yticks(range(len(records)), [record.run.label for record in records])
     axes.set_xlabel("step")
     whole_ticks(axes)
+    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last])
     axes.grid(False, axis="y")
     axes.tick_params(labelsize=7)
 
@@ -170,6 +171,6 @@ def _finish_rows(axes: Axes, records: list[Record]) -> None:
 def _name(record: Record, found: Offender) -> str:
     way = "forward" if found.direction == "forward" else "backward"
     return (
-        f"First non-finite value at step {found.step} in block {found.block} of "
-        f"{record.n_blocks}, on the way {way}"
+        f"First non-finite value at step {found.step} in block {found.block} "
+        f"(last: {record.n_blocks - 1}), on the way {way}"
     )

@@ -34,15 +34,21 @@ def trace_steps(
 
 
 def trace_block_steps(
-    axes: Axes, view: View, metric: str, block: int, *, log: bool = False
+    axes: Axes, view: View, metric: str, block: int, *, log: bool = False, silent: bool = False
 ) -> None:
-    """Draw a metric of one block (-1: the last) against the step, one line per series."""
+    """Draw a metric of one block (-1: the last) against the step; `silent`: not in the legend."""
 
     def points(record: Record) -> Points:
         values, broken = record.grid(metric)[block], record.broken(metric)[block]
         return record.steps.astype(np.float64), values, broken
 
-    _trace(axes, [(s, s.look, s.label) for s in view.series], points, log=log, light=False)
+    _trace(
+        axes,
+        [(s, s.look, f"_{s.label}" if silent else s.label) for s in view.series],
+        points,
+        log=log,
+        light=False,
+    )
 
 
 def curve_points(record: Record, column: str) -> Points:
@@ -84,7 +90,7 @@ def finish_steps(axes: Axes, view: View, *, log: bool = False) -> None:
     """The axis of steps, and the scale."""
     axes.set_xlabel("step")
     last = max(float(record.curve["step"].max()) for record in view.records)
-    axes.set_xlim(-0.03 * max(last, 1), 1.03 * max(last, 1))
+    axes.set_xlim(*((-0.03 * last, 1.03 * last) if last > 0 else (-0.5, 0.5)))
     whole_ticks(axes)
     finish_scale(axes, log=log)
 

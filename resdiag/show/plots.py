@@ -3,6 +3,7 @@
 matplotlib is imported by the first `draw`, so that a usage error stays fast.
 """
 
+import contextlib
 import io
 import os
 from collections.abc import Sequence
@@ -45,11 +46,14 @@ def draw(
     if not runs:
         raise UsageError(f"plot '{kind}' needs a run", "resdiag run --variant elu_pre --depth 20")
     from resdiag.show.families import FAMILIES
+    from resdiag.show.opening import open_view
+    from resdiag.show.sheet import freeze_layout
     from resdiag.show.style import look
-    from resdiag.show.view import open_view
 
     with look():
-        return FAMILIES[entry.name](open_view(entry, runs, step=step, theory=theory))
+        figure = FAMILIES[entry.name](open_view(entry, runs, step=step, theory=theory))
+        freeze_layout(figure)
+    return figure
 
 
 def render(figure: "Figure", file_format: str) -> bytes:
@@ -102,5 +106,6 @@ def _write_whole(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error

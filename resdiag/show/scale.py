@@ -57,37 +57,47 @@ def plotted(axes: Axes) -> Floats:
 def _make_room(axes: Axes, y: Floats, *, log: bool) -> None:
     """Widen the range where marks stand on an edge, or where all values are equal."""
     gids = {line.get_gid() for line in axes.lines}
-    above = 0.25 if NONFINITE in gids else 0.06
-    below = 0.25 if ZERO in gids else 0.06
+    above = 0.25 if NONFINITE in gids else 0.09
+    below = 0.25 if ZERO in gids else 0.09
     low, high = float(y.min()), float(y.max())
     if log:
         a, b = np.log10(low), np.log10(high)
         span = max(b - a, 0.6)
         middle = (a + b) / 2
         a, b = min(a, middle - span / 2), max(b, middle + span / 2)
-        axes.set_ylim(10 ** max(a - below * span, -300), 10 ** min(b + above * span, 300))
+        axes.set_ylim(
+            10 ** max(a - below * span - 0.04, -300), 10 ** min(b + above * span + 0.04, 300)
+        )
         name_decades(axes)
         return
-    span = max(high - low, 1e-3 * max(abs(high), abs(low)), 1e-9)
+    # equal values: a range around them, not one that magnifies rounding
+    span = max(high - low, 1e-3 * max(abs(high), abs(low))) or 1.0
     axes.set_ylim(low - below * span, high + above * span)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def name_decades(axes: Axes) -> None:
     """Ticks of a log axis: 1, 2, 5 as plain numbers within two decades, powers of ten beyond."""
-    low, high = axes.get_ylim()
-    if high / low > 100:
+    low, high = np.log10(axes.get_ylim())
+    if high - low > 2:
         return
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def share_scale(panels: Iterable[Axes]) -> None:
-    """Give panels of the same quantity the same range."""
+def share_scale(panels: Iterable[Axes], *, most: float = np.inf) -> None:
+    """Give panels of the same quantity the same range, if it is at most `most` times each one's.
+
+    Beyond that the same range would flatten the lines of one panel.
+    """
     chosen = [axes for axes in panels if plotted(axes).size]
     if not chosen:
         return
     limits = np.array([axes.get_ylim() for axes in chosen])
+    logs = np.log10(limits) if chosen[0].get_yscale() == "log" else limits
+    if logs[:, 1].max() - logs[:, 0].min() > most * np.diff(logs).min():
+        return
     for axes in chosen:
         axes.set_ylim(limits[:, 0].min(), limits[:, 1].max())
         if axes.get_yscale() == "log":

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.transforms import Bbox
 
+from resdiag.show.grouping import hidden_differences, variant_words
+from resdiag.show.overlay import prediction
 from resdiag.show.style import GREY, NONFINITE, THEORY, WIDTH, ZERO
-from resdiag.show.view import View, variant_words
+from resdiag.show.view import View
 
 _LINE = 0.135  # inches per line of small print
 _TITLE, _SMALL = 10.0, 7.0
@@ -33,7 +37,17 @@ def open_sheet(
     heading = textwrap.wrap(title, 76)
     about = textwrap.wrap(_about(view, shown), 126)
     caption = textwrap.wrap(f"Read: {view.kind.reading}", 126)
-    small = [line for note in [*notes, *_reasons(view)] for line in textwrap.wrap(note, 126)]
+    small = [
+        line
+        for note in [
+            *notes,
+            *_anchor(view),
+            *_broken_ends(view),
+            *_differences(view),
+            *_reasons(view),
+        ]
+        for line in textwrap.wrap(note, 126)
+    ]
     top = 0.18 * len(heading) + _LINE * len(about) + _MARGIN
     bottom = _LINE * (len(caption) + len(small)) + 2 * _MARGIN
     layout = ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.04, wspace=0.02, hspace=0.02)
@@ -46,6 +60,23 @@ def open_sheet(
     _write(foot, [(line, _SMALL, "normal", "0.1", _LINE) for line in caption]
            + [(line, _SMALL, "normal", GREY, _LINE) for line in small], bottom)  # fmt: skip
     return figure, body
+
+
+def freeze_layout(figure: Figure) -> None:
+    """Lay the panels out once and for all, at rounded places.
+
+    The solver's last bits depend on the order of objects in memory; in an SVG they would end up in
+    the names of clip paths, and two equal figures would differ.
+    """
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+    figure.set_layout_engine("none")
+    for part in figure.subfigs:
+        part.bbox_relative.set_points(part.bbox_relative.get_points().round(6))
+    for axes in [axes for part in figure.subfigs for axes in part.axes]:
+        place = axes.get_position(original=True)
+        axes.set_position(Bbox(place.get_points().round(6)))
 
 
 def _write(
@@ -73,6 +104,35 @@ def _about(view: View, shown: str) -> str:
 
 def _listed(words: Sequence[str]) -> str:
     return ", ".join(dict.fromkeys(words))
+
+
+def _anchor(view: View) -> list[str]:
+    """What theory takes from the measurement: where it starts from, never a slope."""
+    if not view.theory or not any(prediction(record) for record in view.records):
+        return []
+    start = "Theory takes from the run what comes out of the stem at step 0"
+    return {
+        "gradnorms": [f"{start}, and the level of the gradient at the last block."],
+        "signal": [f"{start}."],
+        "growth": [f"{start}."],
+        "skip": [f"{start}."],
+    }.get(view.kind.name, [])
+
+
+def _broken_ends(view: View) -> list[str]:
+    """What lines and triangles are where runs that broke are compared."""
+    blocks = view.kind.name not in ("curves", "offender")
+    if view.single or not blocks or "last" not in view.moments():
+        return []
+    if all(trace.places == trace.ends for trace in view.traces("last")):
+        return []
+    return ["A run that broke: its line is the last finite step, its triangles the last step."]
+
+
+def _differences(view: View) -> list[str]:
+    """A warning that a comparison is not of one thing only."""
+    hidden = [key.replace("_", " ") for key in hidden_differences(view.series)]
+    return [f"These runs also differ in: {', '.join(hidden)}."] if hidden else []
 
 
 def _reasons(view: View) -> list[str]:
@@ -128,6 +188,7 @@ def legend(body: SubFigure, *, extra: Sequence[Artist] = ()) -> None:
             handles.setdefault(label, handle)
     for handle in extra:
         handles.setdefault(str(handle.get_label()), handle)
+    handles |= {label: _plain_mark(label) for label in (NONFINITE, ZERO) if label in handles}
     if not handles:
         return
     labels = sorted(handles, key=lambda label: _LAST.index(label) if label in _LAST else -1)
@@ -141,11 +202,17 @@ _LAST = (THEORY, ZERO, NONFINITE)
 
 
 def _columns(labels: Sequence[str]) -> int:
-    """The most columns of a legend that fit; matplotlib fills it column by column."""
-    for columns in range(len(labels), 1, -1):
-        rows = -(-len(labels) // columns)
+    """Columns of a legend with the fewest rows that fit; matplotlib fills it by columns."""
+    for rows in range(1, len(labels)):
+        columns = -(-len(labels) // rows)
         parts = [labels[i : i + rows] for i in range(0, len(labels), rows)]
         # 7 pt DejaVu Sans is 0.058 inch per letter on average; handle and gaps take the rest
         if sum(0.058 * max(map(len, part)) + 0.52 for part in parts) < WIDTH - 0.1:
             return columns
     return 1
+
+
+def _plain_mark(label: str) -> Line2D:
+    """A mark of no line's colour, for the legend."""
+    return Line2D([], [], ls="none", marker="^" if label == NONFINITE else "v", ms=4, mew=0.4,
+                  mfc="0.75", mec="black", label=label)  # fmt: skip

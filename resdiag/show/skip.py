@@ -59,7 +59,7 @@ def _draw_panel(
     head_panel(axes, title, formula, stages=True)
     finish_blocks(axes, view, log=log, floor=None if log else 0.0)
     if neutral is not None:
-        _explain_neutral(axes, neutral)
+        _explain_neutral(axes, view, neutral)
 
 
 def _weights(layers: list[list[Trace]]) -> list[Line2D]:
@@ -71,12 +71,16 @@ def _weights(layers: list[list[Trace]]) -> list[Line2D]:
     ]
 
 
-def _explain_neutral(axes: Axes, neutral: float) -> None:
+def _explain_neutral(axes: Axes, view: View, neutral: float) -> None:
     """Say so where every value is exactly the one of a network with nothing after the addition."""
     y = plotted(axes)
     if y.size and (y == neutral).all() and not _marked(axes):
         axes.set_ylim(-0.05, 1.15)
-        note_panel(axes, f"exactly {neutral:g} in every block:\nthe skip path is untouched")
+        bare = all(b.get("after_add") == "none" for r in view.records for b in r.run.blocks)
+        why = ":\nnothing stands after\nthe addition" if bare else ""
+        note_panel(axes, f"exactly {neutral:g} in every block{why}")
+    elif neutral == 1 and y.size:
+        axes.set_ylim(-0.04, max(1.06, axes.get_ylim()[1]))
 
 
 def _marked(axes: Axes) -> bool:
@@ -88,7 +92,7 @@ def _draw_steps(axes: Axes, view: View) -> None:
     y = np.concatenate([record.grid("skip_gain")[-1] for record in view.records])
     positive = y[np.isfinite(y) & (y > 0)]
     log = bool(positive.size and positive.min() < 0.2)
-    trace_block_steps(axes, view, "skip_gain", -1, log=log)
+    trace_block_steps(axes, view, "skip_gain", -1, log=log, silent=view.single is not None)
     head_panel(axes, "P3 skip gain at the last block over steps", "P3")
     finish_steps(axes, view, log=log)
     if log:

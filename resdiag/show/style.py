@@ -97,6 +97,12 @@ _RC = {
 }
 
 
+def ink(colour: str) -> tuple[float, float, float]:
+    """A colour dark enough for small text on white."""
+    red, green, blue = mpl.colors.to_rgb(colour)
+    return 0.6 * red, 0.6 * green, 0.6 * blue
+
+
 def look() -> AbstractContextManager[None]:
     """The matplotlib settings under which figures are drawn and written."""
     return mpl.rc_context(_RC)
@@ -114,7 +120,7 @@ def depth_looks(count: int) -> list[Look]:
     """Looks of one variant at `count` depths: a palette even in lightness, light is shallow."""
     if count == 1:
         return _ordered("viridis", [0.25])
-    return _ordered("viridis", [0.8 - 0.75 * i / (count - 1) for i in range(count)])
+    return _ordered("viridis", [0.7 - 0.65 * i / (count - 1) for i in range(count)])
 
 
 def _ordered(palette: str, places: Sequence[float]) -> list[Look]:

@@ -52,8 +52,8 @@ def _draw_several(view: View) -> Figure:
 
 def _draw_lines(axes: Axes, view: View, traces: list[Trace], title: str) -> None:
     trace_blocks(axes, view, traces, "update_ratio", log=True)
-    head_panel(axes, title, _RATIO, stages=True)
+    head_panel(axes, f"{title} (dotted: 1e-3, usual)", _RATIO, stages=True)
     finish_blocks(axes, view, log=True)
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, _USUAL / 3), max(high, _USUAL * 3))
-    guide(axes, _USUAL, "1e-3: usual")
+    guide(axes, _USUAL, "")

@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resdiag.errors import UsageError
-from resdiag.models.variants import VARIANTS
 from resdiag.show.kinds import PlotKind
-from resdiag.show.style import Look, depth_looks, step_looks, variant_looks
+from resdiag.show.style import Look, step_looks
 from resdiag.watch.catalog import METRICS
 
 if TYPE_CHECKING:
@@ -114,6 +113,12 @@ class Record:
         lost = np.isnan(values) & self.sick & ~self.declared(metric)[:, None]
         return np.isinf(values) | lost
 
+    @cached_property
+    def last_finite(self) -> int:
+        """Column of the last step whose gradients are all finite; 0 if none is."""
+        healthy = np.flatnonzero(~self.broken("grad_output").any(axis=0))
+        return int(healthy[-1]) if len(healthy) else 0
+
     def place(self, step: int) -> int:
         """Column of a recorded step.
 
@@ -145,12 +150,17 @@ class Series:
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """One line over blocks: a series at one column (step) of each of its records."""
+    """One line over blocks: a series at one column (step) of each of its records.
+
+    `places` are the columns whose values are drawn, `ends` those whose non-finite values are: the
+    same, but for a run that broke, whose last finite step and last step they are.
+    """
 
     label: str
     look: Look
     records: tuple[Record, ...]
     places: tuple[int, ...]
+    ends: tuple[int, ...]
 
     def values(self, metric: str) -> Floats:
         """Values by (record, block)."""
@@ -159,7 +169,7 @@ class Trace:
 
     def broken(self, metric: str) -> Bools:
         """Non-finite values by (record, block)."""
-        pairs = zip(self.records, self.places, strict=True)
+        pairs = zip(self.records, self.ends, strict=True)
         return np.stack([record.broken(metric)[:, place] for record, place in pairs])
 
 
@@ -197,15 +207,16 @@ class View:
     def traces(self, moment: str) -> list[Trace]:
         """One line per series at a moment of `moments`."""
 
-        def place(record: Record) -> int:
+        def places(record: Record) -> tuple[int, int]:
             if self.step is not None:
-                return record.place(self.step)
-            return 0 if moment == "first" else len(record.steps) - 1
+                return (record.place(self.step),) * 2
+            return (0, 0) if moment == "first" else (record.last_finite, len(record.steps) - 1)
 
-        return [
-            Trace(s.label, s.look, s.records, tuple(place(record) for record in s.records))
-            for s in self.series
-        ]
+        traces = []
+        for series in self.series:
+            drawn, ends = zip(*map(places, series.records), strict=True)
+            traces.append(Trace(series.label, series.look, series.records, drawn, ends))
+        return traces
 
     def history(self, most: int = 4) -> list[Trace]:
         """One line per telling step of a single run: first, early, last finite, last."""
@@ -215,7 +226,7 @@ class View:
             del places[1]  # the early one; where it broke says more
         looks = step_looks(len(places))
         return [
-            Trace(f"step {record.steps[place]}", look, (record,), (place,))
+            Trace(f"step {record.steps[place]}", look, (record,), (place,), (place,))
             for place, look in zip(places, looks, strict=True)
         ]
 
@@ -226,128 +237,20 @@ class View:
 
 
 def moment_words(traces: Sequence[Trace]) -> str:
-    """The steps at which series are compared: "step 0", "last recorded step (2 to 150)"."""
+    """The steps at which series are compared: "step 0", "last step (2 to 150)"."""
     places = [(r, p) for t in traces for r, p in zip(t.records, t.places, strict=True)]
     steps = [int(record.steps[place]) for record, place in places]
+    word = "last finite step" if any(trace.places != trace.ends for trace in traces) else "step"
     if len(set(steps)) == 1:
-        return f"step {steps[0]}"
-    return f"last recorded step ({min(steps)} to {max(steps)})"
+        return f"{word} {steps[0]}"
+    return f"{word.replace('step', '').strip() or 'last'} step ({min(steps)} to {max(steps)})"
 
 
 def telling_places(record: Record) -> list[int]:
-    """Columns worth a line: first, early (geometric middle), last finite one, last."""
-    last = len(record.steps) - 1
+    """Columns worth a line: first, early (geometric middle), last.
+
+    Where the last one is broken: the last finite one and the one after it instead.
+    """
+    last, finite = len(record.steps) - 1, record.last_finite
     early = int(np.searchsorted(record.steps, np.sqrt(max(0, record.steps[-1]))))
-    healthy = np.flatnonzero(~record.broken("grad_output").any(axis=0))
-    return sorted({0, min(early, last), int(healthy[-1]) if len(healthy) else 0, last})
-
-
-def open_view(kind: PlotKind, runs: "Sequence[Run]", *, step: int | None, theory: bool) -> View:
-    """Read the runs, check that they have what the plot needs, and group them into series.
-
-    Raises:
-        UsageError: A run without records, or without a metric that the plot needs.
-    """
-    records = [Record(run, run.metrics(), run.curve()) for run in runs]
-    for record in records:
-        _check(kind, record)
-        if step is not None:
-            record.place(step)
-    return View(kind, tuple(_group(records)), step, theory)
-
-
-def _check(kind: PlotKind, record: Record) -> None:
-    """Refuse a run that cannot be drawn, in one line."""
-    if record.metrics.empty or not record.n_blocks:
-        raise UsageError(
-            f"{record.run.label} has no recorded step yet", "wait, or choose another run"
-        )
-    known = {*record.metrics.columns, *record.curve.columns}
-    missing = [name for name in kind.needs if name not in known]
-    if missing:
-        columns = ", ".join(missing)
-        raise UsageError(
-            f"{record.run.label} has no column {columns}, which plot '{kind.name}' needs",
-            "record the run again with this version",
-        )
-
-
-def _settings(record: Record) -> dict[str, object]:
-    """What tells a run from another, the seed left out."""
-    config = record.run.config
-    everything = config.to_dict() if hasattr(config, "to_dict") else {}
-    everything |= {
-        "variant": config.variant,
-        "depth": config.depth,
-        "lr": config.lr,
-        "data": record.run.data.get("name", config.data),
-    }
-    return {key: _plain(value) for key, value in everything.items() if key != "seed"}
-
-
-def _plain(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _group(records: Sequence[Record]) -> list[Series]:
-    """Runs with equal settings and different seeds make one series."""
-    groups: dict[tuple[object, ...], list[Record]] = {}
-    for record in records:
-        settings = tuple(sorted(_settings(record).items()))
-        copies = 0
-        while any(
-            other.run.config.seed == record.run.config.seed
-            for other in groups.get((settings, copies), [])
-        ):
-            copies += 1  # the same seed twice is not a spread over seeds
-        groups.setdefault((settings, copies), []).append(record)
-    members = list(groups.values())
-    order = {name: place for place, name in enumerate(VARIANTS)}
-    members.sort(
-        key=lambda m: (order.get(m[0].run.config.variant, len(order)), m[0].run.config.depth)
-    )
-    return [
-        Series(label, look, tuple(group))
-        for label, look, group in zip(_labels(members), _looks(members), members, strict=True)
-    ]
-
-
-def _looks(members: Sequence[Sequence[Record]]) -> list[Look]:
-    variants = [group[0].run.config.variant for group in members]
-    if len(set(variants)) == 1 and len(members) > 1:
-        return depth_looks(len(members))
-    ranks = [variants[:place].count(name) for place, name in enumerate(variants)]
-    return variant_looks(variants, ranks)
-
-
-def _labels(members: Sequence[Sequence[Record]]) -> list[str]:
-    """Words for the legend: the settings in which the series differ."""
-    settings = [_settings(group[0]) for group in members]
-    names = dict.fromkeys(key for one in settings for key in one)
-    differing = [
-        key
-        for key in names
-        if len({repr(one.get(key)) for one in settings}) > 1 and key != "variant"
-    ]
-    many_variants = len({one["variant"] for one in settings}) > 1
-    labels = []
-    for group, one in zip(members, settings, strict=True):
-        words = [variant_words(str(one["variant"]))] if many_variants or not differing else []
-        words += [f"{key.replace('_', ' ')} {one.get(key)}" for key in differing]
-        if len(group) > 1:
-            words.append(f"({len(group)} seeds)")
-        labels.append(" ".join(words))
-    return [
-        label if labels.count(label) == 1 else f"{label} #{labels[: place + 1].count(label)}"
-        for place, label in enumerate(labels)
-    ]
-
-
-def variant_words(variant: str) -> str:
-    """A variant with the paper's letter.
-
-    >>> variant_words("elu_pre")
-    'elu_pre (b)'
-    """
-    row = VARIANTS.get(variant)
-    return f"{variant} ({row.alias})" if row and row.alias else variant
+    return sorted({0, min(early, finite), finite, min(finite + 1, last)})

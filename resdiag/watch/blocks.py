@@ -174,6 +174,8 @@ def find_blocks(
 def match_modules(model: nn.Module, patterns: Sequence[str] | None) -> frozenset[str] | None:
     """Names of the modules that a list of names or shell patterns means; None for None.
 
+    As in a shell, a star stays on its level: "layer1.*" are the children of layer1, not theirs.
+
     Raises:
         ValueError: A pattern matches nothing.
     """
@@ -182,11 +184,17 @@ def match_modules(model: nn.Module, patterns: Sequence[str] | None) -> frozenset
     names = [name for name, _ in model.named_modules()]
     matched: set[str] = set()
     for pattern in patterns:
-        found = {name for name in names if fnmatchcase(name, pattern)}
+        found = {name for name in names if _matches(name, pattern)}
         if not found:
             raise ValueError(f"blocks: '{pattern}' matches no module of {type(model).__name__}")
         matched |= found
     return frozenset(matched)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts, wanted = name.split("."), pattern.split(".")
+    same = len(parts) == len(wanted) and bool(name) == bool(pattern)
+    return same and all(map(fnmatchcase, parts, wanted))
 
 
 @contextmanager

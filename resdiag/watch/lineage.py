@@ -142,31 +142,32 @@ class Lineage:
         start, goal = self.number(tensor), self.number(ancestor)
         if start is None or goal is None:
             return False
-        backward = self._walk({goal: 0, start: 1}, set())
-        return next(way for number, way in backward if number <= goal) == 1
+        backward = self._walk({goal: 0, start: _BRANCH}, set(), set())
+        return next(way for number, way in backward if number <= goal) == _BRANCH
 
-    def meet(self, shortcut: Tensor, branch: Tensor, walls: set[int]) -> Meeting:
+    def meet(self, shortcut: Tensor, branch: Tensor, entries: set[int], sums: set[int]) -> Meeting:
         """Walk back from both operands, latest tensor first, to the first one on both ways.
 
         Args:
             shortcut: One operand.
             branch: The other.
-            walls: Numbers of the tensors at which the frame began, and of its earlier sums: no
-                way leads further back than these.
+            entries: Numbers of the frame's inputs: no way leads further back.
+            sums: Numbers of the frame's earlier residual sums: the shortcut begins there if it
+                gets there alone, as where two branches of one input are added in turn.
         """
         begin, end = self.number(shortcut), self.number(branch)
         assert begin is not None
         assert end is not None
         origin, count, between = begin, 0, list[_Node]()
-        for number, way in self._walk({begin: _SHORTCUT, end: _BRANCH}, walls):
+        for number, way in self._walk({begin: _SHORTCUT, end: _BRANCH}, entries, sums):
             node = self._nodes[number]
             if way == _SHORTCUT | _BRANCH:
                 origin = number
                 break
             if way == _SHORTCUT:
                 origin = number
-                count += node.weighted and number not in walls
-            if number not in walls:
+                count += node.weighted and number not in entries
+            if number not in entries:
                 between.append(node)
         return Meeting(
             origin=self._nodes[origin].tensor(),
@@ -176,17 +177,22 @@ class Lineage:
             activations=[n.call for n in between if n.call is not None and n.call.is_activation],
         )
 
-    def _walk(self, ways: dict[int, int], walls: set[int]) -> Iterator[tuple[int, int]]:
+    def _walk(
+        self, ways: dict[int, int], entries: set[int], sums: set[int]
+    ) -> Iterator[tuple[int, int]]:
         """Ancestors of some tensors, latest first, each with the ways that lead back to it."""
         queue = [-number for number in ways]
         heapq.heapify(queue)
         while queue:
             number = -heapq.heappop(queue)
-            yield number, ways[number]
-            for parent in () if number in walls else self._nodes[number].parents:
+            way = ways[number]
+            yield number, way
+            if number in entries or (number in sums and way == _SHORTCUT):
+                continue
+            for parent in self._nodes[number].parents:
                 if parent not in ways:
                     heapq.heappush(queue, -parent)
-                ways[parent] = ways.get(parent, 0) | ways[number]
+                ways[parent] = ways.get(parent, 0) | way
 
     def _path(self, number: int, origin: int) -> tuple[Call, ...] | None:
         """Calls from `origin` to a tensor if each can be repeated, else None."""

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 SATURATED_SLOPE = 0.05
 """An activation's output counts as saturated if its slope is below this."""
@@ -71,10 +72,11 @@ def statistics(x: Tensor) -> Tensor:
 
     Args:
         x: (N, C), (N, C, H, W), (N, C, T, H, W) or (N, T, C): channels are dimension 1, but the
-            last one of a 3-d tensor.
+            last one of a 3-d tensor; (C,) is one sample.
 
     Returns:
-        float64 tensor (7,), see `STATISTICS`; units of `x` but for the last, a fraction.
+        float64 tensor (7,), see `STATISTICS`; units of `x` but for the last, a fraction. NaN for an
+        empty batch.
 
     References:
         Brock et al. 2021, arXiv:2101.08692; Clevert et al. 2015, arXiv:1511.07289.
@@ -102,7 +104,11 @@ class Sums(NamedTuple):
 
 def reduce(x: Tensor) -> Sums:
     """Read a tensor once for its channel sums and once for its norm; the rest can wait."""
-    x = x.detach()
+    x = x.detach() if x.dim() > 1 else x.detach().reshape(1, -1)
+    if not x.numel():
+        nan = torch.full((x.shape[channel_dimension(x)],), math.nan, dtype=torch.float64)
+        nothing = nan.new_full((), math.nan)
+        return Sums(nan.to(x.device), 1, nothing.to(x.device), None, nothing.to(x.device))
     sums, second, finite = _moments(x)
     size = x.numel() // max(1, sums.numel())
     spread = None
@@ -199,10 +205,15 @@ def slope(function: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
     >>> slope(torch.relu, torch.tensor([-1.0, 2.0])).tolist()
     [0.0, 1.0]
     """
-    with torch.enable_grad():
+    # own saved-tensor hooks: those around us (activation checkpointing) would count our tensors
+    with torch.enable_grad(), saved_tensors_hooks(_itself, _itself):
         at = u.detach().requires_grad_()
         (derivative,) = torch.autograd.grad(function(at).sum(), at)
     return derivative
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 def channel_dimension(x: Tensor) -> int:
@@ -247,7 +258,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor, bool]:
     else:
         sums = x.double().sum(reduced) if x.is_cpu else x.sum(reduced, dtype=torch.float64)
     finite = x.is_cpu and math.isfinite(_peek(size))
-    return sums, size.square() / max(1, x.numel()), finite
+    return sums, size.square() / x.numel(), finite
 
 
 def _centred_second_moment(x: Tensor) -> Tensor:

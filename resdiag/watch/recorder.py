@@ -69,6 +69,7 @@ class Recorder:
         self._sites: list[tuple[Key, metrics.Sums]] = []
         self._inside: list[tuple[int, list[Tensor]]] = []
         self._gates: list[tuple[tuple[str, ...], Call, Tensor]] = []
+        self._hooked: set[Key] = set()
         self._written: set[Key] = set()
 
     # -- forward -------------------------------------------------------------------------------
@@ -151,7 +152,7 @@ class Recorder:
 
     def activation(self, owners: tuple[str, ...], call: Call, x: Tensor) -> None:
         """Remember which units of an activation are saturated, for the block it is in."""
-        if x.is_floating_point():
+        if x.is_floating_point() and x.numel():
             self._gates.append((owners, call, _saturated(call, self._skip.head(x))))
 
     def finished(self, features: Tensor | None, logits: Tensor | None) -> None:
@@ -277,6 +278,7 @@ class Recorder:
             self.miss(row, missing[column], "no gradient is asked for at this tensor")
             return
         begun, slot = self._pass, self._cells.slot
+        self._hooked.add((row, column))
         x.register_hook(lambda g: self._gradient(begun, slot, row, column, g))
 
     def _is_current(self, begun: int) -> bool:
@@ -302,9 +304,10 @@ class Recorder:
     def _watch_input(self, row: int, x: Tensor) -> None:
         """Read dL/dx where the tensor was the output of an earlier block, else by a hook."""
         known = self._find(x)
-        earlier = known is not None and known[1] in ("sum", "output") and known[0] != row
-        if x.requires_grad and known is not None and earlier:
+        source = None
+        if known is not None and known[1] in ("sum", "output"):
             source = (known[0], self._grad_column(known[0], known[1]))
+        if source is not None and source in self._hooked:
             self._cells.alias(row, "grad_input", source)
             self._children[source].append(row)
         else:

@@ -11,7 +11,8 @@ applied to the sum is the after-add.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from threading import get_ident
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +88,8 @@ class _Frame:
     name: str
     module: nn.Module
     entry: Tensor | None
-    walls: set[int] = field(default_factory=set)
+    entries: set[int] = field(default_factory=set)
+    sums: set[int] = field(default_factory=set)
     open: Addition | None = None
     tail: Tensor | None = None
     chain: tuple[Call, ...] = ()
@@ -109,6 +111,8 @@ class Tracer(TorchFunctionMode):
             additions elsewhere are not blocks.
     """
 
+    _busy: ClassVar[bool] = False  # of all tracers: what one listener computes is no one's model
+
     def __init__(
         self,
         model: nn.Module,
@@ -122,7 +126,7 @@ class Tracer(TorchFunctionMode):
         self._lineage, self._pushed = Lineage(), 0
         self._counts: dict[str, int] = {}
         self._head: tuple[Tensor | None, Tensor | None] = (None, None)
-        self._on, self._busy = False, False
+        self._on, self._thread = False, 0
         self._mode = ExitStack()
         self._handles = list(self._install(model))
 
@@ -151,14 +155,14 @@ class Tracer(TorchFunctionMode):
                 self._stop()  # an interrupt (no Exception) leaves a pass open
                 if self._wanted():
                     self._start()
-            if self._on:
+            if self._on and get_ident() == self._thread:
                 self._push(name, module, [*_tensors(args), *_tensors(kwargs)])
 
         return hook
 
     def _leave(self, name: str, root: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: object, output: object) -> None:
-            if not self._on:
+            if not self._on or get_ident() != self._thread:
                 return
             if root and (len(self._frames) != 1 or output is None):  # an exception passed
                 self._stop()
@@ -172,7 +176,8 @@ class Tracer(TorchFunctionMode):
         return hook
 
     def _start(self) -> None:
-        self._on = True
+        # replicas of the model in other threads (DataParallel) are not followed
+        self._on, self._thread = True, get_ident()
         self._mode.enter_context(self)
 
     def _stop(self) -> None:
@@ -187,11 +192,11 @@ class Tracer(TorchFunctionMode):
 
     def _quietly(self, tell: Callable[..., None], *args: object) -> None:
         """Tell the listener without tracing what it computes."""
-        self._busy = True
+        Tracer._busy = True
         try:
             tell(*args)
         finally:
-            self._busy = False
+            Tracer._busy = False
 
     # -- frames --------------------------------------------------------------------------------
 
@@ -200,7 +205,7 @@ class Tracer(TorchFunctionMode):
         self._pushed += 1
         frame = _Frame(self._pushed, name, module, entry)
         self._frames.append(frame)
-        frame.walls.update(self._lineage.enter(tensor, frame.serial) for tensor in inputs)
+        frame.entries.update(self._lineage.enter(tensor, frame.serial) for tensor in inputs)
 
     def _pop(self, module: nn.Module, output: object) -> None:
         frame = self._frames.pop()
@@ -255,7 +260,7 @@ class Tracer(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401
         """See one torch function: trace it unless it only reads an attribute."""
         kwargs = dict(kwargs or {})
-        if self._busy or not self._frames or getattr(func, "__name__", "") == "__get__":
+        if Tracer._busy or not self._frames or getattr(func, "__name__", "") == "__get__":
             return func(*args, **kwargs)
         addition = self._residual(func, args, kwargs) if func in ADDITIONS else None
         call = Call(func, args[1:], kwargs)
@@ -289,7 +294,7 @@ class Tracer(TorchFunctionMode):
             frame.open, frame.tail = addition, result
             frame.chain, frame.chain_parameters = (), ()
             frame.additions += 1
-            frame.walls.add(number)
+            frame.sums.add(number)
             self._lineage.enter(result, frame.serial)
             self._quietly(self._listener.added, addition)
         elif owner is not None:
@@ -321,7 +326,7 @@ class Tracer(TorchFunctionMode):
         if a is None or b is None or a == b:
             return None
         shortcut, branch = (left, right) if a < b else (right, left)
-        meeting = self._lineage.meet(shortcut, branch, frame.walls)
+        meeting = self._lineage.meet(shortcut, branch, frame.entries, frame.sums)
         if frame.open is not None:
             self._close(frame, self._passed(frame, meeting.origin))
         alpha = float(kwargs.get("alpha", 1))

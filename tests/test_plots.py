@@ -1,0 +1,403 @@
+"""The plots: what is drawn is what was recorded, and nothing breaks them or goes unseen."""
+
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from synthetic_runs import make_run
+
+from resdiag.errors import StorageError, UsageError
+from resdiag.explain.theory import predict
+from resdiag.show.kinds import KINDS
+from resdiag.show.plots import draw, render, save
+from resdiag.show.view import Record
+from resdiag.watch.catalog import METRICS
+
+NONFINITE, THEORY = "non-finite", "theory (no fitted constant)"
+
+
+def spoil(column, values):
+    """A change of the frame: `column` gets `values` (rows, cycled)."""
+
+    def change(frame):
+        return frame.assign(**{column: np.resize(np.array(values, dtype=np.float32), len(frame))})
+
+    return change
+
+
+def wild(frame):
+    """Every recorded metric over the whole range of float32, with zeros, inf and NaN."""
+    values = np.array([1e-38, 0, 1e30, np.inf, 3e38, np.nan, -np.inf, 1e-8], dtype=np.float32)
+    columns = [c for c in frame if c not in ("step", "block") and not c.endswith("_nonfinite")]
+    return frame.assign(
+        **{c: np.roll(np.resize(values, len(frame)), i) for i, c in enumerate(columns)}
+    )
+
+
+def emptied(frame):
+    return frame.assign(**{c: np.float32(np.nan) for c in frame if c not in ("step", "block")})
+
+
+def flat(frame):
+    columns = [c for c in frame if c not in ("step", "block") and not c.endswith("_nonfinite")]
+    return frame.assign(**dict.fromkeys(columns, np.float32(1)))
+
+
+FEW = (0, 1, 4, 9)
+CASES = {
+    "exploding": lambda: [make_run("elu_pre", 56, explode=2)],
+    "dead at the first step": lambda: [make_run("elu_nobn", 20, explode=0)],
+    "one step": lambda: [make_run("elu_after", 20, steps=(0,))],
+    "variants and seeds": lambda: [
+        make_run(v, 20, seed=s, steps=FEW)
+        for v, s in (("original", 0), ("elu_after", 0), ("elu", 0), ("elu", 1))
+    ],
+    "depths and a dead one": lambda: [
+        make_run("elu_pre", 20, steps=FEW),
+        make_run("elu_pre", 56, explode=1),
+    ],
+    "any range": lambda: [make_run("original", 20, steps=FEW, metrics=wild)],
+    "nothing but NaN": lambda: [make_run("original", 20, steps=(0, 1), metrics=emptied)],
+    "constant": lambda: [make_run("original", 20, steps=(0, 1), metrics=flat)],
+}
+
+
+def lines(figure, label=None):
+    return [
+        line
+        for axes in figure_axes(figure)
+        for line in axes.lines
+        if label is None or line.get_label() == label
+    ]
+
+
+def figure_axes(figure):
+    return [axes for part in figure.subfigs for axes in part.axes]
+
+
+def panel(figure, title):
+    return next(a for a in figure_axes(figure) if a.get_title(loc="left").startswith(title))
+
+
+def words(figure):
+    """All text of a figure."""
+    return " ".join(t.get_text() for t in figure.findobj(lambda a: hasattr(a, "get_text")))
+
+
+def shown_text(figure):
+    """Every text but the labels of ticks, of which matplotlib keeps some outside the axis."""
+    parts = [t for part in figure.subfigs for t in part.texts]
+    parts += [t for part in figure.subfigs for box in part.legends for t in box.texts]
+    for axes in figure_axes(figure):
+        parts += [axes.xaxis.label, axes.yaxis.label, *axes.texts, axes._left_title]
+    return [text for text in parts if text.get_text().strip()]
+
+
+def legend_labels(figure):
+    return [t.get_text() for part in figure.subfigs for box in part.legends for t in box.texts]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_draws_every_case_legibly_and_without_a_warning(kind, case):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = draw(kind, CASES[case]())
+        figure.draw_without_rendering()
+    assert figure.get_figwidth() == 7
+    text = words(figure)
+    assert "Read:" in text
+    assert "digits" in text
+    assert "local" in text
+    assert min(t.get_fontsize() for t in shown_text(figure)) >= 7
+    page = figure.bbox.padded(1)
+    for shown in shown_text(figure):
+        box = shown.get_window_extent()
+        assert page.containsx(box.x0), shown
+        assert page.containsx(box.x1), shown
+        assert page.containsy(box.y0), shown
+        assert page.containsy(box.y1), shown
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_runs_give_the_same_bytes(kind):
+    first, second = (
+        render(draw(kind, [make_run("elu_pre", 20, explode=2)]), "svg") for _ in range(2)
+    )
+    assert first == second
+    assert b"<dc:date>" not in first
+
+
+@pytest.mark.parametrize("file_format", ["png", "pdf"])
+def test_other_formats_are_deterministic_too(file_format):
+    runs = [make_run("elu", 20, steps=FEW)]
+    first, second = (render(draw("gradnorms", runs), file_format) for _ in range(2))
+    assert first == second
+    assert b"CreationDate" not in first
+
+
+def test_rendering_twice_one_figure_gives_the_same_bytes():
+    figure = draw("skip", [make_run("original", 20, steps=FEW)])
+    assert render(figure, "svg") == render(figure, "svg")
+
+
+@pytest.mark.parametrize(
+    ("kind", "title", "metric"),
+    [
+        ("gradnorms", "of the parameters", "grad_param"),
+        ("skip", "P1", "perturbation"),
+        ("skip", "P3 skip gain, through", "skip_gain"),
+        ("signal", "output: second moment", "output_second_moment"),
+        ("growth", "backward", "grad_growth"),
+        ("updates", "by block", "update_ratio"),
+        ("biasshift", "output: bias", "output_bias"),
+    ],
+)
+def test_a_line_over_blocks_has_the_values_of_the_frame(kind, title, metric):
+    run = make_run("original", 20, steps=FEW)
+    frame = run.metrics()
+    axes = panel(draw(kind, [run]), title)
+    for step in (0, 9):
+        line = next(line for line in axes.lines if line.get_label() == f"step {step}")
+        recorded = frame[frame["step"] == step].sort_values("block")[metric]
+        np.testing.assert_array_equal(line.get_ydata(), recorded.to_numpy(dtype=np.float64))
+        np.testing.assert_array_equal(line.get_xdata(), np.arange(9))
+
+
+def test_the_gradient_at_the_outputs_starts_with_that_at_the_stem():
+    run = make_run("elu", 20, steps=FEW)
+    frame = run.metrics()
+    line = panel(draw("gradnorms", [run]), "at the outputs").lines[0]
+    first = frame[frame["step"] == 0]
+    assert line.get_xdata()[0] == -1
+    assert line.get_ydata()[0] == first["grad_input"].iloc[0]
+    np.testing.assert_array_equal(line.get_ydata()[1:], first["grad_output"])
+
+
+def test_curves_have_the_values_of_the_curve():
+    run = make_run("elu", 20, steps=FEW)
+    line = panel(draw("curves", [run]), "loss").lines[0]
+    np.testing.assert_array_equal(line.get_ydata(), run.curve()["loss"])
+
+
+def test_a_guessing_loss_is_marked_at_ln_k():
+    axes = panel(draw("curves", [make_run("elu", 20, steps=FEW)]), "loss")
+    assert any(np.allclose(line.get_ydata(), np.log(10)) for line in axes.lines)
+
+
+def test_a_map_has_the_values_of_the_frame_and_holes_where_they_are_not_finite():
+    run = make_run("elu_pre", 20, explode=2)
+    axes = panel(draw("gradnorms", [run]), "gradient at the block's output")
+    drawn = np.ma.masked_invalid(axes.collections[-1].get_array()).reshape(9, -1)
+    wanted = run.metrics().pivot(index="block", columns="step", values="grad_output").to_numpy()
+    np.testing.assert_array_equal(drawn.mask, ~np.isfinite(wanted))
+    np.testing.assert_allclose(drawn.compressed(), wanted[np.isfinite(wanted)])
+    assert axes.patch.get_hatch()
+
+
+@pytest.mark.parametrize("kind", ["gradnorms", "signal", "growth", "skip", "biasshift", "curves"])
+def test_an_explosion_is_visible(kind):
+    figure = draw(kind, [make_run("elu_pre", 20, explode=2)])
+    assert lines(figure, NONFINITE)
+    assert NONFINITE in legend_labels(figure)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_healthy_run_has_no_mark_of_an_explosion(kind):
+    figure = draw(kind, [make_run("elu", 20, steps=FEW)])
+    assert not lines(figure, NONFINITE)
+    assert NONFINITE not in legend_labels(figure)
+
+
+def test_marks_stand_where_the_values_are_not_finite():
+    run = make_run("original", 20, steps=(0,), metrics=spoil("grad_param", [1, 1, np.inf]))
+    axes = panel(draw("gradnorms", [run]), "of the parameters")
+    mark = next(line for line in axes.lines if line.get_label() == NONFINITE)
+    np.testing.assert_array_equal(mark.get_xdata(), [2, 5, 8])
+
+
+def test_zeros_on_a_log_axis_are_marked():
+    run = make_run("original", 20, steps=(0,), metrics=spoil("grad_param", [1, 0, 2]))
+    axes = panel(draw("gradnorms", [run]), "of the parameters")
+    mark = next(line for line in axes.lines if line.get_label() == "zero")
+    np.testing.assert_array_equal(mark.get_xdata(), [1, 4, 7])
+
+
+def test_a_number_that_cannot_be_had_is_a_gap_with_its_reason():
+    reason = [{"metric": "update_ratio", "blocks": [0, 3], "reason": "frozen parameters"}]
+    change = spoil("update_ratio", [np.nan, 1e-3, 1e-3])
+    figure = draw("updates", [make_run("elu", 20, explode=2, unavailable=reason, metrics=change)])
+    assert "frozen parameters" in words(figure)
+    record = Record(
+        make_run("elu", 20, explode=2, unavailable=reason, metrics=change),
+        make_run("elu", 20, explode=2, metrics=change).metrics(),
+        make_run("elu", 20, explode=2).curve(),
+    )
+    broken = record.broken("update_ratio")[:, 2]
+    assert not broken[[0, 3]].any()
+    assert broken[6]
+
+
+def test_a_derived_metric_is_missing_for_the_reason_of_its_inputs():
+    reason = [{"metric": "grad_input", "blocks": "all", "reason": "input needs no gradient"}]
+    change = spoil("grad_input", [np.nan])
+    figure = draw("growth", [make_run("elu", 20, unavailable=reason, metrics=change)])
+    assert "input needs no gradient" in words(figure)
+    assert not lines(figure, NONFINITE)
+    assert "no finite value" in words(figure)
+
+
+def test_equal_depths_are_placed_by_block_and_different_ones_by_share_of_the_depth():
+    equal = draw("growth", [make_run(v, 20, steps=FEW) for v in ("elu", "original")])
+    for line in panel(equal, "forward").lines[:2]:
+        np.testing.assert_array_equal(line.get_xdata(), np.arange(9))
+    different = draw("growth", [make_run("elu", d, steps=FEW) for d in (20, 32, 56)])
+    for line, n in zip(panel(different, "forward").lines[:3], (9, 15, 27), strict=True):
+        np.testing.assert_allclose(line.get_xdata(), (np.arange(n) + 0.5) / n)
+
+
+def test_the_legend_names_what_differs():
+    by_variant = draw("signal", [make_run(v, 20, steps=FEW) for v in ("elu", "original")])
+    assert legend_labels(by_variant)[:2] == ["original", "elu (d)"]
+    by_depth = draw("signal", [make_run("elu", d, steps=FEW) for d in (56, 20)])
+    assert legend_labels(by_depth)[:2] == ["depth 20", "depth 56"]
+    by_lr = draw("signal", [make_run("elu", 20, lr=lr, steps=FEW) for lr in (0.1, 0.01)])
+    assert sorted(legend_labels(by_lr)[:2]) == ["lr 0.01", "lr 0.1"]
+
+
+def test_a_dead_run_is_compared_by_its_last_finite_step_and_marked_at_its_last():
+    runs = [make_run("elu_pre", 20, explode=2), make_run("elu", 20, steps=FEW)]
+    axes = panel(draw("gradnorms", runs), "of the parameters, last finite step (1 to 9)")
+    finite = runs[0].metrics().query("step == 1")["grad_param"]
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), finite)
+    mark = next(line for line in axes.lines if line.get_label() == NONFINITE)
+    np.testing.assert_array_equal(mark.get_xdata(), np.arange(9))
+
+
+def test_other_differences_are_small_print_and_not_in_the_legend():
+    runs = [make_run("elu", 20, steps=FEW), make_run("original", 20, lr=0.01, steps=FEW)]
+    figure = draw("signal", runs)
+    assert legend_labels(figure)[:2] == ["original", "elu (d)"]
+    assert "These runs also differ in: lr." in words(figure)
+
+
+def test_seeds_are_one_line_with_a_band_from_least_to_most():
+    runs = [make_run("elu", 20, seed=s, steps=FEW) for s in range(3)]
+    axes = panel(draw("gradnorms", runs), "of the parameters, step 0")
+    values = np.stack([r.metrics().query("step == 0")["grad_param"].to_numpy() for r in runs])
+    assert [line.get_label() for line in axes.lines].count("elu (d) (3 seeds)") == 1
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), np.median(values, axis=0))
+    edge = axes.collections[0].get_paths()[0].vertices[:, 1]
+    assert edge.min() == pytest.approx(values.min())
+    assert edge.max() == pytest.approx(values.max())
+
+
+def test_the_same_run_twice_is_not_two_seeds():
+    figure = draw("signal", [make_run("elu", 20, steps=FEW)] * 2)
+    assert "seeds" not in words(figure)
+
+
+def test_variants_differ_in_marker_and_line_style_and_not_only_in_colour():
+    from resdiag.models.variants import VARIANTS
+    from resdiag.show.style import VARIANT_LOOKS
+
+    assert set(VARIANT_LOOKS) == set(VARIANTS)
+    looks = [VARIANT_LOOKS[v] for v in VARIANTS]
+    assert len({look.marker for look in looks}) == len(looks)
+    assert len({look.colour for look in looks}) == len(looks)
+
+
+def test_theory_is_drawn_at_step_0_only_and_can_be_left_out():
+    run = make_run("elu_pre", 20, steps=FEW)
+    line = lines(draw("signal", [run]), THEORY)[0]
+    start = run.metrics().iloc[0]
+    wanted = predict("elu_pre", 20, s0=start["input_second_moment"], m0=start["input_mean"])
+    np.testing.assert_allclose(line.get_ydata(), wanted.second_moment)
+    assert not lines(draw("signal", [run], theory=False), THEORY)
+    assert not lines(draw("signal", [run], step=9), THEORY)
+
+
+def test_a_chosen_step_is_the_one_drawn():
+    run = make_run("original", 20, steps=FEW)
+    axes = panel(draw("updates", [run], step=4), "by block")
+    wanted = run.metrics().query("step == 4")["update_ratio"]
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), wanted)
+
+
+def test_the_first_offender_is_marked_and_named():
+    figure = draw("offender", [make_run("elu_pre", 20, explode=2)])
+    assert "step 2, block 4, forward" in words(figure)
+    assert "first offender" in legend_labels(figure)
+    assert "step 2 in block 4" in figure.get_label()
+
+
+def test_without_an_offender_the_largest_change_of_the_gradient_is_shown():
+    def change(frame):
+        odd = (frame["step"] == 4) & (frame["block"] == 3)
+        return frame.assign(grad_output=frame["grad_output"].mask(odd, 1e6))
+
+    figure = draw("offender", [make_run("elu", 20, steps=FEW, metrics=change)])
+    assert "Everything is finite" in figure.get_label()
+    assert "block 3 at step 4" in figure.get_label()
+
+
+def test_nothing_after_the_addition_is_said_and_not_an_empty_panel():
+    bare = words(draw("skip", [make_run("elu", 20, steps=FEW)]))
+    assert bare.count("exactly 0 in every block:\nnothing stands after\nthe addition") == 3
+    assert "exactly 1 in every block" in bare
+    other = words(draw("skip", [make_run("original", 20, steps=FEW)]))
+    assert other.count("exactly 0 in every block") == 2
+    assert "block:\nnothing stands" not in other
+
+
+def test_a_mistake_is_one_line_that_names_the_way_out():
+    run = make_run("elu", 20, steps=FEW)
+    for call, message in [
+        (lambda: draw("gradnorm", [run]), "did you mean 'gradnorms'"),
+        (lambda: draw("gradnorms", []), "needs a run"),
+        (lambda: draw("gradnorms", [run], step=5), "nearest: 4, 9"),
+        (lambda: draw("gradnorms", [run], step=99), "nearest: 9"),
+        (lambda: draw("growth", [make_run("elu", 20, steps=())]), "no recorded step"),
+        (
+            lambda: draw("updates", [make_run(metrics=lambda f: f.drop(columns="update_ratio"))]),
+            "no column update_ratio",
+        ),
+        (lambda: render(Figure(), "gif"), "unknown format 'gif'"),
+    ]:
+        with pytest.raises(UsageError, match=message) as caught:
+            call()
+        assert "\n" not in caught.value.message
+
+
+def test_files_appear_whole_with_the_dots_of_their_stem(tmp_path):
+    figure = draw("updates", [make_run("elu", 20, steps=FEW)])
+    paths = save(figure, tmp_path / "new" / "lr0.1", ["svg", "png", "pdf"])
+    assert [p.name for p in paths] == ["lr0.1.svg", "lr0.1.png", "lr0.1.pdf"]
+    assert [p.read_bytes()[:4] for p in paths] == [b"<?xm", b"\x89PNG", b"%PDF"]
+    assert len(list(paths[0].parent.iterdir())) == 3
+    assert b"<title>Update to weight ratio" in paths[0].read_bytes()
+
+
+def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    figure = draw("updates", [make_run("elu", 20, steps=(0,))])
+    with pytest.raises(StorageError, match="cannot write"):
+        save(figure, tmp_path / "file" / "plot", ["svg"])
+
+
+def test_every_need_is_a_known_metric_or_column_of_the_curve():
+    curve = set(make_run("elu", 20, steps=FEW).curve().columns)
+    for kind in KINDS.values():
+        assert set(kind.needs) <= set(METRICS) | curve
+
+
+def test_kinds_cost_no_matplotlib():
+    code = (
+        "import sys, resdiag.show.plots as p; p.KINDS; "
+        "slow = {'matplotlib', 'seaborn', 'pandas', 'torch', 'numpy'} & set(sys.modules); "
+        "assert not slow, slow"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
