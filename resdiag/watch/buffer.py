@@ -1,7 +1,7 @@
 """Where numbers wait on the device until they cross to the host, many steps at a time."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ class Buffer:
         self._at = {name: i for i, name in enumerate(columns)}
         self._slots = slots
         self._cells: Tensor | None = None
+        self._loose: list[tuple[int, Key, Tensor]] = []
         self._steps: list[int] = []
         self._taken = 0  # slots that were flushed while a later one was open
         self._aliases: list[dict[Key, Key]] = []
@@ -69,6 +70,27 @@ class Buffer:
         start = self._at[first]
         self._cells[slot, row, start : start + max(1, values.numel())] = values
 
+    def write_rows(self, slot: int, keys: Sequence[Key], values: Tensor) -> None:
+        """Write vectors (n, k) into the k consecutive columns that begin at each key."""
+        assert self._cells is not None
+        width = values.shape[1]
+        starts = [row * len(self.columns) + self._at[name] for row, name in keys]
+        first = torch.tensor(starts, device=values.device).unsqueeze(1)
+        index = first + torch.arange(width, device=values.device)
+        self._cells[slot].view(-1)[index] = values
+
+    def put(self, slot: int, row: int, name: str, value: Tensor) -> None:
+        """Keep a 0-d float64 value for a cell until `settle`: many small writes become one."""
+        self._loose.append((slot, (row, name), value))
+
+    def settle(self) -> None:
+        """Write what was put."""
+        loose, self._loose = self._loose, []
+        for slot in {slot for slot, _, _ in loose}:
+            mine = [(key, value) for at, key, value in loose if at == slot]
+            values = torch.stack([value for _, value in mine]).unsqueeze(1)
+            self.write_rows(slot, [key for key, _ in mine], values)
+
     def write_column(self, slot: int, name: str, values: Tensor) -> None:
         """Write one value per row."""
         assert self._cells is not None
@@ -86,6 +108,7 @@ class Buffer:
         Args:
             keep_open: The last slot is still being written: leave it for the next flush.
         """
+        self.settle()
         used = slice(self._taken, len(self._steps) - keep_open)
         steps, aliases = self._steps[used], self._aliases[used]
         if self._cells is None:

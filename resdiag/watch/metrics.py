@@ -9,7 +9,8 @@ reduction runs in float64 there from the start.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,23 +81,57 @@ def statistics(x: Tensor) -> Tensor:
     References:
         Brock et al. 2021, arXiv:2101.08692; Clevert et al. 2015, arXiv:1511.07289.
     """
+    return combine([reduce(x)])[0]
+
+
+class Sums(NamedTuple):
+    """What `statistics` needs of a tensor: all that must be read before the tensor changes.
+
+    Attributes:
+        per_channel: Sums over batch and positions, float64 (C,).
+        size: Elements per channel.
+        second: Second moment E[x^2], 0-d float64.
+        spread: mean_c sigma_c^2 where the difference of the others would have cancelled.
+        broken: Non-finite fraction; None if `x` is known to be finite.
+    """
+
+    per_channel: Tensor
+    size: int
+    second: Tensor
+    spread: Tensor | None
+    broken: Tensor | None
+
+
+def reduce(x: Tensor) -> Sums:
+    """Read a tensor once for its channel sums and once for its norm; the rest can wait."""
     x = x.detach() if x.dim() > 1 else x.detach().reshape(1, -1)
     if not x.numel():
-        return torch.full((len(STATISTICS),), math.nan, dtype=torch.float64, device=x.device)
+        nan = torch.full((x.shape[channel_dimension(x)],), math.nan, dtype=torch.float64)
+        nothing = nan.new_full((), math.nan)
+        return Sums(nan.to(x.device), 1, nothing.to(x.device), None, nothing.to(x.device))
     sums, second, finite = _moments(x)
-    mu = sums * (sums.numel() / x.numel())
-    squared = mu.square().mean()
+    size = x.numel() // max(1, sums.numel())
+    spread = None
+    if finite and x.is_cpu:
+        squared = _peek(torch.dot(sums, sums)) / (sums.numel() * size**2)
+        if _peek(second) - squared < _CANCELLED * _peek(second):
+            spread = _centred_second_moment(x)
+    return Sums(sums, size, second, spread, None if finite else nonfinite_fraction(x))
+
+
+def combine(parts: Sequence[Sums]) -> Tensor:
+    """`statistics` of several tensors of equally many channels, in a few kernels: (n, 7)."""
+    mu = torch.stack([part.per_channel / part.size for part in parts])
+    second = torch.stack([part.second for part in parts])
+    squared = mu.square().mean(1)
     spread = (second - squared).clamp_min(0)
-    if finite and x.is_cpu and _peek(spread) < _CANCELLED * _peek(second):
-        spread = _centred_second_moment(x)
-    broken = torch.zeros_like(squared) if finite else nonfinite_fraction(x)
-    return torch.cat(
-        [
-            torch.stack([mu.mean(), squared.sqrt(), spread.sqrt()]),
-            _quantiles(mu),
-            broken.unsqueeze(0),
-        ]
-    )
+    for index, part in enumerate(parts):
+        if part.spread is not None:
+            spread[index] = part.spread
+    zero = torch.zeros((), dtype=torch.float64, device=mu.device)
+    broken = torch.stack([zero if part.broken is None else part.broken for part in parts])
+    moments = torch.stack([mu.mean(1), squared.sqrt(), spread.sqrt()], dim=1)
+    return torch.cat([moments, _quantiles(mu), broken.unsqueeze(1)], dim=1)
 
 
 def nonfinite_fraction(x: Tensor) -> Tensor:
@@ -138,12 +173,13 @@ def relative_change(changed: Tensor, reference: Tensor) -> Tensor:
     return torch.where(difference == 0, difference, difference / norm(reference))
 
 
-def share(part: Tensor, total: Tensor) -> Tensor:
+def share(part: Tensor, total: Tensor, size: Tensor | None = None) -> Tensor:
     """Projection share <part, total> / ||total||^2; the shares of the parts of `total` sum to 1.
 
     Args:
         part: One addend of `total`, same shape.
         total: E.g. dL/dx, the sum of what came through the shortcut and through the branch.
+        size: ||total|| if it is known.
 
     Returns:
         0-d float64 tensor; outside 0..1 where the parts partly cancel.
@@ -152,10 +188,11 @@ def share(part: Tensor, total: Tensor) -> Tensor:
     0.5
     """
     part, total = part.detach(), total.detach()
-    size = norm(total)
-    fast = _is_fast(part) and _is_fast(total) and part.stride() == total.stride()
-    if fast and _TRUSTED[0] < _peek(size) < _TRUSTED[1] and part.is_contiguous():
-        inner = torch.dot(part.view(-1), total.view(-1)).double()
+    size = norm(total) if size is None else size
+    a, b = _flat(part), _flat(total)
+    same = part.stride() == total.stride() and _is_fast(part) and _is_fast(total)
+    if same and a is not None and b is not None and _TRUSTED[0] < _peek(size) < _TRUSTED[1]:
+        inner = torch.dot(a, b).double()
         if math.isfinite(_peek(inner)):
             return inner / size.square()
     # normalised before the product: squares of a large float64 norm stay finite, products do too
@@ -198,6 +235,15 @@ def _norm_by_pieces(x: Tensor) -> Tensor:
     return rows.double() if not kept else torch.linalg.vector_norm(rows.double())
 
 
+def _flat(x: Tensor) -> Tensor | None:
+    """The elements in the order in which they lie in memory, if they lie densely."""
+    if x.is_contiguous():
+        return x.view(-1)
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).reshape(-1)
+    return None
+
+
 def _peek(value: Tensor) -> float:
     """A CPU scalar as it lies in host memory: no kernel, no copy, no queue to wait for."""
     return float(value.numpy())
@@ -223,10 +269,10 @@ def _centred_second_moment(x: Tensor) -> Tensor:
 
 
 def _quantiles(mu: Tensor) -> Tensor:
-    """Linear-interpolated quantiles (3,); NaN if any channel mean is not finite."""
-    low, high, weight = _quantile_positions(mu.numel(), mu.device)
-    ordered = mu.sort().values
-    return torch.lerp(ordered[low], ordered[high], weight) + 0 * mu.sum()
+    """Linear-interpolated quantiles (n, 3) of (n, C); NaN if a channel mean is not finite."""
+    low, high, weight = _quantile_positions(mu.shape[1], mu.device)
+    ordered = mu.sort(1).values
+    return torch.lerp(ordered[:, low], ordered[:, high], weight) + 0 * mu.sum(1, keepdim=True)
 
 
 @functools.lru_cache(maxsize=64)

@@ -139,6 +139,7 @@ class Monitor:
             if not self._read:
                 self._read_gradients()
             self._check_backward()
+            self._cells.settle()
             self._recorder.end()
             self._recorded += 1
         elif self._schedule(self._step):

@@ -66,7 +66,8 @@ class Recorder:
         self._children: dict[Key, list[int]] = defaultdict(list)
         self._via: dict[int, Tensor] = {}
         self._scales: dict[int, float] = {}
-        self._sums: dict[int, Tensor] = {}
+        self._sites: list[tuple[Key, metrics.Sums]] = []
+        self._inside: list[tuple[int, list[Tensor]]] = []
         self._gates: list[tuple[tuple[str, ...], Call, Tensor]] = []
         self._hooked: set[Key] = set()
         self._written: set[Key] = set()
@@ -107,7 +108,7 @@ class Recorder:
         if row is None or addition.sum is None:
             return
         self._measure(row, "sum", addition.sum)
-        self._sums[row] = self._skip.head(addition.sum).clone()
+        self._skip.add(row, addition.sum)
         self._hook(addition.sum, row, "grad_sum")
 
     def closed(self, addition: Addition, output: Tensor) -> None:
@@ -117,10 +118,7 @@ class Recorder:
             return
         if not self._fixed:
             self.anatomy.finish(row, addition.after, addition.parameters)
-        skip = self._skip.close(row, self._sums.pop(row), output, addition.after)
-        self._cells.write(self._cells.slot, row, "perturbation", skip)
-        for column, reason in self._skip.missing(addition.after).items():
-            self.miss(row, (column,), reason)
+        self._skip.close(row, output, addition.after)
         self._measure(row, "output", output)
         if addition.after:
             self._hook(output, row, "grad_output")
@@ -131,7 +129,7 @@ class Recorder:
             for _, call, gate in self._gates
             if any(call is other for other in addition.activations)
         ]
-        self._write_gates(row, inside)
+        self._inside.append((row, inside))
 
     def unit(self, owner: str, ordinal: int, x: Tensor, output: Tensor, module: nn.Module) -> None:
         """Measure a module that is a block without an addition: input and output only."""
@@ -149,7 +147,8 @@ class Recorder:
         self._measure(row, "output", output)
         self._hook(output, row, "grad_output")
         self.miss(row, _NO_ADDITION, "the block has no residual addition")
-        self._write_gates(row, [gate for owners, _, gate in self._gates if owner in owners])
+        inside = [gate for owners, _, gate in self._gates if owner in owners]
+        self._inside.append((row, inside))
 
     def activation(self, owners: tuple[str, ...], call: Call, x: Tensor) -> None:
         """Remember which units of an activation are saturated, for the block it is in."""
@@ -159,8 +158,9 @@ class Recorder:
     def finished(self, features: Tensor | None, logits: Tensor | None) -> None:
         """Measure the classifier's input, and hook its output for the head kick."""
         self._fixed, self.is_whole = self._fixed or bool(self.anatomy.blocks), True
-        self._skip.reset()
-        self._gates.clear()
+        self._write_sites()
+        self._write_skip()
+        self._write_gates()
         if features is None or logits is None:
             self._miss_head("head_mean", "head_bias", "head_kick")
             return
@@ -198,7 +198,7 @@ class Recorder:
             for name in metrics.STATISTICS:
                 self._cells.alias(row, f"{site}_{name}", (known[0], f"{known[1]}_{name}"))
             return
-        self._cells.write(self._cells.slot, row, f"{site}_mean", metrics.statistics(x))
+        self._sites.append(((row, f"{site}_mean"), metrics.reduce(x)))
         if keep:
             self._known[id(x)] = (weakref.ref(x), x._version, row, site)
 
@@ -214,18 +214,47 @@ class Recorder:
         known = None if x is None else self._find(x)
         return known is not None and known[0] == row - 1 and known[1] in ("sum", "output")
 
-    def _write_gates(self, row: int, inside: list[Tensor]) -> None:
-        """Saturated and dead fractions over the activations that ran inside the block."""
-        if not inside:
-            columns = ("saturated_fraction", "dead_fraction")
-            self.miss(row, columns, "no known activation inside the block")
-            return
-        dead = [_per_channel(gate).all(1) for gate in inside]
-        share = sum(g.sum(dtype=torch.float64) for g in inside) / sum(g.numel() for g in inside)
-        gone = torch.cat(dead).double().mean()
-        self._cells.write(
-            self._cells.slot, row, "saturated_fraction", torch.stack([torch.as_tensor(share), gone])
-        )
+    def _write_sites(self) -> None:
+        """Complete the statistics of all sites, those of equally many channels at once."""
+        sites, self._sites = self._sites, []
+        channels = {part.per_channel.numel() for _, part in sites}
+        for count in sorted(channels):
+            same = [(key, part) for key, part in sites if part.per_channel.numel() == count]
+            values = metrics.combine([part for _, part in same])
+            self._cells.write_rows(self._cells.slot, [key for key, _ in same], values)
+
+    def _write_skip(self) -> None:
+        """Measure the skip path of the pass that has ended."""
+        keys, values = list[Key](), list[Tensor]()
+        for row, measured, reasons in self._skip.finish():
+            keys.append((row, COLUMNS[0]))
+            values.append(measured)
+            for column, reason in reasons.items():
+                self.miss(row, (column,), reason)
+        if values:
+            self._cells.write_rows(self._cells.slot, keys, torch.stack(values))
+
+    def _write_gates(self) -> None:
+        """Saturated and dead fractions over the activations that ran inside each block."""
+        slot = self._cells.slot
+        for row, gates in self._inside:
+            if not gates:
+                columns = ("saturated_fraction", "dead_fraction")
+                self.miss(row, columns, "no known activation inside the block")
+                continue
+            counts = torch.cat([gate.count_nonzero(_others(gate)) for gate in gates]).double()
+            sizes = [gate.numel() // gate.shape[metrics.channel_dimension(gate)] for gate in gates]
+            units = counts.new_tensor(
+                [
+                    size
+                    for gate, size in zip(gates, sizes, strict=True)
+                    for _ in range(gate.shape[metrics.channel_dimension(gate)])
+                ]
+            )
+            self._cells.put(slot, row, "saturated_fraction", counts.sum() / units.sum())
+            self._cells.put(slot, row, "dead_fraction", (counts == units).double().mean())
+        self._inside.clear()
+        self._gates.clear()
 
     def _miss_head(self, *columns: str) -> None:
         for column in columns:
@@ -264,13 +293,13 @@ class Recorder:
         self.repeats += (row, column) in self._written
         self._written.add((row, column))
         size, broken = metrics.gradient(g)
-        self._cells.write(slot, row, column, size)
+        self._cells.put(slot, row, column, size)
         if column == "grad_sum":
             self._hold(row, g)
         if column != "grad_input" and column == self._grad_column(row, "output"):
-            self._cells.write(slot, row, "grad_nonfinite", broken)
+            self._cells.put(slot, row, "grad_nonfinite", broken)
         for child in self._children.get((row, column), ()):
-            self._share(slot, child, g)
+            self._share(slot, child, g, size / math.sqrt(len(g)))
 
     def _watch_input(self, row: int, x: Tensor) -> None:
         """Read dL/dx where the tensor was the output of an earlier block, else by a hook."""
@@ -318,10 +347,10 @@ class Recorder:
         if g is not None and self._is_current(begun):
             self._via[row] = g if row not in self._via else self._via[row] + g
 
-    def _share(self, slot: int, row: int, total: Tensor) -> None:
+    def _share(self, slot: int, row: int, total: Tensor, size: Tensor) -> None:
         via = self._via.pop(row, None)
         if via is not None and via.shape == total.shape:
-            self._cells.write(slot, row, "shortcut_share", metrics.share(via, total))
+            self._cells.put(slot, row, "shortcut_share", metrics.share(via, total, size))
 
     def _gap(self, begun: int, slot: int, g: Tensor) -> None:
         """max_k |p_k - y_k|: the batch sum of dL/dlogits of a mean cross-entropy."""
@@ -365,8 +394,6 @@ def _saturated(call: Call, x: Tensor) -> Tensor:
     return metrics.slope(call, x).abs() < metrics.SATURATED_SLOPE
 
 
-def _per_channel(gate: Tensor) -> Tensor:
-    """(C, everything else)."""
-    return gate.movedim(metrics.channel_dimension(gate), 0).reshape(
-        gate.shape[metrics.channel_dimension(gate)], -1
-    )
+def _others(x: Tensor) -> tuple[int, ...]:
+    """All dimensions but that of the channels."""
+    return tuple(d for d in range(x.dim()) if d != metrics.channel_dimension(x))

@@ -5,13 +5,14 @@ Everything here is measured on the first samples of a batch: the definitions are
 batch of activations.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from resdiag.watch.calls import Call, compose
-from resdiag.watch.metrics import relative_change, slope
+from resdiag.watch.metrics import norm, relative_change, slope
 
 COLUMNS = (
     "perturbation",
@@ -74,11 +75,43 @@ class _Chain:
             return like.new_ones((), dtype=torch.float64)
         if self._alive is None:
             return _mean(self._product)
-        return self._product.sum(dtype=torch.float64) / self._alive.sum(dtype=torch.float64)
+        return _mean(self._product) / _mean(self._alive)
+
+
+@dataclass(eq=False)
+class _Passage:
+    """One block's first samples, copied while the forward pass runs, measured when it has ended.
+
+    Attributes:
+        row: The block.
+        x: Block input where its shape is needed, else None.
+        h: Shortcut output, as it goes into the sum.
+        path: Calls of a parameter-free shortcut, () for the identity, None for a projection.
+        scale: Factor on the shortcut inside the addition.
+        new: Whether a stage begins.
+        joined: Whether the input is the output of the block before.
+        u: The sum before the after-add.
+        after: The after-add's calls, () for none.
+        output: The block's output where it cannot be computed from u, else None.
+    """
+
+    row: int
+    x: Tensor | None
+    h: Tensor
+    path: tuple[Call, ...] | None
+    scale: float
+    new: bool
+    joined: bool
+    u: Tensor
+    after: tuple[Call, ...] = ()
+    output: Tensor | None = None
 
 
 class SkipPath:
     """Running products of after-add slopes (P3) and iterates of the after-add (P4).
+
+    While the forward pass runs, only the first samples are copied; `finish` measures all blocks in
+    one go: the same operations cost a third of what they cost between two convolutions.
 
     Args:
         samples: Samples at the head of the batch to look at; None for all.
@@ -92,7 +125,7 @@ class SkipPath:
         """Begin a forward pass, or let go of the last one."""
         self._stage, self._whole = _Chain(), _Chain()
         self._drift: tuple[Tensor, Tensor] | None = None  # h at the stage's first block, iterate
-        self._h: dict[int, Tensor] = {}
+        self._passages: dict[int, _Passage] = {}
 
     def head(self, x: Tensor) -> Tensor:
         """The samples looked at, detached."""
@@ -120,32 +153,61 @@ class SkipPath:
             new: Whether a stage begins: the per-stage products start again.
             joined: Whether the input is the output of the block before, or this is the first.
         """
-        self._h[row] = self.head(h).clone()
-        if new:
-            self._stage, self._drift = _Chain(), None
-        for chain in (self._whole,) if new else (self._stage, self._whole):
-            if not joined:
-                chain.lose(BROKEN)
-            if path is None or x is None or any(call.is_activation for call in path):
-                chain.lose(MIXED)
-            else:
-                chain.cross(self.head(x), path)
-        if scale != 1:
-            for chain in (self._stage, self._whole):
-                chain.multiply(torch.full((), scale, dtype=h.dtype, device=h.device))
+        h = self.head(h).clone()
+        shape = self.head(x) if x is not None and path else None
+        path = None if x is None else path
+        self._passages[row] = _Passage(row, shape, h, path, scale, new, joined, h)
 
-    def close(self, row: int, u: Tensor, output: Tensor, after: tuple[Call, ...]) -> Tensor:
-        """Measure a block's after-add; (9,) float64, see `COLUMNS`; NaN where undefined.
+    def add(self, row: int, u: Tensor) -> None:
+        """Pass a block's sum, before an in-place after-add overwrites it."""
+        self._passages[row].u = self.head(u).clone()
+
+    def close(self, row: int, output: Tensor, after: tuple[Call, ...]) -> None:
+        """Pass a block's end.
 
         Args:
             row: The block.
-            u: The sum's first samples, as it was before the after-add.
             output: The block's output.
             after: The after-add's calls, () for none.
         """
-        h = self._h.pop(row)
+        passage = self._passages[row]
+        passage.after = after
         if not all(call.is_activation for call in after):
-            return self._unmeasurable(u, output)
+            passage.output = self.head(output).clone()
+
+    def finish(self) -> Iterator[tuple[int, Tensor, dict[str, str]]]:
+        """Measure the blocks in forward order.
+
+        Yields:
+            Row; (9,) float64, see `COLUMNS`, NaN where undefined; why columns are NaN.
+        """
+        for passage in self._passages.values():
+            self._cross(passage)
+            yield passage.row, self._measure(passage), self._missing(passage.after)
+        self.reset()
+
+    def _cross(self, passage: _Passage) -> None:
+        """Lead the running products through the block's shortcut."""
+        if passage.new:
+            self._stage, self._drift = _Chain(), None
+        path = passage.path
+        for chain in (self._whole,) if passage.new else (self._stage, self._whole):
+            if not passage.joined:
+                chain.lose(BROKEN)
+            if path is None or any(call.is_activation for call in path):
+                chain.lose(MIXED)
+            elif passage.x is not None:
+                chain.cross(passage.x, path)
+        if passage.scale != 1:
+            factor = passage.h.new_full((), passage.scale)
+            for chain in (self._stage, self._whole):
+                chain.multiply(factor)
+
+    def _measure(self, passage: _Passage) -> Tensor:
+        """One block's after-add."""
+        u, h, after = passage.u, passage.h, passage.after
+        if passage.output is not None:
+            return self._unmeasurable(u, passage.output)
         if not after:
             return self._untouched(u)
         f = compose(after)
@@ -159,14 +221,14 @@ class SkipPath:
                 *self._gains(u),
                 self._advance(f, h),
                 _nan(u),
-                _mean(u < 0),
+                _share(u < 0),
                 _mean(derivative),
-                _mean(derivative.double().square()),
+                norm(derivative).square() / derivative.numel(),
             ]
         )
 
-    def missing(self, after: tuple[Call, ...]) -> dict[str, str]:
-        """Why columns of the block just closed are NaN."""
+    def _missing(self, after: tuple[Call, ...]) -> dict[str, str]:
+        """Why columns of the block just measured are NaN."""
         reasons = {"skip_gain_stage": self._stage.lost, "skip_gain": self._whole.lost}
         if not all(call.is_activation for call in after):
             reasons |= dict.fromkeys(_PER_UNIT, NOT_ELEMENTWISE)
@@ -176,7 +238,7 @@ class SkipPath:
         """No after-add: P1 = P2 = 0, slope 1, by definition rather than by rounding."""
         zero, one = u.new_zeros((), dtype=torch.float64), u.new_ones((), dtype=torch.float64)
         drift = zero if self._drift is None else relative_change(*reversed(self._drift))
-        negative = _mean(u < 0)
+        negative = _share(u < 0)
         return torch.stack([zero, zero, *self._gains(u), drift, _nan(u), negative, one, one])
 
     def _unmeasurable(self, u: Tensor, output: Tensor) -> Tensor:
@@ -184,9 +246,7 @@ class SkipPath:
         self._stage.lose(NOT_ELEMENTWISE)
         self._whole.lose(NOT_ELEMENTWISE)
         nan = _nan(u)
-        return torch.stack(
-            [relative_change(self.head(output), u), *[nan] * 5, _mean(u < 0), nan, nan]
-        )
+        return torch.stack([relative_change(output, u), *[nan] * 5, _share(u < 0), nan, nan])
 
     def _gains(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """P3 since the stage began, and since the first block."""
@@ -200,7 +260,17 @@ class SkipPath:
 
 
 def _mean(x: Tensor) -> Tensor:
+    # float32 sums of the CPU are pairwise: exact to 1e-7, and four times as fast
+    return x.mean().double() if x.is_cpu and x.dtype == torch.float32 else _wide_mean(x)
+
+
+def _wide_mean(x: Tensor) -> Tensor:
     return x.mean(dtype=torch.float64)
+
+
+def _share(x: Tensor) -> Tensor:
+    """Share of True."""
+    return torch.count_nonzero(x).double() / max(1, x.numel())
 
 
 def _nan(like: Tensor) -> Tensor:
