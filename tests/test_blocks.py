@@ -365,3 +365,33 @@ def test_inputs_may_come_by_keyword_and_outputs_in_a_dict():
 
     (block,) = find_blocks(Wrapper(), x=torch.randn(2, 6))
     assert block.owner == "inner"
+
+
+def test_a_block_s_way_does_not_lead_out_of_its_module():
+    """Two inputs with a common past: the block is what happens inside."""
+
+    class Fusion(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x, memory):
+            return x + self.layer(memory)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.side, self.fusion = nn.Linear(6, 6), nn.Linear(6, 6), Fusion()
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.fusion(x, self.side(x))
+
+    model = Outer()
+    with attach(model) as monitor:
+        model(torch.randn(2, 6)).square().sum().backward()
+        monitor.step()
+    (block,) = monitor.blocks
+    assert (block.owner, block.shortcut) == ("fusion", "identity")
+    parameters = monitor._recorder.anatomy.parameters[0]
+    assert {id(p) for p in parameters} == {id(p) for p in model.fusion.parameters()}

@@ -812,3 +812,15 @@ def test_a_model_that_runs_in_another_thread_is_not_mixed_into_the_pass():
 
     model.stages[1].register_forward_pre_hook(elsewhere)
     np.testing.assert_array_equal(watch_once(model).drop(columns="point"), alone)
+
+
+def test_a_slot_used_again_keeps_nothing_of_the_step_before():
+    model = small("no_relu")
+    with attach(model) as monitor:
+        train(model, 16, monitor=monitor)
+        model(batch()[0])
+        with pytest.warns(WatchWarning, match="no backward pass"):
+            monitor.step()
+    frame = monitor.to_frame()
+    assert frame[frame.step < 16].grad_output.notna().all()
+    assert frame[frame.step == 16][["grad_output", "grad_input", "grad_sum"]].isna().all(axis=None)
