@@ -91,7 +91,7 @@ def _kind(hint: object) -> str:
         if inner is not type(None):
             return _kind(inner)
     name = getattr(hint, "__name__", "")
-    return {"str": "text", "int": "whole number", "float": "number"}.get(name, name.lower())
+    return {"str": "text", "int": "integer", "float": "number"}.get(name, name.lower())
 
 
 def _metavar(parameter: Parser) -> str:
