@@ -381,11 +381,12 @@ def test_a_block_s_way_does_not_lead_out_of_its_module():
     class Outer(nn.Module):
         def __init__(self):
             super().__init__()
-            self.stem, self.side, self.fusion = nn.Linear(6, 6), nn.Linear(6, 6), Fusion()
+            self.stem, self.main, self.side = (nn.Linear(6, 6) for _ in range(3))
+            self.fusion = Fusion()
 
         def forward(self, x):
             x = self.stem(x)
-            return self.fusion(x, self.side(x))
+            return self.fusion(self.main(x), self.side(x))
 
     model = Outer()
     with attach(model) as monitor:
@@ -395,3 +396,5 @@ def test_a_block_s_way_does_not_lead_out_of_its_module():
     assert (block.owner, block.shortcut) == ("fusion", "identity")
     parameters = monitor._recorder.anatomy.parameters[0]
     assert {id(p) for p in parameters} == {id(p) for p in model.fusion.parameters()}
+    row = monitor.to_frame().iloc[0]
+    assert (row.shortcut_share, row.skip_gain) == (pytest.approx(1), 1)
