@@ -1,21 +1,24 @@
-"""Reading runs: one folder, or all below one, as tidy frames; also while they are written."""
+"""Reading runs: one folder, or all below one, as tidy frames; also while they are written.
+
+pandas and pyarrow are imported with the first table, so that a wrong path is answered at once.
+"""
 
 import difflib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
-
-import numpy as np
-import pandas as pd
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from resdiag.errors import UsageError
 from resdiag.runs.commit import BLOCKS, COMMIT, PREVIOUS, RUN, VERDICT, Commit
 from resdiag.runs.config import RunConfig
 from resdiag.runs.files import Damaged, from_json, read_file
-from resdiag.runs.segments import decode
 from resdiag.watch.catalog import METRICS, derive
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
 
 T = TypeVar("T")
 
@@ -52,28 +55,32 @@ class Run:
     point: str = "local"
     verdict: dict[str, Any] | None = None
     drift: tuple[dict[str, Any], ...] = ()
-    metrics_frame: pd.DataFrame | None = None
-    curve_frame: pd.DataFrame | None = None
+    metrics_frame: "pd.DataFrame | None" = None
+    curve_frame: "pd.DataFrame | None" = None
     commit: Commit | None = None
 
-    def metrics(self) -> pd.DataFrame:
+    def metrics(self) -> "pd.DataFrame":
         """Recorded and derived metrics, one row per (step, block).
 
         Raises:
             UsageError: A segment is damaged; the message names it.
         """
+        import pandas as pd
+
         frame = self._read("metrics") if self.metrics_frame is None else self.metrics_frame
         columns = _columns(frame)
         columns |= derive(columns)
         order = ["step", "block", *(name for name in METRICS if name in columns)]
         return pd.DataFrame({name: columns[name] for name in dict.fromkeys([*order, *columns])})
 
-    def curve(self) -> pd.DataFrame:
+    def curve(self) -> "pd.DataFrame":
         """Loss, error, learning rate and what else there is once per step; one row per step.
 
         Raises:
             UsageError: A segment is damaged; the message names it.
         """
+        import pandas as pd
+
         frame = self._read("curve") if self.curve_frame is None else self.curve_frame
         columns = _columns(frame)
         return pd.DataFrame({**columns, **derive(columns, per_step=True)})
@@ -84,13 +91,14 @@ class Run:
         seed = f" seed {self.config.seed}" if self.config.seed else ""
         return f"{self.config.variant}-{self.config.depth}{seed}"
 
-    def _read(self, table: str) -> pd.DataFrame:
+    def _read(self, table: str) -> "pd.DataFrame":
         """The segments that the commit names; those of a newer commit if they were replaced."""
+        from resdiag.runs.segments import decode
 
-        def read(commit: Commit | None) -> pd.DataFrame:
+        def read(commit: Commit | None) -> "pd.DataFrame":
             names = commit.parts(table) if commit else []
             parts = [(self.path / n, commit.read_file(self.path, n)) for n in names if commit]
-            frame: pd.DataFrame = decode(table, parts).to_pandas()
+            frame: "pd.DataFrame" = decode(table, parts).to_pandas()
             return frame
 
         return _consistently(self.path, self.commit, read)
@@ -135,7 +143,7 @@ def latest_run(root: str | os.PathLike[str]) -> Path:
     return max(times, key=lambda folder: times[folder])
 
 
-def load(path: str | os.PathLike[str]) -> pd.DataFrame:
+def load(path: str | os.PathLike[str]) -> "pd.DataFrame":
     """All runs at or below `path` as one tidy frame, one row per (run, step, block).
 
     Columns: run, variant, depth, seed, data, point; step, block, stage, transition,
@@ -147,13 +155,17 @@ def load(path: str | os.PathLike[str]) -> pd.DataFrame:
     folders = find_runs(path)
     if not folders:
         raise _no_run(Path(path))
+    import pandas as pd
+
     frames = [_tidy(open_run(folder)) for folder in folders]
     # an empty frame would turn the other runs' whole numbers into objects
     return pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
 
 
-def _tidy(run: Run) -> pd.DataFrame:
+def _tidy(run: Run) -> "pd.DataFrame":
     """One run's metrics with the columns that tell it, and its blocks, apart."""
+    import pandas as pd
+
     metrics = run.metrics()
     block = metrics["block"]
     stage = {entry["index"]: entry["stage"] for entry in run.blocks}
@@ -241,7 +253,7 @@ def _entries(
     return entries
 
 
-def _columns(frame: pd.DataFrame) -> dict[str, np.ndarray]:
+def _columns(frame: "pd.DataFrame") -> "dict[str, np.ndarray]":
     """A frame's columns by name."""
     return {str(name): frame[name].to_numpy() for name in frame.columns}
 
