@@ -1,5 +1,6 @@
 """Where numbers wait on the device until they cross to the host, many steps at a time."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -73,11 +74,8 @@ class Buffer:
     def write_rows(self, slot: int, keys: Sequence[Key], values: Tensor) -> None:
         """Write vectors (n, k) into the k consecutive columns that begin at each key."""
         assert self._cells is not None
-        width = values.shape[1]
-        starts = [row * len(self.columns) + self._at[name] for row, name in keys]
-        first = torch.tensor(starts, device=values.device).unsqueeze(1)
-        index = first + torch.arange(width, device=values.device)
-        self._cells[slot].view(-1)[index] = values
+        starts = tuple(row * len(self.columns) + self._at[name] for row, name in keys)
+        self._cells[slot].view(-1)[_index(starts, values.shape[1], values.device)] = values
 
     def put(self, slot: int, row: int, name: str, value: Tensor) -> None:
         """Keep a 0-d float64 value for a cell until `settle`: many small writes become one."""
@@ -87,9 +85,9 @@ class Buffer:
         """Write what was put."""
         loose, self._loose = self._loose, []
         for slot in {slot for slot, _, _ in loose}:
-            mine = [(key, value) for at, key, value in loose if at == slot]
-            values = torch.stack([value for _, value in mine]).unsqueeze(1)
-            self.write_rows(slot, [key for key, _ in mine], values)
+            # a cell put twice has its last value: a write to one place twice has no order
+            mine = {key: value for at, key, value in loose if at == slot}
+            self.write_rows(slot, list(mine), torch.stack(list(mine.values())).unsqueeze(1))
 
     def write_column(self, slot: int, name: str, values: Tensor) -> None:
         """Write one value per row."""
@@ -130,3 +128,9 @@ class Buffer:
             while source in aliases:
                 source = aliases[source]
             values[row, self._at[name]] = values[source[0], self._at[source[1]]]
+
+
+@functools.lru_cache(maxsize=128)
+def _index(starts: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+    """Flat places (n, width); kept: sending numbers to an accelerator makes the host wait."""
+    return torch.tensor(starts, device=device).unsqueeze(1) + torch.arange(width, device=device)

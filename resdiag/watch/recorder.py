@@ -242,17 +242,13 @@ class Recorder:
                 columns = ("saturated_fraction", "dead_fraction")
                 self.miss(row, columns, "no known activation inside the block")
                 continue
-            counts = torch.cat([gate.count_nonzero(_others(gate)) for gate in gates]).double()
-            sizes = [gate.numel() // gate.shape[metrics.channel_dimension(gate)] for gate in gates]
-            units = counts.new_tensor(
-                [
-                    size
-                    for gate, size in zip(gates, sizes, strict=True)
-                    for _ in range(gate.shape[metrics.channel_dimension(gate)])
-                ]
-            )
-            self._cells.put(slot, row, "saturated_fraction", counts.sum() / units.sum())
-            self._cells.put(slot, row, "dead_fraction", (counts == units).double().mean())
+            counts = [gate.count_nonzero(_others(gate)) for gate in gates]
+            # numbers that the host knows stay numbers: as a tensor they would have to be sent
+            sizes = [gate.numel() // len(count) for gate, count in zip(gates, counts, strict=True)]
+            dead = [count == size for count, size in zip(counts, sizes, strict=True)]
+            closed = torch.cat(counts).sum().double() / sum(gate.numel() for gate in gates)
+            self._cells.put(slot, row, "saturated_fraction", closed)
+            self._cells.put(slot, row, "dead_fraction", torch.cat(dead).double().mean())
         self._inside.clear()
         self._gates.clear()
 
