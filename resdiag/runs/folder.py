@@ -98,7 +98,7 @@ class Run:
         def read(commit: Commit | None) -> "pd.DataFrame":
             names = commit.parts(table) if commit else []
             parts = [(self.path / n, commit.read_file(self.path, n)) for n in names if commit]
-            frame: "pd.DataFrame" = decode(table, parts).to_pandas()
+            frame: pd.DataFrame = decode(table, parts).to_pandas()
             return frame
 
         return _consistently(self.path, self.commit, read)
