@@ -1,6 +1,11 @@
 """Options and fixtures that every test file shares."""
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# workers share the cores: how long an example takes says nothing about the code
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
 
 
 def pytest_addoption(parser):

@@ -132,7 +132,7 @@ def _row(unit, samples):
         row["grad_sum"] = batch * norm(unit.sum.grad)
         row["branch_ratio"] = norm(unit.branch) / norm(unit.shortcut)
     if unit.through is not None and unit.through.grad is not None:
-        part, whole = array(unit.through.grad), array(unit.input.grad)
+        part, whole = array(unit.through.grad)[:samples], array(unit.input.grad)[:samples]
         row["shortcut_share"] = (part * whole).sum() / (whole**2).sum()
     if unit.gates:
         row |= _gates(unit, samples)

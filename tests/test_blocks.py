@@ -281,7 +281,7 @@ def test_nested_modules_give_the_inner_and_the_outer_block():
 def test_an_addition_scaled_inside_torch_add_is_measured_as_it_enters_the_sum():
     model = Net(lambda n, x, a, *_: torch.add(a(x), x, alpha=0.5))
     x = torch.randn(5, 6, requires_grad=True)
-    with attach(model) as monitor:
+    with attach(model, samples=None) as monitor:
         model(x).square().sum().backward()
         monitor.step()
     row = monitor.to_frame().iloc[0]

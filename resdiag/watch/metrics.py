@@ -9,7 +9,7 @@ reduction runs in float64 there from the start.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,6 +63,17 @@ def norm(x: Tensor) -> Tensor:
     return exact
 
 
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """`norm` of many tensors of one device in a few kernels, float64 (n,)."""
+    if not all(_is_fast(x) and x.numel() <= _PIECE for x in tensors):
+        return torch.stack([norm(x) for x in tensors])
+    fast = torch.stack(torch._foreach_norm([x.detach() for x in tensors])).double()
+    for index, value in enumerate(fast.numpy()):
+        if not (_TRUSTED[0] < value < _TRUSTED[1] or math.isnan(value)):
+            fast[index] = norm(tensors[index])
+    return fast
+
+
 def statistics(x: Tensor) -> Tensor:
     """Moments of a site over channels: what B1, B2 and the signal propagation plot are made of.
 
@@ -102,14 +113,19 @@ class Sums(NamedTuple):
     broken: Tensor | None
 
 
-def reduce(x: Tensor) -> Sums:
-    """Read a tensor once for its channel sums and once for its norm; the rest can wait."""
+def reduce(x: Tensor, per_channel: Tensor | None = None) -> Sums:
+    """Read a tensor once for its channel sums and once for its norm; the rest can wait.
+
+    Args:
+        x: The tensor.
+        per_channel: Its channel sums if they are known, float64 (C,); used while `x` is finite.
+    """
     x = x.detach() if x.dim() > 1 else x.detach().reshape(1, -1)
     if not x.numel():
         nan = torch.full((x.shape[channel_dimension(x)],), math.nan, dtype=torch.float64)
         nothing = nan.new_full((), math.nan)
         return Sums(nan.to(x.device), 1, nothing.to(x.device), None, nothing.to(x.device))
-    sums, second, finite = _moments(x)
+    sums, second, finite = _moments(x, per_channel)
     size = x.numel() // max(1, sums.numel())
     spread = None
     if finite and x.is_cpu:
@@ -168,18 +184,22 @@ def relative_change(changed: Tensor, reference: Tensor) -> Tensor:
     >>> relative_change(torch.tensor([0.0, 4.0]), torch.tensor([3.0, 4.0])).item()
     0.6
     """
-    changed, reference = changed.detach(), reference.detach()
-    difference = norm(changed - reference)
-    return torch.where(difference == 0, difference, difference / norm(reference))
+    return relative_changes([changed], [reference])[0]
 
 
-def share(part: Tensor, total: Tensor, size: Tensor | None = None) -> Tensor:
+def relative_changes(changed: Iterable[Tensor], references: Sequence[Tensor]) -> Tensor:
+    """`relative_change` of many pairs, float64 (n,); `changed` is read one by one."""
+    pairs = zip(changed, references, strict=True)
+    differences = torch.stack([norm(a.detach() - b.detach()) for a, b in pairs])
+    return torch.where(differences == 0, differences, differences / norms(references))
+
+
+def share(part: Tensor, total: Tensor) -> Tensor:
     """Projection share <part, total> / ||total||^2; the shares of the parts of `total` sum to 1.
 
     Args:
         part: One addend of `total`, same shape.
         total: E.g. dL/dx, the sum of what came through the shortcut and through the branch.
-        size: ||total|| if it is known.
 
     Returns:
         0-d float64 tensor; outside 0..1 where the parts partly cancel.
@@ -188,7 +208,7 @@ def share(part: Tensor, total: Tensor, size: Tensor | None = None) -> Tensor:
     0.5
     """
     part, total = part.detach(), total.detach()
-    size = norm(total) if size is None else size
+    size = norm(total)
     a, b = _flat(part), _flat(total)
     same = part.stride() == total.stride() and _is_fast(part) and _is_fast(total)
     if same and a is not None and b is not None and _TRUSTED[0] < _peek(size) < _TRUSTED[1]:
@@ -249,11 +269,13 @@ def _peek(value: Tensor) -> float:
     return float(value.numpy())
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor, bool]:
+def _moments(x: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor, bool]:
     """Channel sums (C,), second moment, and whether `x` is known to be finite."""
     reduced = tuple(d for d in range(x.dim()) if d != channel_dimension(x))
     size = norm(x)
-    if _is_fast(x) and not _peek(size) >= _TRUSTED[1]:
+    if known is not None and _is_fast(x) and _peek(size) < _TRUSTED[1]:
+        sums = known
+    elif _is_fast(x) and not _peek(size) >= _TRUSTED[1]:
         sums = x.sum(reduced).double()
     else:
         sums = x.double().sum(reduced) if x.is_cpu else x.sum(reduced, dtype=torch.float64)

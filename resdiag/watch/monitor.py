@@ -38,7 +38,7 @@ def attach(
     blocks: Sequence[str] | None = None,
     every: int = 1,
     record_first: int = 0,
-    samples: int | None = 8,
+    samples: int | None = 4,
     point: str = "local",
 ) -> "Monitor":
     """Start watching a model. Nothing in it is edited, and its training stays the same bit for bit.
@@ -54,8 +54,8 @@ def attach(
         every: Record every `every`-th step.
         record_first: Record each of the first steps, whatever `every` says.
         samples: Samples at the head of the batch on which per-unit quantities (P1-P4, slopes,
-            saturation) are measured; None for the whole batch. Moments and gradient norms always
-            take the whole batch.
+            saturation) and the gradient's shares are measured; None for the whole batch. Moments
+            and gradient norms always take the whole batch.
         point: Where in the loop gradients are read, one of `catalog.POINTS`; stored with the data.
 
     Returns:

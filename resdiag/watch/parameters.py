@@ -29,7 +29,9 @@ class ParameterNorms:
         at = {id(p): i for i, p in enumerate(self._parameters)}
         self._members = [(at[id(p)], row) for row, g in enumerate(groups) for p in g if id(p) in at]
         self._indices: dict[tuple[int, ...], _Index] = {}
-        self._before: list[Tensor] | None = None
+        self._everything = tuple(range(len(self._parameters)))
+        self._copies: list[Tensor] | None = None
+        self._sizes: Tensor | None = None
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """G1 per block (L,) and the norm over all parameters, float64; NaN without gradients."""
@@ -39,18 +41,20 @@ class ParameterNorms:
 
     def remember(self) -> None:
         """Copy the parameters: call before the optimizer's step."""
-        self._before = [p.detach().clone() for p in self._parameters]
+        parameters = [p.detach() for p in self._parameters]
+        if self._copies is None:  # kept from step to step: fresh memory costs more than the copy
+            self._copies = [torch.empty_like(p) for p in parameters]
+        torch._foreach_copy_(self._copies, parameters)
+        self._sizes, _ = self._gather(parameters, self._everything)
 
     def updates(self) -> Tensor:
         """||after - before|| / ||before|| per block (L,), float64; call after the step."""
-        if self._before is None:
+        if self._sizes is None or self._copies is None:
             return torch.full((self._blocks,), math.nan, dtype=torch.float64)
-        everything = tuple(range(len(self._parameters)))
-        moved = torch._foreach_sub([p.detach() for p in self._parameters], self._before)
-        update, _ = self._gather(list(moved), everything)
-        weight, _ = self._gather(self._before, everything)
-        self._before = None
-        return update / weight
+        torch._foreach_sub_(self._copies, [p.detach() for p in self._parameters])
+        moved, _ = self._gather(self._copies, self._everything)
+        sizes, self._sizes = self._sizes, None
+        return moved / sizes
 
     def _gather(self, tensors: list[Tensor], which: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Root of summed squares per block, and over everything; `which` parameters they are."""
@@ -83,4 +87,4 @@ def _norms(tensors: list[Tensor]) -> Tensor:
     """Euclidean norms (P,), float64, finite whenever the elements are."""
     if tensors[0].device.type != "cpu":
         return torch.stack(torch._foreach_norm(tensors, 2, torch.float64))
-    return torch.stack([metrics.norm(tensor) for tensor in tensors])
+    return metrics.norms(tensors)

@@ -67,6 +67,7 @@ class Recorder:
         self._via: dict[int, Tensor] = {}
         self._scales: dict[int, float] = {}
         self._sites: list[tuple[Key, metrics.Sums]] = []
+        self._reduced: dict[Key, metrics.Sums] = {}
         self._inside: list[tuple[int, list[Tensor]]] = []
         self._gates: list[tuple[tuple[str, ...], Call, Tensor]] = []
         self._hooked: set[Key] = set()
@@ -197,8 +198,17 @@ class Recorder:
         if known is not None:
             for name in metrics.STATISTICS:
                 self._cells.alias(row, f"{site}_{name}", (known[0], f"{known[1]}_{name}"))
+            self._reduced[row, site] = self._reduced[known]
             return
-        self._sites.append(((row, f"{site}_mean"), metrics.reduce(x)))
+        per_channel = None
+        if site == "sum":  # a channel's sum over h + F is that over h plus that over F
+            per_channel = (
+                self._reduced[row, "branch"].per_channel
+                + self._reduced[row, "shortcut"].per_channel
+            )
+        reduced = metrics.reduce(x, per_channel)
+        self._reduced[row, site] = reduced
+        self._sites.append(((row, f"{site}_mean"), reduced))
         if keep:
             self._known[id(x)] = (weakref.ref(x), x._version, row, site)
 
@@ -216,7 +226,7 @@ class Recorder:
 
     def _write_sites(self) -> None:
         """Complete the statistics of all sites, those of equally many channels at once."""
-        sites, self._sites = self._sites, []
+        sites, self._sites, self._reduced = self._sites, [], {}
         channels = {part.per_channel.numel() for _, part in sites}
         for count in sorted(channels):
             same = [(key, part) for key, part in sites if part.per_channel.numel() == count]
@@ -295,7 +305,7 @@ class Recorder:
         if column != "grad_input" and column == self._grad_column(row, "output"):
             self._cells.put(slot, row, "grad_nonfinite", broken)
         for child in self._children.get((row, column), ()):
-            self._share(slot, child, g, size / math.sqrt(len(g)))
+            self._share(slot, child, self._skip.head(g))
 
     def _watch_input(self, row: int, x: Tensor) -> None:
         """Read dL/dx where the tensor was the output of an earlier block, else by a hook."""
@@ -337,16 +347,18 @@ class Recorder:
     def _hold(self, row: int, g: Tensor) -> None:
         scale = self._scales.get(row)
         if scale is not None:
-            self._via[row] = g if scale == 1 else g * scale
+            # a copy: autograd adds to a gradient in place as long as nobody else holds it
+            self._via[row] = self._skip.head(g) * scale
 
     def _collect(self, begun: int, row: int, g: Tensor | None) -> None:
         if g is not None and self._is_current(begun):
-            self._via[row] = g if row not in self._via else self._via[row] + g
+            head = self._skip.head(g)
+            self._via[row] = head.clone() if row not in self._via else self._via[row] + head
 
-    def _share(self, slot: int, row: int, total: Tensor, size: Tensor) -> None:
+    def _share(self, slot: int, row: int, total: Tensor) -> None:
         via = self._via.pop(row, None)
         if via is not None and via.shape == total.shape:
-            self._cells.put(slot, row, "shortcut_share", metrics.share(via, total, size))
+            self._cells.put(slot, row, "shortcut_share", metrics.share(via, total))
 
     def _gap(self, begun: int, slot: int, g: Tensor) -> None:
         """max_k |p_k - y_k|: the batch sum of dL/dlogits of a mean cross-entropy."""

@@ -5,14 +5,14 @@ Everything here is measured on the first samples of a batch: the definitions are
 batch of activations.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from resdiag.watch.calls import Call, compose
-from resdiag.watch.metrics import norm, relative_change, slope
+from resdiag.watch.metrics import norms, relative_change, relative_changes, slope
 
 COLUMNS = (
     "perturbation",
@@ -67,6 +67,20 @@ class _Chain:
         elif not self.lost:
             self._product = factor if before is None else before * factor
 
+    def extend(self, factors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
+        """Pass after-adds in a row; after each, the mean over the surviving units, NaN if lost."""
+        means = []
+        alive = None if self._alive is None else _mean(self._alive)
+        for factor in factors:
+            self.multiply(factor)
+            if self.lost:
+                means.append(_nan(like))
+            else:
+                assert self._product is not None
+                mean = _mean(self._product)
+                means.append(mean if alive is None else mean / alive)
+        return means
+
     def mean(self, like: Tensor) -> Tensor:
         """Mean over the surviving units; NaN once it is lost."""
         if self.lost:
@@ -105,6 +119,13 @@ class _Passage:
     u: Tensor
     after: tuple[Call, ...] = ()
     output: Tensor | None = None
+
+    def like(self, other: "_Passage") -> bool:
+        """Whether the after-adds do the same; arguments with tensors are never taken as equal."""
+        pairs = zip(self.after, other.after, strict=False)
+        return len(self.after) == len(other.after) and all(
+            a.function is b.function and _plain(a) == _plain(b) is not None for a, b in pairs
+        )
 
 
 class SkipPath:
@@ -181,9 +202,12 @@ class SkipPath:
         Yields:
             Row; (9,) float64, see `COLUMNS`, NaN where undefined; why columns are NaN.
         """
-        for passage in self._passages.values():
-            self._cross(passage)
-            yield passage.row, self._measure(passage), self._missing(passage.after)
+        for alike in _runs(self._passages.values()):
+            self._cross(alike[0])
+            values = self._measure(alike)
+            missing = self._missing(alike[0].after)
+            for passage, value in zip(alike, values, strict=True):
+                yield passage.row, value, missing
         self.reset()
 
     def _cross(self, passage: _Passage) -> None:
@@ -203,29 +227,29 @@ class SkipPath:
             for chain in (self._stage, self._whole):
                 chain.multiply(factor)
 
-    def _measure(self, passage: _Passage) -> Tensor:
-        """One block's after-add."""
-        u, h, after = passage.u, passage.h, passage.after
-        if passage.output is not None:
-            return self._unmeasurable(u, passage.output)
-        if not after:
-            return self._untouched(u)
-        f = compose(after)
-        derivative = slope(f, u)
-        for chain in (self._stage, self._whole):
-            chain.multiply(derivative)
-        return torch.stack(
-            [
-                relative_change(f(u), u),
-                relative_change(f(h), h),
-                *self._gains(u),
-                self._advance(f, h),
-                _nan(u),
-                _share(u < 0),
-                _mean(derivative),
-                norm(derivative).square() / derivative.numel(),
-            ]
-        )
+    def _measure(self, alike: list[_Passage]) -> list[Tensor]:
+        """The after-adds of blocks in a row that differ in nothing but their samples."""
+        first = alike[0]
+        if first.output is not None:
+            return [self._unmeasurable(p.u, p.output) for p in alike if p.output is not None]
+        if not first.after:
+            return [self._untouched(p.u) for p in alike]
+        # block by block, not stacked: temporaries that fit a cache are reused, large ones are not
+        f = compose(first.after)
+        sums, shortcuts = [p.u for p in alike], [p.h for p in alike]
+        slopes = [slope(f, u) for u in sums]
+        like = sums[0]
+        columns = [
+            relative_changes(map(f, sums), sums),
+            relative_changes(map(f, shortcuts), shortcuts),
+            *(torch.stack(chain.extend(slopes, like)) for chain in (self._stage, self._whole)),
+            self._advance(f, shortcuts),
+            _nan(like).expand(len(alike)),
+            torch.stack([_share(u < 0) for u in sums]),
+            torch.stack([_mean(x) for x in slopes]),
+            norms(slopes).square() / slopes[0].numel(),
+        ]
+        return list(torch.stack(columns, dim=1).unbind())
 
     def _missing(self, after: tuple[Call, ...]) -> dict[str, str]:
         """Why columns of the block just measured are NaN."""
@@ -252,11 +276,38 @@ class SkipPath:
         """P3 since the stage began, and since the first block."""
         return self._stage.mean(u), self._whole.mean(u)
 
-    def _advance(self, f: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
-        """P4: apply f once more to the iterate that began as the stage's first shortcut."""
-        base, iterate = self._drift or (h, h)
-        self._drift = base, f(iterate)
-        return relative_change(self._drift[1], base)
+    def _advance(self, f: Callable[[Tensor], Tensor], shortcuts: Sequence[Tensor]) -> Tensor:
+        """P4: apply f once more per block to the iterate that began as the stage's first h."""
+        base, iterate = self._drift or (shortcuts[0], shortcuts[0])
+
+        def again() -> Iterator[Tensor]:
+            nonlocal iterate
+            for _ in shortcuts:
+                iterate = f(iterate)
+                yield iterate
+
+        changes = relative_changes(again(), [base] * len(shortcuts))
+        self._drift = base, iterate
+        return changes
+
+
+def _plain(call: Call) -> str | None:
+    """A call's arguments as text; None if one is a tensor."""
+    values = [*call.args, *call.kwargs.values()]
+    return None if any(isinstance(v, Tensor) for v in values) else f"{call.args} {call.kwargs}"
+
+
+def _runs(passages: Iterable[_Passage]) -> Iterator[list[_Passage]]:
+    """Split into blocks in a row that share an after-add and are joined by plain identities."""
+    run: list[_Passage] = []
+    for passage in passages:
+        plain = passage.joined and not passage.new and passage.path == () and passage.scale == 1
+        if run and not (plain and passage.u.shape == run[0].u.shape and passage.like(run[0])):
+            yield run
+            run = []
+        run.append(passage)
+    if run:
+        yield run
 
 
 def _mean(x: Tensor) -> Tensor:

@@ -58,6 +58,10 @@ class Addition:
     after: tuple[Call, ...] = ()
 
 
+_QUESTIONS = frozenset({"__get__", "dim", "size", "numel", "stride", "is_floating_point"})
+"""Calls that ask about a tensor and make none."""
+
+
 class Listener(Protocol):
     """What a tracer tells while the forward pass runs."""
 
@@ -194,7 +198,9 @@ class Tracer(TorchFunctionMode):
         """Tell the listener without tracing what it computes."""
         Tracer._busy = True
         try:
-            tell(*args)
+            # or each of its many small operations would call us, only to be waved through
+            with torch._C.DisableTorchFunction():
+                tell(*args)
         finally:
             Tracer._busy = False
 
@@ -260,7 +266,7 @@ class Tracer(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401
         """See one torch function: trace it unless it only reads an attribute."""
         kwargs = dict(kwargs or {})
-        if Tracer._busy or not self._frames or getattr(func, "__name__", "") == "__get__":
+        if Tracer._busy or not self._frames or getattr(func, "__name__", "") in _QUESTIONS:
             return func(*args, **kwargs)
         addition = self._residual(func, args, kwargs) if func in ADDITIONS else None
         call = Call(func, args[1:], kwargs)
