@@ -86,7 +86,7 @@ def _draw_stages(axes: Axes, view: View) -> None:
         axes.axvline(edge, color=PALE, lw=0.8, zorder=0.5)
     if len(edges) < 3:
         return
-    for number, (left, right) in enumerate(itertools.pairwise(edges), start=1):
+    for number, (left, right) in enumerate(itertools.pairwise(edges)):
         axes.text(
             (left + right) / 2, 1.01, f"stage {number}", transform=axes.get_xaxis_transform(),
             ha="center", va="bottom", size=7, color="0.45",

@@ -57,7 +57,7 @@ def _draw_stage_means(axes: Axes, traces: list[Trace], metric: str) -> None:
             mew=0
         )  # fmt: skip
     count = max(len(values) for values in means)
-    axes.set_xticks(range(1, count + 1), [f"stage {n + 1}" for n in range(count)])
+    axes.set_xticks(range(1, count + 1), [f"stage {n}" for n in range(count)])
     axes.set_xlim(0.45, count + 0.55)
     axes.grid(False, axis="x")
     finish_scale(axes, log=True)

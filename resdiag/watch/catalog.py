@@ -170,7 +170,7 @@ _GRADIENT = [
         formula="||dL/dtheta||_2 after backward, before weight decay and clipping",
         unit="loss/parameter",
         site="block",
-        source="science G1; Shah et al. 2016, 3.2.1",
+        source=_SHAH + "3.2.1 ('the gradients blew up')",
         reading="G1; its level against depth shows an explosion; within a net it can be flat",
     ),
     Metric(
@@ -253,7 +253,7 @@ _GRADIENT = [
         formula="||dL/du|| / ||dL/dH||",
         unit="1",
         site="block",
-        source="science G5; " + _HE2016,
+        source=_HE2016 + " (the derivative of f)",
         reading="G5; 1 where nothing stands after the addition",
         derive=lambda f: f["grad_sum"] / f["grad_output"],
     ),
@@ -320,7 +320,7 @@ _SKIP = [
         formula="share of u < 0",
         unit="1",
         site="sum",
-        source="science P support",
+        source="Yang & Schoenholz 2017, arXiv:1712.08969 (E phi', E phi'^2)",
         reading="the share of units that the after-add acts on",
     ),
     Metric(
@@ -329,7 +329,7 @@ _SKIP = [
         formula="mean f'(u)",
         unit="1",
         site="sum",
-        source="science P support",
+        source="Yang & Schoenholz 2017, arXiv:1712.08969 (E phi', E phi'^2)",
         reading="its product over blocks is NOT the skip gain: gates correlate along depth",
     ),
     Metric(
@@ -399,7 +399,7 @@ _RUN = [
         formula="||dL/dtheta||_2 over the network",
         unit="loss/parameter",
         site="run",
-        source="science 4.2",
+        source=_SHAH + "3.2.1 ('the gradients blew up')",
         reading="against depth on a log axis: the level tells an exploding family",
     ),
     Metric(
@@ -408,7 +408,7 @@ _RUN = [
         formula="lr ||dL/dtheta||_2",
         unit="loss",
         site="run",
-        source="science table 4.3",
+        source="observed on a and b with He initialisation, see the theory page",
         reading="0.6 and more: no such run has survived",
         derive=lambda f: f["lr"] * f["grad_norm"],
     ),
@@ -436,7 +436,7 @@ _RUN = [
         formula="lr (1 + momentum) (||E_n hbar||^2 + 1) max_k |p_k - y_k|",
         unit="logit",
         site="run",
-        source="science B3",
+        source="first-order effect of one Nesterov step of a cross-entropy on the classifier",
         reading="B3; how far the first step moves a mean logit; grows with the head's mean",
     ),
 ]
