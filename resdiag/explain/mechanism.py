@@ -237,7 +237,7 @@ def _lower_lr(seen: Observed) -> tuple[str, ...]:
     norm = seen.scalar("grad_norm", 0)
     lr, reason = seen.lr / 10, "a tenth of the learning rate"
     if math.isfinite(norm) and critical_lr(norm) < lr:
-        lr, reason = critical_lr(norm), "below the critical learning rate 0.6 / ||g_0||"
+        lr, reason = critical_lr(norm), "below 0.6 / ||g_0||"
     if not (lr > 0 and math.isfinite(lr)):
         return ()
     digit = 10.0 ** (math.floor(math.log10(lr)) - 1)
