@@ -652,7 +652,13 @@ def test_fashion_is_padded_and_has_three_equal_channels(tmp_path, place, packed)
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\0\0\x08", b"\0\0\x08\x03" + b"\xff" * 12, gzip.compress(b"abc", mtime=0), b"\x1f\x8b\x08cut"],
+    [
+        b"",
+        b"\0\0\x08",
+        b"\0\0\x08\x03" + b"\xff" * 12,
+        gzip.compress(b"abc", mtime=0),
+        b"\x1f\x8b\x08cut",
+    ],
 )
 def test_a_damaged_idx_file_is_named(tmp_path, content):
     folder = write_fashion(tmp_path / "debian", packed=True)

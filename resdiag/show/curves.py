@@ -10,6 +10,7 @@ from resdiag.show.overtime import (
     finish_steps,
     first_breakdown,
     mark_breakdown,
+    trace_running_mean,
     trace_steps,
 )
 from resdiag.show.scale import finish_scale
@@ -17,6 +18,7 @@ from resdiag.show.sheet import legend, open_sheet, subject
 from resdiag.show.style import Look
 from resdiag.show.view import Record, View
 
+_CROWDED = 500  # steps from which the noise of single batches covers the lines
 _PALE, _TRAIN, _TEST = (
     Look("#0072B2", "o"),
     Look("#0072B2", "s", (0, (5, 1.5))),
@@ -48,12 +50,18 @@ def _draw_loss(axes: Axes, view: View) -> None:
     positive = losses[losses > 0]
     log = bool(positive.size and positive.max() > 30 * np.median(positive))
     log |= bool(positive.size and positive.max() > 20)
+    window = _window(view)
+    look, label = (_PALE, "training batch") if view.single else (None, "")
+    trace_steps(axes, view, "loss", log=log, look=look, label=label, light=window > 1)
+    if window > 1:
+        smooth = f"mean of {window} batches" if view.single else ""
+        trace_running_mean(
+            axes, view, "loss", window, log=log, look=_TRAIN if view.single else None, label=smooth
+        )
     if view.single:
-        trace_steps(axes, view, "loss", log=log, look=_PALE, label="training batch")
         trace_steps(axes, view, "test_loss", log=log, look=_TEST, label="test")
-    else:
-        trace_steps(axes, view, "loss", log=log)
-    head_panel(axes, "loss", "cross-entropy (nat)")
+    thick = f" (thin: batch, thick: mean of {window})" if window > 1 and not view.single else ""
+    head_panel(axes, f"loss{thick}", "cross-entropy (nat)")
     finish_steps(axes, view, log=log)
     for classes in sorted({count_classes(record) for record in view.records} - {0}):
         level = float(np.log(classes))
@@ -91,6 +99,12 @@ def _draw_plain(
         axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
         finish_scale(axes, log=False) if axes.get_ylim()[1] <= 0 else None
     mark_breakdown(axes, view)
+
+
+def _window(view: View) -> int:
+    """Batches to average where there are too many to tell lines apart; 1 where there are not."""
+    longest = max(len(record.curve) for record in view.records)
+    return longest // 40 if longest > _CROWDED else 1
 
 
 def _finite(record: Record, column: str) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":

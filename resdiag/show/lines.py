@@ -9,6 +9,9 @@ from resdiag.show.view import Bools, Floats
 _THIN_MARKERS = "PX*"  # a white edge would eat them
 
 
+_CROWDED = 500  # points from which a pale line covers what it should accompany
+
+
 def draw_line(
     axes: Axes, x: Floats, values: Floats, broken: Bools, look: Look, label: str, *,
     log: bool = False, rank: int = 0, light: bool = False,
@@ -32,12 +35,15 @@ def draw_line(
     middle, low, high = _spread(drawn)
     thin = look.marker in _THIN_MARKERS
     width, alpha = (0.7, 0.55) if light else (1.3 if len(x) <= 200 else 0.8, 1.0)
+    crowded = light and len(x) > _CROWDED
+    if crowded:  # a cloud that lines can be seen through
+        width, alpha = 0.4, 0.2
     axes.plot(
         x, middle, color=look.colour, ls=look.line, lw=width, alpha=alpha,
         label=f"_{label}" if light else label,
         marker=look.marker, ms=(2.4 if light else 3.4) + thin, mec=look.colour if thin else "white",
         mew=0.3,
-        markevery=_places(x, rank),
+        markevery=[] if crowded else _places(x, rank),
     )  # fmt: skip
     if len(values) > 1:
         axes.fill_between(x, low, high, color=look.colour, alpha=0.18, lw=0)

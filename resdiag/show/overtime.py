@@ -33,6 +33,24 @@ def trace_steps(
     _trace(axes, lines, lambda record: curve_points(record, column), log=log, light=light)
 
 
+def trace_running_mean(
+    axes: Axes, view: View, column: str, window: int, *, log: bool = False,
+    look: Look | None = None, label: str = "",
+) -> None:  # fmt: skip
+    """Draw the mean over the last `window` finite values of a column: its trend under the noise."""
+
+    def points(record: Record) -> Points:
+        steps, values, broken = curve_points(record, column)
+        steps, values = steps[~broken], values[~broken]
+        sums = np.concatenate([[0.0], np.cumsum(values)])
+        ends = np.arange(1, len(values) + 1)
+        starts = np.maximum(ends - window, 0)
+        return steps, (sums[ends] - sums[starts]) / (ends - starts), np.zeros(len(steps), bool)
+
+    lines = [(s, look or s.look, (label or "{}").format(s.label)) for s in view.series]
+    _trace(axes, lines, points, log=log, light=False)
+
+
 def trace_block_steps(
     axes: Axes, view: View, metric: str, block: int, *, log: bool = False, silent: bool = False
 ) -> None:
