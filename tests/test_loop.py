@@ -294,6 +294,15 @@ def test_an_explosion_after_a_stop_ends_at_the_same_step(tmp_path):
         assert digest(run.path) == digest(straight.path)
 
 
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler: a job in a shell's background ignores SIGINT from the start."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_the_second_signal_finds_the_handlers_of_before():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with Interrupt() as interrupt:
