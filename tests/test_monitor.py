@@ -830,3 +830,31 @@ def test_a_slot_used_again_keeps_nothing_of_the_step_before():
     frame = monitor.to_frame()
     assert frame[frame.step < 16].grad_output.notna().all()
     assert frame[frame.step == 16][["grad_output", "grad_input", "grad_sum"]].isna().all(axis=None)
+
+
+@pytest.mark.parametrize("where", ["reduce", "combine", "gradient"])
+def test_an_error_of_ours_ends_the_watching_and_not_the_training(monkeypatch, where):
+    def broken(*_):
+        raise ZeroDivisionError("planted")
+
+    model, images = build_model("elu_after", 8, width=0.5, seed=0), torch.randn(4, 3, 16, 16)
+    twin = copy.deepcopy(model)
+    with attach(model) as monitor:
+        for step in range(3):
+            if step == 1:
+                monkeypatch.setattr(f"resdiag.watch.metrics.{where}", broken)
+            for net in (model, twin):
+                net.zero_grad()
+                net(images).square().sum().backward()
+            if step == 1:
+                with pytest.warns(
+                    WatchWarning, match="stopped at step 1 .*ZeroDivisionError: plan"
+                ):
+                    monitor.step()
+            else:
+                monitor.step()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+    frame = monitor.to_frame()
+    assert frame[frame.step == 0].output_mean.notna().all()
+    assert set(frame.step) == {0, 1}

@@ -142,7 +142,7 @@ class Monitor:
             self._cells.settle()
             self._recorder.end()
             self._recorded += 1
-        elif self._schedule(self._step):
+        elif self._schedule(self._step) and not self._recorder.failure:
             self._note(
                 "a step was due for recording, but no forward pass in training mode went through "
                 "the model's __call__: was forward() called directly, the model compiled, or in "
@@ -251,6 +251,7 @@ class Monitor:
     def _wanted(self) -> bool:
         """Whether to trace the forward pass that begins: the first of a step that is due."""
         due = not self._paused and self._model.training and torch.is_grad_enabled()
+        due = due and not self._recorder.failure
         if not due or not (self._demanded or self._schedule(self._step)):
             return False
         if self._forward and self._recorder.is_whole:
@@ -305,6 +306,12 @@ class Monitor:
         self._read = True
 
     def _check_backward(self) -> None:
+        if self._recorder.failure:
+            self._note(
+                f"watching stopped at step {self._step} after an error of resdiag, training goes "
+                f"on: {self._recorder.failure}"
+            )
+            return
         if not self._recorder.anatomy.blocks:
             self._note("no residual addition was found: name modules with blocks=[...]")
         elif not self._recorder.seen_backward:

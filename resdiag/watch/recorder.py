@@ -4,9 +4,12 @@ Gradients are read by tensor hooks set during the forward pass: module backward 
 in-place activations (pytorch#61519), and references kept for later are overwritten by them.
 """
 
+import functools
 import math
 import weakref
 from collections import defaultdict
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +31,24 @@ _NO_ADDITION = (
     *COLUMNS,
 )
 
+P = ParamSpec("P")
+
 HEAD = ("head_mean", "head_channel_mean_rms", "head_channel_std", "head_gap", "head_size")
+
+
+def _guarded(method: Callable[Concatenate["Recorder", P], None]) -> Callable[..., None]:
+    """A mistake of ours must not end somebody's training: note it, and watch no more."""
+
+    @functools.wraps(method)
+    def call(self: "Recorder", *args: P.args, **kwargs: P.kwargs) -> None:
+        if self.failure:
+            return
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:
+            self.failure = f"{type(error).__name__}: {error}"
+
+    return call
 
 
 class Recorder:
@@ -38,6 +58,9 @@ class Recorder:
         cells: Per-block buffer; its columns are `catalog.RECORDED`.
         head: Per-step buffer with one row; its columns begin with `HEAD`.
         samples: Samples of the batch on which per-unit quantities are measured; None for all.
+
+    Attributes:
+        failure: The error of ours after which nothing is watched any more, or "".
     """
 
     def __init__(self, cells: Buffer, head: Buffer, samples: int | None) -> None:
@@ -45,6 +68,7 @@ class Recorder:
         self.reasons: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         self.seen_backward = self.is_whole = False
         self.strangers = self.repeats = 0
+        self.failure = ""
         self._cells, self._head = cells, head
         self._skip = SkipPath(samples)
         self._fixed, self._pass = False, 0
@@ -75,6 +99,7 @@ class Recorder:
 
     # -- forward -------------------------------------------------------------------------------
 
+    @_guarded
     def operands(self, addition: Addition) -> None:
         """Measure F(x), h(x) and x before an in-place addition overwrites one of them."""
         row = self._row(addition)
@@ -103,6 +128,7 @@ class Recorder:
             joined=joined,
         )
 
+    @_guarded
     def added(self, addition: Addition) -> None:
         """Measure the sum; keep its first samples for what the after-add will do to them."""
         row = self.anatomy.rows.get((addition.owner, addition.ordinal))
@@ -112,6 +138,7 @@ class Recorder:
         self._skip.add(row, addition.sum)
         self._hook(addition.sum, row, "grad_sum")
 
+    @_guarded
     def closed(self, addition: Addition, output: Tensor) -> None:
         """Measure the output and what the after-add did."""
         row = self.anatomy.rows.get((addition.owner, addition.ordinal))
@@ -132,6 +159,7 @@ class Recorder:
         ]
         self._inside.append((row, inside))
 
+    @_guarded
     def unit(self, owner: str, ordinal: int, x: Tensor, output: Tensor, module: nn.Module) -> None:
         """Measure a module that is a block without an addition: input and output only."""
         key = (owner, ordinal)
@@ -151,11 +179,13 @@ class Recorder:
         inside = [gate for owners, _, gate in self._gates if owner in owners]
         self._inside.append((row, inside))
 
+    @_guarded
     def activation(self, owners: tuple[str, ...], call: Call, x: Tensor) -> None:
         """Remember which units of an activation are saturated, for the block it is in."""
         if x.is_floating_point() and x.numel():
             self._gates.append((owners, call, _saturated(call, self._skip.head(x))))
 
+    @_guarded
     def finished(self, features: Tensor | None, logits: Tensor | None) -> None:
         """Measure the classifier's input, and hook its output for the head kick."""
         self._fixed, self.is_whole = self._fixed or bool(self.anatomy.blocks), True
@@ -291,6 +321,7 @@ class Recorder:
         """Whether the pass in which a hook was set is still the one being recorded."""
         return self._live and begun == self._pass
 
+    @_guarded
     def _gradient(self, begun: int, slot: int, row: int, column: str, g: Tensor) -> None:
         """Write G2; hand dL/du to the share of the block's input, or finish that share."""
         if not self._is_current(begun):
@@ -350,6 +381,7 @@ class Recorder:
             # a copy: autograd adds to a gradient in place as long as nobody else holds it
             self._via[row] = self._skip.head(g) * scale
 
+    @_guarded
     def _collect(self, begun: int, row: int, g: Tensor | None) -> None:
         if g is not None and self._is_current(begun):
             head = self._skip.head(g)
@@ -360,6 +392,7 @@ class Recorder:
         if via is not None and via.shape == total.shape:
             self._cells.put(slot, row, "shortcut_share", metrics.share(via, total))
 
+    @_guarded
     def _gap(self, begun: int, slot: int, g: Tensor) -> None:
         """max_k |p_k - y_k|: the batch sum of dL/dlogits of a mean cross-entropy."""
         if not self._is_current(begun):
