@@ -104,6 +104,8 @@ def _healthy(seen: Observed, not_judged: tuple[str, ...]) -> Verdict:
     """No rule fired; how far the run went is said, not what it may still do."""
     losses = seen.series("loss")
     span = f" in {len(losses)} steps, last loss {losses.iloc[-1]:.3g}" if len(losses) else ""
+    if len(losses) and seen.classes:
+        span += f" (guessing is {math.log(seen.classes):.3g})"
     return Verdict(
         name="healthy",
         summary=f"No rule fired{span}.",
