@@ -73,7 +73,10 @@ def check_same(
     run = from_json(commit.read_file(folder, RUN), folder / RUN)
     _refuse_other(folder, RunConfig.from_dict(run.get("config", {})), config)
     if run.get("data") != json.loads(json.dumps(dict(data))):
-        raise UsageError(f"{folder} was begun with other data", _START_AGAIN)
+        raise UsageError(
+            f"{folder} was begun with other data of the same name",
+            "--runs another folder keeps both; " + _START_AGAIN,
+        )
     if commit.status in ("done", "diverged"):
         return commit.drift  # nothing more will be computed
     before = commit.drift[-1]["environment"] if commit.drift else run.get("environment")
