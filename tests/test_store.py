@@ -337,8 +337,9 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
 
 
 def test_a_reused_pid_is_not_the_owner(tmp_path):
-    leave_lock(tmp_path, start="1")
-    open_writer(tmp_path).close()
+    path = leave_lock(tmp_path, start="1")
+    with open_writer(tmp_path):
+        assert not path.exists()
 
 
 def test_a_zombie_is_dead(tmp_path):
@@ -346,8 +347,9 @@ def test_a_zombie_is_dead(tmp_path):
     if pid == 0:
         os._exit(0)
     time.sleep(0.05)
-    leave_lock(tmp_path, pid=pid)
-    open_writer(tmp_path).close()
+    path = leave_lock(tmp_path, pid=pid)
+    with open_writer(tmp_path):
+        assert not path.exists()
     os.waitpid(pid, 0)
 
 
@@ -363,8 +365,10 @@ def test_the_lock_of_a_process_that_died_while_writing_it_is_taken_over(
     tmp_path, monkeypatch, content
 ):
     monkeypatch.setattr(lock, "_GRACE", 0.1)
-    leave_lock(tmp_path).write_text(content)
-    open_writer(tmp_path).close()
+    path = leave_lock(tmp_path)
+    path.write_text(content)
+    with open_writer(tmp_path):
+        assert not path.exists()
 
 
 def test_a_lock_that_is_about_to_be_written_is_respected(tmp_path):
@@ -533,9 +537,12 @@ def test_a_reader_never_fails_while_a_run_is_written(tmp_path, monkeypatch):
                 errors.append(error)
 
     with open_writer(tmp_path, force=False) as writer:
+        open_run(folder).metrics()  # the first table imports pandas: not in the middle of the race
         reader = threading.Thread(target=read)
         reader.start()
-        for step in range(2, 60):
+        for step in range(2, 600):
+            if step >= 60 and len(set(seen)) > 5:  # a slow machine's reader gets its turns too
+                break
             rows = make_metrics(step - 1, step), make_curve(step - 1, step)
             writer.commit(step, *rows, *make_checkpoint(step))
             writer.finish("stopped", {"step": step})

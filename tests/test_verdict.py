@@ -427,7 +427,8 @@ def test_json_has_no_nan_and_no_infinity():
     )
 )
 def test_plain_values_are_strict_json(value):
-    json.dumps(plain(value), allow_nan=False)
+    text = json.dumps(plain(value), allow_nan=False)  # raises on what strict JSON has not
+    assert json.loads(text) == plain(value)
 
 
 # --- nothing raises --------------------------------------------------------------------------

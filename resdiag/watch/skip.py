@@ -311,11 +311,8 @@ def _runs(passages: Iterable[_Passage]) -> Iterator[list[_Passage]]:
 
 
 def _mean(x: Tensor) -> Tensor:
-    # float32 sums of the CPU are pairwise: exact to 1e-7, and four times as fast
-    return x.mean().double() if x.is_cpu and x.dtype == torch.float32 else _wide_mean(x)
-
-
-def _wide_mean(x: Tensor) -> Tensor:
+    if x.is_cpu and x.dtype == torch.float32:
+        return x.mean().double()  # the CPU sums pairwise: exact to 1e-7, and four times as fast
     return x.mean(dtype=torch.float64)
 
 
