@@ -1,0 +1,82 @@
+"""A Typer app that reports mistakes in one line. Data on stdout, everything else on stderr."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+from resdiag.errors import ResdiagError
+
+
+class App(typer.Typer):
+    """A Typer app whose mistakes are one line on stderr, or one JSON object on stdout."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Run the command line and exit with its code."""
+        sys.exit(_deliver(self.run(kwargs.pop("args", None))))
+
+    def run(self, args: Sequence[str] | None = None) -> int:
+        """Run one command line.
+
+        Args:
+            args: Arguments; None takes those of the process.
+
+        Returns:
+            The exit code.
+        """
+        words = list(sys.argv[1:] if args is None else args)
+        as_json = "--json" in words
+        command = typer.main.get_command(self)
+        try:
+            code = command.main(args=words, prog_name="resdiag", standalone_mode=False)
+        except ResdiagError as error:
+            return _fail(error.message, error.hint, error.exit_code, as_json)
+        except OSError as error:
+            return _fail(str(error), "", 74, as_json)
+        except Exception as error:
+            # Typer's own errors: wrong options, missing arguments
+            if not hasattr(error, "format_message"):
+                raise
+            message = " ".join(str(error.format_message()).split())
+            return _fail(message, "resdiag --help", getattr(error, "exit_code", 2), as_json)
+        return code if isinstance(code, int) else 0
+
+
+def _deliver(code: int) -> int:
+    """Flush what was printed; the exit code says if that did not arrive."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        # what is left in the buffer would fail once more when Python exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):  # the reader has seen enough
+            return code or 1
+        return code or _fail(f"cannot write to standard output: {error}", "", 74, as_json=False)
+    return code
+
+
+def _fail(message: str, hint: str, code: int, as_json: bool) -> int:
+    """Report an error and pass its exit code on."""
+    if as_json:
+        print(json.dumps({"error": message, "hint": hint}))
+    else:
+        line = f"resdiag: {message}" + (f" ({hint})" if hint else "")
+        print(" ".join(line.splitlines()), file=sys.stderr)
+    return code
+
+
+def group(help: str) -> typer.Typer:
+    """A command that has commands of its own."""
+    app = typer.Typer(help=help, invoke_without_command=True, rich_markup_mode=None)
+    app.callback()(print_help)
+    return app
+
+
+def print_help(context: typer.Context) -> None:
+    """Without a command the help is printed, which is not what a script wanted: exit code 2."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit(2)

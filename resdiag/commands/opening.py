@@ -1,0 +1,32 @@
+"""Which recorded runs a command means."""
+
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resdiag.errors import UsageError
+
+if TYPE_CHECKING:
+    from resdiag.runs.folder import Run
+
+
+def open_runs(paths: Sequence[Path] | None, root: Path) -> "list[Run]":
+    """The runs named, or the latest; a missing one is refused before pandas is imported."""
+    for path in paths or [root]:
+        if next(path.rglob("run.json"), None) is None:
+            raise _no_run(path)
+    from resdiag.runs.folder import find_runs, latest_run, open_run
+
+    if not paths:
+        return [open_run(latest_run(root))]
+    found = {path: find_runs(path) for path in paths}
+    for path, folders in found.items():
+        if not folders:  # what is there is hidden
+            raise _no_run(path)
+    return [open_run(run) for run in dict.fromkeys(chain(*found.values()))]
+
+
+def _no_run(path: Path) -> UsageError:
+    what = "no run at" if path.exists() else "no such folder:"
+    return UsageError(f"{what} {path}", "resdiag run --variant elu_pre --depth 20 makes one")
