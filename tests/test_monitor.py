@@ -293,6 +293,92 @@ def test_gradient_accumulation_records_the_first_micro_batch_and_the_accumulated
     assert np.allclose(frame.grad_param, wanted, rtol=1e-4)
 
 
+def _twin_norms(twin):
+    return [
+        reference._root(reference.norm(p.grad) for p in twin.get_submodule(name).parameters())
+        for name in twin.unit_names
+    ]
+
+
+def test_gradients_can_be_read_before_they_are_clipped():
+    images, labels = batch()
+    model, twin = small("no_relu"), small("no_relu")
+    optimizer = sgd(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    with attach(model, optimizer=optimizer, point="pre_clip") as monitor:
+        F.cross_entropy(model(images), labels).backward()
+        monitor.read_gradients()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        monitor.read_gradients()  # does nothing: they were read
+        optimizer.step()
+        monitor.step()
+        monitor.read_gradients()  # nor in a step that has no forward pass yet
+    F.cross_entropy(twin(images), labels).backward()
+    frame = monitor.to_frame()
+    assert np.allclose(frame.grad_param, _twin_norms(twin), rtol=1e-4)
+    assert set(frame.point) == {"pre_clip"}
+    # the update is that of the clipped gradients
+    after = dict(model.named_parameters())
+    start = dict(zip(after, before, strict=True))
+    for name, seen in zip(model.unit_names, frame.update_ratio, strict=True):
+        mine = [key for key in after if key.startswith(f"{name}.")]
+        moved = reference._root(reference.norm(after[key] - start[key]) for key in mine)
+        assert seen == pytest.approx(
+            moved / reference._root(reference.norm(start[key]) for key in mine), rel=1e-4
+        )
+
+
+def test_a_step_that_runs_the_backward_pass_itself_is_read_after_it():
+    images, labels = batch()
+    model, twin = small("no_relu"), small("no_relu")
+    optimizer = sgd(model)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        return loss
+
+    with attach(model, optimizer=optimizer) as monitor:
+        for _ in range(2):  # in the second step gradients of the first are there to be mistaken
+            twin.load_state_dict(model.state_dict())
+            optimizer.step(closure)
+            monitor.step()
+    twin.zero_grad()
+    F.cross_entropy(twin(images), labels).backward()
+    frame = monitor.to_frame()
+    assert np.allclose(frame[frame.step == 1].grad_param, _twin_norms(twin), rtol=1e-4)
+    assert frame.update_ratio.isna().all()
+    (missing,) = [entry for entry in monitor.unavailable if entry["metric"] == "update_ratio"]
+    assert "ran the backward pass" in missing["reason"]
+
+
+def test_listeners_hear_what_is_drained_and_a_failing_one_is_left_out_with_a_note():
+    images, labels = batch()
+    model = small("no_relu")
+    heard = []
+
+    def broken(metrics, curve):
+        raise OSError("service is down")
+
+    with attach(model) as monitor:
+        monitor.listen(lambda metrics, curve: heard.append((metrics, curve)))
+        monitor.listen(broken)
+        for _ in range(15):
+            F.cross_entropy(model(images), labels).backward()
+            monitor.step()
+        F.cross_entropy(model(images), labels).backward()
+        with pytest.warns(WatchWarning, match="service is down"):
+            monitor.step()  # the sixteenth: what was recorded comes to the host
+    assert len(heard) == 1
+    metrics, curve = monitor.drain()
+    for drained, at in ((metrics, 0), (curve, 1)):
+        for name, values in drained.items():
+            parts = np.concatenate([part[at][name] for part in heard])
+            assert np.array_equal(parts, values, equal_nan=True)
+    assert len([note for note in monitor.notes if "no longer told" in note]) == 1
+
+
 def test_a_gradient_that_comes_after_its_step_belongs_to_no_step():
     model = small("no_relu")
     images, labels = batch()

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from resdiag.watch.tracer import Tracer
 
 if TYPE_CHECKING:
     import pandas as pd
+
+Listener: TypeAlias = Callable[[dict[str, NDArray[Any]], dict[str, NDArray[Any]]], object]
+"""Is told per-block and per-step columns."""
 
 _STEP_COLUMNS = (*HEAD, "grad_norm")
 _SLOTS = 16
@@ -121,6 +124,7 @@ class Monitor:
         self._rates: list[tuple[float, float]] = []
         self._metrics: list[dict[str, NDArray[Any]]] = []
         self._curve: list[dict[str, NDArray[Any]]] = []
+        self._listeners: list[Listener] = []
         self._step, self._recorded, self._open = 0, 0, True
         self._paused = self._forward = self._read = self._demanded = False
         self._handles = [] if optimizer is None else self._follow(optimizer)
@@ -152,6 +156,28 @@ class Monitor:
         self._step += 1
         if self._cells.is_full:
             self._flush()
+
+    def read_gradients(self) -> None:
+        """Read the parameters' gradients now, and not again at the optimizer's step.
+
+        For loops that do something to them in between: call it after the backward pass (and after
+        unscaling), before clipping. A second call in one step, or one in a step that is not
+        recorded, does nothing.
+        """
+        if not self._forward or self._read or not self._open:
+            return
+        self._read_gradients()
+        if self._optimizer is not None and self._norms is not None:
+            self._norms.remember()
+
+    def listen(self, listener: Listener) -> None:
+        """Hand what was recorded to `listener` too whenever it has come to the host.
+
+        Args:
+            listener: Called with the columns of `drain()`, those that are new each time; derived
+                metrics are not among them. What it raises ends its listening and becomes a note.
+        """
+        self._listeners.append(listener)
 
     def demand(self) -> None:
         """Record the next forward pass whatever the schedule says; it belongs to this step."""
@@ -268,14 +294,18 @@ class Monitor:
     def _follow(self, optimizer: Optimizer) -> list[Any]:
         """Read gradients right before the optimizer's step and updates right after."""
 
-        def before(*_: object) -> None:
-            if self._forward and not self._read:
-                self._read_gradients()
-                assert self._norms is not None
-                self._norms.remember()
+        def before(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # with a closure the backward pass is still to come: what is there is of another pass
+            if not any(callable(value) for value in (*args[1:], *kwargs.values())):
+                self.read_gradients()
 
         def after(*_: object) -> None:
-            if self._forward and self._norms is not None:
+            if self._forward and not self._read:
+                reason = "the optimizer's step ran the backward pass: read_gradients() comes first"
+                for row in range(len(self._recorder.anatomy.blocks)):
+                    self._recorder.miss(row, ("update_ratio",), reason)
+                self._read_gradients()
+            elif self._forward and self._norms is not None:
                 updates = self._norms.updates()
                 if updates.numel():
                     self._cells.write_column(self._cells.slot, "update_ratio", updates)
@@ -339,6 +369,12 @@ class Monitor:
         self._metrics.append(_block_columns(steps, values[:, :rows], self._recorder.anatomy.blocks))
         if head_steps:
             self._curve.append(_step_columns(head_steps, head, rates))
+        for listener in list(self._listeners):
+            try:
+                listener(self._metrics[-1], self._curve[-1] if head_steps else {})
+            except Exception as error:
+                self._listeners.remove(listener)
+                self._note(f"{_name(listener)} is no longer told what is recorded: {error!r}")
 
 
 def _block_columns(
@@ -381,6 +417,10 @@ def _step_columns(
         }
     assert tuple(out) == RECORDED_PER_STEP
     return {"step": np.asarray(steps, dtype=np.int32), **out}
+
+
+def _name(listener: Listener) -> str:
+    return str(getattr(listener, "__qualname__", type(listener).__name__))
 
 
 def _concatenate(parts: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:
