@@ -129,6 +129,9 @@ class _Finder:
         row = self.anatomy.add_unit(owner, ordinal, x, output)
         self.anatomy.finish(row, (), list(module.parameters()))
 
+    def same(self, old: Tensor, new: Tensor) -> None:
+        """Nothing is known by its identity."""
+
     def activation(self, owners: tuple[str, ...], call: Call, x: Tensor) -> None:
         """Nothing to measure."""
 

@@ -53,6 +53,16 @@ class Buffer:
         if self._cells is not None:
             self._cells[self.slot].fill_(math.nan)
 
+    def wipe(self) -> None:
+        """Forget what the open slot holds."""
+        if self._cells is not None and self._steps:
+            self._cells[self.slot].fill_(math.nan)
+
+    def read_column(self, slot: int, name: str) -> Tensor:
+        """One value per row, on the device; a view."""
+        assert self._cells is not None
+        return self._cells[slot, :, self._at[name]]
+
     def reserve(self, rows: int, device: torch.device) -> None:
         """Make room for `rows` rows; what is there stays."""
         have = 0 if self._cells is None else self._cells.shape[1]

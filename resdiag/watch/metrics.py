@@ -146,6 +146,11 @@ def combine(parts: Sequence[Sums]) -> Tensor:
             spread[index] = part.spread
     zero = torch.zeros((), dtype=torch.float64, device=mu.device)
     broken = torch.stack([zero if part.broken is None else part.broken for part in parts])
+    return describe(mu, squared, spread, broken)
+
+
+def describe(mu: Tensor, squared: Tensor, spread: Tensor, broken: Tensor) -> Tensor:
+    """`statistics` from mu_c (n, C), and per tensor mean_c mu_c^2, mean_c sigma_c^2, non-finite."""
     moments = torch.stack([mu.mean(1), squared.sqrt(), spread.sqrt()], dim=1)
     return torch.cat([moments, _quantiles(mu), broken.unsqueeze(1)], dim=1)
 

@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from resdiag.watch.blocks import Block, match_modules
 from resdiag.watch.buffer import Buffer
 from resdiag.watch.catalog import POINTS, RECORDED, RECORDED_PER_STEP, derive
+from resdiag.watch.distributed import Ranks, find_ranks, unwrap
 from resdiag.watch.parameters import ParameterNorms
+from resdiag.watch.pool import Pool
 from resdiag.watch.recorder import HEAD, Recorder
+from resdiag.watch.shards import Shards, is_sharded
 from resdiag.watch.tracer import Tracer
 
 if TYPE_CHECKING:
@@ -43,6 +46,7 @@ def attach(
     record_first: int = 0,
     samples: int | None = 4,
     point: str = "local",
+    reduce: bool = True,
 ) -> "Monitor":
     """Start watching a model. Nothing in it is edited, and its training stays the same bit for bit.
 
@@ -60,12 +64,16 @@ def attach(
             saturation) and the gradient's shares are measured; None for the whole batch. Moments
             and gradient norms always take the whole batch.
         point: Where in the loop gradients are read, one of `catalog.POINTS`; stored with the data.
+        reduce: Where several processes train the model together (DDP, `fully_shard`), record the
+            numbers of all ranks, the same on each; `attach`, `step` and `close` are then called on
+            every rank, and "local" becomes "reduced". False: each rank records its own.
 
     Returns:
         A `Monitor`: a context manager whose `step()` ends each training step.
 
     Raises:
-        ValueError: A schedule that never records, an unknown point or block, or a compiled model.
+        ValueError: A schedule that never records, an unknown point or block, a compiled model, or
+            a kind of parallel training that cannot be watched.
 
     Example:
         >>> from resdiag.models.resnet import build_model
@@ -82,18 +90,26 @@ def attach(
         raise ValueError(f"every={every} must be at least 1 and record_first={record_first} >= 0")
     if point not in POINTS:
         raise ValueError(f"unknown point '{point}'; known: {', '.join(POINTS)}")
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+    inner = unwrap(model)
+    if any(
+        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in (model, inner)
+    ):
         raise ValueError(
             "the model is already compiled and its hooks would silently not fire: "
             "attach to the module before torch.compile"
         )
+    units = match_modules(inner, blocks)
+    if not reduce and is_sharded(inner):
+        raise ValueError("reduce=False: the parameters are shards, no rank has a whole gradient")
+    ranks = find_ranks(model) if reduce else None
     return Monitor(
-        model,
+        inner,
         optimizer,
-        match_modules(model, blocks),
+        units,
         lambda step: step < record_first or step % every == 0,
         samples,
-        point,
+        "reduced" if ranks is not None and point == "local" else point,
+        ranks,
     )
 
 
@@ -113,12 +129,19 @@ class Monitor:
         schedule: Callable[[int], bool],
         samples: int | None,
         point: str,
+        ranks: Ranks | None = None,
     ) -> None:
         self.point = point
         self.notes: list[str] = []
         self._model, self._optimizer, self._schedule = model, optimizer, schedule
         self._cells, self._head = Buffer(RECORDED, _SLOTS), Buffer(_STEP_COLUMNS, _SLOTS)
-        self._recorder = Recorder(self._cells, self._head, samples)
+        self._ranks, self._pool = ranks, None
+        if ranks is not None:
+            sharded = ranks.sharded
+            self._pool = Pool(self._cells, self._head, ranks.size, sharded=sharded)
+        self._recorder = Recorder(self._cells, self._head, samples, self._pool)
+        # before the tracer's, or it would enter a sharded module with tensors it does not know
+        self._shards = Shards(model, lambda a, b: self._tracer.same(a, b))
         self._tracer = Tracer(model, self._recorder, self._wanted, units)
         self._norms: ParameterNorms | None = None
         self._rates: list[tuple[float, float]] = []
@@ -152,6 +175,8 @@ class Monitor:
                 "the model's __call__: was forward() called directly, the model compiled, or in "
                 "eval mode?"
             )
+        if self._ranks is not None and self._ranks.is_open and self._schedule(self._step):
+            self._meet()
         self._forward = self._read = False
         self._step += 1
         if self._cells.is_full:
@@ -180,7 +205,16 @@ class Monitor:
         self._listeners.append(listener)
 
     def demand(self) -> None:
-        """Record the next forward pass whatever the schedule says; it belongs to this step."""
+        """Record the next forward pass whatever the schedule says; it belongs to this step.
+
+        Raises:
+            RuntimeError: Several ranks record together: one that did not demand it would be missed.
+        """
+        if self._ranks is not None:
+            raise RuntimeError(
+                "demand() on one rank would wait for the others: use every= or record_first=, or "
+                "attach(..., reduce=False)"
+            )
         self._demanded = True
 
     @property
@@ -204,6 +238,9 @@ class Monitor:
     def close(self) -> None:
         """Remove every hook; what was recorded stays readable. Safe to call twice."""
         self._tracer.close()
+        self._shards.close()
+        if self._ranks is not None:
+            self._ranks.close()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -306,9 +343,10 @@ class Monitor:
                     self._recorder.miss(row, ("update_ratio",), reason)
                 self._read_gradients()
             elif self._forward and self._norms is not None:
-                updates = self._norms.updates()
-                if updates.numel():
-                    self._cells.write_column(self._cells.slot, "update_ratio", updates)
+                moved, sizes = self._norms.updates()
+                if moved.numel():
+                    self._cells.write_column(self._cells.slot, "update_ratio", moved / sizes)
+                    self._pool_rows("update_ratio", moved / sizes, sizes.square())
 
         return [
             optimizer.register_step_pre_hook(before),
@@ -319,8 +357,13 @@ class Monitor:
         """G1 and the total norm of the gradients that are there now."""
         anatomy = self._recorder.anatomy
         if self._norms is None:
-            self._norms = ParameterNorms(list(self._model.parameters()), anatomy.parameters)
+            anatomy.parameters = [self._shards.owned(group) for group in anatomy.parameters]
+            parameters = list(self._model.parameters())
+            held_by = self._holders()
+            self._norms = ParameterNorms(parameters, anatomy.parameters, held_by)
         per_block, total = self._norms.gradients()
+        self._total = total
+        self._pool_rows("grad_param", per_block, torch.ones_like(per_block))
         if anatomy.blocks:
             self._cells.write_column(self._cells.slot, "grad_param", per_block)
         for row, members in enumerate(anatomy.parameters):
@@ -334,6 +377,64 @@ class Monitor:
             group = self._optimizer.param_groups[0]
             self._rates[-1] = float(group["lr"]), float(group.get("momentum", 0.0))
         self._read = True
+
+    def _holders(self) -> int | None:
+        """How many ranks hold shards of the parameters; None where each has them whole."""
+        if not is_sharded(self._model):
+            return None
+        return 1 if self._ranks is None else self._ranks.size
+
+    def _pool_rows(self, column: str, values: Tensor, weights: Tensor) -> None:
+        """Where a rank has a part of the parameters only, hand a column on to be added up."""
+        if self._pool is not None and self._pool.sharded:
+            pairs = zip(values.unbind(), weights.unbind(), strict=True)
+            for row, (value, weight) in enumerate(pairs):
+                self._pool.put(row, column, value, weight)
+
+    def _meet(self) -> None:
+        """Let the ranks make the metrics of all from what each has recorded in this step."""
+        assert self._ranks is not None
+        assert self._pool is not None
+        whole = self._forward and not self._recorder.failure
+        norm = torch.zeros((), dtype=torch.float64, device=next(self._model.parameters()).device)
+        if whole:
+            norm = self._total.to(norm.device)
+        met = None
+        try:
+            met = self._ranks.meet(
+                self._pool,
+                len(self._recorder.anatomy.blocks) if whole else None,
+                self._step,
+                self._cells.slot,
+                norm,
+                self._weights,
+            )
+        except Exception as error:  # training goes on, whatever happened to the record
+            self._recorder.failure = str(error) or type(error).__name__
+            self._ranks.close()
+            self._note(f"watching stopped at step {self._step}: {self._recorder.failure}")
+        if not self._forward:
+            return
+        if met is not None:
+            self._keep(*met)
+        else:
+            self._cells.wipe()
+            self._head.wipe()
+            if self._ranks.is_open:
+                self._note(f"step {self._step} was not recorded by every rank: its numbers are NaN")
+
+    def _keep(self, norm: Tensor, same: Tensor) -> None:
+        """Write the gradient norm of all ranks; what was read before the reduction is nobody's."""
+        slot = self._cells.slot
+        self._head.write(slot, 0, "grad_norm", torch.where(same, norm, math.nan))
+        if self._pool is not None and not self._pool.sharded:
+            for column in ("grad_param", "update_ratio"):
+                read = self._cells.read_column(slot, column)
+                self._cells.write_column(slot, column, torch.where(same, read, math.nan))
+
+    def _weights(self) -> Tensor:
+        parameters = list(self._model.parameters())
+        return ParameterNorms(parameters, [], self._holders()).weights()
 
     def _check_backward(self) -> None:
         if self._recorder.failure:
@@ -359,6 +460,9 @@ class Monitor:
 
     def _flush(self) -> None:
         """Bring the used slots to the host and complete what the host computes."""
+        if self._ranks is not None:
+            for text in self._ranks.check():
+                self._note(text)
         recording = self._forward and self._open
         steps, values = self._cells.flush(keep_open=recording)
         head_steps, head = self._head.flush(keep_open=recording)

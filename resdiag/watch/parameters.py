@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from resdiag.watch import metrics
+from resdiag.watch.shards import local, shares
 
 _Index = tuple[Tensor, Tensor, Tensor]
 _KEPT = 16
@@ -19,10 +20,15 @@ class ParameterNorms:
         parameters: All parameters watched, in any order.
         groups: Per block, its parameters; those of no block count in the total only, and those
             of several blocks (shared weights, a block inside a block) in each of them.
+        ranks: Where parameters are shards, how many ranks hold them: squared norms are then this
+            rank's share of the whole. None for whole parameters.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], groups: Sequence[Sequence[nn.Parameter]]
+        self,
+        parameters: Sequence[nn.Parameter],
+        groups: Sequence[Sequence[nn.Parameter]],
+        ranks: int | None = None,
     ) -> None:
         self._parameters = list(parameters)
         self._blocks = len(groups)
@@ -32,29 +38,43 @@ class ParameterNorms:
         self._everything = tuple(range(len(self._parameters)))
         self._copies: list[Tensor] | None = None
         self._sizes: Tensor | None = None
+        self._shares = None if ranks is None else torch.tensor(shares(self._parameters, ranks))
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """G1 per block (L,) and the norm over all parameters, float64; NaN without gradients."""
-        held = [(i, p.grad) for i, p in enumerate(self._parameters)]
+        held = [(i, self._local(p.grad)) for i, p in enumerate(self._parameters)]
         dense = [(i, g.coalesce().values() if g.is_sparse else g) for i, g in held if g is not None]
         return self._gather([g for _, g in dense], tuple(i for i, _ in dense))
 
     def remember(self) -> None:
         """Copy the parameters: call before the optimizer's step."""
-        parameters = [p.detach() for p in self._parameters]
+        parameters = self._detached()
         if self._copies is None:  # kept from step to step: fresh memory costs more than the copy
             self._copies = [torch.empty_like(p) for p in parameters]
         torch._foreach_copy_(self._copies, parameters)
         self._sizes, _ = self._gather(parameters, self._everything)
 
-    def updates(self) -> Tensor:
-        """||after - before|| / ||before|| per block (L,), float64; call after the step."""
+    def updates(self) -> tuple[Tensor, Tensor]:
+        """||after - before|| and ||before|| per block (L,), float64; call after the step."""
         if self._sizes is None or self._copies is None:
-            return torch.full((self._blocks,), math.nan, dtype=torch.float64)
-        torch._foreach_sub_(self._copies, [p.detach() for p in self._parameters])
+            nan = torch.full((self._blocks,), math.nan, dtype=torch.float64)
+            return nan, nan
+        torch._foreach_sub_(self._copies, self._detached())
         moved, _ = self._gather(self._copies, self._everything)
         sizes, self._sizes = self._sizes, None
-        return moved / sizes
+        return moved, sizes
+
+    def weights(self) -> Tensor:
+        """Norm over all parameters, 0-d float64."""
+        return self._gather(self._detached(), self._everything)[1]
+
+    def _detached(self) -> list[Tensor]:
+        if self._shares is None:
+            return [p.detach() for p in self._parameters]
+        return [local(p.detach()) for p in self._parameters]
+
+    def _local(self, gradient: Tensor | None) -> Tensor | None:
+        return gradient if gradient is None or self._shares is None else local(gradient)
 
     def _gather(self, tensors: list[Tensor], which: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Root of summed squares per block, and over everything; `which` parameters they are."""
@@ -62,6 +82,8 @@ class ParameterNorms:
             nan = torch.full((self._blocks + 1,), math.nan, dtype=torch.float64)
             return nan[:-1], nan[-1]
         squares = _norms(tensors).square()
+        if self._shares is not None:
+            squares = squares * self._shares[list(which)].to(squares)
         places, rows, present = self._index(which, squares.device)
         sums = squares.new_full((self._blocks,), math.nan).index_fill_(0, present, 0)
         sums.index_add_(0, rows, squares.index_select(0, places))

@@ -19,6 +19,8 @@ from resdiag.watch.blocks import Anatomy
 from resdiag.watch.buffer import Buffer, Key
 from resdiag.watch.calls import Call
 from resdiag.watch.catalog import SITES
+from resdiag.watch.pool import HEAD as HEAD_ROW
+from resdiag.watch.pool import Pool
 from resdiag.watch.skip import COLUMNS, SkipPath
 from resdiag.watch.tracer import Addition
 
@@ -58,25 +60,32 @@ class Recorder:
         cells: Per-block buffer; its columns are `catalog.RECORDED`.
         head: Per-step buffer with one row; its columns begin with `HEAD`.
         samples: Samples of the batch on which per-unit quantities are measured; None for all.
+        pool: Where several ranks record together: takes what they must add up, in place of the
+            buffers.
 
     Attributes:
         failure: The error of ours after which nothing is watched any more, or "".
     """
 
-    def __init__(self, cells: Buffer, head: Buffer, samples: int | None) -> None:
+    def __init__(
+        self, cells: Buffer, head: Buffer, samples: int | None, pool: Pool | None = None
+    ) -> None:
         self.anatomy = Anatomy()
         self.reasons: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         self.seen_backward = self.is_whole = False
         self.strangers = self.repeats = 0
         self.failure = ""
         self._cells, self._head = cells, head
-        self._skip = SkipPath(samples)
+        self._skip, self._pool = SkipPath(samples), pool
+        self._skip.weigh = None if pool is None else pool.skip
         self._fixed, self._pass = False, 0
         self.end()
 
     def begin(self) -> None:
         """Begin a forward pass into the buffer's open slot."""
         self.end()
+        if self._pool is not None:
+            self._pool.begin()
         self._live = True
         self._pass += 1
         self.seen_backward = self.is_whole = False
@@ -180,6 +189,13 @@ class Recorder:
         self._inside.append((row, inside))
 
     @_guarded
+    def same(self, old: Tensor, new: Tensor) -> None:
+        """What was measured of a tensor holds for its equal."""
+        known = self._find(old)
+        if known is not None:
+            self._known[id(new)] = (weakref.ref(new), new._version, *known)
+
+    @_guarded
     def activation(self, owners: tuple[str, ...], call: Call, x: Tensor) -> None:
         """Remember which units of an activation are saturated, for the block it is in."""
         if x.is_floating_point() and x.numel():
@@ -197,7 +213,10 @@ class Recorder:
             return
         slot, begun = self._head.slot, self._pass
         self._head.reserve(1, features.device)
-        self._head.write(slot, 0, "head_mean", metrics.statistics(features)[:3])
+        if self._pool is None:
+            self._head.write(slot, 0, "head_mean", metrics.statistics(features)[:3])
+        else:
+            self._pool.sites([((HEAD_ROW, "head_mean"), metrics.reduce(features))])
         size = torch.full((), features.shape[-1], dtype=torch.float64, device=features.device)
         self._head.write(slot, 0, "head_size", size)
         if logits.requires_grad:
@@ -257,6 +276,9 @@ class Recorder:
     def _write_sites(self) -> None:
         """Complete the statistics of all sites, those of equally many channels at once."""
         sites, self._sites, self._reduced = self._sites, [], {}
+        if self._pool is not None:
+            self._pool.sites(sites)
+            return
         channels = {part.per_channel.numel() for _, part in sites}
         for count in sorted(channels):
             same = [(key, part) for key, part in sites if part.per_channel.numel() == count]
@@ -271,7 +293,7 @@ class Recorder:
             values.append(measured)
             for column, reason in reasons.items():
                 self.miss(row, (column,), reason)
-        if values:
+        if values and self._pool is None:
             self._cells.write_rows(self._cells.slot, keys, torch.stack(values))
 
     def _write_gates(self) -> None:
@@ -285,6 +307,9 @@ class Recorder:
             counts = [gate.count_nonzero(_others(gate)) for gate in gates]
             # numbers that the host knows stay numbers: as a tensor they would have to be sent
             sizes = [gate.numel() // len(count) for gate, count in zip(gates, counts, strict=True)]
+            if self._pool is not None:
+                self._pool.gates(row, counts, sizes)
+                continue
             dead = [count == size for count, size in zip(counts, sizes, strict=True)]
             closed = torch.cat(counts).sum().double() / sum(gate.numel() for gate in gates)
             self._cells.put(slot, row, "saturated_fraction", closed)
@@ -330,11 +355,14 @@ class Recorder:
         self.repeats += (row, column) in self._written
         self._written.add((row, column))
         size, broken = metrics.gradient(g)
-        self._cells.put(slot, row, column, size)
+        if self._pool is None:
+            self._cells.put(slot, row, column, size)
+        else:
+            self._pool.gradient(row, column, size, g.shape[0] if g.dim() else 1)
         if column == "grad_sum":
             self._hold(row, g)
         if column != "grad_input" and column == self._grad_column(row, "output"):
-            self._cells.put(slot, row, "grad_nonfinite", broken)
+            self._put(slot, row, "grad_nonfinite", broken, float(g.numel()))
         for child in self._children.get((row, column), ()):
             self._share(slot, child, self._skip.head(g))
 
@@ -389,8 +417,17 @@ class Recorder:
 
     def _share(self, slot: int, row: int, total: Tensor) -> None:
         via = self._via.pop(row, None)
-        if via is not None and via.shape == total.shape:
-            self._cells.put(slot, row, "shortcut_share", metrics.share(via, total))
+        if via is None or via.shape != total.shape:
+            return
+        weight = 0.0 if self._pool is None else metrics.norm(total).square()
+        self._put(slot, row, "shortcut_share", metrics.share(via, total), weight)
+
+    def _put(self, slot: int, row: int, column: str, value: Tensor, weight: float | Tensor) -> None:
+        """Write a cell; `weight` is what the value is a mean over, for several ranks to add up."""
+        if self._pool is None:
+            self._cells.put(slot, row, column, value)
+        else:
+            self._pool.put(row, column, value, weight)
 
     @_guarded
     def _gap(self, begun: int, slot: int, g: Tensor) -> None:
@@ -398,8 +435,11 @@ class Recorder:
         if not self._is_current(begun):
             return
         self.seen_backward = True
-        gap = g.detach().reshape(-1, g.shape[-1]).sum(0).abs().amax().double()
-        self._head.write(slot, 0, "head_gap", gap)
+        sums = g.detach().reshape(-1, g.shape[-1]).sum(0)
+        if self._pool is None:
+            self._head.write(slot, 0, "head_gap", sums.abs().amax().double())
+        else:
+            self._pool.gap(sums.double())
 
 
 def _entries(h: Tensor, x: Tensor) -> list[tuple[torch.autograd.graph.Node, int]]:

@@ -81,6 +81,10 @@ class _Chain:
                 means.append(mean if alive is None else mean / alive)
         return means
 
+    def alive(self, units: float) -> float | Tensor:
+        """How many of so many units survive."""
+        return units if self._alive is None else self._alive.sum(dtype=torch.float64)
+
     def mean(self, like: Tensor) -> Tensor:
         """Mean over the surviving units; NaN once it is lost."""
         if self.lost:
@@ -136,10 +140,15 @@ class SkipPath:
 
     Args:
         samples: Samples at the head of the batch to look at; None for all.
+
+    Attributes:
+        weigh: Told each block's row, values, and what each value is a mean over: the sum of squares
+            or the number of units below its fraction bar.
     """
 
     def __init__(self, samples: int | None) -> None:
         self._samples = samples
+        self.weigh: Callable[[int, Tensor, list[float | Tensor]], None] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -206,6 +215,9 @@ class SkipPath:
             self._cross(alike[0])
             values = self._measure(alike)
             missing = self._missing(alike[0].after)
+            if self.weigh is not None:
+                for passage, value in zip(alike, values, strict=True):
+                    self.weigh(passage.row, value, self._weights(passage))
             for passage, value in zip(alike, values, strict=True):
                 yield passage.row, value, missing
         self.reset()
@@ -250,6 +262,14 @@ class SkipPath:
             norms(slopes).square() / slopes[0].numel(),
         ]
         return list(torch.stack(columns, dim=1).unbind())
+
+    def _weights(self, passage: _Passage) -> list[float | Tensor]:
+        """The denominators of the values of a block just measured, in the order of `COLUMNS`."""
+        units = float(passage.u.numel())
+        sums, shortcuts = norms([passage.u, passage.h]).square().unbind()
+        base = units if self._drift is None else norms([self._drift[0]])[0].square()
+        alive = [chain.alive(units) for chain in (self._stage, self._whole)]
+        return [sums, shortcuts, *alive, base, units, units, units, units]
 
     def _missing(self, after: tuple[Call, ...]) -> dict[str, str]:
         """Why columns of the block just measured are NaN."""

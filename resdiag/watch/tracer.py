@@ -77,6 +77,9 @@ class Listener(Protocol):
     def unit(self, owner: str, ordinal: int, x: Tensor, output: Tensor, module: nn.Module) -> None:
         """A module that was named as a block ended without a residual addition."""
 
+    def same(self, old: Tensor, new: Tensor) -> None:
+        """A tensor was replaced by an equal one behind the back of torch functions."""
+
     def activation(self, owners: tuple[str, ...], call: Call, x: Tensor) -> None:
         """A known activation is about to be applied to `x`; `owners` are the open frames' names."""
 
@@ -140,6 +143,13 @@ class Tracer(TorchFunctionMode):
             handle.remove()
         self._handles.clear()
         self._stop()
+
+    def same(self, old: Tensor, new: Tensor) -> None:
+        """Follow on with `new` where a wrapper of the module's hands on `old` as another tensor."""
+        if self._on and get_ident() == self._thread and self._lineage.number(old) is not None:
+            descent = self._lineage.descend([old], [frame.serial for frame in self._frames])
+            self._lineage.mark(new, descent, None, alone=True)
+            self._quietly(self._listener.same, old, new)
 
     # -- hooks ---------------------------------------------------------------------------------
 

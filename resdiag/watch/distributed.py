@@ -1,0 +1,307 @@
+"""Several processes that train one model: which of them there are, and how their records meet.
+
+Ranks talk in `Monitor.step()` only, at the steps that the schedule names and no others: the step
+count is the same on every rank, while what a rank did in that step (an exception, an evaluation)
+need not be. A rank without a record takes part with zeros and says so, so that nobody waits for
+it in vain. Two sums per recorded step, on a process group of our own: whatever happens there leaves
+the order of the training's own collectives alone.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from resdiag.watch.pool import Layout, Pool
+from resdiag.watch.shards import is_sharded, is_sharding, mesh_of, placements_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+TIMEOUT = timedelta(minutes=5)
+"""How long a rank waits for the others before it stops watching."""
+
+_SAME = 1e-6
+
+
+class RanksError(RuntimeError):
+    """The ranks cannot be watched together; the message says why and what to do."""
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module to watch inside a wrapper of PyTorch's.
+
+    Raises:
+        ValueError: A kind of parallel training whose numbers would silently be wrong.
+    """
+    refusal = next(_refusals(model), None)
+    if refusal is not None:
+        raise ValueError(refusal)
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def find_ranks(model: nn.Module) -> "Ranks | None":
+    """The ranks that train a model together; None for a single process.
+
+    Args:
+        model: As given to `attach`: a DDP wrapper knows its process group, a sharded model its
+            mesh; for any other model it is all processes.
+
+    Raises:
+        ValueError: The other ranks did not call `attach` too.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    sharded = is_sharded(model)
+    theirs = _group_of(model)
+    if theirs is not None and dist.get_world_size(theirs) < dist.get_world_size():
+        alone = dist.get_world_size(theirs) == 1
+        return None if alone else Ranks(theirs, own=False, sharded=sharded, wrapper=model)
+    if dist.get_world_size() == 1:
+        return None
+    try:
+        ours: Any = dist.new_group(timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"rank {dist.get_rank()} waited {TIMEOUT.total_seconds():g} s for the others: call "
+            "attach on every rank, or attach(..., reduce=False) for the numbers of one rank"
+        ) from error
+    return Ranks(ours, own=True, sharded=sharded, wrapper=model)
+
+
+def _group_of(model: nn.Module) -> "ProcessGroup | None":
+    """The process group that a model is known to be trained by."""
+    if isinstance(model, DistributedDataParallel):
+        theirs: ProcessGroup = model.process_group
+        return theirs
+    meshes = [mesh for p in model.parameters() if (mesh := mesh_of(p)) is not None]
+    if not meshes or meshes[0].size() == dist.get_world_size():
+        return None
+    if meshes[0].ndim > 1:
+        raise ValueError(
+            "the parameters' mesh has two dimensions and leaves ranks out: not supported; "
+            "fully_shard over all ranks, or over a mesh of one dimension"
+        )
+    group: ProcessGroup = meshes[0].get_group()
+    return group
+
+
+def _refusals(model: nn.Module) -> Iterator[str]:
+    """Why a model cannot be watched, and what to do instead."""
+    if type(model).__module__.split(".")[0] == "deepspeed":
+        yield (
+            "DeepSpeed reduces gradients in buffers of its own, where they cannot be read: "
+            "train with DistributedDataParallel or fully_shard to watch"
+        )
+    for module in model.modules():
+        for kind in type(module).__mro__:
+            if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch."):
+                yield _WRAPPERS[kind.__name__]
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_id"):
+            yield (
+                "DeepSpeed ZeRO-3 leaves parameters empty between uses: shard with "
+                "torch.distributed.fsdp.fully_shard instead"
+            )
+        if mesh_of(parameter) is not None and not _is_data_parallel(model, parameter):
+            yield (
+                "tensor parallel: activations are spread over ranks by feature, and no rank has "
+                "a whole channel mean: watch a run with DDP or fully_shard alone"
+            )
+
+
+_WRAPPERS = {
+    "DataParallel": (
+        "DataParallel runs copies of the model in threads, which no hook of ours follows: use "
+        "DistributedDataParallel, or attach before wrapping and run on one device"
+    ),
+    "FullyShardedDataParallel": (
+        "FullyShardedDataParallel (FSDP1) flattens parameters, so that none belongs to a block: "
+        "use torch.distributed.fsdp.fully_shard (FSDP2)"
+    ),
+    "_RemoteModule": (
+        "a RemoteModule runs on another RPC worker: attach on the worker that holds the module"
+    ),
+}
+
+
+def _is_data_parallel(model: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether a DTensor is what fully_shard makes: whole copies, and shards of them at most."""
+    *outer, inner = placements_of(parameter)
+    ours = any(is_sharding(module) for module in model.modules())
+    return ours and inner.is_shard() and all(place.is_replicate() for place in outer)
+
+
+class Ranks:
+    """The ranks of a data-parallel training, as one of them sees them.
+
+    Args:
+        group: Their process group.
+        own: Whether it was made for us.
+        sharded: Whether each holds a part of the parameters only.
+        wrapper: The DDP wrapper, where it is known.
+
+    Attributes:
+        size: How many they are.
+        rank: Which of them this one is.
+        sharded: As given.
+    """
+
+    def __init__(
+        self, group: "ProcessGroup", *, own: bool, sharded: bool, wrapper: nn.Module
+    ) -> None:
+        self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.sharded = sharded
+        self._group: ProcessGroup | None = group
+        self._own, self._wrapper = own, wrapper
+        self._layout: Layout | None = None
+        self._headers: list[tuple[int, Tensor]] = []
+
+    @property
+    def is_open(self) -> bool:
+        """Whether numbers can be added up."""
+        return self._group is not None
+
+    def close(self) -> None:
+        """Let go of the process group; safe to call twice, and after all groups are gone."""
+        group, self._group = self._group, None
+        if self._own and group is not None:
+            with contextlib.suppress(Exception):  # destroy_process_group() came before us
+                dist.destroy_process_group(group)
+
+    def meet(
+        self,
+        pool: Pool,
+        rows: int | None,
+        step: int,
+        slot: int,
+        norm: Tensor,
+        weights: Callable[[], Tensor],
+    ) -> tuple[Tensor, Tensor] | None:
+        """Add up the ranks' sums of one step and write the metrics; every rank must call this.
+
+        Args:
+            pool: This rank's sums.
+            rows: Blocks recorded; None if this rank has recorded nothing in this step.
+            step: The step, the same on every rank.
+            slot: The open slot of the pool's buffers.
+            norm: This rank's gradient norm, 0-d float64, on the device of the model.
+            weights: The norm of this rank's weights, 0-d float64; asked for once.
+
+        Returns:
+            The gradient norm, 0-d float64, and a 0-d bool: whether all ranks have recorded the step
+            and have the same gradients. None if not all ranks have recorded a first step yet.
+
+        Raises:
+            RanksError: The ranks do not train one model together, or one of them did not come.
+        """
+        if getattr(getattr(self._wrapper, "_join_config", None), "enable", False):
+            raise RanksError(
+                "under join() ranks run out of steps one by one: give each rank equally many "
+                "(DistributedSampler does), or attach(..., reduce=False) for each rank's own"
+            )
+        layout = None if rows is None else pool.layout(rows)
+        if self._layout is None and not self._settle(layout, weights()):
+            return None
+        return self._add(pool, layout, step, slot, norm)
+
+    def check(self) -> Iterator[str]:
+        """What the meetings since the last call say about the ranks; waits for the device."""
+        headers, self._headers = self._headers, []
+        for step, header in headers:
+            recorded, steps, norms = header.view(self.size, 3).cpu().unbind(1)
+            absent = [i for i, flag in enumerate(recorded.tolist()) if not flag]
+            if absent and len(absent) < self.size:
+                yield (
+                    f"step {step} was recorded alike by {self.size - len(absent)} of {self.size} "
+                    f"ranks only (not by {_listed(absent)}): its numbers are NaN"
+                )
+            elif len(set(steps.tolist())) > 1:
+                yield "the ranks count different steps: call monitor.step() equally often on each"
+            elif not self.sharded and not absent and not _equal(norms):
+                yield (
+                    "the gradients differ from rank to rank when they are read (under no_sync(), "
+                    "or before the reduction?): parameter gradients and updates are NaN"
+                )
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _settle(self, layout: Layout | None, weights: Tensor) -> bool:
+        """Whether all ranks have recorded for the first time, and alike; waits for the device."""
+        known = (0, 0, 0) if layout is None else (1, layout.digest, layout.rows)
+        mine = torch.cat([weights.new_tensor(known), weights.reshape(1)])
+        answers = self._sum(self._placed(mine)).view(self.size, 4).cpu()
+        recorded, digests, rows, sizes = answers.unbind(1)
+        if not recorded.all():
+            return False
+        if len(set(digests.tolist())) > 1:
+            found = ", ".join(f"{int(count)} on rank {i}" for i, count in enumerate(rows.tolist()))
+            raise RanksError(
+                f"the ranks run different blocks ({found}), as in pipeline parallel training or "
+                "where layers are dropped at random: attach(..., reduce=False) records each "
+                "rank's own"
+            )
+        if not self.sharded and not _equal(sizes):
+            raise RanksError(
+                "the ranks hold different weights, so they do not train one model (is DDP "
+                "missing?): attach(..., reduce=False) records each rank's own"
+            )
+        self._layout = layout
+        return True
+
+    def _add(
+        self, pool: Pool, layout: Layout | None, step: int, slot: int, norm: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        agreed = self._layout
+        assert agreed is not None
+        same = layout == agreed
+        header = self._placed(torch.cat([norm.new_tensor([same, step]), norm.reshape(1)]))
+        length = sum(agreed.sizes)
+        mine = pool.pack(agreed, norm.device) if same else norm.new_zeros(length)
+        header, total = self._sum(torch.cat([header, mine])).split([header.numel(), length])
+        spread = pool.spread(agreed, total) if same else norm.new_zeros(len(agreed.sites))
+        spreads = self._sum(spread)
+        recorded, steps, norms = header.view(self.size, 3).unbind(1)
+        valid = (recorded > 0).all() & (steps == step).all()
+        if layout is not None:
+            pool.write(agreed, total, spreads, valid, slot)
+        self._headers.append((step, header))
+        if self.sharded:
+            return norms.square().sum().sqrt(), valid
+        return norm, valid & _equal(norms)
+
+    def _placed(self, mine: Tensor) -> Tensor:
+        """One rank's numbers at its own place: the sum over ranks is the list of all."""
+        out = mine.new_zeros(self.size, mine.numel())
+        out[self.rank] = mine
+        return out.view(-1)
+
+    def _sum(self, vector: Tensor) -> Tensor:
+        try:
+            dist.all_reduce(vector, group=self._group)
+        except RuntimeError as error:
+            raise RanksError(
+                f"rank {self.rank} did not meet the {_listed(self._others())} "
+                f"({str(error).splitlines()[0]}): call monitor.step() equally often on every "
+                "rank, which uneven inputs under join() do not allow, or "
+                "attach(..., reduce=False) for each rank's own numbers"
+            ) from error
+        return vector
+
+    def _others(self) -> list[int]:
+        return [i for i in range(self.size) if i != self.rank]
+
+
+def _equal(values: Tensor) -> Tensor:
+    """Whether all ranks name one number; NaN or infinity everywhere are one number too."""
+    same = values.amax() - values.amin() <= _SAME * values.abs().amax()
+    return same | values.isnan().all() | values.isposinf().all()
+
+
+def _listed(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

@@ -1,0 +1,298 @@
+"""One rank's share of a recorded step as sums that add up over the ranks, and back to the metrics.
+
+A metric of the whole batch is in general no function of the metrics of its parts: the RMS of the
+channel means needs the channel means. Here every recorded number is taken apart into numbers that
+add, `pack` puts them into one vector, somebody adds the vectors of all ranks, and `write` makes the
+metrics from the sum. Nothing here communicates.
+
+With g_r the gradient of rank r's own loss on its B_r samples, data-parallel training steps along
+the mean of the R ranks' gradients: its loss is L = (1/R) sum_r L_r. Hence dL/dx on the samples of r
+is g_r / R and, over all B = sum_r B_r samples,
+
+    G2 = sqrt(B) ||dL/dx||_F = sqrt(B sum_r ||g_r||^2) / R,
+
+exact for unequal B_r too; for equal ones it is sqrt(mean_r G2_r^2).
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resdiag.watch import metrics
+from resdiag.watch.buffer import Buffer, Key
+from resdiag.watch.skip import COLUMNS
+
+_MEAN = (
+    "skip_gain_stage",
+    "skip_gain",
+    "negative_fraction",
+    "slope_mean",
+    "slope_mean_sq",
+    "grad_nonfinite",
+    "shortcut_share",
+)
+_RMS = ("perturbation", "identity_defect", "identity_drift", "update_ratio")
+_GRADIENT = ("grad_input", "grad_sum", "grad_output")
+_NORM = ("grad_param",)
+_SHARDED = ("update_ratio", "grad_param")
+HEAD = -1
+"""The row that stands for the classifier's input among the sites."""
+
+Weight = float | Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What stands where in the vector; ranks can only add what they have laid out alike.
+
+    Attributes:
+        rows: Blocks.
+        scalars: Columns that are a quotient of two sums.
+        sites: Row and first column of every tensor measured, and its channels.
+        gates: Row, and channels of each activation inside that block.
+        classes: Entries of the logits' gradient, 0 without a head.
+    """
+
+    rows: int
+    scalars: tuple[str, ...]
+    sites: tuple[tuple[Key, int], ...]
+    gates: tuple[tuple[int, tuple[int, ...]], ...]
+    classes: int
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Lengths of the parts of the vector."""
+        channels = sum(count for _, count in self.sites)
+        gated = sum(sum(counts) for _, counts in self.gates)
+        gates = sum(len(counts) for _, counts in self.gates)
+        cells = 3 * self.rows * len(self.scalars)
+        return cells, channels, len(self.sites), len(self.sites), gated, gates, self.classes
+
+    @property
+    def digest(self) -> int:
+        """A fingerprint that a float64 holds exactly."""
+        return int.from_bytes(hashlib.sha256(repr(self).encode()).digest()[:6], "big")
+
+
+class Pool:
+    """Collects one rank's sums while a pass runs.
+
+    Args:
+        cells: Per-block buffer.
+        head: Per-step buffer.
+        ranks: How many ranks add up.
+        sharded: Whether a rank holds a part of the parameters only: their norms then add up too.
+    """
+
+    def __init__(self, cells: Buffer, head: Buffer, ranks: int, *, sharded: bool) -> None:
+        self._cells, self._head, self._ranks = cells, head, ranks
+        self._columns = tuple(
+            name for name in (*_MEAN, *_RMS, *_GRADIENT, *_NORM) if sharded or name not in _SHARDED
+        )
+        self._at = {name: i for i, name in enumerate(self._columns)}
+        self.sharded = sharded
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a pass."""
+        self._scalars: dict[Key, tuple[Tensor, Weight]] = {}
+        self._sites: list[tuple[Key, metrics.Sums]] = []
+        self._gates: dict[int, tuple[list[Tensor], list[int]]] = {}
+        self._gap: Tensor | None = None
+
+    # -- collecting ----------------------------------------------------------------------------
+
+    def put(self, row: int, column: str, value: Tensor, weight: Weight) -> None:
+        """A cell that is a mean, or a root mean square, of parts of these weights."""
+        self._scalars[row, column] = value, weight
+
+    def skip(self, row: int, values: Tensor, weights: Sequence[Weight]) -> None:
+        """The skip path's columns, see `skip.COLUMNS`; each has its own denominator as weight."""
+        for column, value, weight in zip(COLUMNS, values.unbind(), weights, strict=True):
+            if column in self._at:
+                self.put(row, column, value, weight)
+
+    def gradient(self, row: int, column: str, size: Tensor, batch: int) -> None:
+        """G2 of a rank's own loss on its own `batch` samples."""
+        self.put(row, column, size / math.sqrt(max(1, batch)), float(batch))
+
+    def sites(self, sites: Sequence[tuple[Key, metrics.Sums]]) -> None:
+        """Tensors read for their moments, under the first of their columns."""
+        self._sites.extend(sites)
+
+    def gates(self, row: int, counts: Sequence[Tensor], sizes: Sequence[int]) -> None:
+        """Saturated units per channel of each activation in a block, of `sizes` units each."""
+        self._gates[row] = list(counts), list(sizes)
+
+    def gap(self, gradient: Tensor) -> None:
+        """The batch sum of the logits' gradient, float64 (K,)."""
+        self._gap = gradient
+
+    # -- adding up -----------------------------------------------------------------------------
+
+    def layout(self, rows: int) -> Layout:
+        """How this pass's vector is laid out."""
+        return Layout(
+            rows,
+            self._columns,
+            tuple((key, part.per_channel.numel()) for key, part in self._sites),
+            tuple(
+                (row, tuple(len(count) for count in self._gates[row][0]))
+                for row in sorted(self._gates)
+            ),
+            0 if self._gap is None else self._gap.numel(),
+        )
+
+    def pack(self, layout: Layout, device: torch.device) -> Tensor:
+        """The first vector, float64: everything but the spread within and between ranks."""
+        parts = [part for _, part in self._sites]
+        gates = [self._gates[row] for row, _ in layout.gates]
+        nothing = torch.zeros(0, dtype=torch.float64, device=device)
+        none = nothing.new_zeros(())
+        channels = nothing.new_tensor([part.per_channel.numel() * part.size for part in parts])
+        broken = [none if part.broken is None else part.broken for part in parts]
+        return torch.cat(
+            [
+                self._pack_scalars(layout, device),
+                *(part.per_channel for part in parts),
+                nothing.new_tensor([float(part.size) for part in parts]),
+                torch.stack(broken) * channels if parts else nothing,
+                *(count.double() for counts, _ in gates for count in counts),
+                nothing.new_tensor([float(size) for _, sizes in gates for size in sizes]),
+                nothing if self._gap is None else self._gap,
+            ]
+        )
+
+    def spread(self, layout: Layout, total: Tensor) -> Tensor:
+        """The second vector: squared deviations from the channel means of all ranks, per site.
+
+        A sum of squares minus the squared mean would cancel where the mean dwarfs the spread; by
+        the law of total variance, spreads within ranks and those of the ranks' means just add.
+        """
+        means = self._means(layout, total)
+        out = []
+        for (_, part), mean in zip(self._sites, means, strict=True):
+            local = part.per_channel / part.size
+            within = part.spread
+            if within is None:
+                within = (part.second - local.square().mean()).clamp_min(0)
+            out.append(part.size * (within + (local - mean).square().mean()))
+        return torch.stack(out) if out else total.new_zeros(0)
+
+    def write(
+        self, layout: Layout, total: Tensor, spreads: Tensor, valid: Tensor, slot: int
+    ) -> None:
+        """Make the metrics of all ranks from the sums and write them into the open slots.
+
+        Args:
+            layout: Of both vectors.
+            total: The first vectors' sum.
+            spreads: The second vectors' sum.
+            valid: 0-d bool: otherwise NaN is written.
+            slot: The open slot of both buffers.
+        """
+        cells, _, sizes, broken, gated, gates, gap = total.split(layout.sizes)
+        self._write_scalars(layout, cells, valid, slot)
+        self._write_sites(layout, total, spreads / sizes, broken / sizes, valid, slot)
+        self._write_gates(layout, gated, gates, valid, slot)
+        if layout.classes:
+            kick = _only(gap.abs().amax() / self._ranks, valid)
+            self._head.write(slot, 0, "head_gap", kick)
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _pack_scalars(self, layout: Layout, device: torch.device) -> Tensor:
+        """Numerator, denominator and presence of each quotient: (rows, columns, 3), flat."""
+        out = torch.zeros(layout.rows * len(layout.scalars), 3, dtype=torch.float64, device=device)
+        if self._scalars:
+            places = [row * len(layout.scalars) + self._at[name] for row, name in self._scalars]
+            squared = [name not in _MEAN for _, name in self._scalars]
+            values = torch.stack([value for value, _ in self._scalars.values()]).to(device)
+            weights = _weights([weight for _, weight in self._scalars.values()], device)
+            root = torch.tensor(squared, device=device)
+            whole = torch.tensor([name in (*_GRADIENT, *_NORM) for _, name in self._scalars])
+            numerators = torch.where(root, values.square(), values)
+            scaled = torch.where((weights == 0) & ~root, 0.0, numerators * weights)
+            numerators = torch.where(whole.to(device), numerators, scaled)
+            rows = torch.stack([numerators, weights, torch.ones_like(weights)], dim=1)
+            out[torch.tensor(places, device=device)] = rows
+        return out.view(-1)
+
+    def _write_scalars(self, layout: Layout, cells: Tensor, valid: Tensor, slot: int) -> None:
+        sums = cells.view(layout.rows, len(layout.scalars), 3)
+        above, below, present = sums.unbind(2)
+        for name, at in self._at.items():
+            a, b = above[:, at], below[:, at]
+            if name in _GRADIENT:
+                values = (a * b).sqrt() / self._ranks
+            elif name in _NORM:
+                values = a.sqrt()
+            elif name in _RMS:
+                values = torch.where(a == 0, a, a / b).sqrt()
+            else:
+                values = a / b
+            here = _only(values, valid & (present[:, at] > 0))
+            self._cells.write_column(slot, name, here)
+
+    def _write_sites(
+        self,
+        layout: Layout,
+        total: Tensor,
+        spreads: Tensor,
+        broken: Tensor,
+        valid: Tensor,
+        slot: int,
+    ) -> None:
+        means = self._means(layout, total)
+        for count in sorted({count for _, count in layout.sites}):
+            which = [i for i, (_, channels) in enumerate(layout.sites) if channels == count]
+            keys = [layout.sites[i][0] for i in which]
+            mu = torch.stack([means[i] for i in which])
+            at = torch.tensor(which, device=total.device)
+            squared = mu.square().mean(1)
+            values = metrics.describe(mu, squared, spreads[at], broken[at] / count)
+            values = _only(values, valid)
+            inner = [i for i, (row, _) in enumerate(keys) if row != HEAD]
+            if inner:
+                picked = values if len(inner) == len(keys) else values[inner]
+                self._cells.write_rows(slot, [keys[i] for i in inner], picked)
+            for i, (row, name) in enumerate(keys):
+                if row == HEAD:
+                    self._head.write(slot, 0, name, values[i, :3])
+
+    def _write_gates(
+        self, layout: Layout, gated: Tensor, gates: Tensor, valid: Tensor, slot: int
+    ) -> None:
+        channels = [counts for _, counts in layout.gates]
+        per_row = gated.split([sum(counts) for counts in channels])
+        sizes = gates.split([len(counts) for counts in channels])
+        for (row, counts), closed, size in zip(layout.gates, per_row, sizes, strict=True):
+            repeats = torch.tensor(counts, device=gated.device)
+            full = size.repeat_interleave(repeats, output_size=sum(counts))
+            saturated, dead = closed.sum() / full.sum(), (closed == full).double().mean()
+            self._cells.write(slot, row, "saturated_fraction", _only(saturated, valid))
+            self._cells.write(slot, row, "dead_fraction", _only(dead, valid))
+
+    def _means(self, layout: Layout, total: Tensor) -> list[Tensor]:
+        """Channel means of all ranks per site."""
+        _, sums, sizes, *_ = total.split(layout.sizes)
+        per_site = sums.split([count for _, count in layout.sites])
+        return [part / size for part, size in zip(per_site, sizes.unbind(), strict=True)]
+
+
+def _weights(weights: Sequence[Weight], device: torch.device) -> Tensor:
+    """Weights as one tensor; those that the host knows cross in one copy."""
+    known = [weight if isinstance(weight, float) else math.nan for weight in weights]
+    out = torch.tensor(known, dtype=torch.float64, device=device)
+    for at, weight in enumerate(weights):
+        if isinstance(weight, Tensor):
+            out[at] = weight
+    return out
+
+
+def _only(values: Tensor, valid: Tensor) -> Tensor:
+    return torch.where(valid, values, math.nan)
