@@ -501,7 +501,7 @@ def test_no_activation_outlives_its_step():
     model, alive = small("original"), []
     for module in model.modules():
         module.register_forward_hook(lambda m, i, o: alive.append(weakref.ref(o)))
-    with attach(model) as monitor:
+    with attach(model, samples=2) as monitor:
         train(model, 2, monitor=monitor)
         gc.disable()
         try:
@@ -511,8 +511,9 @@ def test_no_activation_outlives_its_step():
             gc.enable()
         held = [t for t in _tensors_of(monitor) if t.numel() > monitor._cells._cells.numel()]
         assert not held
-        kept = sum(t.numel() for t in _tensors_of(monitor._recorder._skip))
-        assert kept == 0
+        kept = list(_tensors_of(monitor._recorder._skip))
+        assert all(len(t) <= 2 for t in kept)  # memory for the samples looked at
+    assert not list(_tensors_of(monitor._recorder._skip))
 
 
 def _tensors_of(thing, seen=None):
@@ -618,11 +619,10 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("fast", [True, False])
-@pytest.mark.parametrize("variant", ["original", "elu_after", "plain"])
-def test_no_operation_of_a_recorded_step_makes_the_host_wait(monkeypatch, variant, fast):
-    if not fast:
-        monkeypatch.setattr(metrics, "_is_fast", lambda x: False)
+@pytest.mark.parametrize("variant", ["original", "elu_after", "plain", "elu_nobn"])
+def test_no_operation_of_a_recorded_step_makes_the_host_wait(monkeypatch, variant):
+    # as on an accelerator: the numbers of a CPU tensor are the host's own
+    monkeypatch.setattr(metrics, "on_host", lambda device: False)
     model = small(variant)
     optimizer = sgd(model)
     images, labels = batch(4)
@@ -646,7 +646,7 @@ def test_host_reads_are_seen_by_the_counter():
 @pytest.mark.parametrize("variant", ["elu_nobn", "elu_after", "original"])
 def test_the_accelerator_path_gives_the_same_numbers(monkeypatch, variant):
     fast = watch_and_walk(variant, 8)[0].to_frame()
-    monkeypatch.setattr(metrics, "_is_fast", lambda x: False)
+    monkeypatch.setattr(metrics, "on_host", lambda device: False)
     exact = watch_and_walk(variant, 8)[0].to_frame()
     expected = {name: exact[name].to_numpy(np.float64) for name in RECORDED}
     reference.assert_columns_agree(fast, expected, rtol=2e-5)
@@ -836,7 +836,8 @@ def test_activation_checkpointing_gives_the_numbers_of_the_plain_pass(variant):
         with attach(model) as monitor:
             train(model, 2, monitor=monitor)
         frames.append(monitor.to_frame().drop(columns=["point", "step", "block"]))
-    np.testing.assert_array_equal(*frames)
+    # the plain pass reads a BatchNorm's moments off the layer; under checkpointing it must not
+    np.testing.assert_allclose(*frames, rtol=2e-5, atol=1e-6)
 
 
 def test_the_old_kind_of_checkpointing_lacks_gradients_for_a_reason():

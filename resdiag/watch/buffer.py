@@ -2,12 +2,14 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from resdiag.watch.metrics import Scalar, stack
 
 Key = tuple[int, str]
 """A cell of one step: row and column name."""
@@ -29,15 +31,20 @@ class Buffer:
         self._at = {name: i for i, name in enumerate(columns)}
         self._slots = slots
         self._cells: Tensor | None = None
-        self._loose: list[tuple[int, Key, Tensor]] = []
+        self._loose: list[tuple[int, Key, Scalar]] = []
         self._steps: list[int] = []
         self._taken = 0  # slots that were flushed while a later one was open
-        self._aliases: list[dict[Key, Key]] = []
+        self._aliases: list[list[tuple[int, slice, int, slice]]] = []
 
     @property
     def is_full(self) -> bool:
         """Whether the next step needs a flush first."""
         return len(self._steps) >= self._slots
+
+    @property
+    def device(self) -> torch.device:
+        """Where the cells are."""
+        return torch.device("cpu") if self._cells is None else self._cells.device
 
     @property
     def slot(self) -> int:
@@ -48,7 +55,7 @@ class Buffer:
         """Open a slot for `step`; if the last slot is that step's already, wipe it."""
         if self._steps[self._taken :][-1:] != [step]:
             self._steps.append(step)
-            self._aliases.append({})
+            self._aliases.append([])
         self._aliases[-1].clear()
         if self._cells is not None:
             self._cells[self.slot].fill_(math.nan)
@@ -87,8 +94,8 @@ class Buffer:
         starts = tuple(row * len(self.columns) + self._at[name] for row, name in keys)
         self._cells[slot].view(-1)[_index(starts, values.shape[1], values.device)] = values
 
-    def put(self, slot: int, row: int, name: str, value: Tensor) -> None:
-        """Keep a 0-d float64 value for a cell until `settle`: many small writes become one."""
+    def put(self, slot: int, row: int, name: str, value: Scalar) -> None:
+        """Keep a value for a cell until `settle`: many small writes become one."""
         self._loose.append((slot, (row, name), value))
 
     def settle(self) -> None:
@@ -97,16 +104,25 @@ class Buffer:
         for slot in {slot for slot, _, _ in loose}:
             # a cell put twice has its last value: a write to one place twice has no order
             mine = {key: value for at, key, value in loose if at == slot}
-            self.write_rows(slot, list(mine), torch.stack(list(mine.values())).unsqueeze(1))
+            self.write_rows(slot, list(mine), stack(list(mine.values()), self.device).unsqueeze(1))
 
     def write_column(self, slot: int, name: str, values: Tensor) -> None:
         """Write one value per row."""
         assert self._cells is not None
         self._cells[slot, : values.numel(), self._at[name]] = values
 
-    def alias(self, row: int, name: str, source: Key) -> None:
-        """Say that a cell of the open slot equals another: the same tensor was there before."""
-        self._aliases[-1][row, name] = source
+    def alias(self, row: int, first: str, source: Key, width: int = 1) -> None:
+        """Say that cells of the open slot equal others: the same tensor was there before.
+
+        Args:
+            row: The row.
+            first: The first of `width` columns.
+            source: Row and first column of the cells that they equal; may be an alias itself.
+            width: Number of consecutive columns.
+        """
+        here, there = self._at[first], self._at[source[1]]
+        places = row, slice(here, here + width), source[0], slice(there, there + width)
+        self._aliases[-1].append(places)
 
     def flush(self, *, keep_open: bool = False) -> tuple[list[int], NDArray[np.float64]]:
         """Move all used slots to the host: the steps, and values (steps, rows, columns).
@@ -123,21 +139,13 @@ class Buffer:
             values = np.empty((len(steps), 0, len(self.columns)))
         else:
             values = self._cells[used].cpu().numpy().copy()
-        for slot, known in enumerate(aliases):
-            self._resolve(values[slot], known)
+        for cells, known in zip(values, aliases, strict=True):
+            for row, columns, source, there in known if cells.size else ():
+                cells[row, columns] = cells[source, there]  # a source was known before its aliases
         self._taken = used.stop if keep_open else 0
         if not keep_open:
             self._steps, self._aliases = [], []
         return steps, values
-
-    def _resolve(self, values: NDArray[np.float64], aliases: Mapping[Key, Key]) -> None:
-        """Copy aliased cells; a source may be an alias itself."""
-        if not values.size:
-            return
-        for (row, name), source in aliases.items():
-            while source in aliases:
-                source = aliases[source]
-            values[row, self._at[name]] = values[source[0], self._at[source[1]]]
 
 
 @functools.lru_cache(maxsize=128)

@@ -88,6 +88,11 @@ class Call:
         return getattr(self.function, "__name__", "") in ACTIVATIONS
 
     @property
+    def is_idempotent(self) -> bool:
+        """Whether applying it twice is applying it once, to the last bit."""
+        return self.name in ("relu", "relu6", "hardtanh", "clamp")
+
+    @property
     def is_normalisation(self) -> bool:
         """Whether it is a normalisation layer's function."""
         return getattr(self.function, "__name__", "") in NORMALISATIONS

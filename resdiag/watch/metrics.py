@@ -1,20 +1,28 @@
-"""The measurements: pure functions from tensors to float64 scalars, each with formula and source.
+"""The measurements: pure functions from tensors to scalars, each with formula and source.
 
 Squares of float32 values overflow at 2e19 and vanish below 1e-23 although the values themselves are
 finite. Every sum of squares here is exact in that range too: the fast float32 reduction is kept
 where it can be trusted and redone in float64 where it cannot. On the CPU trust is a look at the
 value, which is already in host memory; on an accelerator a look would stall the queue, so the
-reduction runs in float64 there from the start.
+reduction runs in float64 there from the start. So a scalar is a plain number on the CPU, where
+arithmetic on 0-d tensors costs more than many a measurement, and stays a tensor elsewhere.
 """
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import Node, saved_tensors_hooks
+
+from resdiag.watch.calls import Call, compose
+
+Scalar: TypeAlias = float | Tensor
+"""A number for a tensor on the CPU, a 0-d float64 tensor for one on an accelerator."""
 
 SATURATED_SLOPE = 0.05
 """An activation's output counts as saturated if its slope is below this."""
@@ -32,6 +40,8 @@ STATISTICS = (
 )
 """What `statistics` returns, in order: the suffixes of a site's columns."""
 
+_Affine: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], float]
+
 # outside these bounds a float32 norm may have lost its squares to overflow or underflow
 _TRUSTED = (1e-15, 1e18)
 # elements that one float32 sum of squares may take
@@ -40,38 +50,64 @@ _PIECE = 2**18
 _CANCELLED = 1e-2
 
 
-def norm(x: Tensor) -> Tensor:
+def norm(x: Tensor) -> Scalar:
     """Euclidean norm sqrt(sum x^2), finite whenever every element of `x` is.
 
     Args:
         x: Any shape and floating dtype.
 
     Returns:
-        0-d float64 tensor on the device of `x`, in units of `x`.
+        Scalar in units of `x`.
 
-    >>> f"{norm(torch.full((4,), 1e30)).item():.4g}"  # although 1e60 is no float32
+    >>> f"{norm(torch.full((4,), 1e30)):.4g}"  # although 1e60 is no float32
     '2e+30'
     """
     x = x.detach()
     if _is_fast(x):
         fast = _norm_by_pieces(x)
-        value = _peek(fast)
         # NaN cannot come from overflowing squares: some element is NaN
-        if _TRUSTED[0] < value < _TRUSTED[1] or math.isnan(value):
+        if _TRUSTED[0] < fast < _TRUSTED[1] or math.isnan(fast):
             return fast
     exact: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
-    return exact
+    return _look(exact) if on_host(x.device) else exact
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """`norm` of many tensors of one device in a few kernels, float64 (n,)."""
     if not all(_is_fast(x) and x.numel() <= _PIECE for x in tensors):
-        return torch.stack([norm(x) for x in tensors])
-    fast = torch.stack(torch._foreach_norm([x.detach() for x in tensors])).double()
-    for index, value in enumerate(fast.numpy()):
-        if not (_TRUSTED[0] < value < _TRUSTED[1] or math.isnan(value)):
-            fast[index] = norm(tensors[index])
+        return stack([norm(x) for x in tensors], tensors[0].device)
+    plain = [x.detach() for x in tensors]
+    fast = torch.stack(torch._foreach_norm(plain)).double()
+    values = fast.numpy()
+    doubtful = np.flatnonzero(~((_TRUSTED[0] < values) & (values < _TRUSTED[1])))
+    if doubtful.size:  # zeros are common: biases begin there
+        exact = torch._foreach_norm([plain[i] for i in doubtful], 2, torch.float64)
+        values[doubtful] = torch.stack(exact).numpy()
     return fast
+
+
+def stack(values: Sequence[Scalar], device: torch.device) -> Tensor:
+    """Scalars as one float64 tensor (n,) on a device, to which no number has to be sent."""
+    if on_host(device):
+        return torch.tensor(values, dtype=torch.float64)
+    return torch.stack([v if isinstance(v, Tensor) else _constant(v, device) for v in values])
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(value: float, device: torch.device) -> Tensor:
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def on_host(device: torch.device) -> bool:
+    """Whether tensors of this device lie in host memory, where looking at them costs nothing."""
+    return device.type == "cpu"
+
+
+def quotient(a: Scalar, b: Scalar) -> Scalar:
+    """The quotient a / b as IEEE 754 has it: x / 0 is infinite, 0 / 0 is NaN."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor) or b:
+        return a / b
+    return math.nan if math.isnan(a) or not a else math.copysign(math.inf, a)
 
 
 def statistics(x: Tensor) -> Tensor:
@@ -99,18 +135,18 @@ class Sums(NamedTuple):
     """What `statistics` needs of a tensor: all that must be read before the tensor changes.
 
     Attributes:
-        per_channel: Sums over batch and positions, float64 (C,).
+        per_channel: Sums over batch and positions (C,).
         size: Elements per channel.
-        second: Second moment E[x^2], 0-d float64.
+        second: Second moment E[x^2].
         spread: mean_c sigma_c^2 where the difference of the others would have cancelled.
-        broken: Non-finite fraction; None if `x` is known to be finite.
+        broken: Non-finite fraction.
     """
 
     per_channel: Tensor
     size: int
-    second: Tensor
-    spread: Tensor | None
-    broken: Tensor | None
+    second: Scalar
+    spread: Scalar | None
+    broken: Scalar
 
 
 def reduce(x: Tensor, per_channel: Tensor | None = None) -> Sums:
@@ -118,34 +154,83 @@ def reduce(x: Tensor, per_channel: Tensor | None = None) -> Sums:
 
     Args:
         x: The tensor.
-        per_channel: Its channel sums if they are known, float64 (C,); used while `x` is finite.
+        per_channel: Its channel sums (C,) if they are known; used while `x` is finite.
     """
     x = x.detach() if x.dim() > 1 else x.detach().reshape(1, -1)
+    channels = x.shape[channel_dimension(x)]
     if not x.numel():
-        nan = torch.full((x.shape[channel_dimension(x)],), math.nan, dtype=torch.float64)
-        nothing = nan.new_full((), math.nan)
-        return Sums(nan.to(x.device), 1, nothing.to(x.device), None, nothing.to(x.device))
-    sums, second, finite = _moments(x, per_channel)
-    size = x.numel() // max(1, sums.numel())
-    spread = None
-    if finite and x.is_cpu:
-        squared = _peek(torch.dot(sums, sums)) / (sums.numel() * size**2)
-        if _peek(second) - squared < _CANCELLED * _peek(second):
-            spread = _centred_second_moment(x)
-    return Sums(sums, size, second, spread, None if finite else nonfinite_fraction(x))
+        nan = torch.full((channels,), math.nan, dtype=torch.float64, device=x.device)
+        return Sums(nan, 1, math.nan, None, math.nan)
+    size = norm(x)
+    count = x.numel() // channels
+    sums = per_channel
+    if sums is None or not _is_fast(x) or not size < _TRUSTED[1]:
+        sums = _channel_sums(x, size)
+    second = size * size / x.numel()
+    if not isinstance(second, float) or not math.isfinite(second):
+        return Sums(sums, count, second, None, nonfinite_fraction(x))
+    squared = _look(torch.dot(sums, sums)) / (channels * count**2)
+    cancelled = second - squared < _CANCELLED * second
+    return Sums(sums, count, second, _centred_second_moment(x) if cancelled else None, 0.0)
+
+
+def reduce_normalised(x: Tensor) -> Sums | None:
+    """`reduce` of what a BatchNorm in training has just returned, without reading it.
+
+    Its channel means are beta_c, its variances gamma_c^2 sigma_c^2 / (sigma_c^2 + eps), and sigma_c
+    is among the few numbers that the layer keeps for its backward pass.
+
+    Returns:
+        None where `x` is not the untouched output of such a layer on the CPU, and where a batch
+        variance over- or underflowed.
+
+    References:
+        Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1.
+    """
+    node = x.grad_fn
+    if node is None or not _is_fast(x) or node.name() != "NativeBatchNormBackward0":
+        return None
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return None  # reading what is saved would run somebody's unpacking
+    known = _affine(node)
+    if known is None:
+        return None
+    scale, shift, inverse, eps = known
+    if not (inverse.min() > 0 and inverse.max() < math.inf and np.isfinite(scale + shift).all()):
+        return None
+    second = float((shift**2 + scale**2 * np.maximum(0, 1 - eps * inverse**2)).mean())
+    spread = second - float((shift**2).mean())
+    count = x.numel() // len(shift)
+    cancelled = spread < _CANCELLED * second
+    if not math.isfinite(second) or math.sqrt(second * x.numel()) >= _TRUSTED[1]:
+        return None
+    per_channel = torch.from_numpy(shift * count)
+    return Sums(per_channel, count, second, spread if cancelled else None, 0.0)
+
+
+def _affine(node: Node) -> _Affine | None:
+    """A BatchNorm node's scale, shift, 1 / sqrt(sigma^2 + eps) and eps, float64 (C,)."""
+    functions = node.next_functions
+    if not getattr(node, "_saved_training", False) or len(functions) != 3:
+        return None
+    inverse = getattr(node, "_saved_result2", None)
+    scale, shift = (getattr(before, "variable", None) for before, _ in functions[1:])
+    if inverse is None or scale is None or shift is None:  # frozen, or without affine parameters
+        return None
+    gamma, beta, inverse = (t.detach().numpy().astype(np.float64) for t in (scale, shift, inverse))
+    return gamma, beta, inverse, float(getattr(node, "_saved_eps", 0.0))
 
 
 def combine(parts: Sequence[Sums]) -> Tensor:
     """`statistics` of several tensors of equally many channels, in a few kernels: (n, 7)."""
-    mu = torch.stack([part.per_channel / part.size for part in parts])
-    second = torch.stack([part.second for part in parts])
+    mu = torch.stack([part.per_channel.double() / part.size for part in parts])
+    second = stack([part.second for part in parts], mu.device)
     squared = mu.square().mean(1)
     spread = (second - squared).clamp_min(0)
     for index, part in enumerate(parts):
         if part.spread is not None:
             spread[index] = part.spread
-    zero = torch.zeros((), dtype=torch.float64, device=mu.device)
-    broken = torch.stack([zero if part.broken is None else part.broken for part in parts])
+    broken = stack([part.broken for part in parts], mu.device)
     return describe(mu, squared, spread, broken)
 
 
@@ -155,12 +240,13 @@ def describe(mu: Tensor, squared: Tensor, spread: Tensor, broken: Tensor) -> Ten
     return torch.cat([moments, _quantiles(mu), broken.unsqueeze(1)], dim=1)
 
 
-def nonfinite_fraction(x: Tensor) -> Tensor:
-    """Share of NaN and infinite elements, a 0-d float64 tensor."""
-    return x.detach().isfinite().logical_not_().sum(dtype=torch.float64) / max(1, x.numel())
+def nonfinite_fraction(x: Tensor) -> Scalar:
+    """Share of NaN and infinite elements."""
+    share = x.detach().isfinite().logical_not_().sum(dtype=torch.float64) / max(1, x.numel())
+    return _look(share) if on_host(x.device) else share
 
 
-def gradient(g: Tensor) -> tuple[Tensor, Tensor]:
+def gradient(g: Tensor) -> tuple[Scalar, Scalar]:
     """G2, the batch-size free gradient norm sqrt(B) ||g||_F, and the non-finite fraction of `g`.
 
     For a mean loss over B samples this is B times the RMS over samples of the per-sample norm.
@@ -173,33 +259,29 @@ def gradient(g: Tensor) -> tuple[Tensor, Tensor]:
     """
     g = g.detach()
     size = norm(g)
-    finite = g.is_cpu and math.isfinite(_peek(size))
-    broken = torch.zeros_like(size) if finite else nonfinite_fraction(g)
+    finite = isinstance(size, float) and math.isfinite(size)
+    broken = 0.0 if finite else nonfinite_fraction(g)
     return size * math.sqrt(g.shape[0] if g.dim() else 1), broken
 
 
-def relative_change(changed: Tensor, reference: Tensor) -> Tensor:
+def relative_change(changed: Tensor, reference: Tensor) -> Scalar:
     """||changed - reference||_F / ||reference||_F: P1 of (H, u), P2 of (f(h), h), P4 of f^(n).
 
-    0 when both are 0; a 0-d float64 tensor.
+    0 when both are 0.
 
     References:
         Shah et al. 2016, arXiv:1604.04112, section 3.2.3.
 
-    >>> relative_change(torch.tensor([0.0, 4.0]), torch.tensor([3.0, 4.0])).item()
+    >>> round(relative_change(torch.tensor([0.0, 4.0]), torch.tensor([3.0, 4.0])), 6)
     0.6
     """
-    return relative_changes([changed], [reference])[0]
+    difference = norm(changed.detach() - reference.detach())
+    if isinstance(difference, Tensor):
+        return torch.where(difference == 0, difference, difference / norm(reference))
+    return quotient(difference, norm(reference)) if difference else 0.0
 
 
-def relative_changes(changed: Iterable[Tensor], references: Sequence[Tensor]) -> Tensor:
-    """`relative_change` of many pairs, float64 (n,); `changed` is read one by one."""
-    pairs = zip(changed, references, strict=True)
-    differences = torch.stack([norm(a.detach() - b.detach()) for a, b in pairs])
-    return torch.where(differences == 0, differences, differences / norms(references))
-
-
-def share(part: Tensor, total: Tensor) -> Tensor:
+def share(part: Tensor, total: Tensor) -> Scalar:
     """Projection share <part, total> / ||total||^2; the shares of the parts of `total` sum to 1.
 
     Args:
@@ -207,21 +289,23 @@ def share(part: Tensor, total: Tensor) -> Tensor:
         total: E.g. dL/dx, the sum of what came through the shortcut and through the branch.
 
     Returns:
-        0-d float64 tensor; outside 0..1 where the parts partly cancel.
+        Scalar; outside 0..1 where the parts partly cancel.
 
-    >>> round(share(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])).item(), 6)
+    >>> round(share(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])), 6)
     0.5
     """
     part, total = part.detach(), total.detach()
-    size = norm(total)
     a, b = _flat(part), _flat(total)
     same = part.stride() == total.stride() and _is_fast(part) and _is_fast(total)
-    if same and a is not None and b is not None and _TRUSTED[0] < _peek(size) < _TRUSTED[1]:
-        inner = torch.dot(a, b).double()
-        if math.isfinite(_peek(inner)):
-            return inner / size.square()
+    if same and a is not None and b is not None:
+        square, inner = _dot(b, b), _dot(a, b)
+        if _TRUSTED[0] ** 2 < square < _TRUSTED[1] ** 2 and math.isfinite(inner):
+            return inner / square
     # normalised before the product: squares of a large float64 norm stay finite, products do too
-    return (part.double() * (total.double() / size)).sum() / size
+    size = norm(total)
+    if isinstance(size, Tensor):
+        return (part.double() * (total.double() / size)).sum() / size
+    return quotient(_look((part.double() * (total.double() / size)).sum()), size)
 
 
 def slope(function: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
@@ -237,6 +321,20 @@ def slope(function: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
     return derivative
 
 
+def slope_at(calls: Sequence[Call], u: Tensor, output: Tensor) -> Tensor:
+    """`slope` of activations applied one after the other, given what they made of `u`.
+
+    For ReLU and ELU the derivative is read off: 1 where u > 0, elsewhere 0 and H + 1.
+    """
+    plain = len(calls) == 1 and not calls[0].args
+    name, kwargs = calls[0].name, {k: v for k, v in calls[0].kwargs.items() if k != "inplace"}
+    if plain and name == "relu" and not kwargs:
+        return (u > 0).to(u.dtype)
+    if plain and name == "elu" and kwargs.get("alpha", 1.0) == 1.0 and len(kwargs) <= 1:
+        return (output + 1).clamp_max(1)
+    return slope(compose(tuple(calls)), u)
+
+
 def _itself(x: Tensor) -> Tensor:
     return x
 
@@ -248,16 +346,25 @@ def channel_dimension(x: Tensor) -> int:
 
 def _is_fast(x: Tensor) -> bool:
     """Whether a float32 reduction is worth trying: on the CPU, where its result can be checked."""
-    return x.is_cpu and x.dtype == torch.float32
+    return on_host(x.device) and x.dtype == torch.float32
 
 
-def _norm_by_pieces(x: Tensor) -> Tensor:
+def _norm_by_pieces(x: Tensor) -> float:
     """Norm from float32 norms of pieces: one float32 sum over 1e7 squares is off by 1e-3."""
     kept = next((d for d in range(x.dim()) if math.prod(x.shape[d:]) <= _PIECE), x.dim())
-    if kept == x.dim() > 0:
-        kept, x = 0, x.double()
+    if not kept:
+        return _look(torch.linalg.vector_norm(x))
+    if kept == x.dim():
+        return _look(torch.linalg.vector_norm(x, dtype=torch.float64))
     rows: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(kept, x.dim())))
-    return rows.double() if not kept else torch.linalg.vector_norm(rows.double())
+    wide = rows.numpy().reshape(-1).astype(np.float64)
+    return math.sqrt(np.dot(wide, wide))
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    """Inner product from float32 products of pieces."""
+    pairs = zip(a.split(_PIECE), b.split(_PIECE), strict=True)
+    return math.fsum(_look(torch.dot(p, q)) for p, q in pairs)
 
 
 def _flat(x: Tensor) -> Tensor | None:
@@ -269,30 +376,27 @@ def _flat(x: Tensor) -> Tensor | None:
     return None
 
 
-def _peek(value: Tensor) -> float:
+def _look(value: Tensor) -> float:
     """A CPU scalar as it lies in host memory: no kernel, no copy, no queue to wait for."""
     return float(value.numpy())
 
 
-def _moments(x: Tensor, known: Tensor | None) -> tuple[Tensor, Tensor, bool]:
-    """Channel sums (C,), second moment, and whether `x` is known to be finite."""
+def _channel_sums(x: Tensor, size: Scalar) -> Tensor:
+    """Sums over all but the channels (C,), in float64 where float32 could overflow."""
     reduced = tuple(d for d in range(x.dim()) if d != channel_dimension(x))
-    size = norm(x)
-    if known is not None and _is_fast(x) and _peek(size) < _TRUSTED[1]:
-        sums = known
-    elif _is_fast(x) and not _peek(size) >= _TRUSTED[1]:
-        sums = x.sum(reduced).double()
-    else:
-        sums = x.double().sum(reduced) if x.is_cpu else x.sum(reduced, dtype=torch.float64)
-    finite = x.is_cpu and math.isfinite(_peek(size))
-    return sums, size.square() / x.numel(), finite
+    if not on_host(x.device):
+        return x.sum(reduced, dtype=torch.float64)
+    if _is_fast(x) and not size >= _TRUSTED[1]:
+        return x.sum(reduced)
+    return x.double().sum(reduced)
 
 
-def _centred_second_moment(x: Tensor) -> Tensor:
+def _centred_second_moment(x: Tensor) -> Scalar:
     """mean_c sigma_c^2 by the two-pass formula, for means far larger than the spread."""
     wide = x.double()
     reduced = tuple(d for d in range(x.dim()) if d != channel_dimension(x))
-    return (wide - wide.mean(reduced, keepdim=True)).square().mean()
+    spread = (wide - wide.mean(reduced, keepdim=True)).square().mean()
+    return _look(spread) if on_host(x.device) else spread
 
 
 def _quantiles(mu: Tensor) -> Tensor:

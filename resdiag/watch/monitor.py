@@ -241,6 +241,7 @@ class Monitor:
         self._shards.close()
         if self._ranks is not None:
             self._ranks.close()
+        self._recorder.close()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from resdiag.watch import metrics
 from resdiag.watch.buffer import Buffer, Key
+from resdiag.watch.metrics import Scalar, stack
 from resdiag.watch.skip import COLUMNS
 
 _MEAN = (
@@ -41,8 +42,6 @@ _NORM = ("grad_param",)
 _SHARDED = ("update_ratio", "grad_param")
 HEAD = -1
 """The row that stands for the classifier's input among the sites."""
-
-Weight = float | Tensor
 
 
 @dataclass(frozen=True)
@@ -99,24 +98,24 @@ class Pool:
 
     def begin(self) -> None:
         """Begin a pass."""
-        self._scalars: dict[Key, tuple[Tensor, Weight]] = {}
+        self._scalars: dict[Key, tuple[Scalar, Scalar]] = {}
         self._sites: list[tuple[Key, metrics.Sums]] = []
         self._gates: dict[int, tuple[list[Tensor], list[int]]] = {}
         self._gap: Tensor | None = None
 
     # -- collecting ----------------------------------------------------------------------------
 
-    def put(self, row: int, column: str, value: Tensor, weight: Weight) -> None:
+    def put(self, row: int, column: str, value: Scalar, weight: Scalar) -> None:
         """A cell that is a mean, or a root mean square, of parts of these weights."""
         self._scalars[row, column] = value, weight
 
-    def skip(self, row: int, values: Tensor, weights: Sequence[Weight]) -> None:
+    def skip(self, row: int, values: Sequence[Scalar], weights: Sequence[Scalar]) -> None:
         """The skip path's columns, see `skip.COLUMNS`; each has its own denominator as weight."""
-        for column, value, weight in zip(COLUMNS, values.unbind(), weights, strict=True):
+        for column, value, weight in zip(COLUMNS, values, weights, strict=True):
             if column in self._at:
                 self.put(row, column, value, weight)
 
-    def gradient(self, row: int, column: str, size: Tensor, batch: int) -> None:
+    def gradient(self, row: int, column: str, size: Scalar, batch: int) -> None:
         """G2 of a rank's own loss on its own `batch` samples."""
         self.put(row, column, size / math.sqrt(max(1, batch)), float(batch))
 
@@ -152,15 +151,13 @@ class Pool:
         parts = [part for _, part in self._sites]
         gates = [self._gates[row] for row, _ in layout.gates]
         nothing = torch.zeros(0, dtype=torch.float64, device=device)
-        none = nothing.new_zeros(())
         channels = nothing.new_tensor([part.per_channel.numel() * part.size for part in parts])
-        broken = [none if part.broken is None else part.broken for part in parts]
         return torch.cat(
             [
                 self._pack_scalars(layout, device),
-                *(part.per_channel for part in parts),
+                *(part.per_channel.double() for part in parts),
                 nothing.new_tensor([float(part.size) for part in parts]),
-                torch.stack(broken) * channels if parts else nothing,
+                stack([part.broken for part in parts], device) * channels if parts else nothing,
                 *(count.double() for counts, _ in gates for count in counts),
                 nothing.new_tensor([float(size) for _, sizes in gates for size in sizes]),
                 nothing if self._gap is None else self._gap,
@@ -174,10 +171,10 @@ class Pool:
         the law of total variance, spreads within ranks and those of the ranks' means just add.
         """
         means = self._means(layout, total)
-        out = []
+        out: list[Tensor] = []
         for (_, part), mean in zip(self._sites, means, strict=True):
-            local = part.per_channel / part.size
-            within = part.spread
+            local = part.per_channel.double() / part.size
+            within: Scalar | None = part.spread
             if within is None:
                 within = (part.second - local.square().mean()).clamp_min(0)
             out.append(part.size * (within + (local - mean).square().mean()))
@@ -211,8 +208,8 @@ class Pool:
         if self._scalars:
             places = [row * len(layout.scalars) + self._at[name] for row, name in self._scalars]
             squared = [name not in _MEAN for _, name in self._scalars]
-            values = torch.stack([value for value, _ in self._scalars.values()]).to(device)
-            weights = _weights([weight for _, weight in self._scalars.values()], device)
+            values = stack([value for value, _ in self._scalars.values()], device)
+            weights = stack([weight for _, weight in self._scalars.values()], device)
             root = torch.tensor(squared, device=device)
             whole = torch.tensor([name in (*_GRADIENT, *_NORM) for _, name in self._scalars])
             numerators = torch.where(root, values.square(), values)
@@ -282,16 +279,6 @@ class Pool:
         _, sums, sizes, *_ = total.split(layout.sizes)
         per_site = sums.split([count for _, count in layout.sites])
         return [part / size for part, size in zip(per_site, sizes.unbind(), strict=True)]
-
-
-def _weights(weights: Sequence[Weight], device: torch.device) -> Tensor:
-    """Weights as one tensor; those that the host knows cross in one copy."""
-    known = [weight if isinstance(weight, float) else math.nan for weight in weights]
-    out = torch.tensor(known, dtype=torch.float64, device=device)
-    for at, weight in enumerate(weights):
-        if isinstance(weight, Tensor):
-            out[at] = weight
-    return out
 
 
 def _only(values: Tensor, valid: Tensor) -> Tensor:

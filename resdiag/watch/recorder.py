@@ -8,7 +8,7 @@ import functools
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Concatenate, ParamSpec
 
 import torch
@@ -106,6 +106,11 @@ class Recorder:
         self._hooked: set[Key] = set()
         self._written: set[Key] = set()
 
+    def close(self) -> None:
+        """Let go of everything; nothing comes any more."""
+        self.end()
+        self._skip.forget()
+
     # -- forward -------------------------------------------------------------------------------
 
     @_guarded
@@ -118,7 +123,7 @@ class Recorder:
         shortcut = _scaled(addition.shortcut, addition.shortcut_scale)
         self._measure(row, "branch", branch, keep=False)
         self._measure(row, "shortcut", shortcut, keep=shortcut is addition.shortcut)
-        joined = row == 0 or self._follows(row, addition.origin)
+        source = self._source(row, addition.origin)
         if addition.origin is not None:
             self._measure(row, "input", addition.origin)
             self._watch_input(row, addition.origin)
@@ -134,7 +139,8 @@ class Recorder:
             addition.path,
             addition.shortcut_scale,
             new=new,
-            joined=joined,
+            joined=row == 0 or bool(source),
+            source=source,
         )
 
     @_guarded
@@ -245,21 +251,22 @@ class Recorder:
         """Write a site's statistics, or an alias if this very tensor was measured before."""
         known = self._find(x)
         if known is not None:
-            for name in metrics.STATISTICS:
-                self._cells.alias(row, f"{site}_{name}", (known[0], f"{known[1]}_{name}"))
+            source = known[0], f"{known[1]}_mean"
+            self._cells.alias(row, f"{site}_mean", source, len(metrics.STATISTICS))
             self._reduced[row, site] = self._reduced[known]
             return
-        per_channel = None
-        if site == "sum":  # a channel's sum over h + F is that over h plus that over F
-            per_channel = (
-                self._reduced[row, "branch"].per_channel
-                + self._reduced[row, "shortcut"].per_channel
-            )
-        reduced = metrics.reduce(x, per_channel)
+        reduced = self._reduce(row, site, x)
         self._reduced[row, site] = reduced
         self._sites.append(((row, f"{site}_mean"), reduced))
         if keep:
             self._known[id(x)] = (weakref.ref(x), x._version, row, site)
+
+    def _reduce(self, row: int, site: str, x: Tensor) -> metrics.Sums:
+        """Read as little of a site's tensor as its statistics need."""
+        if site == "sum":  # a channel's sum over h + F is that over h plus that over F
+            branch, shortcut = self._reduced[row, "branch"], self._reduced[row, "shortcut"]
+            return metrics.reduce(x, branch.per_channel + shortcut.per_channel)
+        return metrics.reduce_normalised(x) or metrics.reduce(x)
 
     def _find(self, x: Tensor) -> tuple[int, str] | None:
         """Row and site at which `x`, unchanged since, was measured."""
@@ -268,10 +275,10 @@ class Recorder:
             return None
         return entry[2], entry[3]
 
-    def _follows(self, row: int, x: Tensor | None) -> bool:
-        """Whether the block's input is the output of the block before it, untouched."""
+    def _source(self, row: int, x: Tensor | None) -> str:
+        """Which tensor of the block before the block's input is, untouched: sum, output or ""."""
         known = None if x is None else self._find(x)
-        return known is not None and known[0] == row - 1 and known[1] in ("sum", "output")
+        return known[1] if known and known[0] == row - 1 and known[1] in ("sum", "output") else ""
 
     def _write_sites(self) -> None:
         """Complete the statistics of all sites, those of equally many channels at once."""
@@ -287,33 +294,35 @@ class Recorder:
 
     def _write_skip(self) -> None:
         """Measure the skip path of the pass that has ended."""
-        keys, values = list[Key](), list[Tensor]()
+        keys, values = list[Key](), list[metrics.Scalar]()
         for row, measured, reasons in self._skip.finish():
             keys.append((row, COLUMNS[0]))
-            values.append(measured)
+            values.extend(measured)
             for column, reason in reasons.items():
                 self.miss(row, (column,), reason)
-        if values and self._pool is None:
-            self._cells.write_rows(self._cells.slot, keys, torch.stack(values))
+        if keys and self._pool is None:
+            table = metrics.stack(values, self._cells.device).view(len(keys), -1)
+            self._cells.write_rows(self._cells.slot, keys, table)
 
     def _write_gates(self) -> None:
         """Saturated and dead fractions over the activations that ran inside each block."""
         slot = self._cells.slot
+        counted = _count_closed(gate for _, gates in self._inside for gate in gates)
         for row, gates in self._inside:
+            counts = [counted[id(gate)] for gate in gates]
+            sizes = [gate.numel() for gate in gates]
+            channels = [len(count) for count in counts]
             if not gates:
                 columns = ("saturated_fraction", "dead_fraction")
                 self.miss(row, columns, "no known activation inside the block")
-                continue
-            counts = [gate.count_nonzero(_others(gate)) for gate in gates]
-            # numbers that the host knows stay numbers: as a tensor they would have to be sent
-            sizes = [gate.numel() // len(count) for gate, count in zip(gates, counts, strict=True)]
-            if self._pool is not None:
-                self._pool.gates(row, counts, sizes)
-                continue
-            dead = [count == size for count, size in zip(counts, sizes, strict=True)]
-            closed = torch.cat(counts).sum().double() / sum(gate.numel() for gate in gates)
-            self._cells.put(slot, row, "saturated_fraction", closed)
-            self._cells.put(slot, row, "dead_fraction", torch.cat(dead).double().mean())
+            elif self._pool is not None:
+                per_channel = [n // c for n, c in zip(sizes, channels, strict=True)]
+                self._pool.gates(row, counts, per_channel)
+            else:
+                full = [c == n // len(c) for c, n in zip(counts, sizes, strict=True)]
+                closed, dead = (_total(parts) for parts in (counts, full))
+                self._cells.put(slot, row, "saturated_fraction", closed / sum(sizes))
+                self._cells.put(slot, row, "dead_fraction", dead / sum(channels))
         self._inside.clear()
         self._gates.clear()
 
@@ -419,10 +428,12 @@ class Recorder:
         via = self._via.pop(row, None)
         if via is None or via.shape != total.shape:
             return
-        weight = 0.0 if self._pool is None else metrics.norm(total).square()
-        self._put(slot, row, "shortcut_share", metrics.share(via, total), weight)
+        size = 0.0 if self._pool is None else metrics.norm(total)
+        self._put(slot, row, "shortcut_share", metrics.share(via, total), size * size)
 
-    def _put(self, slot: int, row: int, column: str, value: Tensor, weight: float | Tensor) -> None:
+    def _put(
+        self, slot: int, row: int, column: str, value: metrics.Scalar, weight: metrics.Scalar
+    ) -> None:
         """Write a cell; `weight` is what the value is a mean over, for several ranks to add up."""
         if self._pool is None:
             self._cells.put(slot, row, column, value)
@@ -473,6 +484,26 @@ def _saturated(call: Call, x: Tensor) -> Tensor:
     if call.name == "elu" and call.kwargs.get("alpha", 1.0) == 1.0 and not call.args:
         return x < math.log(metrics.SATURATED_SLOPE)
     return metrics.slope(call, x).abs() < metrics.SATURATED_SLOPE
+
+
+def _count_closed(gates: Iterable[Tensor]) -> dict[int, Tensor]:
+    """Closed units per channel of each gate, those of one shape counted at once."""
+    alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
+    for gate in gates:
+        alike[gate.shape].append(gate)
+    counted: dict[int, Tensor] = {}
+    for same in alike.values():
+        others = tuple(d + 1 for d in _others(same[0]))
+        closed = torch.stack(same).count_nonzero(others) if others else torch.stack(same).long()
+        counted |= {id(gate): count for gate, count in zip(same, closed.unbind(), strict=True)}
+    return counted
+
+
+def _total(counts: Sequence[Tensor]) -> metrics.Scalar:
+    """The sum of everything in some tensors of counts."""
+    if metrics.on_host(counts[0].device):
+        return float(sum(int(count.numpy().sum()) for count in counts))
+    return torch.cat([count.reshape(-1) for count in counts]).sum(dtype=torch.float64)
 
 
 def _others(x: Tensor) -> tuple[int, ...]:

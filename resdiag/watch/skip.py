@@ -5,14 +5,16 @@ Everything here is measured on the first samples of a batch: the definitions are
 batch of activations.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from resdiag.watch import metrics
 from resdiag.watch.calls import Call, compose
-from resdiag.watch.metrics import norms, relative_change, relative_changes, slope
+from resdiag.watch.metrics import Scalar, norm, quotient, relative_change, slope_at
 
 COLUMNS = (
     "perturbation",
@@ -44,6 +46,7 @@ class _Chain:
         self.lost = ""
         self._product: Tensor | None = None  # None: 1 for every unit
         self._alive: Tensor | None = None  # 1 where a unit leads back to the chain's beginning
+        self._share: Scalar = 1.0  # of units that are alive
 
     def lose(self, reason: str) -> None:
         """Nothing can be said from here on; the first reason stays."""
@@ -58,6 +61,7 @@ class _Chain:
             alive = lead(ones if self._alive is None else self._alive)
             self._product = lead(ones if self._product is None else self._product)
             self._alive = (alive != 0).to(alive.dtype)
+            self._share = _mean(self._alive)
 
     def multiply(self, factor: Tensor) -> None:
         """Pass an after-add with slopes `factor`, one per unit or one for all."""
@@ -67,33 +71,15 @@ class _Chain:
         elif not self.lost:
             self._product = factor if before is None else before * factor
 
-    def extend(self, factors: Sequence[Tensor], like: Tensor) -> list[Tensor]:
-        """Pass after-adds in a row; after each, the mean over the surviving units, NaN if lost."""
-        means = []
-        alive = None if self._alive is None else _mean(self._alive)
-        for factor in factors:
-            self.multiply(factor)
-            if self.lost:
-                means.append(_nan(like))
-            else:
-                assert self._product is not None
-                mean = _mean(self._product)
-                means.append(mean if alive is None else mean / alive)
-        return means
-
-    def alive(self, units: float) -> float | Tensor:
+    def alive(self, units: float) -> Scalar:
         """How many of so many units survive."""
-        return units if self._alive is None else self._alive.sum(dtype=torch.float64)
+        return units if self._alive is None else self._share * self._alive.numel()
 
-    def mean(self, like: Tensor) -> Tensor:
+    def mean(self) -> Scalar:
         """Mean over the surviving units; NaN once it is lost."""
         if self.lost:
-            return _nan(like)
-        if self._product is None:
-            return like.new_ones((), dtype=torch.float64)
-        if self._alive is None:
-            return _mean(self._product)
-        return _mean(self._product) / _mean(self._alive)
+            return math.nan
+        return 1.0 if self._product is None else quotient(_mean(self._product), self._share)
 
 
 @dataclass(eq=False)
@@ -103,11 +89,12 @@ class _Passage:
     Attributes:
         row: The block.
         x: Block input where its shape is needed, else None.
-        h: Shortcut output, as it goes into the sum.
+        h: Shortcut output, as it goes into the sum; None if `source` says what it is.
         path: Calls of a parameter-free shortcut, () for the identity, None for a projection.
         scale: Factor on the shortcut inside the addition.
         new: Whether a stage begins.
-        joined: Whether the input is the output of the block before.
+        joined: Whether the input is the sum or the output of the block before, or there is none.
+        source: Which of the two h itself is, "sum" or "output"; "" if it is neither.
         u: The sum before the after-add.
         after: The after-add's calls, () for none.
         output: The block's output where it cannot be computed from u, else None.
@@ -115,21 +102,20 @@ class _Passage:
 
     row: int
     x: Tensor | None
-    h: Tensor
+    h: Tensor | None
     path: tuple[Call, ...] | None
     scale: float
     new: bool
     joined: bool
-    u: Tensor
+    source: str
+    u: Tensor | None = None
     after: tuple[Call, ...] = ()
     output: Tensor | None = None
 
-    def like(self, other: "_Passage") -> bool:
-        """Whether the after-adds do the same; arguments with tensors are never taken as equal."""
-        pairs = zip(self.after, other.after, strict=False)
-        return len(self.after) == len(other.after) and all(
-            a.function is b.function and _plain(a) == _plain(b) is not None for a, b in pairs
-        )
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether the output can be computed from the sum."""
+        return all(call.is_activation for call in self.after)
 
 
 class SkipPath:
@@ -148,14 +134,21 @@ class SkipPath:
 
     def __init__(self, samples: int | None) -> None:
         self._samples = samples
-        self.weigh: Callable[[int, Tensor, list[float | Tensor]], None] | None = None
+        self.weigh: Callable[[int, list[Scalar], list[Scalar]], None] | None = None
+        self._memory: dict[tuple[int, str], Tensor] = {}
         self.reset()
 
     def reset(self) -> None:
         """Begin a forward pass, or let go of the last one."""
         self._stage, self._whole = _Chain(), _Chain()
-        self._drift: tuple[Tensor, Tensor] | None = None  # h at the stage's first block, iterate
+        self._base: Tensor | None = None  # h at the stage's first block
+        self._iterate: Tensor | None = None  # what the after-adds since then made of it
+        self._drift: Scalar = 0.0  # how far that is from the base
         self._passages: dict[int, _Passage] = {}
+
+    def forget(self) -> None:
+        """Give the memory of the copies back."""
+        self._memory.clear()
 
     def head(self, x: Tensor) -> Tensor:
         """The samples looked at, detached."""
@@ -171,6 +164,7 @@ class SkipPath:
         *,
         new: bool,
         joined: bool,
+        source: str,
     ) -> None:
         """Pass a block's shortcut.
 
@@ -182,15 +176,18 @@ class SkipPath:
             scale: Factor on the shortcut inside the addition.
             new: Whether a stage begins: the per-stage products start again.
             joined: Whether the input is the output of the block before, or this is the first.
+            source: "sum" or "output" where the input is this tensor of the block before, else "".
         """
-        h = self.head(h).clone()
-        shape = self.head(x) if x is not None and path else None
         path = None if x is None else path
-        self._passages[row] = _Passage(row, shape, h, path, scale, new, joined, h)
+        # what the block before made is computed from its sum: no second copy
+        source = source if path == () and scale == 1 and row - 1 in self._passages else ""
+        shape = self.head(x) if x is not None and path else None
+        copy = None if source else self._keep(row, "h", h)
+        self._passages[row] = _Passage(row, shape, copy, path, scale, new, joined, source)
 
     def add(self, row: int, u: Tensor) -> None:
         """Pass a block's sum, before an in-place after-add overwrites it."""
-        self._passages[row].u = self.head(u).clone()
+        self._passages[row].u = self._keep(row, "u", u)
 
     def close(self, row: int, output: Tensor, after: tuple[Call, ...]) -> None:
         """Pass a block's end.
@@ -202,30 +199,50 @@ class SkipPath:
         """
         passage = self._passages[row]
         passage.after = after
-        if not all(call.is_activation for call in after):
+        if not passage.is_elementwise:
             passage.output = self.head(output).clone()
 
-    def finish(self) -> Iterator[tuple[int, Tensor, dict[str, str]]]:
+    def _keep(self, row: int, name: str, x: Tensor) -> Tensor:
+        """Copy the first samples; the memory stays from pass to pass, fresh pages cost more."""
+        x = self.head(x)
+        if self._samples is None:  # too much to hold on to
+            return x.clone()
+        copy = self._memory.get((row, name))
+        same = copy is not None and copy.shape == x.shape and copy.stride() == x.stride()
+        if copy is None or not same or copy.dtype != x.dtype or copy.device != x.device:
+            copy = self._memory[row, name] = torch.empty_like(x)
+        return copy.copy_(x)
+
+    def finish(self) -> Iterator[tuple[int, list[Scalar], dict[str, str]]]:
         """Measure the blocks in forward order.
 
         Yields:
-            Row; (9,) float64, see `COLUMNS`, NaN where undefined; why columns are NaN.
+            Row; 9 scalars, see `COLUMNS`, NaN where undefined; why columns are NaN.
         """
-        for alike in _runs(self._passages.values()):
-            self._cross(alike[0])
-            values = self._measure(alike)
-            missing = self._missing(alike[0].after)
+        last: dict[str, Tensor] = {}  # the sum and the output of the block before
+        for passage in self._passages.values():
+            u, h = passage.u, last.get(passage.source, passage.h)
+            if u is None or h is None:  # an exception passed
+                continue
+            self._cross(passage, h)
+            if passage.output is not None:
+                output = passage.output
+                values = self._unmeasurable(u, output)
+            elif not passage.after:
+                output, values = u, self._untouched(u)
+            else:
+                output, settled = compose(passage.after)(u), passage.source == "output"
+                values = self._measure(passage.after, u, output, h, settled=settled)
+            last = {"sum": u, "output": output}
             if self.weigh is not None:
-                for passage, value in zip(alike, values, strict=True):
-                    self.weigh(passage.row, value, self._weights(passage))
-            for passage, value in zip(alike, values, strict=True):
-                yield passage.row, value, missing
+                self.weigh(passage.row, values, self._weights(u, h))
+            yield passage.row, values, self._missing(passage.after)
         self.reset()
 
-    def _cross(self, passage: _Passage) -> None:
+    def _cross(self, passage: _Passage, h: Tensor) -> None:
         """Lead the running products through the block's shortcut."""
         if passage.new:
-            self._stage, self._drift = _Chain(), None
+            self._stage, self._base, self._iterate, self._drift = _Chain(), None, None, 0.0
         path = passage.path
         for chain in (self._whole,) if passage.new else (self._stage, self._whole):
             if not passage.joined:
@@ -235,39 +252,40 @@ class SkipPath:
             elif passage.x is not None:
                 chain.cross(passage.x, path)
         if passage.scale != 1:
-            factor = passage.h.new_full((), passage.scale)
             for chain in (self._stage, self._whole):
-                chain.multiply(factor)
+                chain.multiply(h.new_full((), passage.scale))
+        if self._base is None:
+            self._base = self._iterate = h
 
-    def _measure(self, alike: list[_Passage]) -> list[Tensor]:
-        """The after-adds of blocks in a row that differ in nothing but their samples."""
-        first = alike[0]
-        if first.output is not None:
-            return [self._unmeasurable(p.u, p.output) for p in alike if p.output is not None]
-        if not first.after:
-            return [self._untouched(p.u) for p in alike]
-        # block by block, not stacked: temporaries that fit a cache are reused, large ones are not
-        f = compose(first.after)
-        sums, shortcuts = [p.u for p in alike], [p.h for p in alike]
-        slopes = [slope(f, u) for u in sums]
-        like = sums[0]
-        columns = [
-            relative_changes(map(f, sums), sums),
-            relative_changes(map(f, shortcuts), shortcuts),
-            *(torch.stack(chain.extend(slopes, like)) for chain in (self._stage, self._whole)),
-            self._advance(f, shortcuts),
-            _nan(like).expand(len(alike)),
-            torch.stack([_share(u < 0) for u in sums]),
-            torch.stack([_mean(x) for x in slopes]),
-            norms(slopes).square() / slopes[0].numel(),
+    def _measure(
+        self, after: tuple[Call, ...], u: Tensor, output: Tensor, h: Tensor, *, settled: bool
+    ) -> list[Scalar]:
+        """What an elementwise after-add does; `settled` says that h came out of the one before."""
+        f = compose(after)
+        idempotent = len(after) == 1 and after[0].is_idempotent
+        slopes = slope_at(after, u, output)
+        for chain in (self._stage, self._whole):
+            chain.multiply(slopes)
+        mean = _mean(slopes)
+        binary = len(after) == 1 and after[0].name == "relu"  # slopes are 0 or 1
+        size = None if binary else norm(slopes)
+        return [
+            relative_change(output, u),
+            0.0 if idempotent and settled else relative_change(f(h), h),
+            self._stage.mean(),
+            self._whole.mean(),
+            self._advance(f, idempotent=idempotent),
+            math.nan,
+            _share(u < 0),
+            mean,
+            mean if size is None else size * size / slopes.numel(),
         ]
-        return list(torch.stack(columns, dim=1).unbind())
 
-    def _weights(self, passage: _Passage) -> list[float | Tensor]:
+    def _weights(self, u: Tensor, h: Tensor) -> list[Scalar]:
         """The denominators of the values of a block just measured, in the order of `COLUMNS`."""
-        units = float(passage.u.numel())
-        sums, shortcuts = norms([passage.u, passage.h]).square().unbind()
-        base = units if self._drift is None else norms([self._drift[0]])[0].square()
+        assert self._base is not None
+        sums, shortcuts, base = (size * size for size in map(norm, (u, h, self._base)))
+        units = float(u.numel())
         alive = [chain.alive(units) for chain in (self._stage, self._whole)]
         return [sums, shortcuts, *alive, base, units, units, units, units]
 
@@ -278,68 +296,40 @@ class SkipPath:
             reasons |= dict.fromkeys(_PER_UNIT, NOT_ELEMENTWISE)
         return {column: reason for column, reason in reasons.items() if reason}
 
-    def _untouched(self, u: Tensor) -> Tensor:
+    def _untouched(self, u: Tensor) -> list[Scalar]:
         """No after-add: P1 = P2 = 0, slope 1, by definition rather than by rounding."""
-        zero, one = u.new_zeros((), dtype=torch.float64), u.new_ones((), dtype=torch.float64)
-        drift = zero if self._drift is None else relative_change(*reversed(self._drift))
-        negative = _share(u < 0)
-        return torch.stack([zero, zero, *self._gains(u), drift, _nan(u), negative, one, one])
+        gains = self._stage.mean(), self._whole.mean()
+        return [0.0, 0.0, *gains, self._drift, math.nan, _share(u < 0), 1.0, 1.0]
 
-    def _unmeasurable(self, u: Tensor, output: Tensor) -> Tensor:
+    def _unmeasurable(self, u: Tensor, output: Tensor) -> list[Scalar]:
         """A normalisation after the addition: only what it does to the sum can be said."""
         self._stage.lose(NOT_ELEMENTWISE)
         self._whole.lose(NOT_ELEMENTWISE)
-        nan = _nan(u)
-        return torch.stack([relative_change(output, u), *[nan] * 5, _share(u < 0), nan, nan])
+        return [relative_change(output, u), *[math.nan] * 5, _share(u < 0), math.nan, math.nan]
 
-    def _gains(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """P3 since the stage began, and since the first block."""
-        return self._stage.mean(u), self._whole.mean(u)
-
-    def _advance(self, f: Callable[[Tensor], Tensor], shortcuts: Sequence[Tensor]) -> Tensor:
-        """P4: apply f once more per block to the iterate that began as the stage's first h."""
-        base, iterate = self._drift or (shortcuts[0], shortcuts[0])
-
-        def again() -> Iterator[Tensor]:
-            nonlocal iterate
-            for _ in shortcuts:
-                iterate = f(iterate)
-                yield iterate
-
-        changes = relative_changes(again(), [base] * len(shortcuts))
-        self._drift = base, iterate
-        return changes
+    def _advance(self, f: Callable[[Tensor], Tensor], *, idempotent: bool) -> Scalar:
+        """P4: apply f once more to the iterate that began as the stage's first h."""
+        base, iterate = self._base, self._iterate
+        assert base is not None
+        assert iterate is not None
+        if not idempotent or iterate is base:
+            self._iterate = f(iterate)
+            self._drift = relative_change(self._iterate, base)
+        return self._drift
 
 
-def _plain(call: Call) -> str | None:
-    """A call's arguments as text; None if one is a tensor."""
-    values = [*call.args, *call.kwargs.values()]
-    return None if any(isinstance(v, Tensor) for v in values) else f"{call.args} {call.kwargs}"
+def _mean(x: Tensor) -> Scalar:
+    if not metrics.on_host(x.device):
+        return x.mean(dtype=torch.float64)
+    # the CPU sums float32 pairwise: exact to 1e-7, and four times as fast
+    return float((x.mean() if x.dtype == torch.float32 else x.mean(dtype=torch.float64)).numpy())
 
 
-def _runs(passages: Iterable[_Passage]) -> Iterator[list[_Passage]]:
-    """Split into blocks in a row that share an after-add and are joined by plain identities."""
-    run: list[_Passage] = []
-    for passage in passages:
-        plain = passage.joined and not passage.new and passage.path == () and passage.scale == 1
-        if run and not (plain and passage.u.shape == run[0].u.shape and passage.like(run[0])):
-            yield run
-            run = []
-        run.append(passage)
-    if run:
-        yield run
-
-
-def _mean(x: Tensor) -> Tensor:
-    if x.is_cpu and x.dtype == torch.float32:
-        return x.mean().double()  # the CPU sums pairwise: exact to 1e-7, and four times as fast
-    return x.mean(dtype=torch.float64)
-
-
-def _share(x: Tensor) -> Tensor:
+def _share(x: Tensor) -> Scalar:
     """Share of True."""
-    return torch.count_nonzero(x).double() / max(1, x.numel())
-
-
-def _nan(like: Tensor) -> Tensor:
-    return torch.full((), torch.nan, dtype=torch.float64, device=like.device)
+    count = torch.count_nonzero(x)
+    return (
+        int(count.numpy()) / max(1, x.numel())
+        if metrics.on_host(x.device)
+        else count.double() / x.numel()
+    )
