@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resdiag.watch import metrics
+from resdiag.watch.calls import Call
 
 SHAPES = [(6, 5), (4, 7, 5), (3, 5, 4, 2), (2, 3, 2, 4, 4), (1, 4), (1, 2, 3), (1, 3, 1, 1), (1, 1)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -248,3 +249,66 @@ def test_one_sample_without_a_batch_dimension_and_an_empty_batch(path):
     assert metrics.statistics(x).tolist() == metrics.statistics(x.unsqueeze(0)).tolist()
     assert metrics.statistics(draw(0, 5)).isnan().all()
     assert float(metrics.norm(draw(0, 5))) == 0
+
+
+# -- what a BatchNorm says of its output -----------------------------------------------------------
+
+
+def normalise(x, gamma, beta, eps=1e-5):
+    layer = torch.nn.BatchNorm2d(x.shape[1], eps=eps)
+    with torch.no_grad():
+        layer.weight.copy_(gamma)
+        layer.bias.copy_(beta)
+    return layer(x.requires_grad_())
+
+
+@pytest.mark.parametrize("eps", [1e-5, 0.5])
+@pytest.mark.parametrize("shift", [0.0, 1.0, 300.0])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_the_moments_of_a_normalised_tensor_need_not_be_read(eps, shift, memory):
+    torch.manual_seed(3)
+    x = (draw(6, 5, 4, 4) * 3 + 2).to(memory_format=memory)
+    y = normalise(x, torch.tensor([1.0, 0.0, -2.0, 1e-3, 30.0]), shift + torch.randn(5), eps)
+    known, read = metrics.reduce_normalised(y), metrics.reduce(y)
+    assert known is not None
+    np.testing.assert_allclose(
+        metrics.combine([known]).numpy(), metrics.combine([read]).numpy(), rtol=2e-4, atol=1e-6
+    )
+    wanted = reference.statistics(y)
+    for name, value in zip(metrics.STATISTICS, metrics.combine([known])[0].tolist(), strict=True):
+        assert value == pytest.approx(wanted[name], rel=2e-4, abs=1e-6), name
+
+
+def test_only_what_a_batch_norm_in_training_returned_is_taken_for_it():
+    x, one, zero = draw(6, 5, 4, 4), torch.ones(5), torch.zeros(5)
+    assert metrics.reduce_normalised(x) is None
+    assert metrics.reduce_normalised(x.requires_grad_() * 2) is None
+    y = normalise(x.detach(), one, zero)
+    assert metrics.reduce_normalised(y) is not None
+    assert metrics.reduce_normalised(y * 1) is None
+    assert metrics.reduce_normalised(y.add_(1)) is None
+    layer = torch.nn.BatchNorm2d(5, affine=False)
+    assert metrics.reduce_normalised(layer(x)) is None
+    layer = torch.nn.BatchNorm2d(5).eval()
+    assert metrics.reduce_normalised(layer(x)) is None
+    layer = torch.nn.BatchNorm2d(5)
+    layer.bias.requires_grad_(False)
+    assert metrics.reduce_normalised(layer(x)) is None
+    for factor in (math.inf, math.nan, 1e25):  # 1e25: the variance overflows, the output does not
+        assert metrics.reduce_normalised(normalise(draw(6, 5, 4, 4) * factor, one, zero)) is None
+    for gamma in (math.nan, math.inf, 1e30):
+        y = normalise(draw(6, 5, 4, 4), gamma * one, zero)
+        assert metrics.reduce_normalised(y) is None
+    with torch.autograd.graph.save_on_cpu():  # reading what is saved would run these hooks
+        assert metrics.reduce_normalised(normalise(draw(6, 5, 4, 4), one, zero)) is None
+
+
+@pytest.mark.parametrize("name", ["relu", "elu", "celu", "gelu"])
+def test_slopes_read_off_the_output_are_those_of_autograd(name):
+    u = torch.cat([draw(200) * 4, torch.tensor([-80.0, -0.0, 0.0, 80.0])])
+    for kwargs in ({}, {"inplace": True}, {"alpha": 0.5}):
+        if kwargs and (name == "gelu" or (name == "relu" and "alpha" in kwargs)):
+            continue
+        call = Call(getattr(torch.nn.functional, name), (), kwargs)
+        got = metrics.slope_at((call,), u, call(u))
+        torch.testing.assert_close(got, metrics.slope(call, u), rtol=0, atol=1.2e-7)
