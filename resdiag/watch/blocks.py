@@ -164,6 +164,13 @@ def find_blocks(
     >>> len(found), found[2].shortcut, found[2].after_add
     (8, 'projection', 'relu')
     """
+    return find_anatomy(model, *inputs, blocks=blocks, **kwargs).blocks
+
+
+def find_anatomy(
+    model: nn.Module, *inputs: object, blocks: Sequence[str] | None = None, **kwargs: object
+) -> Anatomy:
+    """As `find_blocks`, with the parameters of each block."""
     finder = _Finder()
     tracer = Tracer(model, finder, lambda: True, match_modules(model, blocks))
     try:
@@ -171,7 +178,7 @@ def find_blocks(
             model(*inputs, **kwargs)
     finally:
         tracer.close()
-    return finder.anatomy.blocks
+    return finder.anatomy
 
 
 def match_modules(model: nn.Module, patterns: Sequence[str] | None) -> frozenset[str] | None:
