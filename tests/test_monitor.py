@@ -726,7 +726,7 @@ def test_wrong_arguments_name_the_valid_ones():
     model = small()
     with pytest.raises(ValueError, match="every=0"):
         attach(model, every=0)
-    with pytest.raises(ValueError, match="unknown point 'clip'; known: local"):
+    with pytest.raises(ValueError, match="unknown point 'clip'; did you mean 'pre_clip'"):
         attach(model, point="clip")
     with pytest.raises(ValueError, match=r"'stage\.\*' matches no module"):
         attach(model, blocks=["stage.*"])

@@ -111,6 +111,12 @@ class Buffer:
         assert self._cells is not None
         self._cells[slot, : values.numel(), self._at[name]] = values
 
+    def divide(self, slot: int, names: Sequence[str], by: Tensor | float) -> None:
+        """Divide columns of a slot by a number that may be on the device."""
+        assert self._cells is not None
+        for name in names:
+            self._cells[slot, :, self._at[name]] /= by
+
     def alias(self, row: int, first: str, source: Key, width: int = 1) -> None:
         """Say that cells of the open slot equal others: the same tensor was there before.
 

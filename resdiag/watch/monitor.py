@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
@@ -13,13 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from resdiag.errors import unknown
 from resdiag.watch.blocks import Block, match_modules
 from resdiag.watch.buffer import Buffer
 from resdiag.watch.catalog import POINTS, RECORDED, RECORDED_PER_STEP, derive
 from resdiag.watch.distributed import Ranks, find_ranks, unwrap
+from resdiag.watch.lossscale import LossScale, casts_to_half
+from resdiag.watch.optimizers import OptimizerSteps
 from resdiag.watch.parameters import ParameterNorms
 from resdiag.watch.pool import Pool
 from resdiag.watch.recorder import HEAD, Recorder
+from resdiag.watch.rewriting import Rewriting
 from resdiag.watch.shards import Shards, is_sharded
 from resdiag.watch.tracer import Tracer
 
@@ -29,8 +34,10 @@ if TYPE_CHECKING:
 Listener: TypeAlias = Callable[[dict[str, NDArray[Any]], dict[str, NDArray[Any]]], object]
 """Is told per-block and per-step columns."""
 
-_STEP_COLUMNS = (*HEAD, "grad_norm")
+_STEP_COLUMNS = (*HEAD, "grad_norm", "grad_scale", "skipped")
+_SCALED = ("grad_input", "grad_sum", "grad_output")
 _SLOTS = 16
+_TAKES = ("first", "last")
 
 
 class WatchWarning(UserWarning):
@@ -40,13 +47,15 @@ class WatchWarning(UserWarning):
 def attach(
     model: nn.Module,
     *,
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
     blocks: Sequence[str] | None = None,
     every: int = 1,
     record_first: int = 0,
     samples: int | None = 4,
-    point: str = "local",
+    point: str | None = None,
     reduce: bool = True,
+    scaler: Any = None,  # noqa: ANN401
+    take: str = "first",
 ) -> "Monitor":
     """Start watching a model. Nothing in it is edited, and its training stays the same bit for bit.
 
@@ -54,26 +63,34 @@ def attach(
 
     Args:
         model: The module whose `__call__` the training loop uses.
-        optimizer: Its optimizer: parameter gradients are then read right before each of its steps,
-            the update ratio is measured, and the learning rate is known. Without it, gradients are
-            read at `Monitor.step()`.
+        optimizer: Its optimizer, or several: the update ratio is then measured, for which the
+            weights are copied at recorded steps. Parameter gradients are read right before the
+            step of whichever optimizer owns them, given here or not; without such a step, at
+            `Monitor.step()`.
         blocks: Names or shell patterns of modules to take as the blocks instead of found additions.
         every: Record every `every`-th step.
         record_first: Record each of the first steps, whatever `every` says.
         samples: Samples at the head of the batch on which per-unit quantities (P1-P4, slopes,
             saturation) and the gradient's shares are measured; None for the whole batch. Moments
             and gradient norms always take the whole batch.
-        point: Where in the loop gradients are read, one of `catalog.POINTS`; stored with the data.
+        point: Where in the loop parameter gradients are read, one of `catalog.POINTS`; stored with
+            the data. By default "local", "unscaled" with a scaler, and "post_clip" once the loop
+            is seen to rewrite gradients; see `Monitor.read_gradients`.
         reduce: Where several processes train the model together (DDP, `fully_shard`), record the
             numbers of all ranks, the same on each; `attach`, `step` and `close` are then called on
             every rank, and "local" becomes "reduced". False: each rank records its own.
+        scaler: The loop's `torch.amp.GradScaler`: gradients are recorded without its scale, and
+            whether it skipped the step.
+        take: Which forward pass of a step to record where there are several (gradient
+            accumulation, two views of a batch), "first" or "last".
 
     Returns:
         A `Monitor`: a context manager whose `step()` ends each training step.
 
     Raises:
-        ValueError: A schedule that never records, an unknown point or block, a compiled model, or
-            a kind of parallel training that cannot be watched.
+        ValueError: A schedule that never records, an unknown point, pass or block, a compiled
+            model, or a kind of parallel training that cannot be watched.
+        TypeError: The optimizer or the scaler is something else.
 
     Example:
         >>> from resdiag.models.resnet import build_model
@@ -88,8 +105,10 @@ def attach(
     """
     if every < 1 or record_first < 0:
         raise ValueError(f"every={every} must be at least 1 and record_first={record_first} >= 0")
-    if point not in POINTS:
-        raise ValueError(f"unknown point '{point}'; known: {', '.join(POINTS)}")
+    if point is not None and point not in POINTS:
+        raise ValueError(unknown("point", point, POINTS).message)
+    if take not in _TAKES:
+        raise ValueError(unknown("forward pass to take", take, _TAKES).message)
     inner = unwrap(model)
     if any(
         hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in (model, inner)
@@ -104,13 +123,25 @@ def attach(
     ranks = find_ranks(model) if reduce else None
     return Monitor(
         inner,
-        optimizer,
+        _optimizers(optimizer),
         units,
         lambda step: step < record_first or step % every == 0,
         samples,
-        "reduced" if ranks is not None and point == "local" else point,
+        "reduced" if ranks is not None and point in (None, "local") else point,
         ranks,
+        LossScale(scaler),
+        take_last=take == "last",
     )
+
+
+def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
+    """One optimizer, several or none as a list."""
+    several = given if isinstance(given, Iterable) else [given] if given is not None else []
+    optimizers = list(several)
+    for optimizer in optimizers:
+        if not hasattr(optimizer, "param_groups"):
+            raise TypeError(f"not an optimizer: {type(optimizer).__name__}")
+    return optimizers
 
 
 class Monitor:
@@ -124,33 +155,43 @@ class Monitor:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer | None,
+        optimizers: Sequence[Optimizer],
         units: frozenset[str] | None,
         schedule: Callable[[int], bool],
         samples: int | None,
-        point: str,
-        ranks: Ranks | None = None,
+        point: str | None,
+        ranks: Ranks | None,
+        scale: LossScale,
+        *,
+        take_last: bool,
     ) -> None:
-        self.point = point
+        self.point = point or ("unscaled" if scale.is_used else "local")
         self.notes: list[str] = []
-        self._model, self._optimizer, self._schedule = model, optimizer, schedule
+        self._model, self._optimizers, self._schedule = model, optimizers, schedule
+        self._asked, self._loss_scale, self._take_last = point, scale, take_last
         self._cells, self._head = Buffer(RECORDED, _SLOTS), Buffer(_STEP_COLUMNS, _SLOTS)
         self._ranks, self._pool = ranks, None
         if ranks is not None:
             sharded = ranks.sharded
             self._pool = Pool(self._cells, self._head, ranks.size, sharded=sharded)
-        self._recorder = Recorder(self._cells, self._head, samples, self._pool)
+        self._recorder = Recorder(
+            self._cells, self._head, samples, self._pool, self._backward_begins
+        )
         # before the tracer's, or it would enter a sharded module with tensors it does not know
         self._shards = Shards(model, lambda a, b: self._tracer.same(a, b))
         self._tracer = Tracer(model, self._recorder, self._wanted, units)
-        self._norms: ParameterNorms | None = None
+        self._steps = OptimizerSteps(model, optimizers, self._before_update, self._after_update)
+        self._rewriting = Rewriting()
+        self._norms: dict[str, ParameterNorms] = {}
+        self._extra: list[tuple[int, str, Tensor, Tensor]] = []
+        self._total = torch.zeros((), dtype=torch.float64)
         self._rates: list[tuple[float, float]] = []
         self._metrics: list[dict[str, NDArray[Any]]] = []
         self._curve: list[dict[str, NDArray[Any]]] = []
         self._listeners: list[Listener] = []
         self._step, self._recorded, self._open = 0, 0, True
-        self._paused = self._forward = self._read = self._demanded = False
-        self._handles = [] if optimizer is None else self._follow(optimizer)
+        self._paused = self._forward = self._demanded = self._rated = self._stepped_ever = False
+        self._begin_step()
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -162,14 +203,13 @@ class Monitor:
         """
         if not self._open:
             raise RuntimeError("the monitor is closed; attach again")
+        self._check_order()
         if self._forward:
-            if not self._read:
-                self._read_gradients()
+            self._finish_gradients()
             self._check_backward()
-            self._cells.settle()
             self._recorder.end()
             self._recorded += 1
-        elif self._schedule(self._step) and not self._recorder.failure:
+        elif self._schedule(self._step) and not self._recorder.failure and not self._repeated:
             self._note(
                 "a step was due for recording, but no forward pass in training mode went through "
                 "the model's __call__: was forward() called directly, the model compiled, or in "
@@ -177,23 +217,34 @@ class Monitor:
             )
         if self._ranks is not None and self._ranks.is_open and self._schedule(self._step):
             self._meet()
-        self._forward = self._read = False
+        if self._forward and self._loss_scale.is_used:
+            self._divide_scale()
+        self._begin_step()
         self._step += 1
         if self._cells.is_full:
             self._flush()
 
-    def read_gradients(self) -> None:
-        """Read the parameters' gradients now, and not again at the optimizer's step.
+    def read_gradients(self, point: str | None = None) -> None:
+        """Read the parameter gradients now instead of right before the optimizer's step.
 
-        For loops that do something to them in between: call it after the backward pass (and after
-        unscaling), before clipping. A second call in one step, or one in a step that is not
-        recorded, does nothing.
+        For both sides of a clipping, call it before: what the optimizer gets is then recorded as
+        well, in columns that end in `_post_clip`. At steps that are not recorded it does nothing.
+
+        Args:
+            point: What the loop has done to the gradients so far, one of `catalog.POINTS`. The
+                first one read is the monitor's `point` unless `attach` was given one; gradients
+                read at other points become columns `grad_param_<point>` and `grad_norm_<point>`.
+
+        Raises:
+            ValueError: An unknown point.
         """
-        if not self._forward or self._read or not self._open:
-            return
-        self._read_gradients()
-        if self._optimizer is not None and self._norms is not None:
-            self._norms.remember()
+        if point is not None and point not in POINTS:
+            raise ValueError(unknown("point", point, POINTS).message)
+        if point is not None and self._asked is None:
+            self.point = self._asked = point
+        if self._forward and not self._recorder.failure:
+            scaled = self._loss_scale.is_still_on(self._steps.owners())
+            self._reading(point or self.point).take(scale=self._loss_scale.now() if scaled else 1.0)
 
     def listen(self, listener: Listener) -> None:
         """Hand what was recorded to `listener` too whenever it has come to the host.
@@ -242,9 +293,8 @@ class Monitor:
         if self._ranks is not None:
             self._ranks.close()
         self._recorder.close()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._steps.close()
+        self._rewriting.close()
         self._open = False
 
     def __enter__(self) -> Self:
@@ -277,9 +327,12 @@ class Monitor:
             for metric, reasons in self._recorder.reasons.items()
             for reason, rows in reasons.items()
         ]
-        if self._optimizer is None:
-            reason = "attach(optimizer=...) is needed to see updates and the learning rate"
-            for metric in ("update_ratio", "head_kick", "lr"):
+        if not self._optimizers:
+            reason = "attach(optimizer=...) is needed to see updates"
+            missing.append({"metric": "update_ratio", "blocks": "all", "reason": reason})
+        if not self._rated:
+            reason = "no optimizer was seen to step in a recorded step"
+            for metric in ("head_kick", "lr"):
                 missing.append({"metric": metric, "blocks": "all", "reason": reason})
         return missing
 
@@ -312,72 +365,195 @@ class Monitor:
 
     # -- inside --------------------------------------------------------------------------------
 
+    def _begin_step(self) -> None:
+        """Nothing has happened yet in this step."""
+        self._forward = self._stepped = self._foreign = self._repeated = self._pending = False
+        self._updating = False
+        self._passes = 0
+        self._updates: Counter[int] = Counter()
+        self._factor: Tensor | float | None = None
+        for norms in self._norms.values():
+            norms.forget()
+
     def _wanted(self) -> bool:
         """Whether to trace the forward pass that begins: the first of a step that is due."""
-        due = not self._paused and self._model.training and torch.is_grad_enabled()
-        due = due and not self._recorder.failure
-        if not due or not (self._demanded or self._schedule(self._step)):
+        if self._paused or not self._model.training or not torch.is_grad_enabled():
             return False
-        if self._forward and self._recorder.is_whole:
-            self._note("several forward passes in one step: the first one is recorded")
+        self._passes += 1
+        if self._recorder.failure or not (self._demanded or self._schedule(self._step)):
             return False
+        if self._forward and self._recorder.is_whole and not self._replaces():
+            return False
+        if not self._loss_scale.is_known and casts_to_half():
+            self._note(
+                "autocast to float16 without scaler=: if a GradScaler scales the loss, gradients "
+                "at activations are recorded with its scale; attach(..., scaler=scaler)"
+            )
         if not self._forward:
             self._rates.append((math.nan, math.nan))
-        self._forward, self._demanded = True, False
+        self._forward, self._demanded, self._foreign = True, False, False
         self._recorder.begin()
         self._cells.begin(self._step)
         self._head.begin(self._step)
         return True
 
-    def _follow(self, optimizer: Optimizer) -> list[Any]:
-        """Read gradients right before the optimizer's step and updates right after."""
+    def _replaces(self) -> bool:
+        """Whether a further forward pass of the step is recorded in place of the one before."""
+        if self._stepped and not self._updating:
+            return False  # after its own update the model may serve others, as a discriminator
+        unused = self._recorder.is_lost or self._foreign or self._is_thrown_away()
+        if unused and not self._stepped:
+            return True
+        take_last = self._take_last and not self._stepped
+        which = "last" if take_last else "first"
+        self._note(
+            f"several forward passes in one step: the {which} one is recorded, its activations and "
+            "the gradients of its own loss there; parameter gradients are those that accumulate"
+        )
+        return take_last
 
-        def before(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # with a closure the backward pass is still to come: what is there is of another pass
-            if not any(callable(value) for value in (*args[1:], *kwargs.values())):
-                self.read_gradients()
+    def _is_thrown_away(self) -> bool:
+        """Whether the gradients of the recorded pass were set to None without being used."""
+        taken = any(norms.has_taken for norms in self._norms.values())
+        cleared = all(p.grad is None for p in self._model.parameters())
+        return self._recorder.seen_backward and cleared and not taken
 
-        def after(*_: object) -> None:
-            if self._forward and not self._read:
-                reason = "the optimizer's step ran the backward pass: read_gradients() comes first"
-                for row in range(len(self._recorder.anatomy.blocks)):
-                    self._recorder.miss(row, ("update_ratio",), reason)
-                self._read_gradients()
-            elif self._forward and self._norms is not None:
-                moved, sizes = self._norms.updates()
-                if moved.numel():
-                    self._cells.write_column(self._cells.slot, "update_ratio", moved / sizes)
-                    self._pool_rows("update_ratio", moved / sizes, sizes.square())
+    def _backward_begins(self) -> None:
+        """The first gradient of the recorded pass has come: the loss scale is known now."""
+        self._factor = self._loss_scale.now()
+        blocks = [p for members in self._recorder.anatomy.parameters for p in members]
+        self._rewriting.follow([*blocks, *self._model.parameters()])
 
-        return [
-            optimizer.register_step_pre_hook(before),
-            optimizer.register_step_post_hook(after),
-        ]
+    # -- updates -------------------------------------------------------------------------------
 
-    def _read_gradients(self) -> None:
-        """G1 and the total norm of the gradients that are there now."""
-        anatomy = self._recorder.anatomy
-        if self._norms is None:
-            anatomy.parameters = [self._shards.owned(group) for group in anatomy.parameters]
+    def _before_update(self, optimizer: Optimizer, owned: Collection[int] | None) -> None:
+        """An optimizer is about to step: read the gradients that it will use."""
+        if owned is None:
+            self._foreign = True
+            return
+        self._updates[id(optimizer)] += 1
+        if self._updates[id(optimizer)] == 2:
+            self._note(
+                "the optimizer stepped twice without monitor.step() in between: call it after each "
+                "of its steps, or only the first is recorded and steps are counted wrong"
+            )
+        self._stepped = self._stepped_ever = self._updating = True
+        if not self._forward or self._recorder.failure or self._updates[id(optimizer)] > 1:
+            return
+        inside = self._loss_scale.inside(optimizer)
+        self._reading(self._point_before_update()).take(owned, inside)
+        group = optimizer.param_groups[0]
+        if math.isnan(self._rates[-1][0]):
+            self._rates[-1] = float(group["lr"]), float(group.get("momentum", 0.0))
+            self._rated = True
+        skips = self._loss_scale.skips(optimizer)
+        if self._loss_scale.is_used:
+            self._write_head("skipped", torch.zeros(()) if skips is None else skips)
+        if self._optimizers and not self._pending:
+            self._reading(self.point).remember()
+            self._pending = True
+
+    def _after_update(self, optimizer: Optimizer, owned: Collection[int] | None) -> None:
+        """An optimizer has stepped: if it owns all parameters, nothing will move them any more."""
+        self._updating = self._updating and owned is None
+        if owned is not None and self._pending:
+            trained = (p for p in self._model.parameters() if p.requires_grad)
+            if all(id(p) in owned for p in trained):
+                self._write_updates()
+
+    def _write_updates(self) -> None:
+        """Write how far the blocks' parameters moved since they were remembered."""
+        self._pending = False
+        moved, sizes = self._reading(self.point).updates()
+        if moved.numel():
+            self._cells.write_column(self._cells.slot, "update_ratio", moved / sizes)
+            self._pool_rows("update_ratio", moved / sizes, sizes.square())
+
+    def _point_before_update(self) -> str:
+        """The point at which gradients are read now; where the loop rewrote them, `post_clip`."""
+        rewritten = self._rewriting.count() > 0
+        if not rewritten or self.point == "post_clip" or self._ranks is not None:
+            return self.point  # a reduction over ranks is a rewriting as well
+        if self._reading(self.point).has_taken:
+            return "post_clip"
+        self._note(
+            "the loop rewrote the gradients (clipped them?) before the optimizer's step: parameter "
+            f"gradients are read after that, point 'post_clip' instead of '{self.point}'; call "
+            "monitor.read_gradients('pre_clip') before it to have both"
+        )
+        norms = self._norms.pop(self.point)
+        self.point = self._asked = "post_clip"
+        self._norms[self.point] = norms
+        return self.point
+
+    # -- gradients of parameters ---------------------------------------------------------------
+
+    def _reading(self, point: str) -> ParameterNorms:
+        """The norms read at a point."""
+        if point not in self._norms:
+            anatomy = self._recorder.anatomy
+            if not self._norms:
+                anatomy.parameters = [self._shards.owned(group) for group in anatomy.parameters]
             parameters = list(self._model.parameters())
-            held_by = self._holders()
-            self._norms = ParameterNorms(parameters, anatomy.parameters, held_by)
-        per_block, total = self._norms.gradients()
-        self._total = total
-        self._pool_rows("grad_param", per_block, torch.ones_like(per_block))
-        if anatomy.blocks:
-            self._cells.write_column(self._cells.slot, "grad_param", per_block)
-        for row, members in enumerate(anatomy.parameters):
-            if all(p.grad is None for p in members):
+            self._norms[point] = ParameterNorms(parameters, anatomy.parameters, self._holders())
+        return self._norms[point]
+
+    def _finish_gradients(self) -> None:
+        """Complete what is known of the step's gradients and updates, and divide out the scale."""
+        skipped = self._loss_scale.is_used and not self._stepped
+        if self._pending or (skipped and self._optimizers and not self._recorder.failure):
+            if not self._pending:
+                self._reading(self.point).remember()
+            self._write_updates()
+        if not self._recorder.failure:
+            self._reading(self.point).take()  # a scaler that skipped the step had unscaled them
+        self._cells.settle()
+        self._write_gradients()
+        if skipped:
+            self._write_head("skipped", torch.ones(()))
+
+    def _write_gradients(self) -> None:
+        """G1 and the total norm, at the monitor's point and at others."""
+        if self._recorder.failure:
+            return
+        for point, norms in self._norms.items():
+            per_block, total = norms.gradients()
+            if point != self.point:
+                if norms.has_taken:
+                    self._extra.append((self._step, point, per_block, total))
+                continue
+            self._total = total
+            self._pool_rows("grad_param", per_block, torch.ones_like(per_block))
+            if per_block.numel():
+                self._cells.write_column(self._cells.slot, "grad_param", per_block)
+            self._write_head("grad_norm", total)
+            for row in norms.missing():
                 self._recorder.miss(row, ("grad_param",), "no parameter of it has a gradient")
+            if self._recorder.seen_backward and not norms.has_taken:
+                self._note(
+                    "no gradient was left when monitor.step() looked for them: was zero_grad() "
+                    "called before it?"
+                )
+        for row, members in enumerate(self._recorder.anatomy.parameters):
             if not members:
                 self._recorder.miss(row, ("update_ratio",), "the block has no parameters")
-        self._head.reserve(1, total.device)
-        self._head.write(self._head.slot, 0, "grad_norm", total)
-        if self._optimizer is not None:
-            group = self._optimizer.param_groups[0]
-            self._rates[-1] = float(group["lr"]), float(group.get("momentum", 0.0))
-        self._read = True
+
+    def _divide_scale(self) -> None:
+        """Gradients at activations came with the loss scale; parameters' were read without it."""
+        factor = 1.0 if self._factor is None else self._factor
+        if self._recorder.anatomy.blocks and not self._recorder.failure:
+            self._cells.divide(self._cells.slot, _SCALED, factor)
+        self._head.reserve(1, self._device())
+        self._head.divide(self._head.slot, ("head_gap",), factor)
+        if self._factor is not None:
+            self._write_head("grad_scale", torch.as_tensor(factor, dtype=torch.float64))
+
+    def _write_head(self, name: str, value: Tensor) -> None:
+        self._head.reserve(1, self._device())
+        self._head.write(self._head.slot, 0, name, value)
+
+    def _device(self) -> torch.device:
+        return next((p.device for p in self._model.parameters()), torch.device("cpu"))
 
     def _holders(self) -> int | None:
         """How many ranks hold shards of the parameters; None where each has them whole."""
@@ -437,6 +613,27 @@ class Monitor:
         parameters = list(self._model.parameters())
         return ParameterNorms(parameters, [], self._holders()).weights()
 
+    # -- what went wrong -----------------------------------------------------------------------
+
+    def _check_order(self) -> None:
+        """Say what is wrong with where `step()` is called."""
+        if self._paused:
+            return
+        updated = any(self._updates.values())
+        if not self._passes and not updated and (self._stepped_ever or self._recorded):
+            self._repeated = True
+            self._note(
+                "monitor.step() came without a forward pass since the last one: called twice a "
+                "step it counts steps double"
+            )
+        expected = self._stepped_ever or bool(self._optimizers)
+        if self._passes and not updated and expected and not self._loss_scale.is_used:
+            self._note(
+                "monitor.step() came without a step of the optimizer since the last one: call it "
+                "once per update, after optimizer.step(); where a GradScaler skipped the update, "
+                "attach(..., scaler=scaler)"
+            )
+
     def _check_backward(self) -> None:
         if self._recorder.failure:
             self._note(
@@ -452,6 +649,9 @@ class Monitor:
             self._note("several backward passes reached the blocks: the last one is recorded")
         if self._recorder.strangers:
             self._note("the forward pass took additions that the first one had not: not recorded")
+        if self._recorder.skipped:
+            shown = ", ".join(self._recorder.skipped[:3])
+            self._note(f"blocks of the first pass were left out of a later one, NaN there: {shown}")
 
     def _note(self, text: str) -> None:
         """Say once what could not be watched."""
@@ -471,15 +671,32 @@ class Monitor:
         if not steps:
             return
         rows = len(self._recorder.anatomy.blocks)
-        self._metrics.append(_block_columns(steps, values[:, :rows], self._recorder.anatomy.blocks))
-        if head_steps:
-            self._curve.append(_step_columns(head_steps, head, rates))
+        blocks = _block_columns(steps, values[:, :rows], self._recorder.anatomy.blocks)
+        curve = _step_columns(head_steps, head, rates) if head_steps else None
+        extra = [entry for entry in self._extra if entry[0] in steps]
+        self._extra = [entry for entry in self._extra if entry[0] not in steps]
+        for step, point, per_block, total in extra:
+            where = blocks["step"] == step
+            values_of = blocks.setdefault(f"grad_param_{point}", _gap(len(where)))
+            values_of[where] = per_block.cpu().numpy()
+            if curve is not None:
+                curve.setdefault(f"grad_norm_{point}", _gap(len(curve["step"])))[
+                    curve["step"] == step
+                ] = float(total)
+        self._metrics.append(blocks)
+        if curve is not None:
+            self._curve.append(curve)
+
         for listener in list(self._listeners):
             try:
                 listener(self._metrics[-1], self._curve[-1] if head_steps else {})
             except Exception as error:
                 self._listeners.remove(listener)
                 self._note(f"{_name(listener)} is no longer told what is recorded: {error!r}")
+
+
+def _gap(rows: int) -> NDArray[np.float64]:
+    return np.full(rows, np.nan)
 
 
 def _block_columns(
@@ -521,6 +738,8 @@ def _step_columns(
             "head_kick": lr * (1 + momentum) * (squared + 1) * get["head_gap"],
         }
     assert tuple(out) == RECORDED_PER_STEP
+    if np.isfinite(get["skipped"]).any():
+        out |= {name: get[name] for name in ("grad_scale", "skipped")}
     return {"step": np.asarray(steps, dtype=np.int32), **out}
 
 
@@ -532,4 +751,11 @@ def _concatenate(parts: Sequence[Mapping[str, NDArray[Any]]]) -> dict[str, NDArr
     """Join flushes; without any, empty columns."""
     if not parts:
         return {"step": np.empty(0, np.int32), "block": np.empty(0, np.int16)}
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    names = dict.fromkeys(name for part in parts for name in part)
+    sizes = [len(part["step"]) for part in parts]
+    return {
+        name: np.concatenate(
+            [part.get(name, _gap(n)) for part, n in zip(parts, sizes, strict=True)]
+        )
+        for name in names
+    }

@@ -1,7 +1,7 @@
 """Norms of gradients and updates of many parameters, gathered per block in a few kernels."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +39,53 @@ class ParameterNorms:
         self._copies: list[Tensor] | None = None
         self._sizes: Tensor | None = None
         self._shares = None if ranks is None else torch.tensor(shares(self._parameters, ranks))
+        self._taken: set[int] = set()
+        self._parts: list[tuple[tuple[int, ...], Tensor]] = []
+
+    def forget(self) -> None:
+        """Begin a step: nothing has been taken."""
+        self._taken.clear()
+        self._parts.clear()
+
+    def take(self, owned: Collection[int] | None = None, scale: Tensor | float = 1.0) -> None:
+        """Measure the gradients that are there and were not taken before in this step.
+
+        Args:
+            owned: `id` of the parameters to look at: those of the optimizer that is about to step;
+                None for all.
+            scale: What the loss was multiplied with, to be divided out again.
+        """
+        due = [
+            (i, self._local(p.grad))
+            for i, p in enumerate(self._parameters)
+            if i not in self._taken and (owned is None or id(p) in owned)
+        ]
+        self._taken.update(i for i, _ in due)
+        dense = [(i, g.coalesce().values() if g.is_sparse else g) for i, g in due if g is not None]
+        if dense:
+            which = tuple(i for i, _ in dense)
+            squares = self._squares([g for _, g in dense], which, scale)
+            self._parts.append((which, squares))
+
+    @property
+    def has_taken(self) -> bool:
+        """Whether a gradient was found since `forget`."""
+        return bool(self._parts)
+
+    def missing(self) -> list[int]:
+        """Blocks none of whose parameters had a gradient."""
+        found = {i for which, _ in self._parts for i in which}
+        seen = {row for i, row in self._members if i in found}
+        return [row for row in range(self._blocks) if row not in seen]
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """G1 per block (L,) and the norm over all parameters, float64; NaN without gradients."""
-        held = [(i, self._local(p.grad)) for i, p in enumerate(self._parameters)]
-        dense = [(i, g.coalesce().values() if g.is_sparse else g) for i, g in held if g is not None]
-        return self._gather([g for _, g in dense], tuple(i for i, _ in dense))
+        if not self._parts:
+            nan = torch.full((self._blocks + 1,), math.nan, dtype=torch.float64)
+            return nan[:-1], nan[-1]
+        which = tuple(i for part, _ in self._parts for i in part)
+        squares = [part for _, part in self._parts]
+        return self._sum(squares[0] if len(squares) == 1 else torch.cat(squares), which)
 
     def remember(self) -> None:
         """Copy the parameters: call before the optimizer's step."""
@@ -81,9 +122,16 @@ class ParameterNorms:
         if not tensors:
             nan = torch.full((self._blocks + 1,), math.nan, dtype=torch.float64)
             return nan[:-1], nan[-1]
-        squares = _norms(tensors).square()
-        if self._shares is not None:
-            squares = squares * self._shares[list(which)].to(squares)
+        return self._sum(self._squares(tensors, which), which)
+
+    def _squares(
+        self, tensors: list[Tensor], which: tuple[int, ...], scale: Tensor | float = 1.0
+    ) -> Tensor:
+        """Squared norms (P,); of shards, this rank's share of them."""
+        squares = (_norms(tensors) / scale).square()
+        return squares if self._shares is None else squares * self._shares[list(which)].to(squares)
+
+    def _sum(self, squares: Tensor, which: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         places, rows, present = self._index(which, squares.device)
         sums = squares.new_full((self._blocks,), math.nan).index_fill_(0, present, 0)
         sums.index_add_(0, rows, squares.index_select(0, places))

@@ -53,6 +53,10 @@ def _guarded(method: Callable[Concatenate["Recorder", P], None]) -> Callable[...
     return call
 
 
+class _Pass:
+    """One forward pass: alive as long as its graph is, which keeps the hooks that hold it."""
+
+
 class Recorder:
     """The tracer's listener that records one forward and backward pass.
 
@@ -65,20 +69,30 @@ class Recorder:
 
     Attributes:
         failure: The error of ours after which nothing is watched any more, or "".
+        skipped: Blocks of the first pass that the last one did not run.
     """
 
     def __init__(
-        self, cells: Buffer, head: Buffer, samples: int | None, pool: Pool | None = None
+        self,
+        cells: Buffer,
+        head: Buffer,
+        samples: int | None,
+        pool: Pool | None = None,
+        backward_begins: Callable[[], None] = lambda: None,
     ) -> None:
         self.anatomy = Anatomy()
         self.reasons: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         self.seen_backward = self.is_whole = False
         self.strangers = self.repeats = 0
         self.failure = ""
+        self.skipped: list[str] = []
+        self._backward_begins = backward_begins
         self._cells, self._head = cells, head
         self._skip, self._pool = SkipPath(samples), pool
         self._skip.weigh = None if pool is None else pool.skip
-        self._fixed, self._pass = False, 0
+        self._fixed = False
+        self._begun: _Pass | None = None
+        self._pass = weakref.ref(_Pass())
         self.end()
 
     def begin(self) -> None:
@@ -87,13 +101,21 @@ class Recorder:
         if self._pool is not None:
             self._pool.begin()
         self._live = True
-        self._pass += 1
+        begun = self._begun = _Pass()
+        self._pass = weakref.ref(begun)
         self.seen_backward = self.is_whole = False
         self.strangers = self.repeats = 0
+        self.skipped = []
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the pass's graph is gone: no backward pass will ever come through it."""
+        return self.is_whole and not self.seen_backward and self._pass() is None
 
     def end(self) -> None:
         """Let go of the pass: a gradient that comes later belongs to no step."""
         self._live = False
+        self._begun = None
         self._skip.reset()
         self._known: dict[int, tuple[weakref.ref[Tensor], int, int, str]] = {}
         self._children: dict[Key, list[int]] = defaultdict(list)
@@ -210,14 +232,18 @@ class Recorder:
     @_guarded
     def finished(self, features: Tensor | None, logits: Tensor | None) -> None:
         """Measure the classifier's input, and hook its output for the head kick."""
+        if self._fixed:
+            ran = {row for row, _ in self._inside}
+            self.skipped = [b.name for b in self.anatomy.blocks if b.index not in ran]
         self._fixed, self.is_whole = self._fixed or bool(self.anatomy.blocks), True
         self._write_sites()
         self._write_skip()
         self._write_gates()
+        begun, self._begun = self._begun, None  # from here on only the graph keeps it
         if features is None or logits is None:
             self._miss_head("head_mean", "head_bias", "head_kick")
             return
-        slot, begun = self._head.slot, self._pass
+        slot = self._head.slot
         self._head.reserve(1, features.device)
         if self._pool is None:
             self._head.write(slot, 0, "head_mean", metrics.statistics(features)[:3])
@@ -347,20 +373,25 @@ class Recorder:
             }
             self.miss(row, missing[column], "no gradient is asked for at this tensor")
             return
-        begun, slot = self._pass, self._cells.slot
+        begun, slot = self._begun, self._cells.slot
         self._hooked.add((row, column))
         x.register_hook(lambda g: self._gradient(begun, slot, row, column, g))
 
-    def _is_current(self, begun: int) -> bool:
+    def _is_current(self, begun: "_Pass | None") -> bool:
         """Whether the pass in which a hook was set is still the one being recorded."""
-        return self._live and begun == self._pass
+        return self._live and begun is not None and begun is self._pass()
+
+    def _see_backward(self) -> None:
+        if not self.seen_backward:
+            self.seen_backward = True
+            self._backward_begins()
 
     @_guarded
-    def _gradient(self, begun: int, slot: int, row: int, column: str, g: Tensor) -> None:
+    def _gradient(self, begun: "_Pass", slot: int, row: int, column: str, g: Tensor) -> None:
         """Write G2; hand dL/du to the share of the block's input, or finish that share."""
         if not self._is_current(begun):
             return
-        self.seen_backward = True
+        self._see_backward()
         self.repeats += (row, column) in self._written
         self._written.add((row, column))
         size, broken = metrics.gradient(g)
@@ -408,7 +439,7 @@ class Recorder:
         if not entries:
             reason = "no gradient leads from the shortcut back to the block's input"
             self.miss(row, ("shortcut_share",), reason)
-        begun = self._pass
+        begun = self._begun
         for node, index in entries:
             node.register_hook(lambda grads, _, i=index: self._collect(begun, row, grads[i]))
 
@@ -419,7 +450,7 @@ class Recorder:
             self._via[row] = self._skip.head(g) * scale
 
     @_guarded
-    def _collect(self, begun: int, row: int, g: Tensor | None) -> None:
+    def _collect(self, begun: "_Pass", row: int, g: Tensor | None) -> None:
         if g is not None and self._is_current(begun):
             head = self._skip.head(g)
             self._via[row] = head.clone() if row not in self._via else self._via[row] + head
@@ -441,11 +472,11 @@ class Recorder:
             self._pool.put(row, column, value, weight)
 
     @_guarded
-    def _gap(self, begun: int, slot: int, g: Tensor) -> None:
+    def _gap(self, begun: "_Pass", slot: int, g: Tensor) -> None:
         """max_k |p_k - y_k|: the batch sum of dL/dlogits of a mean cross-entropy."""
         if not self._is_current(begun):
             return
-        self.seen_backward = True
+        self._see_backward()
         sums = g.detach().reshape(-1, g.shape[-1]).sum(0)
         if self._pool is None:
             self._head.write(slot, 0, "head_gap", sums.abs().amax().double())
