@@ -1,4 +1,4 @@
-"""Every kind of training loop: what is recorded in it, against the same loop written out by hand."""
+"""Every kind of training loop: what is recorded in it, against the same loop by hand."""
 
 import copy
 import warnings
@@ -418,11 +418,12 @@ def test_gradients_that_are_gone_before_anyone_reads_them_are_reported():
 def test_a_forgotten_step_is_reported(every):
     model = Net()
     optimizer = sgd(model)
-    with attach(model, every=every), pytest.warns(WatchWarning, match=r"without monitor\.step\(\)"):
+    with attach(model, every=every):
         for step in range(2):
             x, y = data(seed=step)
             F.cross_entropy(model(x), y).backward()
-            optimizer.step()
+            with pytest.warns(WatchWarning, match=r"without monitor\.step") if step else nullcontext():
+                optimizer.step()
 
 
 @pytest.mark.parametrize("every", [1, 5])
