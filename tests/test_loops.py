@@ -422,7 +422,11 @@ def test_a_forgotten_step_is_reported(every):
         for step in range(2):
             x, y = data(seed=step)
             F.cross_entropy(model(x), y).backward()
-            with pytest.warns(WatchWarning, match=r"without monitor\.step") if step else nullcontext():
+            with (
+                pytest.warns(WatchWarning, match=r"without monitor\.step")
+                if step
+                else nullcontext()
+            ):
                 optimizer.step()
 
 
