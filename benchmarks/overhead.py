@@ -4,8 +4,8 @@
 
 Each repetition runs one training step of every arm in random order; a ratio is the median over
 repetitions of arm / plain of the same repetition. `null` is a second unwatched model: its distance
-from 1 is what the numbers can carry. `every10` is put together from a recorded and nine idle steps
-of the same repetition.
+from 1 is what the numbers can carry. Recording every 10th and 50th step is put together from a
+recorded and 9 or 49 idle steps of the same repetition.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from torch import nn
 from resdiag.models.resnet import build_model
 from resdiag.watch.monitor import Monitor, attach
 
+STRIDES = (10, 50)
 Arm = Callable[[], None]
 
 
@@ -46,7 +47,7 @@ def main() -> None:
     print(f"{options.variant}-{options.depth}, batch {options.batch_size}, {machine()}")
     print(f"plain step: {statistics.median(times['plain']):.3f} s")
     for row in rows:
-        print("{name:<8} {ratio:.3f}  [{q25:.3f} {q75:.3f}]  n={n}".format(**row))
+        print("{name:<6} {every:>3} {ratio:.3f}  [{q25:.3f} {q75:.3f}]  n={n}".format(**row))
 
 
 def measure(variant: str, depth: int, batch_size: int, repetitions: int) -> dict[str, list[float]]:
@@ -55,11 +56,12 @@ def measure(variant: str, depth: int, batch_size: int, repetitions: int) -> dict
     images = torch.randn(batch_size, 3, 32, 32)
     labels = torch.randint(0, 10, (batch_size,))
     arms = {
-        "plain": make_arm(variant, depth, images, labels, watch=None),
-        "null": make_arm(variant, depth, images, labels, watch=None),
+        "plain": make_arm(variant, depth, images, labels, every=0),
+        "null": make_arm(variant, depth, images, labels, every=0),
         "naive": make_naive_arm(variant, depth, images, labels),
-        "full": make_arm(variant, depth, images, labels, watch=True),
-        "idle": make_arm(variant, depth, images, labels, watch=False),
+        "core": make_arm(variant, depth, images, labels, every=1, metrics="core"),
+        "full": make_arm(variant, depth, images, labels, every=1),
+        "idle": make_arm(variant, depth, images, labels, every=10**9),
     }
     for arm in arms.values():
         arm()
@@ -73,14 +75,20 @@ def measure(variant: str, depth: int, batch_size: int, repetitions: int) -> dict
 
 
 def make_arm(
-    variant: str, depth: int, images: torch.Tensor, labels: torch.Tensor, *, watch: bool | None
+    variant: str,
+    depth: int,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    every: int,
+    metrics: str = "full",
 ) -> Arm:
-    """A training step; `watch` True records it, False has an idle monitor, None has none."""
+    """A training step, recorded every `every`-th time; 0 for no monitor at all."""
     model = build_model(variant, depth, seed=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     monitor: Monitor | None = None
-    if watch is not None:
-        monitor = attach(model, optimizer=optimizer, every=1 if watch else 10**9)
+    if every:
+        monitor = attach(model, optimizer=optimizer, every=every, metrics=metrics)
 
     def step() -> None:
         train_step(model, optimizer, images, labels)
@@ -125,13 +133,18 @@ def summarise(times: dict[str, list[float]]) -> list[dict[str, object]]:
         for name, values in times.items()
         if name != "plain"
     }
-    ratios["every10"] = [
-        (full + 9 * idle) / 10 for full, idle in zip(ratios["full"], ratios["idle"], strict=True)
-    ]
+    strided = {
+        (name, every): [
+            (recorded + (every - 1) * idle) / every
+            for recorded, idle in zip(ratios[name], ratios["idle"], strict=True)
+        ]
+        for name in ("core", "full")
+        for every in STRIDES
+    }
+    single = {(name, int(name not in ("null", "idle"))): values for name, values in ratios.items()}
     rows: list[dict[str, object]] = []
-    for name, values in ratios.items():
+    for (name, every), values in (single | strided).items():
         q25, median, q75 = statistics.quantiles(values, n=4)
-        every = {"full": 1, "naive": 1, "every10": 10}.get(name, 0)
         rows.append(
             {
                 "name": name,

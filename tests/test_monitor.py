@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from resdiag.models.resnet import build_model
 from resdiag.models.variants import VARIANTS
 from resdiag.watch import metrics
-from resdiag.watch.catalog import RECORDED
+from resdiag.watch.catalog import CORE, RECORDED
 from resdiag.watch.monitor import WatchWarning, attach
 
 
@@ -945,3 +945,32 @@ def test_an_error_of_ours_ends_the_watching_and_not_the_training(monkeypatch, wh
     frame = monitor.to_frame()
     assert frame[frame.step == 0].output_mean.notna().all()
     assert set(frame.step) == {0, 1}
+
+
+# -- the core set ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["original", "elu", "elu_after", "elu_nobn", "plain"])
+def test_the_core_set_is_the_full_one_where_it_records(variant):
+    frames, missing = [], []
+    for metrics_set in ("full", "core"):
+        model = small(variant)
+        optimizer = sgd(model)
+        units = units_of(variant, model)
+        with attach(model, optimizer=optimizer, blocks=units, metrics=metrics_set) as monitor:
+            train(model, 2, monitor=monitor, optimizer=optimizer)
+        frames.append(monitor.to_frame())
+        missing.append({entry["metric"] for entry in monitor.unavailable})
+    full, core = frames
+    for name in CORE:
+        # a sum is read in the one, put together from F and h in the other
+        np.testing.assert_allclose(core[name], full[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    others = set(RECORDED) - set(CORE)
+    assert core[list(others)].isna().all(axis=None)
+    assert others <= missing[1]
+    assert full["perturbation"].notna().any() or variant == "plain"
+
+
+def test_an_unknown_set_of_metrics_is_refused():
+    with pytest.raises(ValueError, match="unknown set of metrics 'most'"):
+        attach(small(), metrics="most")

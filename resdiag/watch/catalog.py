@@ -20,6 +20,9 @@ Columns: TypeAlias = "Mapping[str, NDArray[np.float64]]"
 SITES = ("input", "branch", "shortcut", "sum", "output")
 """Where a tensor is taken in a block: x, F(x), h(x), u, H."""
 
+SETS = ("full", "core")
+"""Sets of recorded columns: everything, or what costs next to nothing; see `CORE`."""
+
 POINTS = ("local", "reduced", "unscaled", "pre_clip", "post_clip")
 """Points at which gradients can be read; every series carries one."""
 
@@ -457,6 +460,16 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 
 RECORDED = tuple(m.id for m in METRICS.values() if m.derive is None and m.site != "run")
 """Columns of a run's metrics files, one value per step and block."""
+
+CORE = tuple(
+    name
+    for name in RECORDED
+    if name.startswith(("branch_", "shortcut_mean", "shortcut_channel", "output_"))
+    or name in ("shortcut_nonfinite", "grad_param", "grad_output", "grad_nonfinite")
+    or name in ("elasticity", "perturbation")
+)
+"""The columns of `attach(metrics="core")`: gradient norms by parameter and by output, moments of
+branch, shortcut and output, branch over shortcut, and P1. The others are NaN."""
 
 RECORDED_PER_STEP = ("lr", "grad_norm", "head_mean", "head_bias", "head_kick")
 """What a Monitor records once per step; training adds loss, error and speed."""

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from resdiag.errors import unknown
 from resdiag.watch.blocks import Block, match_modules
 from resdiag.watch.buffer import Buffer
-from resdiag.watch.catalog import POINTS, RECORDED, RECORDED_PER_STEP, derive
+from resdiag.watch.catalog import POINTS, RECORDED, RECORDED_PER_STEP, SETS, derive
 from resdiag.watch.distributed import Ranks, find_ranks, unwrap
 from resdiag.watch.lossscale import LossScale, casts_to_half
 from resdiag.watch.optimizers import OptimizerSteps
@@ -56,6 +56,7 @@ def attach(
     reduce: bool = True,
     scaler: Any = None,  # noqa: ANN401
     take: str = "first",
+    metrics: str = "full",
 ) -> "Monitor":
     """Start watching a model. Nothing in it is edited, and its training stays the same bit for bit.
 
@@ -76,6 +77,8 @@ def attach(
         point: Where in the loop parameter gradients are read, one of `catalog.POINTS`; stored with
             the data. By default "local", "unscaled" with a scaler, and "post_clip" once the loop
             is seen to rewrite gradients; see `Monitor.read_gradients`.
+        metrics: "full" for all of `catalog.RECORDED`; "core" for `catalog.CORE` at about half the
+            cost.
         reduce: Where several processes train the model together (DDP, `fully_shard`), record the
             numbers of all ranks, the same on each; `attach`, `step` and `close` are then called on
             every rank, and "local" becomes "reduced". False: each rank records its own.
@@ -88,8 +91,8 @@ def attach(
         A `Monitor`: a context manager whose `step()` ends each training step.
 
     Raises:
-        ValueError: A schedule that never records, an unknown point, pass or block, a compiled
-            model, or a kind of parallel training that cannot be watched.
+        ValueError: A schedule that never records, an unknown point, pass, block or set of
+            metrics, a compiled model, or a kind of parallel training that cannot be watched.
         TypeError: The optimizer or the scaler is something else.
 
     Example:
@@ -109,6 +112,8 @@ def attach(
         raise ValueError(unknown("point", point, POINTS).message)
     if take not in _TAKES:
         raise ValueError(unknown("forward pass to take", take, _TAKES).message)
+    if metrics not in SETS:
+        raise ValueError(unknown("set of metrics", metrics, SETS).message)
     inner = unwrap(model)
     if any(
         hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in (model, inner)
@@ -131,6 +136,7 @@ def attach(
         ranks,
         LossScale(scaler),
         take_last=take == "last",
+        core=metrics == "core",
     )
 
 
@@ -164,6 +170,7 @@ class Monitor:
         scale: LossScale,
         *,
         take_last: bool,
+        core: bool,
     ) -> None:
         self.point = point or ("unscaled" if scale.is_used else "local")
         self.notes: list[str] = []
@@ -175,13 +182,14 @@ class Monitor:
             sharded = ranks.sharded
             self._pool = Pool(self._cells, self._head, ranks.size, sharded=sharded)
         self._recorder = Recorder(
-            self._cells, self._head, samples, self._pool, self._backward_begins
+            self._cells, self._head, samples, self._pool, self._backward_begins, core=core
         )
         # before the tracer's, or it would enter a sharded module with tensors it does not know
         self._shards = Shards(model, lambda a, b: self._tracer.same(a, b))
         self._tracer = Tracer(model, self._recorder, self._wanted, units)
         self._steps = OptimizerSteps(model, optimizers, self._before_update, self._after_update)
         self._rewriting = Rewriting()
+        self._core = core
         self._norms: dict[str, ParameterNorms] = {}
         self._extra: list[tuple[int, str, Tensor, Tensor]] = []
         self._total = torch.zeros((), dtype=torch.float64)
@@ -449,7 +457,7 @@ class Monitor:
         skips = self._loss_scale.skips(optimizer)
         if self._loss_scale.is_used:
             self._write_head("skipped", torch.zeros(()) if skips is None else skips)
-        if self._optimizers and not self._pending:
+        if self._optimizers and not self._pending and not self._core:
             self._reading(self.point).remember()
             self._pending = True
 
@@ -501,7 +509,8 @@ class Monitor:
     def _finish_gradients(self) -> None:
         """Complete what is known of the step's gradients and updates, and divide out the scale."""
         skipped = self._loss_scale.is_used and not self._stepped
-        if self._pending or (skipped and self._optimizers and not self._recorder.failure):
+        known = bool(self._optimizers) and not self._core and not self._recorder.failure
+        if self._pending or (skipped and known):
             if not self._pending:
                 self._reading(self.point).remember()
             self._write_updates()

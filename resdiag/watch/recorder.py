@@ -18,7 +18,7 @@ from resdiag.watch import metrics
 from resdiag.watch.blocks import Anatomy
 from resdiag.watch.buffer import Buffer, Key
 from resdiag.watch.calls import Call
-from resdiag.watch.catalog import SITES
+from resdiag.watch.catalog import CORE, RECORDED, SITES
 from resdiag.watch.pool import HEAD as HEAD_ROW
 from resdiag.watch.pool import Pool
 from resdiag.watch.skip import COLUMNS, SkipPath
@@ -32,6 +32,8 @@ _NO_ADDITION = (
     "shortcut_share",
     *COLUMNS,
 )
+
+_NOT_CORE = "not in the core set: attach(metrics='full') records it"
 
 P = ParamSpec("P")
 
@@ -64,6 +66,7 @@ class Recorder:
         cells: Per-block buffer; its columns are `catalog.RECORDED`.
         head: Per-step buffer with one row; its columns begin with `HEAD`.
         samples: Samples of the batch on which per-unit quantities are measured; None for all.
+        core: Only the columns of `catalog.CORE`.
         pool: Where several ranks record together: takes what they must add up, in place of the
             buffers.
 
@@ -79,6 +82,8 @@ class Recorder:
         samples: int | None,
         pool: Pool | None = None,
         backward_begins: Callable[[], None] = lambda: None,
+        *,
+        core: bool = False,
     ) -> None:
         self.anatomy = Anatomy()
         self.reasons: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
@@ -88,7 +93,11 @@ class Recorder:
         self.skipped: list[str] = []
         self._backward_begins = backward_begins
         self._cells, self._head = cells, head
-        self._skip, self._pool = SkipPath(samples), pool
+        self._skip, self._pool = SkipPath(samples, core=core), pool
+        self._core = core
+        if core:
+            for column in set(RECORDED) - set(CORE):
+                self.reasons[column][_NOT_CORE] = set()
         self._skip.weigh = None if pool is None else pool.skip
         self._fixed = False
         self._begun: _Pass | None = None
@@ -145,6 +154,8 @@ class Recorder:
         shortcut = _scaled(addition.shortcut, addition.shortcut_scale)
         self._measure(row, "branch", branch, keep=False)
         self._measure(row, "shortcut", shortcut, keep=shortcut is addition.shortcut)
+        if self._core:
+            return
         source = self._source(row, addition.origin)
         if addition.origin is not None:
             self._measure(row, "input", addition.origin)
@@ -171,9 +182,10 @@ class Recorder:
         row = self.anatomy.rows.get((addition.owner, addition.ordinal))
         if row is None or addition.sum is None:
             return
-        self._measure(row, "sum", addition.sum)
         self._skip.add(row, addition.sum)
-        self._hook(addition.sum, row, "grad_sum")
+        if not self._core:
+            self._measure(row, "sum", addition.sum)
+            self._hook(addition.sum, row, "grad_sum")
 
     @_guarded
     def closed(self, addition: Addition, output: Tensor) -> None:
@@ -185,16 +197,13 @@ class Recorder:
             self.anatomy.finish(row, addition.after, addition.parameters)
         self._skip.close(row, output, addition.after)
         self._measure(row, "output", output)
-        if addition.after:
+        if addition.after or self._core:
             self._hook(output, row, "grad_output")
         else:
             self._cells.alias(row, "grad_output", (row, "grad_sum"))
-        inside = [
-            gate
-            for _, call, gate in self._gates
-            if any(call is other for other in addition.activations)
-        ]
-        self._inside.append((row, inside))
+        if not self._core:
+            calls = {id(call) for call in addition.activations}
+            self._inside.append((row, [gate for _, call, gate in self._gates if id(call) in calls]))
 
     @_guarded
     def unit(self, owner: str, ordinal: int, x: Tensor, output: Tensor, module: nn.Module) -> None:
@@ -208,11 +217,13 @@ class Recorder:
             self.anatomy.finish(row, (), list(module.parameters()))
             self._cells.reserve(row + 1, output.device)
         row = self.anatomy.rows[key]
-        self._measure(row, "input", x)
-        self._watch_input(row, x)
         self._measure(row, "output", output)
         self._hook(output, row, "grad_output")
         self.miss(row, _NO_ADDITION, "the block has no residual addition")
+        if self._core:
+            return
+        self._measure(row, "input", x)
+        self._watch_input(row, x)
         inside = [gate for owners, _, gate in self._gates if owner in owners]
         self._inside.append((row, inside))
 
@@ -226,7 +237,7 @@ class Recorder:
     @_guarded
     def activation(self, owners: tuple[str, ...], call: Call, x: Tensor) -> None:
         """Remember which units of an activation are saturated, for the block it is in."""
-        if x.is_floating_point() and x.numel():
+        if x.is_floating_point() and x.numel() and not self._core:
             self._gates.append((owners, call, _saturated(call, self._skip.head(x))))
 
     @_guarded
@@ -401,7 +412,7 @@ class Recorder:
             self._pool.gradient(row, column, size, g.shape[0] if g.dim() else 1)
         if column == "grad_sum":
             self._hold(row, g)
-        if column != "grad_input" and column == self._grad_column(row, "output"):
+        if column == "grad_output" or column == self._grad_column(row, "output"):
             self._put(slot, row, "grad_nonfinite", broken, float(g.numel()))
         for child in self._children.get((row, column), ()):
             self._share(slot, child, self._skip.head(g))

@@ -126,14 +126,15 @@ class SkipPath:
 
     Args:
         samples: Samples at the head of the batch to look at; None for all.
+        core: Measure P1 only.
 
     Attributes:
         weigh: Told each block's row, values, and what each value is a mean over: the sum of squares
             or the number of units below its fraction bar.
     """
 
-    def __init__(self, samples: int | None) -> None:
-        self._samples = samples
+    def __init__(self, samples: int | None, *, core: bool = False) -> None:
+        self._samples, self._core = samples, core
         self.weigh: Callable[[int, list[Scalar], list[Scalar]], None] | None = None
         self._memory: dict[tuple[int, str], Tensor] = {}
         self.reset()
@@ -187,6 +188,8 @@ class SkipPath:
 
     def add(self, row: int, u: Tensor) -> None:
         """Pass a block's sum, before an in-place after-add overwrites it."""
+        if self._core:
+            self._passages[row] = _Passage(row, None, None, None, 1.0, False, False, "")
         self._passages[row].u = self._keep(row, "u", u)
 
     def close(self, row: int, output: Tensor, after: tuple[Call, ...]) -> None:
@@ -219,6 +222,9 @@ class SkipPath:
         Yields:
             Row; 9 scalars, see `COLUMNS`, NaN where undefined; why columns are NaN.
         """
+        if self._core:
+            yield from self._perturbations()
+            return
         last: dict[str, Tensor] = {}  # the sum and the output of the block before
         for passage in self._passages.values():
             u, h = passage.u, last.get(passage.source, passage.h)
@@ -237,6 +243,21 @@ class SkipPath:
             if self.weigh is not None:
                 self.weigh(passage.row, values, self._weights(u, h))
             yield passage.row, values, self._missing(passage.after)
+        self.reset()
+
+    def _perturbations(self) -> Iterator[tuple[int, list[Scalar], dict[str, str]]]:
+        """P1 of each block, and nothing else."""
+        for passage in self._passages.values():
+            u, output = passage.u, passage.output
+            value: Scalar = 0.0
+            if u is not None and passage.after:
+                output = compose(passage.after)(u) if output is None else output
+                value = relative_change(output, u)
+            values = [value, *[math.nan] * (len(COLUMNS) - 1)]
+            if self.weigh is not None and u is not None:
+                size = norm(u)
+                self.weigh(passage.row, values, [size * size, *[0.0] * (len(COLUMNS) - 1)])
+            yield passage.row, values, {}
         self.reset()
 
     def _cross(self, passage: _Passage, h: Tensor) -> None:
