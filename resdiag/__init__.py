@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from resdiag.models.variants import Variant as Variant
     from resdiag.runs.folder import load as load
     from resdiag.runs.folder import open_run as open_run
+    from resdiag.show.plots import draw as draw
+    from resdiag.study.saving import save as save
     from resdiag.watch.blocks import Block as Block
     from resdiag.watch.blocks import find_blocks as find_blocks
     from resdiag.watch.catalog import METRICS as METRICS
@@ -36,6 +38,8 @@ _HOMES = {
     # runs on disk, and what they mean
     "load": "resdiag.runs.folder",
     "open_run": "resdiag.runs.folder",
+    "save": "resdiag.study.saving",
+    "draw": "resdiag.show.plots",
     "judge": "resdiag.explain.verdict",
     "Verdict": "resdiag.explain.verdict",
 }

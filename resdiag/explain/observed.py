@@ -11,6 +11,7 @@ from resdiag.errors import UsageError
 from resdiag.explain.offender import Offender, first_offender
 from resdiag.explain.theory import Prediction, predict
 from resdiag.runs.folder import Run
+from resdiag.runs.watched import WatchedConfig
 
 
 class Observed:
@@ -23,7 +24,8 @@ class Observed:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.variant, self.depth = str(run.config.variant), int(run.config.depth)
-        self.lr = float(run.config.lr)
+        # of another model there is no variant: theory and the table of variants have no word on it
+        self.lr = math.nan if run.config.lr is None else float(run.config.lr)
         self.metrics = _clean(run.metrics(), ["step", "block"])
         self.curve = _clean(run.curve(), ["step"])
         self.steps: list[int] = sorted({int(step) for step in self.metrics.get("step", ())})
@@ -89,9 +91,14 @@ class Observed:
         """One column of the step table, indexed by step; empty if there is none."""
         if metric not in self.curve:
             return pd.Series(dtype=float)
-        return pd.Series(
+        column = pd.Series(
             self.curve[metric].to_numpy(dtype=float), index=self.curve["step"].to_numpy()
         )
+        if metric != "loss" or not isinstance(self.run.config, WatchedConfig):
+            return column
+        # a monitor does not see the loss: NaN is one that nobody told, until the run diverged
+        lost = column[column.notna()].index.max() if self.run.status == "diverged" else math.inf
+        return column[column.notna() | (column.index > lost)]
 
     def name(self, block: int | None) -> str:
         """Words for a block: its index and its name in the model."""

@@ -27,10 +27,14 @@ LEAST_GAIN = 0.05
 LEAST_GRADIENT = 0.3
 """Gradient at the first block's input over gradient at the last block's output."""
 
+LEAST_GRADIENT_ELSEWHERE = 1e-3
+"""The same for models other than ours, whose blocks differ in size and place: a collapse only."""
+
 SURVIVED = 50
 """Steps with a finite loss after which `at_risk` is refuted: the late deaths came by step 18."""
 
 _STALL_STEPS = 20
+_LONG = 6
 _RATIOS = 2  # a single ratio cannot tell geometric from additive growth
 
 _MEASURED = "thresholds between measured families at depths 20, 56, 110; Zhang et al. 2019 (Fixup)"
@@ -54,11 +58,17 @@ def exploded_at_init(seen: Observed) -> Outcome:
     With BatchNorm the second moment grows by a constant per block, which at the beginning of a
     stage looks like a factor. So a stage counts from 3 blocks on, and where stages are that short
     (depth 20) every one has to grow: over 16 seeds and two kinds of images the slowest stage then
-    has at most 1.32 with BatchNorm and at least 1.59 in a and b.
+    has at most 1.32 with BatchNorm and at least 1.59 in a and b. Of other models nothing is known
+    beforehand: there growth counts that goes on, in both halves of a stage of 7 blocks or more;
+    a sum of equal branches, which at first looks like a factor, has slowed down by then.
     """
     name = "exploded_at_init"
     steep = []
-    if 0 not in seen.steps:
+    if not seen.variant and 0 in seen.steps:
+        steep = _steep_halves(seen)
+        if not any(row[1] >= _LONG for row in seen.stage_growth(0).values()):
+            yield NotJudged(name, f"growth at initialisation: no stage of {_LONG + 1} blocks")
+    elif 0 not in seen.steps:
         yield NotJudged(name, "growth at initialisation: step 0 was not recorded")
     else:
         stages = seen.stage_growth(0)
@@ -128,17 +138,18 @@ def skip_collapsed(seen: Observed) -> Outcome:
                 source="He et al. 2016, arXiv:1603.05027, eq. 5; " + _DEFINITION,
             )
         )
-    if ratio < LEAST_GRADIENT:
-        since = _since(seen, end, lambda step: seen.gradient_ratio(step) < LEAST_GRADIENT)
+    least = LEAST_GRADIENT if seen.variant else LEAST_GRADIENT_ELSEWHERE
+    if ratio < least:
+        since = _since(seen, end, lambda step: seen.gradient_ratio(step) < least)
         evidence.append(
             Evidence(
                 metric="grad_input",
                 step=since,
                 block=seen.indices[0],
                 value=ratio,
-                threshold=LEAST_GRADIENT,
+                threshold=least,
                 text=f"gradient at the first block's input is {ratio:.2g} of that at the last "
-                f"block's output at step {end}, below {LEAST_GRADIENT} since step {since}",
+                f"block's output at step {end}, below {least} since step {since}",
                 source="Zaeemzadeh et al. 2018, arXiv:1805.07477; " + _DEFINITION,
             )
         )
@@ -187,6 +198,10 @@ def at_risk(seen: Observed) -> Outcome:
     `SURVIVED` steps with a finite loss has refuted it.
     """
     norm = seen.scalar("grad_norm", 0)
+    if not seen.variant:
+        reason = "observed on CIFAR networks under SGD only; `resdiag probe` measures the curvature"
+        yield NotJudged("at_risk", reason)
+        return
     if math.isnan(norm):
         yield NotJudged("at_risk", "the gradient norm of step 0 was not recorded")
         return
@@ -216,6 +231,21 @@ RULES: tuple[Callable[[Observed], Outcome], ...] = (
     at_risk,
 )
 """Most upstream cause first; a rule's name is its function's."""
+
+
+def _steep_halves(seen: Observed) -> list[tuple[int, tuple[float, int, int]]]:
+    """The stages whose second moment grows by `INIT_GROWTH` per block in both halves."""
+    moments = seen.profile("output_second_moment", 0)
+    steep = []
+    for stage, row in seen.stage_growth(0).items():
+        members = [b["index"] for b in seen.run.blocks if b["stage"] == stage]
+        with np.errstate(all="ignore"):
+            logs = np.diff(np.log(moments.reindex(members).to_numpy(dtype=float)))
+        halves = [half[np.isfinite(half)] for half in np.array_split(logs, 2)]
+        grows = all(len(half) and half.mean() >= math.log(INIT_GROWTH) for half in halves)
+        if row[1] >= _LONG and grows:
+            steep.append((stage, row))
+    return steep
 
 
 def _stage_evidence(seen: Observed, stage: int, growth: float, ratios: int, first: int) -> Evidence:

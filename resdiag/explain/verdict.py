@@ -3,12 +3,17 @@
 import math
 import textwrap
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from resdiag.explain.finding import Evidence, Finding, plain
 from resdiag.explain.mechanism import suggest_plots
 from resdiag.explain.observed import Observed
 from resdiag.explain.rules import RULES, NotJudged
 from resdiag.runs.folder import Run
+from resdiag.runs.watched import opened
+
+if TYPE_CHECKING:
+    from resdiag.watch.monitor import Monitor
 
 NAMES = ("exploded_at_init", "exploded", "skip_collapsed", "stalled", "at_risk", "healthy")
 """Every verdict, most upstream cause first: the first that fires names the run."""
@@ -48,7 +53,7 @@ class Verdict:
         return {name: plain(value) for name, value in asdict(self).items()}
 
 
-def judge(run: Run) -> Verdict:
+def judge(run: "Run | Monitor") -> Verdict:
     """Judge a run by every rule of `resdiag.explain.rules`; the most upstream one names it.
 
     A run that grew at initialisation and broke down later is `exploded_at_init`: that is the
@@ -56,9 +61,10 @@ def judge(run: Run) -> Verdict:
     is listed in `not_judged`.
 
     Args:
-        run: A run from a folder or from frames in memory; it may still be in progress.
+        run: A run from a folder or from frames in memory, or a monitor; it may still be in
+            progress.
     """
-    seen = Observed(run)
+    seen = Observed(run := opened(run))
     outcomes = [outcome for rule in RULES for outcome in rule(seen)]
     findings = tuple(item for item in outcomes if isinstance(item, Finding))
     open_questions = [f"{i.name}: {i.reason}" for i in outcomes if isinstance(i, NotJudged)]

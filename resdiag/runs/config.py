@@ -119,6 +119,11 @@ class RunConfig:
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
+    def model(self) -> str:
+        """The model's name: its variant."""
+        return self.variant
+
+    @property
     def name(self) -> str:
         """Name of the run's folder, safe on any file system whatever the variant is called."""
         variant = re.sub(r"[^A-Za-z0-9_]", "_", self.variant)[:64]

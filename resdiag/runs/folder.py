@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from resdiag.errors import UsageError
 from resdiag.runs.commit import BLOCKS, COMMIT, PREVIOUS, RUN, VERDICT, Commit
-from resdiag.runs.config import RunConfig
 from resdiag.runs.files import Damaged, from_json, read_file
+from resdiag.runs.watched import Config, WatchedConfig, read_config
 from resdiag.watch.catalog import METRICS, derive
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ class Run:
         steps: Optimizer steps that are committed.
         unavailable: Metrics that could not be had: metric, blocks, reason.
         point: Where gradients were read, one of `catalog.POINTS`.
+        notes: What could not be watched, in words.
         verdict: The conclusion, once there is one.
         drift: Changes of environment between resumes.
         metrics_frame: Recorded block-level rows of a run that has no folder.
@@ -44,7 +45,7 @@ class Run:
         commit: The commit that was read.
     """
 
-    config: RunConfig
+    config: Config
     blocks: list[dict[str, Any]]
     path: Path = Path()
     environment: dict[str, Any] = field(default_factory=dict)
@@ -53,6 +54,7 @@ class Run:
     steps: int = 0
     unavailable: list[dict[str, Any]] = field(default_factory=list)
     point: str = "local"
+    notes: tuple[str, ...] = ()
     verdict: dict[str, Any] | None = None
     drift: tuple[dict[str, Any], ...] = ()
     metrics_frame: "pd.DataFrame | None" = None
@@ -87,9 +89,10 @@ class Run:
 
     @property
     def label(self) -> str:
-        """A few words for a legend: variant, depth, and the seed if it is not 0."""
+        """A few words for a legend: the network, and the seed if it is not 0."""
         seed = f" seed {self.config.seed}" if self.config.seed else ""
-        return f"{self.config.variant}-{self.config.depth}{seed}"
+        depth = "" if isinstance(self.config, WatchedConfig) else f"-{self.config.depth}"
+        return f"{self.config.model}{depth}{seed}"
 
     def _read(self, table: str) -> "pd.DataFrame":
         """The segments that the commit names; those of a newer commit if they were replaced."""
@@ -146,7 +149,8 @@ def latest_run(root: str | os.PathLike[str]) -> Path:
 def load(path: str | os.PathLike[str]) -> "pd.DataFrame":
     """All runs at or below `path` as one tidy frame, one row per (run, step, block).
 
-    Columns: run, variant, depth, seed, data, point; step, block, stage, transition,
+    Columns: run, variant (of other models the name), depth (of other models the number of blocks),
+    seed, data, point; step, block, stage, transition,
     depth_fraction (`(block + 0.5) / blocks`); then the metrics of `resdiag.METRICS`.
 
     Raises:
@@ -173,8 +177,8 @@ def _tidy(run: Run) -> "pd.DataFrame":
     return pd.DataFrame(
         {
             "run": run.path.name or run.config.name,
-            "variant": run.config.variant,
-            "depth": run.config.depth,
+            "variant": run.config.model,
+            "depth": run.config.depth or len(run.blocks),
             "seed": run.config.seed,
             "data": run.config.data,
             "point": run.point,
@@ -216,7 +220,7 @@ def _open(folder: Path, commit: Commit | None) -> Run:
     if not isinstance(run.get("environment"), dict) or not isinstance(run.get("data"), dict):
         raise Damaged(f"{folder / RUN} is damaged: a key is missing")
     return Run(
-        config=RunConfig.from_dict(run.get("config", {})),
+        config=read_config(run.get("config", {})),
         blocks=_entries(folder, blocks, "blocks", {"index": int, "stage": int, "transition": bool}),
         path=folder,
         environment=run["environment"],
@@ -225,6 +229,7 @@ def _open(folder: Path, commit: Commit | None) -> Run:
         steps=commit.step if commit else 0,
         unavailable=_entries(folder, blocks, "unavailable", {"metric": str}),
         point=str(blocks.get("point", "local")),
+        notes=tuple(map(str, blocks.get("notes", ()))),
         verdict=_read_json(folder, commit, VERDICT) if commit else None,
         drift=commit.drift if commit else (),
         commit=commit,

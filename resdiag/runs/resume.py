@@ -8,9 +8,9 @@ from typing import Any
 
 from resdiag.errors import UsageError
 from resdiag.runs.commit import COMMIT, PREVIOUS, RUN, Commit, our_files
-from resdiag.runs.config import RunConfig
 from resdiag.runs.environment import differences
 from resdiag.runs.files import Damaged, from_json, write_file
+from resdiag.runs.watched import Config, read_config
 
 _log = logging.getLogger(__name__)
 _START_AGAIN = "--force starts this run again and deletes what is there"
@@ -57,7 +57,7 @@ def _has_commits(folder: Path) -> bool:
 def check_same(
     folder: Path,
     commit: Commit,
-    config: RunConfig,
+    config: Config,
     environment: Mapping[str, Any],
     data: Mapping[str, Any],
     allow_drift: bool,
@@ -71,7 +71,7 @@ def check_same(
         UsageError: Config or data differ, or the environment does and `allow_drift` is false.
     """
     run = from_json(commit.read_file(folder, RUN), folder / RUN)
-    _refuse_other(folder, RunConfig.from_dict(run.get("config", {})), config)
+    _refuse_other(folder, read_config(run.get("config", {})), config)
     if run.get("data") != json.loads(json.dumps(dict(data))):
         raise UsageError(
             f"{folder} was begun with other data of the same name",
@@ -92,9 +92,11 @@ def check_same(
     return (*commit.drift, note)
 
 
-def _refuse_other(folder: Path, stored: RunConfig, wanted: RunConfig) -> None:
+def _refuse_other(folder: Path, stored: Config, wanted: Config) -> None:
     """Raise if the folder holds another config, naming what differs."""
     old, new = stored.to_dict(), wanted.to_dict()
-    changes = [f"{key}: {old[key]!r} -> {new[key]!r}" for key in old if old[key] != new[key]]
+    changes = [
+        f"{key}: {old[key]!r} -> {new.get(key)!r}" for key in old if old[key] != new.get(key)
+    ]
     if changes:
         raise UsageError(f"{folder} holds another run: {'; '.join(changes)}", _START_AGAIN)

@@ -1,6 +1,6 @@
 """Writing a run folder: commits that a crash leaves whole, and resuming from them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -24,11 +24,11 @@ from resdiag.runs.commit import (
     state_name,
     tensors_name,
 )
-from resdiag.runs.config import RunConfig
 from resdiag.runs.files import from_json, make_folder, remove_file, to_json, write_file
 from resdiag.runs.lock import Lock
 from resdiag.runs.resume import check_same, recover
 from resdiag.runs.segments import encode
+from resdiag.runs.watched import Config
 
 
 class RunWriter:
@@ -40,7 +40,7 @@ class RunWriter:
     checkpoint as COMMIT.prev.json, for the day the disk damages the last one.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, lock: Lock) -> None:
+    def __init__(self, folder: Path, config: Config, lock: Lock) -> None:
         self.folder = folder
         self.config = config
         self._lock = lock
@@ -50,7 +50,7 @@ class RunWriter:
         self._lasting: dict[str, str] = {}
         self._keys = {
             "run": config.name,
-            "variant": config.variant,
+            "variant": config.model,
             "depth": str(config.depth),
             "seed": str(config.seed),
             "data": config.data,
@@ -61,12 +61,13 @@ class RunWriter:
     def open(
         cls,
         root: Path,
-        config: RunConfig,
+        config: Config,
         *,
         environment: Mapping[str, Any],
         data: Mapping[str, Any],
         force: bool = False,
         allow_drift: bool = False,
+        folder: Path | None = None,
     ) -> "RunWriter":
         """Create the run `root/config.name`, or continue it from its last whole commit.
 
@@ -77,6 +78,7 @@ class RunWriter:
             data: Identity of the data set; a resumed run must have the same.
             force: Delete the old run's files first.
             allow_drift: Continue in a changed environment and mark it in the commits.
+            folder: Where to write instead of `root/config.name`.
 
         Raises:
             BusyError: Another process writes this run.
@@ -84,7 +86,7 @@ class RunWriter:
                 commits are damaged.
             StorageError: The folder cannot be written.
         """
-        folder = Path(root) / config.name
+        folder = folder or Path(root) / config.name
         for table in TABLES:
             make_folder(folder / table)
         writer = cls(folder, config, Lock.take(folder))
@@ -127,6 +129,7 @@ class RunWriter:
         blocks: list[dict[str, Any]],
         unavailable: list[dict[str, Any]],
         point: str = "local",
+        notes: Sequence[str] = (),
     ) -> None:
         """Say once, before the first commit, what the rows are about; later calls change nothing.
 
@@ -134,11 +137,13 @@ class RunWriter:
             blocks: One entry per block: index, name, stage, transition, ...
             unavailable: Metrics that cannot be had: metric, blocks, reason.
             point: Where gradients are read, one of `catalog.POINTS`.
+            notes: What could not be watched, in words.
         """
         self._keys["point"] = point
         if BLOCKS not in self._lasting:
             document = {
                 "schema": SCHEMA, "point": point, "blocks": blocks, "unavailable": unavailable,
+                **({"notes": list(notes)} if notes else {}),
             }  # fmt: skip
             self._lasting[BLOCKS] = write_file(self.folder / BLOCKS, to_json(document))
 
@@ -147,8 +152,8 @@ class RunWriter:
         step: int,
         metrics: Mapping[str, Any],
         curve: Mapping[str, Any],
-        tensors: Mapping[str, torch.Tensor],
-        state: Mapping[str, Any],
+        tensors: Mapping[str, torch.Tensor] | None,
+        state: Mapping[str, Any] | None,
         status: str = "running",
     ) -> None:
         """Make all steps up to `step` durable: afterwards no crash can lose them.
@@ -158,7 +163,7 @@ class RunWriter:
             metrics: Rows since the last commit, one array of shape (rows,) per column; may be
                 empty.
             curve: The same for the step-level table.
-            tensors: The checkpoint; copied to the CPU here.
+            tensors: The checkpoint; copied to the CPU here. None for a run that cannot resume.
             state: JSON data.
             status: "running", or the status with which the run ends.
 
@@ -175,8 +180,9 @@ class RunWriter:
                 part = encode(table, columns, self._keys)
                 self._write(files, part_name(table, step), part)
         lasting = dict(files)
-        self._write(files, tensors_name(step), pack(tensors))
-        self._write(files, state_name(step), to_json(dict(state)))
+        if tensors is not None:
+            self._write(files, tensors_name(step), pack(tensors))
+            self._write(files, state_name(step), to_json(dict(state or {})))
         self._publish(Commit(step, status, files, self._drift))
         self._lasting = lasting
 

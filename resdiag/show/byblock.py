@@ -54,7 +54,7 @@ def trace_theory(axes: Axes, view: View, traces: Sequence[Trace], metric: str) -
 
 def _distinct(records: Sequence[Record]) -> list[Record]:
     """One run per network."""
-    return list({(r.run.config.variant, r.run.config.depth): r for r in reversed(records)}.values())
+    return list({(r.run.config.model, r.run.config.depth): r for r in reversed(records)}.values())
 
 
 def finish_blocks(

@@ -41,16 +41,23 @@ def group_runs(records: Sequence[Record]) -> list[Series]:
 def settings_of(record: Record) -> dict[str, object]:
     """What tells a run from another, the seed and bookkeeping left out."""
     config = record.run.config
-    everything = {**config.to_dict(), "data": record.run.data.get("name", config.data)}
-    return {key: _plain(value) for key, value in everything.items() if key not in _BOOKKEEPING}
+    everything = {
+        **config.to_dict(),
+        "variant": config.model,
+        "data": record.run.data.get("name", config.data),
+    }
+    hidden = {*_BOOKKEEPING, "model"}
+    return {key: _plain(value) for key, value in everything.items() if key not in hidden}
 
 
 def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return tuple(sorted(value.items()))
     return tuple(value) if isinstance(value, list) else value
 
 
 def _looks(members: Sequence[Sequence[Record]]) -> list[Look]:
-    variants = [group[0].run.config.variant for group in members]
+    variants = [group[0].run.config.model for group in members]
     if len(set(variants)) == 1 and len(members) > 1:
         return depth_looks(len(members))
     ranks = [variants[:place].count(name) for place, name in enumerate(variants)]

@@ -19,19 +19,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from resdiag.runs.folder import Run
+    from resdiag.watch.monitor import Monitor
 
 FORMATS = ("svg", "png", "pdf")
 """File formats that `save` writes."""
 
 
 def draw(
-    kind: str, runs: "Sequence[Run]", *, step: int | None = None, theory: bool = True
+    kind: str,
+    runs: "Sequence[Run | Monitor] | Run | Monitor",
+    *,
+    step: int | None = None,
+    theory: bool = True,
 ) -> "Figure":
     """Draw one kind of plot; several runs are compared on the same axes.
 
     Args:
         kind: One of `KINDS`.
-        runs: One run or several; runs that differ in their seed only are drawn as a band.
+        runs: A run or a monitor, or several; runs that differ in their seed only are drawn as a
+            band.
         step: Recorded step to show by block; None shows the first and the last ones.
         theory: Overlay the prediction where there is one.
 
@@ -43,7 +49,8 @@ def draw(
             needs, or without the step asked for.
     """
     entry = find_kind(kind)
-    if not runs:
+    opened = _opened(runs)
+    if not opened:
         raise UsageError(f"plot '{kind}' needs a run", "resdiag run --variant elu_pre --depth 20")
     from resdiag.show.families import FAMILIES
     from resdiag.show.opening import open_view
@@ -51,9 +58,16 @@ def draw(
     from resdiag.show.style import look
 
     with look():
-        figure = FAMILIES[entry.name](open_view(entry, runs, step=step, theory=theory))
+        figure = FAMILIES[entry.name](open_view(entry, opened, step=step, theory=theory))
         freeze_layout(figure)
     return figure
+
+
+def _opened(runs: "Sequence[Run | Monitor] | Run | Monitor") -> "list[Run]":
+    """What was given as a list of runs."""
+    from resdiag.runs.watched import opened
+
+    return [opened(run) for run in (runs if isinstance(runs, Sequence) else [runs])]
 
 
 def render(figure: "Figure", file_format: str) -> bytes:

@@ -160,7 +160,9 @@ def subject(view: View) -> str:
 
     "elu_pre (b), depth 20", "3 variants, depth 56", "elu (d), depths 20, 56, 110".
     """
-    variants = list(dict.fromkeys(r.run.config.variant for r in view.records))
+    variants = list(dict.fromkeys(r.run.config.model for r in view.records))
+    if not all(r.run.config.depth for r in view.records):  # not all of them are ours
+        return ", ".join(variants) if len(variants) <= 3 else f"{len(variants)} models"
     depths = sorted({r.run.config.depth for r in view.records})
     who = variant_words(variants[0]) if len(variants) == 1 else f"{len(variants)} variants"
     many = "s" if len(depths) > 1 else ""

@@ -328,6 +328,18 @@ class Monitor:
         return list(self._recorder.anatomy.blocks)
 
     @property
+    def about(self) -> dict[str, Any]:
+        """What is watched: names of model and optimizer, steps, device and dtype of the weights."""
+        first = next(self._model.parameters(), None)
+        return {
+            "model": type(self._model).__name__,
+            "optimizer": ", ".join(type(optimizer).__name__ for optimizer in self._optimizers),
+            "steps": self._step,
+            "device": "cpu" if first is None else str(first.device),
+            "dtype": "float32" if first is None else str(first.dtype).removeprefix("torch."),
+        }
+
+    @property
     def unavailable(self) -> list[dict[str, Any]]:
         """Metrics that are NaN for a reason: `{"metric", "blocks", "reason"}`."""
         missing: list[dict[str, Any]] = [
