@@ -104,7 +104,8 @@ class Observed:
         """Words for a block: its index and its name in the model."""
         if block is None:
             return "no block"
-        names = [str(row["name"]) for row in self.run.blocks if row.get("index") == block]
+        rows = [row for row in self.run.blocks if row.get("index") == block]
+        names = [str(row["name"]) for row in rows if "name" in row]
         return f"block {block} ({names[0]})" if names else f"block {block}"
 
     def stage_growth(self, step: int) -> dict[int, tuple[float, int, int]]:
