@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from resdiag.watch.catalog import METRICS as METRICS
     from resdiag.watch.monitor import Monitor as Monitor
     from resdiag.watch.monitor import attach as attach
+    from resdiag.watch.own import metric as metric
+    from resdiag.watch.own import own_metrics as own_metrics
+    from resdiag.watch.own import unregister as unregister
 
 __version__ = "0.1.0"
 
@@ -31,6 +34,9 @@ _HOMES = {
     "find_blocks": "resdiag.watch.blocks",
     "Block": "resdiag.watch.blocks",
     "METRICS": "resdiag.watch.catalog",
+    "metric": "resdiag.watch.own",
+    "own_metrics": "resdiag.watch.own",
+    "unregister": "resdiag.watch.own",
     # the paper's networks
     "build_model": "resdiag.models.resnet",
     "Variant": "resdiag.models.variants",

@@ -1,6 +1,7 @@
 """`resdiag plot`: draw runs."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,14 +11,16 @@ import typer
 from resdiag.commands.opening import open_runs
 from resdiag.commands.options import Json, RunsRoot
 from resdiag.commands.output import print_table
-from resdiag.errors import unknown
+from resdiag.errors import UsageError, unknown
 
 if TYPE_CHECKING:
     from resdiag.runs.folder import Run
 
 
 def plot(
-    kind: Annotated[str, typer.Argument(help="What to draw; `resdiag plot --list` says all.")] = "",
+    kind: Annotated[
+        str, typer.Argument(help="What to draw: a kind that `--list` names, or any metric.")
+    ] = "",
     paths: Annotated[
         list[Path] | None, typer.Argument(metavar="[RUN]...", help="Runs; the latest if none.")
     ] = None,
@@ -35,14 +38,23 @@ def plot(
 ) -> None:
     """Draw a plot of one run, or of several on one axis."""
     from resdiag.show.kinds import KINDS, find_kind
+    from resdiag.watch.catalog import METRICS
 
     if list_kinds or not kind:
         rows = [(entry.name, entry.question, entry.reading) for entry in KINDS.values()]
         print_table(("kind", "question", "read"), rows, as_json)
         return
-    entry = find_kind(kind)
     stem, endings = _plan_files(out, formats)
-    opened = open_runs(paths, runs)
+    if re.fullmatch(r"[a-z][a-z0-9_]*", kind) and kind not in {**KINDS, **METRICS}:
+        try:
+            opened = open_runs(paths, runs)  # only the runs know their own metrics
+        except UsageError:
+            find_kind(kind)  # a mistyped kind is told before a missing run
+            raise
+        entry = find_kind(kind, [metric for run in opened for metric in run.own])
+    else:
+        entry = find_kind(kind)
+        opened = open_runs(paths, runs)
     from resdiag.show.plots import draw, save
 
     figure = draw(entry.name, opened, step=step, theory=theory)

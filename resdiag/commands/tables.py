@@ -27,16 +27,17 @@ def metrics(
     as_json: Json = False,
 ) -> None:
     """Print what is recorded: name, formula, unit, site, source, and how to read it."""
-    from resdiag.watch.catalog import METRICS
+    from resdiag.watch.own import known_metrics
 
+    known = known_metrics()
     kinds = {True: "derived", False: "recorded"}
     rows = [
         (m.id, m.formula, m.unit, m.site, kinds[m.derive is not None], m.source, m.reading)
-        for m in METRICS.values()
+        for m in known.values()
         if name in m.id
     ]
     if not rows:
-        raise unknown("metric", name, METRICS)
+        raise unknown("metric", name, known)
     header = ("name", "formula", "unit", "site", "kind", "source", "reading")
     print_table(header, rows, as_json)
 

@@ -38,6 +38,7 @@ class Run:
         unavailable: Metrics that could not be had: metric, blocks, reason.
         point: Where gradients were read, one of `catalog.POINTS`.
         notes: What could not be watched, in words.
+        own: Own metrics among the columns: id, label, unit, site, ...
         verdict: The conclusion, once there is one.
         drift: Changes of environment between resumes.
         metrics_frame: Recorded block-level rows of a run that has no folder.
@@ -55,6 +56,7 @@ class Run:
     unavailable: list[dict[str, Any]] = field(default_factory=list)
     point: str = "local"
     notes: tuple[str, ...] = ()
+    own: list[dict[str, Any]] = field(default_factory=list)
     verdict: dict[str, Any] | None = None
     drift: tuple[dict[str, Any], ...] = ()
     metrics_frame: "pd.DataFrame | None" = None
@@ -230,6 +232,7 @@ def _open(folder: Path, commit: Commit | None) -> Run:
         unavailable=_entries(folder, blocks, "unavailable", {"metric": str}),
         point=str(blocks.get("point", "local")),
         notes=tuple(map(str, blocks.get("notes", ()))),
+        own=_entries(folder, blocks, "own_metrics", {"id": str, "label": str, "unit": str}),
         verdict=_read_json(folder, commit, VERDICT) if commit else None,
         drift=commit.drift if commit else (),
         commit=commit,

@@ -1,6 +1,6 @@
 """Parquet segments: the two tables of a run, sealed piece by piece."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ CURVE = pa.schema(
 )  # fmt: skip
 """One row per optimizer step."""
 
+OWN = "own_metrics"
+"""Key of a segment's metadata: the columns of own metrics, separated by commas."""
+
 SCHEMAS = {"metrics": METRICS, "curve": CURVE}
 """The schema of each table by the name of its folder."""
 
@@ -47,7 +50,7 @@ def encode(table: str, columns: Mapping[str, Any], keys: Mapping[str, str]) -> b
     Raises:
         ValueError: A column is unknown, or step or block is missing (a mistake of the caller).
     """
-    schema: pa.Schema = SCHEMAS[table]
+    schema = _with_own(SCHEMAS[table], table, keys.get(OWN, "").split(","))
     stray = set(columns) - set(schema.names)
     if stray:
         raise ValueError(f"no such column in {table}: {', '.join(sorted(stray))}")
@@ -65,6 +68,23 @@ def encode(table: str, columns: Mapping[str, Any], keys: Mapping[str, str]) -> b
         },
     )
     return bytes(sink.getvalue())
+
+
+def _with_own(schema: pa.Schema, table: str, names: Iterable[str]) -> pa.Schema:
+    """The schema with a column per own metric."""
+    known = set(schema.names)
+    own = [name for name in names if name and name not in known and table == "metrics"]
+    return pa.schema([*schema, *((name, pa.float32()) for name in own)])
+
+
+def _own_names(path: Path, data: bytes) -> list[str]:
+    """The own metrics that a segment says it has."""
+    try:
+        schema = pq.ParquetFile(pa.BufferReader(data)).schema_arrow
+        listed = (schema.metadata or {}).get(OWN.encode(), b"").decode("ascii", "replace")
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise Damaged(f"{path} is damaged: not a segment ({type(error).__name__})") from error
+    return [name for name in listed.split(",") if name in schema.names]
 
 
 def _array(columns: Mapping[str, Any], field: pa.Field, rows: int) -> pa.Array:
@@ -85,7 +105,8 @@ def decode(table: str, parts: Sequence[tuple[Path, bytes]]) -> pa.Table:
     Raises:
         Damaged: A segment is not a Parquet file of this table.
     """
-    schema: pa.Schema = SCHEMAS[table]
+    names = dict.fromkeys(name for path, data in parts for name in _own_names(path, data))
+    schema = _with_own(SCHEMAS[table], table, names)
     tables = [_decode_part(schema, path, data) for path, data in parts]
     return pa.concat_tables(tables) if tables else schema.empty_table()
 

@@ -27,7 +27,7 @@ from resdiag.runs.commit import (
 from resdiag.runs.files import from_json, make_folder, remove_file, to_json, write_file
 from resdiag.runs.lock import Lock
 from resdiag.runs.resume import check_same, recover
-from resdiag.runs.segments import encode
+from resdiag.runs.segments import OWN, encode
 from resdiag.runs.watched import Config
 
 
@@ -130,6 +130,7 @@ class RunWriter:
         unavailable: list[dict[str, Any]],
         point: str = "local",
         notes: Sequence[str] = (),
+        own: Sequence[Mapping[str, str]] = (),
     ) -> None:
         """Say once, before the first commit, what the rows are about; later calls change nothing.
 
@@ -138,13 +139,18 @@ class RunWriter:
             unavailable: Metrics that cannot be had: metric, blocks, reason.
             point: Where gradients are read, one of `catalog.POINTS`.
             notes: What could not be watched, in words.
+            own: Own metrics among the columns: id, label, unit, site, ...
         """
         self._keys["point"] = point
+        if own:
+            self._keys[OWN] = ",".join(entry["id"] for entry in own)
         if BLOCKS not in self._lasting:
-            document = {
+            document: dict[str, Any] = {
                 "schema": SCHEMA, "point": point, "blocks": blocks, "unavailable": unavailable,
                 **({"notes": list(notes)} if notes else {}),
             }  # fmt: skip
+            if own:
+                document[OWN] = [dict(entry) for entry in own]
             self._lasting[BLOCKS] = write_file(self.folder / BLOCKS, to_json(document))
 
     def commit(

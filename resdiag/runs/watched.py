@@ -144,7 +144,8 @@ def as_run(
         seed=seed,
     )
     frame = monitor.to_frame()
-    recorded = [name for name in ("step", "block", *RECORDED) if name in frame]
+    own = [entry["id"] for entry in monitor.own]
+    recorded = [name for name in ("step", "block", *RECORDED, *own) if name in frame]
     return Run(
         config=config,
         blocks=[block.to_dict() for block in monitor.blocks],
@@ -154,6 +155,7 @@ def as_run(
         unavailable=monitor.unavailable,
         point=monitor.point,
         notes=tuple(monitor.notes),
+        own=[dict(entry) for entry in monitor.own],
         metrics_frame=frame[recorded],
         curve_frame=per_step,
     )
@@ -197,7 +199,7 @@ def write_run(
         folder=folder,
     )
     with writer:
-        writer.describe(run.blocks, run.unavailable, run.point, run.notes)
+        writer.describe(run.blocks, run.unavailable, run.point, run.notes, run.own)
         tables = [
             {str(name): frame[name].to_numpy() for name in frame.columns}
             for frame in (run.metrics_frame, run.curve_frame)

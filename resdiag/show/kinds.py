@@ -3,11 +3,12 @@
 No matplotlib here: a mistyped kind is refused before anything slow is imported.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from resdiag.errors import unknown
+from resdiag.errors import UsageError, unknown
+from resdiag.watch.own import known_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +139,12 @@ KINDS: Mapping[str, PlotKind] = MappingProxyType({row.name: row for row in _ROWS
 """Every kind of plot by name, in the order of the documentation."""
 
 
-def find_kind(name: str) -> PlotKind:
-    """Look a kind of plot up by name.
+def find_kind(name: str, own: Iterable[Mapping[str, str]] = ()) -> PlotKind:
+    """Look a kind of plot up by name, or make one of a metric per block.
+
+    Args:
+        name: One of `KINDS`, or the id of a metric.
+        own: Own metrics that the runs to draw have: id, label, unit, ...
 
     Raises:
         UsageError: There is none; the message has the nearest match.
@@ -147,6 +152,23 @@ def find_kind(name: str) -> PlotKind:
     >>> find_kind("growth").needs
     ('forward_growth', 'grad_growth')
     """
-    if name not in KINDS:
-        raise unknown("plot", name, KINDS)
-    return KINDS[name]
+    if name in KINDS:
+        return KINDS[name]
+    metrics = {m.id: m for m in known_metrics().values() if m.site != "run"}
+    labels = {m.id: (m.label, m.formula, m.reading) for m in metrics.values()}
+    labels |= {
+        entry["id"]: (entry["label"], entry.get("formula", ""), entry.get("reading", ""))
+        for entry in own
+    }
+    if name not in labels:
+        near = unknown("plot", name, [*KINDS, *labels]).message.partition(" known:")[0]
+        listed = ", ".join([*KINDS, *(entry["id"] for entry in own)])
+        raise UsageError(f"{near} known: {listed}; or any metric of `resdiag metrics`")
+    label, formula, reading = labels[name]
+    return PlotKind(
+        name=name,
+        title=f"{label[:1].upper()}{label[1:]} by block and step",
+        question=f"How does {name} = {formula} change along depth and over time?",
+        reading=f"{reading}. {name} = {formula}.",
+        needs=(name,),
+    )

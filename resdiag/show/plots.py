@@ -35,7 +35,7 @@ def draw(
     """Draw one kind of plot; several runs are compared on the same axes.
 
     Args:
-        kind: One of `KINDS`.
+        kind: One of `KINDS`, or the id of any metric per block, also of an own one.
         runs: A run or a monitor, or several; runs that differ in their seed only are drawn as a
             band.
         step: Recorded step to show by block; None shows the first and the last ones.
@@ -48,17 +48,20 @@ def draw(
         UsageError: Unknown kind, no run, a run without records, without a metric that the plot
             needs, or without the step asked for.
     """
-    entry = find_kind(kind)
     opened = _opened(runs)
+    entry = find_kind(kind, [metric for run in opened for metric in run.own])
     if not opened:
         raise UsageError(f"plot '{kind}' needs a run", "resdiag run --variant elu_pre --depth 20")
+    from resdiag.show.column import draw_column
     from resdiag.show.families import FAMILIES
     from resdiag.show.opening import open_view
     from resdiag.show.sheet import freeze_layout
     from resdiag.show.style import look
 
     with look():
-        figure = FAMILIES[entry.name](open_view(entry, opened, step=step, theory=theory))
+        figure = FAMILIES.get(entry.name, draw_column)(
+            open_view(entry, opened, step=step, theory=theory)
+        )
         freeze_layout(figure)
     return figure
 

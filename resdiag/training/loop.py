@@ -263,6 +263,7 @@ class Training:
                 [block.to_dict() for block in self.monitor.blocks],
                 self.monitor.unavailable,
                 self.monitor.point,
+                own=self.monitor.own,
             )
         self._writer.commit(
             done,

@@ -4,6 +4,7 @@ import heapq
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -212,7 +213,7 @@ class Lineage:
 
     def _made_of(self, tensor: Tensor) -> tuple[nn.Parameter, ...] | None:
         """The parameters that a tensor is, or was computed from alone; None if it is neither."""
-        if isinstance(tensor, nn.Parameter):
-            return (tensor,)
+        if isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad):
+            return (cast(nn.Parameter, tensor),)  # or what functional_call puts in its place
         reference, parameters = self._weights.get(id(tensor), (None, ()))
         return parameters if reference is not None and reference() is tensor else None

@@ -21,6 +21,8 @@ from resdiag.watch.catalog import POINTS, RECORDED, RECORDED_PER_STEP, SETS, der
 from resdiag.watch.distributed import Ranks, find_ranks, unwrap
 from resdiag.watch.lossscale import LossScale, casts_to_half
 from resdiag.watch.optimizers import OptimizerSteps
+from resdiag.watch.own import own_metrics
+from resdiag.watch.ownvalues import OwnValues
 from resdiag.watch.parameters import ParameterNorms
 from resdiag.watch.pool import Pool
 from resdiag.watch.recorder import HEAD, Recorder
@@ -176,13 +178,21 @@ class Monitor:
         self.notes: list[str] = []
         self._model, self._optimizers, self._schedule = model, optimizers, schedule
         self._asked, self._loss_scale, self._take_last = point, scale, take_last
-        self._cells, self._head = Buffer(RECORDED, _SLOTS), Buffer(_STEP_COLUMNS, _SLOTS)
+        self._own = OwnValues(own_metrics().values())
+        self._cells = Buffer((*RECORDED, *self._own.ids), _SLOTS)
+        self._head = Buffer(_STEP_COLUMNS, _SLOTS)
         self._ranks, self._pool = ranks, None
         if ranks is not None:
             sharded = ranks.sharded
             self._pool = Pool(self._cells, self._head, ranks.size, sharded=sharded)
         self._recorder = Recorder(
-            self._cells, self._head, samples, self._pool, self._backward_begins, core=core
+            self._cells,
+            self._head,
+            samples,
+            self._pool,
+            self._backward_begins,
+            self._own,
+            core=core,
         )
         # before the tracer's, or it would enter a sharded module with tensors it does not know
         self._shards = Shards(model, lambda a, b: self._tracer.same(a, b))
@@ -347,6 +357,8 @@ class Monitor:
             for metric, reasons in self._recorder.reasons.items()
             for reason, rows in reasons.items()
         ]
+        for metric, reason in self._own.stopped.items():
+            missing.append({"metric": metric, "blocks": "all", "reason": f"stopped: {reason}"})
         if not self._optimizers:
             reason = "attach(optimizer=...) is needed to see updates"
             missing.append({"metric": "update_ratio", "blocks": "all", "reason": reason})
@@ -355,6 +367,11 @@ class Monitor:
             for metric in ("head_kick", "lr"):
                 missing.append({"metric": metric, "blocks": "all", "reason": reason})
         return missing
+
+    @property
+    def own(self) -> list[dict[str, str]]:
+        """The own metrics that are recorded, as plain data: id, label, unit, site, ..."""
+        return [one.to_dict() for one in self._own.metrics]
 
     def drain(self) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
         """Take what was recorded since the last drain: per-block columns and per-step columns."""
@@ -400,6 +417,12 @@ class Monitor:
         if self._paused or not self._model.training or not torch.is_grad_enabled():
             return False
         self._passes += 1
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            self._note(
+                "the model ran inside a torch.func transform (grad, vmap), whose tensors hold no "
+                "numbers that could be read: not recorded"
+            )
+            return False
         if self._recorder.failure or not (self._demanded or self._schedule(self._step)):
             return False
         if self._forward and self._recorder.is_whole and not self._replaces():
@@ -440,7 +463,7 @@ class Monitor:
 
     def _backward_begins(self) -> None:
         """The first gradient of the recorded pass has come: the loss scale is known now."""
-        self._factor = self._loss_scale.now()
+        self._factor = self._recorder.factor = self._loss_scale.now()
         blocks = [p for members in self._recorder.anatomy.parameters for p in members]
         self._rewriting.follow([*blocks, *self._model.parameters()])
 
@@ -656,6 +679,8 @@ class Monitor:
             )
 
     def _check_backward(self) -> None:
+        for metric, reason in self._own.stopped.items():
+            self._note(f"own metric '{metric}' stopped: {reason}")
         if self._recorder.failure:
             self._note(
                 f"watching stopped at step {self._step} after an error of resdiag, training goes "
@@ -692,7 +717,9 @@ class Monitor:
         if not steps:
             return
         rows = len(self._recorder.anatomy.blocks)
-        blocks = _block_columns(steps, values[:, :rows], self._recorder.anatomy.blocks)
+        blocks = _block_columns(
+            steps, values[:, :rows], self._recorder.anatomy.blocks, self._cells.columns
+        )
         curve = _step_columns(head_steps, head, rates) if head_steps else None
         extra = [entry for entry in self._extra if entry[0] in steps]
         self._extra = [entry for entry in self._extra if entry[0] not in steps]
@@ -721,7 +748,10 @@ def _gap(rows: int) -> NDArray[np.float64]:
 
 
 def _block_columns(
-    steps: list[int], values: NDArray[np.float64], blocks: Sequence[Block]
+    steps: list[int],
+    values: NDArray[np.float64],
+    blocks: Sequence[Block],
+    names: Sequence[str],
 ) -> dict[str, NDArray[Any]]:
     """Columns of a flush, with the ratios that need two cells computed on the host."""
     count = values.shape[1]
@@ -729,7 +759,7 @@ def _block_columns(
         "step": np.repeat(np.asarray(steps, dtype=np.int32), count),
         "block": np.tile(np.arange(count, dtype=np.int16), len(steps)),
     }
-    cells = {name: values[:, :, i].reshape(-1) for i, name in enumerate(RECORDED)}
+    cells = {name: values[:, :, i].reshape(-1) for i, name in enumerate(names)}
     sizes = np.tile([math.prod(block.shape) for block in blocks], len(steps))
     with np.errstate(all="ignore"):
         branch, shortcut, output = (

@@ -10,6 +10,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
+from torch.utils.hooks import RemovableHandle
 
 Told = Callable[[Optimizer, Collection[int] | None], None]
 """Called with an optimizer and the `id` of its parameters; None if none of them is the model's."""
@@ -37,16 +38,27 @@ class OptimizerSteps:
         self._owned: weakref.WeakKeyDictionary[Optimizer, tuple[int, frozenset[int]]] = (
             weakref.WeakKeyDictionary()
         )
-        self._handles = [
-            register_optimizer_step_pre_hook(self._step_begins),
-            register_optimizer_step_post_hook(self._step_ends),
+        # the hooks are global: they must not keep a model alive whose monitor was never closed
+        ours = weakref.ref(self)
+
+        def begins(*args: Any) -> Any:  # noqa: ANN401
+            steps = ours()
+            return None if steps is None else steps._step_begins(*args)
+
+        def ends(*args: Any) -> None:  # noqa: ANN401
+            steps = ours()
+            if steps is not None:
+                steps._step_ends(*args)
+
+        handles = [
+            register_optimizer_step_pre_hook(begins),
+            register_optimizer_step_post_hook(ends),
         ]
+        self._remove = weakref.finalize(self, _remove, handles)
 
     def close(self) -> None:
         """Remove the hooks; safe to call twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._remove()
 
     def owners(self) -> list[int]:
         """The `id` of the optimizers known to own a parameter of the model."""
@@ -95,3 +107,8 @@ class OptimizerSteps:
             )
             known = self._owned[optimizer] = count, frozenset(ids) if ours else frozenset()
         return known[1] or None
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()

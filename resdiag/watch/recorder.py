@@ -19,6 +19,7 @@ from resdiag.watch.blocks import Anatomy
 from resdiag.watch.buffer import Buffer, Key
 from resdiag.watch.calls import Call
 from resdiag.watch.catalog import CORE, RECORDED, SITES
+from resdiag.watch.ownvalues import OwnValues
 from resdiag.watch.pool import HEAD as HEAD_ROW
 from resdiag.watch.pool import Pool
 from resdiag.watch.skip import COLUMNS, SkipPath
@@ -82,6 +83,7 @@ class Recorder:
         samples: int | None,
         pool: Pool | None = None,
         backward_begins: Callable[[], None] = lambda: None,
+        own: OwnValues | None = None,
         *,
         core: bool = False,
     ) -> None:
@@ -92,12 +94,17 @@ class Recorder:
         self.failure = ""
         self.skipped: list[str] = []
         self._backward_begins = backward_begins
+        self.factor: Tensor | float = 1.0
+        self._own = own or OwnValues(())
+        self._own_sites = self._own.sites()
         self._cells, self._head = cells, head
         self._skip, self._pool = SkipPath(samples, core=core), pool
         self._core = core
         if core:
             for column in set(RECORDED) - set(CORE):
                 self.reasons[column][_NOT_CORE] = set()
+            for name in self._own.at(("input", "sum", "grad_input", "grad_sum")):
+                self.reasons[name][_NOT_CORE] = set()
         self._skip.weigh = None if pool is None else pool.skip
         self._fixed = False
         self._begun: _Pass | None = None
@@ -135,6 +142,7 @@ class Recorder:
         self._inside: list[tuple[int, list[Tensor]]] = []
         self._gates: list[tuple[tuple[str, ...], Call, Tensor]] = []
         self._hooked: set[Key] = set()
+        self._ran: set[int] = set()
         self._written: set[Key] = set()
 
     def close(self) -> None:
@@ -197,6 +205,7 @@ class Recorder:
             self.anatomy.finish(row, addition.after, addition.parameters)
         self._skip.close(row, output, addition.after)
         self._measure(row, "output", output)
+        self._ran.add(row)
         if addition.after or self._core:
             self._hook(output, row, "grad_output")
         else:
@@ -218,6 +227,7 @@ class Recorder:
             self._cells.reserve(row + 1, output.device)
         row = self.anatomy.rows[key]
         self._measure(row, "output", output)
+        self._ran.add(row)
         self._hook(output, row, "grad_output")
         self.miss(row, _NO_ADDITION, "the block has no residual addition")
         if self._core:
@@ -244,8 +254,7 @@ class Recorder:
     def finished(self, features: Tensor | None, logits: Tensor | None) -> None:
         """Measure the classifier's input, and hook its output for the head kick."""
         if self._fixed:
-            ran = {row for row, _ in self._inside}
-            self.skipped = [b.name for b in self.anatomy.blocks if b.index not in ran]
+            self.skipped = [b.name for b in self.anatomy.blocks if b.index not in self._ran]
         self._fixed, self.is_whole = self._fixed or bool(self.anatomy.blocks), True
         self._write_sites()
         self._write_skip()
@@ -286,6 +295,8 @@ class Recorder:
 
     def _measure(self, row: int, site: str, x: Tensor, *, keep: bool = True) -> None:
         """Write a site's statistics, or an alias if this very tensor was measured before."""
+        if site in self._own_sites:
+            self._compute_own(row, site, x)
         known = self._find(x)
         if known is not None:
             source = known[0], f"{known[1]}_mean"
@@ -297,6 +308,22 @@ class Recorder:
         self._sites.append(((row, f"{site}_mean"), reduced))
         if keep:
             self._known[id(x)] = (weakref.ref(x), x._version, row, site)
+
+    def _compute_own(self, row: int, site: str, x: Tensor) -> None:
+        """Own metrics of a tensor or, without the loss scale, of a gradient."""
+        slot = self._cells.slot
+        self._own.compute(site, x, lambda name, value: self._cells.put(slot, row, name, value))
+
+    def _compute_own_gradients(self, row: int, column: str, g: Tensor) -> None:
+        """A gradient is also that at the output, or at later blocks' inputs, of the same tensor."""
+        places = [(row, column)] if column != "grad_input" else []
+        if column == "grad_sum" and self._grad_column(row, "output") == "grad_sum":
+            places.append((row, "grad_output"))
+        places += [(child, "grad_input") for child in self._children.get((row, column), ())]
+        g = g if isinstance(self.factor, float) and self.factor == 1 else g / self.factor
+        for place, site in places:
+            if site in self._own_sites:
+                self._compute_own(place, site, g)
 
     def _reduce(self, row: int, site: str, x: Tensor) -> metrics.Sums:
         """Read as little of a site's tensor as its statistics need."""
@@ -410,6 +437,8 @@ class Recorder:
             self._cells.put(slot, row, column, size)
         else:
             self._pool.gradient(row, column, size, g.shape[0] if g.dim() else 1)
+        if self._own_sites:
+            self._compute_own_gradients(row, column, g)
         if column == "grad_sum":
             self._hold(row, g)
         if column == "grad_output" or column == self._grad_column(row, "output"):

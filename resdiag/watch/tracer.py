@@ -10,7 +10,7 @@ applied to the sum is the after-add.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from threading import get_ident
 from typing import Any, ClassVar, Protocol
 
@@ -160,11 +160,15 @@ class Tracer(TorchFunctionMode):
             root = module is model
             if not root and not _can_add(module) and name not in (self._units or ()):
                 continue
-            yield module.register_forward_pre_hook(self._enter(name, root), with_kwargs=True)
-            yield module.register_forward_hook(self._leave(name, root), always_call=root)
+            yield module.register_forward_pre_hook(
+                self._enter(name, module, root), with_kwargs=True
+            )
+            yield module.register_forward_hook(self._leave(name, module, root), always_call=root)
 
-    def _enter(self, name: str, root: bool) -> Callable[..., None]:
+    def _enter(self, name: str, owner: nn.Module, root: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module is not owner:  # a copy of the model took its hooks along
+                return
             if root:
                 self._stop()  # an interrupt (no Exception) leaves a pass open
                 if self._wanted():
@@ -174,9 +178,9 @@ class Tracer(TorchFunctionMode):
 
         return hook
 
-    def _leave(self, name: str, root: bool) -> Callable[..., None]:
+    def _leave(self, name: str, owner: nn.Module, root: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: object, output: object) -> None:
-            if not self._on or get_ident() != self._thread:
+            if module is not owner or not self._on or get_ident() != self._thread:
                 return
             if root and (len(self._frames) != 1 or output is None):  # an exception passed
                 self._stop()
@@ -392,3 +396,6 @@ def _tensors(values: object) -> Iterator[Tensor]:
     elif isinstance(values, Mapping):
         for value in values.values():
             yield from _tensors(value)
+    elif is_dataclass(values):
+        for field_ in fields(values):
+            yield from _tensors(getattr(values, field_.name))
