@@ -5,6 +5,7 @@ from resdiag.commands.data import data_app
 from resdiag.commands.explain import explain
 from resdiag.commands.inspect import inspect
 from resdiag.commands.plot import plot
+from resdiag.commands.probe import probe
 from resdiag.commands.run import run
 from resdiag.commands.tables import metrics, variants, version
 
@@ -24,6 +25,6 @@ app = App(
     add_completion=True,
 )
 app.callback()(print_help)
-for command in (run, plot, explain, inspect, variants, metrics, version):
+for command in (run, plot, explain, inspect, probe, variants, metrics, version):
     app.command()(command)
 app.add_typer(data_app, name="data")
