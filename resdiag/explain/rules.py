@@ -28,7 +28,10 @@ LEAST_GRADIENT = 0.3
 """Gradient at the first block's input over gradient at the last block's output."""
 
 LEAST_GRADIENT_ELSEWHERE = 1e-3
-"""The same for models other than ours, whose blocks differ in size and place: a collapse only."""
+"""The same for models other than ours, whose blocks differ in size and place: a collapse only.
+
+Of 11 stock networks at initialisation (convolutional, transformers) the least had 0.1, an nfnet.
+"""
 
 SURVIVED = 50
 """Steps with a finite loss after which `at_risk` is refuted: the late deaths came by step 18."""
