@@ -1,0 +1,57 @@
+"""What hooks must know about torch.compile: whether it runs, and how to stay out of its sight.
+
+torch.compile traces the hooks of submodules into the graph of the forward they belong to; the hooks
+of the compiled module itself run beside that graph and, if nothing is said, are compiled as graphs
+of their own. Nothing here imports `torch._dynamo`, which takes longer than all of resdiag.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch._C._dynamo import eval_frame
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def never_alone(function: F) -> F:
+    """Let a hook be traced into a graph around it, but never become a graph itself."""
+    return _skip(function, eval_frame._FrameAction.DEFAULT)
+
+
+def plain(function: F) -> F:
+    """Run a function and all that it calls as plain Python; only for calls outside of a trace."""
+    return _skip(function, eval_frame._FrameAction.SKIP)
+
+
+def _skip(function: F, inside: eval_frame._FrameAction) -> F:
+    strategy = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, inside)
+    eval_frame.set_code_exec_strategy(function.__code__, strategy)
+    return function
+
+
+def is_running_compiled() -> bool:
+    """Whether the Python that runs now was called by a compiled module or function."""
+    return eval_frame.get_eval_frame_callback() not in (None, False)
+
+
+def compiled_parts(model: nn.Module) -> list[str]:
+    """Names of the modules inside a model, or the model itself (""), that are compiled."""
+    if "torch._dynamo" not in sys.modules:
+        return []
+    return [name for name, module in model.named_modules() if _is_compiled(module)]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return (
+        isinstance(module, sys.modules["torch._dynamo"].OptimizedModule)
+        or getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+    )
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured: kernels are noted down, Python runs only now."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
