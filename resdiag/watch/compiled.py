@@ -250,12 +250,16 @@ class Taps:
         self._hooks: list[_Hook] = []
         self._handles = list(self._install(model))
 
-    def begin(self, *, on: bool, eager: bool) -> None:
-        """Before a pass: whether to write, and whether hooks outside of graphs do."""
-        self._switch.on, self._switch.eager = on, on and eager
+    def begin(self, *, on: bool) -> None:
+        """Before a pass: whether to write."""
+        self._switch.on = self._switch.eager = on
         for hook in self._hooks:
             if hook.repeated:
                 hook.calls = 0
+
+    def arm(self, *, on: bool) -> None:
+        """The same for a pass whose beginning Python does not see."""
+        self._switch.on = on
 
     def close(self) -> None:
         """Remove the hooks; graphs made with them are not used any more."""
@@ -269,6 +273,9 @@ class Taps:
     def _place(self) -> None:
         """Decide which tensor is tapped where, and say what cannot be."""
         self._recorder.adopt(self._found.anatomy)
+        sums = [route.output for route in self._found.routes if route.output is not None]
+        if sums:
+            self._cells.reserve(len(self._blocks), sums[0].device)
         for row, route in enumerate(self._found.routes):
             for site in ("input", "branch", "shortcut", "sum", "output"):
                 self._place_values(row, site, getattr(route, site))
@@ -420,7 +427,9 @@ class Taps:
         self._collect_skip()
         self._collect_gates()
         self._collect_classifier()
-        torch._foreach_mul_(self._parts, math.nan)
+        self._cells.settle()  # before what was put is wiped
+        if self._parts:
+            torch._foreach_mul_(self._parts, math.nan)
 
     def _collect_moments(self) -> None:
         first: dict[int, tuple[int, str]] = {}
@@ -431,14 +440,15 @@ class Taps:
                 tap = None if trail is None else self._tap(trail)
                 if tap is None or tap.moments is None:
                     continue
-                if id(trail) in first:
+                scale = _scale(route, site)
+                if id(trail) in first and scale == 1:
                     known = first[id(trail)]
                     for name in metrics.STATISTICS:
                         source = (known[0], f"{known[1]}_{name}")
                         self._cells.alias(row, f"{site}_{name}", source)
                 else:
-                    first[id(trail)] = row, site
-                    scale = _scale(route, site)
+                    if scale == 1:
+                        first[id(trail)] = row, site
                     sites.append(((row, f"{site}_mean"), _sums(tap.moments, scale)))
         for count in sorted({part.per_channel.numel() for _, part in sites}):
             same = [(key, part) for key, part in sites if part.per_channel.numel() == count]
@@ -478,7 +488,7 @@ class Taps:
             h = h if scale == 1 else h * scale
             new = row == 0 or self._blocks[row].stage != self._blocks[row - 1].stage
             joined = joined and route.joined
-            path.open(row, x, h, addition.path, scale, new=new, joined=joined)
+            path.open(row, x, h, addition.path, scale, new=new, joined=joined, source="")
             path.add(row, u)
             output = self._kept(route.output)
             path.close(row, u if output is None else output, addition.after)
@@ -486,7 +496,7 @@ class Taps:
         keys, values = [], []
         for row, measured, reasons in path.finish():
             keys.append((row, COLUMNS[0]))
-            values.append(measured)
+            values.append(metrics.stack(measured, self._cells.device))
             for column, reason in reasons.items():
                 self._recorder.miss(row, (column,), reason)
         if values:
@@ -505,9 +515,7 @@ class Taps:
                 continue
             counts = [gate.sum(_others(gate)) for gate in gates]
             sizes = [gate.numel() // len(count) for gate, count in zip(gates, counts, strict=True)]
-            dead = [
-                (count == size) + 0 * count for count, size in zip(counts, sizes, strict=True)
-            ]
+            dead = [(count == size) + 0 * count for count, size in zip(counts, sizes, strict=True)]
             closed = torch.cat(counts).sum() / sum(gate.numel() for gate in gates)
             self._cells.put(slot, row, "saturated_fraction", closed)
             self._cells.put(slot, row, "dead_fraction", torch.cat(dead).mean())
@@ -565,5 +573,3 @@ def _lost(site: str, without_after: bool) -> tuple[str, ...]:
     if site == "output":
         return _OUTPUT_GRADIENT
     return ("grad_sum", *_OUTPUT_GRADIENT) if without_after else ("grad_sum",)
-
-

@@ -32,6 +32,7 @@ def _skip(function: F, inside: eval_frame._FrameAction) -> F:
     return function
 
 
+@never_alone
 def is_running_compiled() -> bool:
     """Whether the Python that runs now was called by a compiled module or function."""
     return eval_frame.get_eval_frame_callback() not in (None, False)

@@ -18,13 +18,16 @@ from resdiag.errors import unknown
 from resdiag.watch.blocks import Block, match_modules
 from resdiag.watch.buffer import Buffer
 from resdiag.watch.catalog import POINTS, RECORDED, RECORDED_PER_STEP, SETS, derive
+from resdiag.watch.compiled import Taps
 from resdiag.watch.distributed import Ranks, find_ranks, unwrap
+from resdiag.watch.dynamo import compiled_parts, is_capturing
 from resdiag.watch.lossscale import LossScale, casts_to_half
 from resdiag.watch.optimizers import OptimizerSteps
 from resdiag.watch.own import own_metrics
 from resdiag.watch.ownvalues import OwnValues
 from resdiag.watch.parameters import ParameterNorms
 from resdiag.watch.pool import Pool
+from resdiag.watch.ports import example, find_ports
 from resdiag.watch.recorder import HEAD, Recorder
 from resdiag.watch.rewriting import Rewriting
 from resdiag.watch.shards import Shards, is_sharded
@@ -40,6 +43,10 @@ _STEP_COLUMNS = (*HEAD, "grad_norm", "grad_scale", "skipped")
 _SCALED = ("grad_input", "grad_sum", "grad_output")
 _SLOTS = 16
 _TAKES = ("first", "last")
+_REMEDY = (
+    "a step was due for recording, but torch.compile ran the forward pass and hides it: "
+    "attach(model, example_inputs=(...)) before torch.compile"
+)
 
 
 class WatchWarning(UserWarning):
@@ -59,6 +66,7 @@ def attach(
     scaler: Any = None,  # noqa: ANN401
     take: str = "first",
     metrics: str = "full",
+    example_inputs: object = None,
 ) -> "Monitor":
     """Start watching a model. Nothing in it is edited, and its training stays the same bit for bit.
 
@@ -89,6 +97,10 @@ def attach(
         take: Which forward pass of a step to record where there are several (gradient
             accumulation, two views of a batch), "first" or "last".
 
+        example_inputs: Inputs of one forward pass, a tuple or a mapping of keywords, on the model's
+            device: the blocks are found at once, and passes that torch.compile runs are recorded
+            too. Needed only for those; attach before compiling.
+
     Returns:
         A `Monitor`: a context manager whose `step()` ends each training step.
 
@@ -117,18 +129,23 @@ def attach(
     if metrics not in SETS:
         raise ValueError(unknown("set of metrics", metrics, SETS).message)
     inner = unwrap(model)
-    if any(
-        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in (model, inner)
-    ):
+    if hasattr(model, "_orig_mod") or compiled_parts(model):
         raise ValueError(
             "the model is already compiled and its hooks would silently not fire: "
-            "attach to the module before torch.compile"
+            "attach to the module before torch.compile, with example_inputs=(...)"
         )
     units = match_modules(inner, blocks)
     if not reduce and is_sharded(inner):
         raise ValueError("reduce=False: the parameters are shards, no rank has a whole gradient")
     ranks = find_ranks(model) if reduce else None
-    return Monitor(
+    if metrics == "core" and example_inputs is not None:
+        raise ValueError("example_inputs: compiled passes record metrics='full' only")
+    if ranks is not None and example_inputs is not None:
+        raise ValueError(
+            "example_inputs: compiled passes are not reduced over ranks; "
+            "attach(..., reduce=False) records each rank by itself"
+        )
+    monitor = Monitor(
         inner,
         _optimizers(optimizer),
         units,
@@ -140,6 +157,9 @@ def attach(
         take_last=take == "last",
         core=metrics == "core",
     )
+    if example_inputs is not None:
+        monitor.prepare(*example(example_inputs))
+    return monitor
 
 
 def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
@@ -197,6 +217,9 @@ class Monitor:
         # before the tracer's, or it would enter a sharded module with tensors it does not know
         self._shards = Shards(model, lambda a, b: self._tracer.same(a, b))
         self._tracer = Tracer(model, self._recorder, self._wanted, units)
+        self._units, self._samples = units, samples
+        self._taps: Taps | None = None
+        self._compiled = self._captured = self._hidden = False
         self._steps = OptimizerSteps(model, optimizers, self._before_update, self._after_update)
         self._rewriting = Rewriting()
         self._core = core
@@ -211,6 +234,15 @@ class Monitor:
         self._paused = self._forward = self._demanded = self._rated = self._stepped_ever = False
         self._begin_step()
 
+    def prepare(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+        """Find the blocks by one pass over example inputs, and get ready for torch.compile."""
+        with self.paused():
+            found = find_ports(self._model, inputs, keywords, self._units)
+        self._taps = Taps(
+            self._model, found, self._recorder, self._cells, self._head, self._samples
+        )
+        self._taps.arm(on=self._schedule(self._step))
+
     # -- the loop ------------------------------------------------------------------------------
 
     def step(self) -> None:
@@ -222,11 +254,16 @@ class Monitor:
         if not self._open:
             raise RuntimeError("the monitor is closed; attach again")
         self._check_order()
+        self._adopt_hidden()
         if self._forward:
+            if self._compiled:
+                self._collect()
             self._finish_gradients()
             self._check_backward()
             self._recorder.end()
             self._recorded += 1
+        elif self._hidden:
+            self._note(_REMEDY)
         elif self._schedule(self._step) and not self._recorder.failure and not self._repeated:
             self._note(
                 "a step was due for recording, but no forward pass in training mode went through "
@@ -239,6 +276,8 @@ class Monitor:
             self._divide_scale()
         self._begin_step()
         self._step += 1
+        if self._taps is not None:
+            self._taps.arm(on=self._schedule(self._step))
         if self._cells.is_full:
             self._flush()
 
@@ -307,6 +346,8 @@ class Monitor:
     def close(self) -> None:
         """Remove every hook; what was recorded stays readable. Safe to call twice."""
         self._tracer.close()
+        if self._taps is not None:
+            self._taps.close()
         self._shards.close()
         if self._ranks is not None:
             self._ranks.close()
@@ -405,15 +446,71 @@ class Monitor:
     def _begin_step(self) -> None:
         """Nothing has happened yet in this step."""
         self._forward = self._stepped = self._foreign = self._repeated = self._pending = False
-        self._updating = False
+        self._updating = self._compiled = self._hidden = False
         self._passes = 0
         self._updates: Counter[int] = Counter()
         self._factor: Tensor | float | None = None
         for norms in self._norms.values():
             norms.forget()
 
+    def _begin_compiled(self, *, whole: bool) -> None:
+        """A pass begins of which at least a part runs compiled: its taps record it.
+
+        Where the whole model is compiled, a pass that is not due runs a graph without taps; where
+        parts are, theirs always write: a second graph for each could exceed the recompile limit.
+        """
+        training = not self._paused and self._model.training and torch.is_grad_enabled()
+        due = training and (self._demanded or self._schedule(self._step))
+        due = due and not self._recorder.failure
+        if self._taps is None:
+            self._hidden = self._hidden or due
+            return
+        self._captured = self._captured or is_capturing()
+        first = due and not self._forward
+        self._taps.begin(on=first if whole else training)
+        if first:
+            self._open_compiled()
+        elif due:
+            self._note(
+                "several compiled forward passes in one step: the "
+                f"{'first' if whole else 'last'} one is recorded"
+            )
+
+    def _open_compiled(self) -> None:
+        self._forward = self._compiled = True
+        self._demanded = self._foreign = False
+        self._factor = self._loss_scale.now()
+        self._rates.append((math.nan, math.nan))
+        self._cells.begin(self._step)
+        self._head.begin(self._step)
+
+    def _adopt_hidden(self) -> None:
+        """Count a pass whose beginning no hook saw: inside somebody's graph, or a replayed one."""
+        hidden, self._tracer.seen.in_graph = self._tracer.seen.in_graph, False
+        due = self._schedule(self._step) and not self._paused and not self._recorder.failure
+        if self._forward or not due or not (hidden or self._captured):
+            return
+        if self._taps is None:
+            self._hidden = True
+        else:
+            self._open_compiled()
+
+    def _collect(self) -> None:
+        assert self._taps is not None
+        try:
+            with torch.no_grad():
+                self._taps.collect()
+        except Exception as error:  # a mistake of ours must not end somebody's training
+            self._recorder.failure = f"{type(error).__name__}: {error}"
+
     def _wanted(self) -> bool:
         """Whether to trace the forward pass that begins: the first of a step that is due."""
+        compiled = self._tracer.seen.compiled
+        if compiled or is_capturing() or compiled_parts(self._model):
+            self._begin_compiled(whole=compiled)
+            return False
+        if self._taps is not None:
+            self._taps.begin(on=False)
         if self._paused or not self._model.training or not torch.is_grad_enabled():
             return False
         self._passes += 1
@@ -481,6 +578,7 @@ class Monitor:
                 "of its steps, or only the first is recorded and steps are counted wrong"
             )
         self._stepped = self._stepped_ever = self._updating = True
+        self._adopt_hidden()
         if not self._forward or self._recorder.failure or self._updates[id(optimizer)] > 1:
             return
         inside = self._loss_scale.inside(optimizer)
@@ -689,7 +787,7 @@ class Monitor:
             return
         if not self._recorder.anatomy.blocks:
             self._note("no residual addition was found: name modules with blocks=[...]")
-        elif not self._recorder.seen_backward:
+        elif not self._recorder.seen_backward and not self._compiled:
             self._note("a recorded step had no backward pass through the blocks")
         if self._recorder.repeats:
             self._note("several backward passes reached the blocks: the last one is recorded")

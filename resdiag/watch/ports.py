@@ -173,7 +173,7 @@ class _Walk(TorchFunctionMode):
         self._held: list[object] = []  # identities are of living tensors only
         self._trails: dict[Key, Trail] = {}
         self._calls: dict[str, int] = defaultdict(int)
-        self._open: list[list[_Visit]] = []
+        self._open: list[list[tuple[_Visit, Key]]] = []
         self._passages: dict[tuple[Key, Key], Port] = {}
         self._gates: list[tuple[tuple[str, ...], Call, Trail]] = []
         self._keys: dict[int, tuple[Key, Key]] = {}
@@ -211,7 +211,7 @@ class _Walk(TorchFunctionMode):
             self._calls[name] += 1
             places: list[tuple[int | str, object]] = [*enumerate(args), *kwargs.items()]
             visits = [
-                self._visit(Port(name, call, False, place), value)
+                (self._visit(Port(name, call, False, place), value), _key(value))
                 for place, value in places
                 if isinstance(value, Tensor)
             ]
@@ -221,22 +221,22 @@ class _Walk(TorchFunctionMode):
 
     def _leave(self, name: str) -> Callable[..., Any]:
         def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-        ) -> Any:  # noqa: ANN401
-            entered = [
-                value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)
-            ]
-            if any(output is x for x in entered) and not isinstance(module, nn.Identity):
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
+        ) -> object:
+            call, visits = self._calls[name] - 1, self._open.pop()
+            if (
+                isinstance(output, Tensor)
+                and not isinstance(module, nn.Identity)
+                and any(_key(output) == key for _, key in visits)
+            ):
                 # idle in evaluation mode only (stochastic depth): in training it is another tensor
                 output = output.view_as(output)
-            call = self._calls[name] - 1
-            visits = self._open.pop()
-            for visit in visits:
+            for visit, _ in visits:
                 visit.end = self._tick()
             for place, value in _results(output):
                 self._visit(Port(name, call, True, place), value)
-                for visit, x in zip(visits, entered, strict=False):
-                    self._passages[_key(x), _key(value)] = visit.port
+                for visit, key in visits:
+                    self._passages[key, _key(value)] = visit.port
             return output
 
         return hook
@@ -325,6 +325,11 @@ class _Walk(TorchFunctionMode):
         self._last = route.output
         self._routes.append(route)
 
+    def same(self, old: Tensor, new: Tensor) -> None:
+        """A tensor was replaced by an equal one."""
+        self._trails[_key(new)] = self._trail(old)
+        self._held.append(new)
+
     def activation(self, owners: tuple[str, ...], call: Call, x: Tensor) -> None:
         """What goes into an activation."""
         if x.is_floating_point() and x.numel():
@@ -355,6 +360,5 @@ def _results(output: object) -> Iterator[tuple[int | str | None, Tensor]]:
     if isinstance(output, Tensor):
         yield None, output
     elif type(output) in (tuple, list, dict):
-        places = output.items() if isinstance(output, dict) else enumerate(output)  # type: ignore[arg-type, var-annotated]
+        places = output.items() if isinstance(output, dict) else enumerate(output)  # type: ignore[arg-type]
         yield from ((place, value) for place, value in places if isinstance(value, Tensor))
-

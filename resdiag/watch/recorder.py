@@ -111,6 +111,10 @@ class Recorder:
         self._pass = weakref.ref(_Pass())
         self.end()
 
+    def adopt(self, anatomy: Anatomy) -> None:
+        """Take blocks that were found beforehand."""
+        self.anatomy, self._fixed = anatomy, bool(anatomy.blocks)
+
     def begin(self) -> None:
         """Begin a forward pass into the buffer's open slot."""
         self.end()

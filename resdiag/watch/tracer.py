@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from resdiag.watch.calls import ADDITIONS, Call
+from resdiag.watch.dynamo import is_running_compiled, never_alone, plain
 from resdiag.watch.lineage import Descent, Lineage
 
 
@@ -104,6 +105,19 @@ class _Frame:
     additions: int = 0
 
 
+@dataclass(eq=False)
+class Seen:
+    """What a tracer noticed of torch.compile, whose passes it cannot follow.
+
+    Attributes:
+        compiled: Whether the pass that is beginning runs compiled.
+        in_graph: Whether a training pass ran as a part of somebody's graph.
+    """
+
+    compiled: bool = False
+    in_graph: bool = False
+
+
 class Tracer(TorchFunctionMode):
     """Traces the forward passes of one model while switched on, and tells a listener.
 
@@ -134,6 +148,7 @@ class Tracer(TorchFunctionMode):
         self._counts: dict[str, int] = {}
         self._head: tuple[Tensor | None, Tensor | None] = (None, None)
         self._on, self._thread = False, 0
+        self.seen = Seen()
         self._mode = ExitStack()
         self._handles = list(self._install(model))
 
@@ -166,21 +181,29 @@ class Tracer(TorchFunctionMode):
             yield module.register_forward_hook(self._leave(name, module, root), always_call=root)
 
     def _enter(self, name: str, owner: nn.Module, root: bool) -> Callable[..., None]:
+        seen = self.seen
+
+        @never_alone
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if torch.compiler.is_compiling():
+                if root and module.training and torch.is_grad_enabled():
+                    seen.in_graph = True
+                return
             if module is not owner:  # a copy of the model took its hooks along
                 return
             if root:
-                self._stop()  # an interrupt (no Exception) leaves a pass open
-                if self._wanted():
-                    self._start()
+                self._begin(compiled=is_running_compiled())
             if self._on and get_ident() == self._thread:
                 self._push(name, module, [*_tensors(args), *_tensors(kwargs)])
 
         return hook
 
     def _leave(self, name: str, owner: nn.Module, root: bool) -> Callable[..., None]:
+        @never_alone
         def hook(module: nn.Module, args: object, output: object) -> None:
-            if module is not owner or not self._on or get_ident() != self._thread:
+            if torch.compiler.is_compiling() or module is not owner:
+                return
+            if not self._on or get_ident() != self._thread:
                 return
             if root and (len(self._frames) != 1 or output is None):  # an exception passed
                 self._stop()
@@ -192,6 +215,13 @@ class Tracer(TorchFunctionMode):
                 self._stop()
 
         return hook
+
+    @plain
+    def _begin(self, *, compiled: bool) -> None:
+        self._stop()  # an interrupt (no Exception) leaves a pass open
+        self.seen.compiled = compiled
+        if self._wanted():
+            self._start()
 
     def _start(self) -> None:
         # replicas of the model in other threads (DataParallel) are not followed
