@@ -3,6 +3,7 @@
 from resdiag.commands.app import App, print_help
 from resdiag.commands.data import data_app
 from resdiag.commands.explain import explain
+from resdiag.commands.export import export
 from resdiag.commands.inspect import inspect
 from resdiag.commands.plot import plot
 from resdiag.commands.probe import probe
@@ -25,6 +26,6 @@ app = App(
     add_completion=True,
 )
 app.callback()(print_help)
-for command in (run, plot, explain, inspect, probe, variants, metrics, version):
+for command in (run, plot, explain, inspect, export, probe, variants, metrics, version):
     app.command()(command)
 app.add_typer(data_app, name="data")

@@ -63,10 +63,18 @@ def run(
         bool,
         typer.Option("--allow-drift", help="Continue although versions or machine changed."),
     ] = False,
+    sink: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also tell a tracker: tensorboard:DIR, wandb:PROJECT or mlflow:DATABASE; "
+            "repeat it for several."
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Json = False,
 ) -> int:
     """Train one variant, or just start to train it, while recording; ends with the verdict."""
+    from resdiag.runs.sinks.sink import check_sink
     from resdiag.training.recipe import Request
     from resdiag.training.spec import check_data
 
@@ -76,6 +84,8 @@ def run(
     check_data(data)
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
         raise unknown("device", device, ["auto", "cpu", "cuda", "cuda:N"])
+    for text in sink or ():
+        check_sink(text)
     # every mistake that can be seen without torch has been answered by now
     from resdiag.study.cell import Options, run_cell
 
@@ -86,6 +96,7 @@ def run(
         force=force,
         allow_drift=allow_drift,
         quiet=quiet or as_json,
+        sinks=tuple(sink or ()),
     )
     outcome = run_cell(request, options, keep_quiet if quiet else say)
     _print_outcome(outcome, as_json)

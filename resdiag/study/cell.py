@@ -10,6 +10,8 @@ from resdiag.explain.verdict import Verdict, judge
 from resdiag.runs.config import RunConfig
 from resdiag.runs.environment import environment
 from resdiag.runs.folder import Run, open_run
+from resdiag.runs.sinks.feed import open_feed
+from resdiag.runs.sinks.sink import About
 from resdiag.runs.store import RunWriter
 from resdiag.training.data import ImageData, open_data
 from resdiag.training.display import open_display
@@ -47,6 +49,7 @@ class Options:
         force: Start over even if the run exists.
         allow_drift: Continue in a changed environment.
         quiet: Show no progress.
+        sinks: Trackers to tell what is recorded, as `sinks.sink.open_sink` takes them.
     """
 
     root: Path = Path("runs")
@@ -54,6 +57,7 @@ class Options:
     force: bool = False
     allow_drift: bool = False
     quiet: bool = False
+    sinks: tuple[str, ...] = ()
 
 
 def run_cell(request: Request, options: Options, say: Callable[[str], None]) -> Outcome:
@@ -113,15 +117,18 @@ def _train(
     writer: RunWriter, config: RunConfig, data: ImageData, options: Options
 ) -> tuple[str, int, tuple[str, ...]]:
     title = f"{config.variant} d{config.depth}"
+    feed = open_feed(options.sinks, About(name=config.name, config=config.to_dict()))
     display = open_display(title, config.steps, writer.committed_step, quiet=options.quiet)
+    status = "stopped"
     try:
         with Interrupt() as interrupt, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the monitor's notes are returned instead
-            training = Training(config, data, writer)
+            training = Training(config, data, writer, feed.write)
             status = training.run(display, interrupt)
     finally:
         display.close()
-    return status, interrupt.signal, tuple(training.monitor.notes)
+        feed.close(status)
+    return status, interrupt.signal, (*training.monitor.notes, *feed.notes)
 
 
 def summarise(outcome: Outcome) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 import math
 import sys
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from resdiag.training.display import Display, Standing
 from resdiag.training.interrupt import Interrupt
 from resdiag.training.recipe import learning_rate
 from resdiag.watch.monitor import Monitor, attach
+
+Table: TypeAlias = Mapping[str, NDArray[Any]]
+"""Rows of a run's table: one array of shape (rows,) per column."""
 
 _EVALUATION_BATCH = 256
 _REPORT_EVERY_S = 0.5
@@ -54,10 +58,17 @@ class Training:
         config: What to train.
         data: The images; those that `config.data` names.
         writer: The run's folder.
+        tell: Is handed the rows of both tables after each commit.
     """
 
-    def __init__(self, config: RunConfig, data: ImageData, writer: RunWriter) -> None:
-        self.config, self._writer = config, writer
+    def __init__(
+        self,
+        config: RunConfig,
+        data: ImageData,
+        writer: RunWriter,
+        tell: Callable[[Table, Table], object] | None = None,
+    ) -> None:
+        self.config, self._writer, self._tell = config, writer, tell
         self._device = torch.device(config.device)
         # convolutions on the CPU are a fifth faster in this layout
         layout: dict[str, Any] = {"memory_format": torch.channels_last}
@@ -265,14 +276,17 @@ class Training:
                 self.monitor.point,
                 own=self.monitor.own,
             )
+        metrics, curve = _join(self._metrics), self._curve.take()
         self._writer.commit(
             done,
-            _join(self._metrics),
-            self._curve.take(),
+            metrics,
+            curve,
             checkpoint.pack(self.model, self._optimizer),
             asdict(self._tally),
             status,
         )
+        if self._tell is not None:  # after the commit: steps that are done again are told once
+            self._tell(metrics, curve)
         self._metrics = []
         self._clock = time.perf_counter()
 

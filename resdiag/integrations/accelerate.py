@@ -1,0 +1,110 @@
+"""Accelerate: a monitor that ends a step only where the gradients were synchronised."""
+
+import os
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+try:
+    from accelerate import Accelerator
+except ImportError as error:
+    raise ImportError("accelerate is missing: pip install 'resdiag[accelerate]'") from error
+from torch import nn
+
+from resdiag.integrations.session import Session, Watching, unwrapped
+from resdiag.integrations.unscaling import tell_unscaled
+from resdiag.watch.monitor import Monitor
+
+
+class ResdiagWatch:
+    """Watches a prepared model in a loop of Accelerate; a context manager.
+
+    Gradients are read after reduction and unscaling and before `accelerator.clip_grad_norm_`,
+    else right before the optimizer's step. Call `step()` after `optimizer.step()`, also in the
+    micro-steps of an accumulation, where it does nothing.
+
+    Args:
+        accelerator: The loop's accelerator.
+        model: As `accelerator.prepare` returned it.
+        optimizer: As `accelerator.prepare` returned it.
+        begun: Optimizer steps done before, in a resumed training.
+        every: Record every `every`-th step.
+        record_first: Record each of the first steps.
+        blocks: Names or patterns of modules to take as the blocks.
+        sinks: Trackers to tell, e.g. `tensorboard:logs`.
+        save: Folder to write the run to at the end, with its verdict; a resumed training writes
+            beside it, into `<save>-from-<step>`.
+        name: Of the run: in the trackers, and in labels.
+
+    Attributes:
+        monitor: The monitor: `monitor.to_frame()` has what was recorded, also after the end.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Any,  # noqa: ANN401
+        *,
+        begun: int = 0,
+        every: int = 1,
+        record_first: int = 0,
+        blocks: Sequence[str] | None = None,
+        sinks: Sequence[str] = (),
+        save: str | os.PathLike[str] | None = None,
+        name: str = "run",
+    ) -> None:
+        watching = Watching(
+            every=every,
+            record_first=record_first,
+            blocks=blocks,
+            sinks=sinks,
+            save=save,
+            name=name,
+        )
+        self._accelerator, self._step = accelerator, begun
+        self._session = Session(
+            watching,
+            accelerator.unwrap_model(model, keep_torch_compile=True),
+            unwrapped(optimizer),
+            scaler=accelerator.scaler,
+            begun=begun,
+            is_first=accelerator.is_main_process,
+        )
+        self._session.at_close(tell_unscaled(optimizer, self._read))
+
+    @property
+    def monitor(self) -> Monitor:
+        """What records."""
+        return self._session.monitor
+
+    def step(self, loss: Any = None) -> None:  # noqa: ANN401
+        """End a step, if the gradients were synchronised in it.
+
+        Args:
+            loss: Its loss, a tensor or a number, for the saved run; looked at in the end only.
+        """
+        if self._accelerator.sync_gradients:
+            if loss is not None:
+                self._session.add_loss(self._step, getattr(loss, "detach", lambda: loss)())
+            self._step += 1
+            self.monitor.step()
+
+    def close(self, status: str = "done") -> None:
+        """Remove every hook; what was recorded stays readable. Safe to call twice."""
+        self._session.close(status)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close("done" if error is None else "stopped")
+
+    def _read(self) -> None:
+        if self._accelerator.sync_gradients:
+            self.monitor.read_gradients("pre_clip")

@@ -1,0 +1,134 @@
+"""What all callbacks share: a monitor, the sinks it feeds, and the end of both."""
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from resdiag.errors import ResdiagError
+from resdiag.runs.folder import open_run
+from resdiag.runs.sinks.feed import Feed, open_feed
+from resdiag.runs.sinks.sink import About, check_sink
+from resdiag.study.saving import save
+from resdiag.watch.monitor import Monitor, attach
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watching:
+    """How a callback watches.
+
+    Attributes:
+        every: Record every `every`-th step.
+        record_first: Record each of the first steps.
+        blocks: Names or patterns of modules to take as the blocks.
+        sinks: Trackers to tell, each as `kind:place`; told by the first process only.
+        save: Folder to write the run to at its end; None writes none.
+        name: Of the run: in the trackers, and in labels.
+    """
+
+    every: int = 1
+    record_first: int = 0
+    blocks: Sequence[str] | None = None
+    sinks: Sequence[str] = ()
+    save: str | os.PathLike[str] | None = None
+    name: str = "run"
+
+    def __post_init__(self) -> None:
+        for text in self.sinks:
+            check_sink(text)
+
+
+class Session:
+    """One training under watch, from its first step here to its end.
+
+    Args:
+        watching: How to watch.
+        model: The module inside any wrapper.
+        optimizer: PyTorch's optimizer inside any wrapper.
+        scaler: Its GradScaler, if there is one.
+        begun: Optimizer steps that the training has done already.
+        is_first: Whether this is the process that writes.
+        config: Plain values that describe the training, for the sinks.
+    """
+
+    def __init__(
+        self,
+        watching: Watching,
+        model: nn.Module,
+        optimizer: Any,  # noqa: ANN401
+        *,
+        scaler: Any = None,  # noqa: ANN401
+        begun: int = 0,
+        is_first: bool = True,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.monitor: Monitor = attach(
+            model,
+            optimizer=optimizer,
+            blocks=watching.blocks,
+            every=watching.every,
+            record_first=watching.record_first,
+            point="pre_clip",
+            scaler=scaler,
+        )
+        self.monitor.start_at(begun)
+        self._stops: list[Callable[[], object]] = []
+        about = About(name=watching.name, config=config or {})
+        self._feed: Feed = open_feed(watching.sinks if is_first else (), about)
+        self.monitor.listen(self._feed.write)
+        self._open = True
+        self._losses: dict[int, Any] = {}
+        self._writes = is_first and watching.save is not None
+        self._name = watching.name
+        self._folder = Path(watching.save or "")
+        if self._writes and begun and self._folder.exists():  # the steps before are there already
+            self._folder = self._folder.with_name(f"{self._folder.name}-from-{begun}")
+
+    def add_loss(self, step: int, loss: Any) -> None:  # noqa: ANN401
+        """Note the loss of a step, a number or a tensor; it is looked at in the end."""
+        self._losses[step] = loss
+
+    def at_close(self, stop: Callable[[], object]) -> None:
+        """Call `stop` when the session ends."""
+        self._stops.append(stop)
+
+    def close(self, status: str = "done") -> None:
+        """Remove every hook and end the run in the sinks; twice is fine."""
+        if not self._open:
+            return
+        self._open = False
+        for stop in self._stops:
+            stop()
+        self.monitor.to_frame()  # what is still on the device comes to the host, and to the sinks
+        self.monitor.close()
+        self._feed.close(status)
+        self.monitor.notes.extend(self._feed.notes)
+        if self._writes:
+            self._save()
+
+    def _save(self) -> None:
+        """Write the run folder and say the verdict; a full disk is said and ends no training."""
+        steps = sorted(self._losses)
+        losses = [float(self._losses[step]) for step in steps]
+        curve: dict[str, Sequence[float]] = {"step": steps, "loss": losses}
+        try:
+            folder = save(
+                self.monitor, self._folder, model=self._name, curve=curve if steps else None
+            )
+            verdict = open_run(folder).verdict or {}
+            line = f"{folder}: {verdict.get('name')}. {verdict.get('summary')}"
+        except ResdiagError as error:
+            line = f"the run was not saved: {error.message}"
+            self.monitor.notes.append(line)
+        print(f"resdiag: {line}", file=sys.stderr)
+
+
+def unwrapped(optimizer: Any) -> Any:  # noqa: ANN401
+    """PyTorch's optimizer inside the wrappers of a framework."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer

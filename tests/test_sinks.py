@@ -1,0 +1,441 @@
+"""Trackers get what the run has, and nothing that happens to them reaches the training."""
+
+import json
+import math
+import random
+import struct
+import threading
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny_training import digest, run_tiny_cell, tiny_config, tiny_data
+
+from resdiag.cli import app
+from resdiag.errors import UsageError
+from resdiag.runs.environment import environment
+from resdiag.runs.export import export_tables, export_tracker
+from resdiag.runs.folder import load, open_run
+from resdiag.runs.sinks.feed import Feed, open_feed
+from resdiag.runs.sinks.sink import About, check_sink, open_sink
+from resdiag.runs.sinks.tags import SHOWN, by_step
+from resdiag.runs.store import RunWriter
+from resdiag.study.cell import Options, run_cell
+from resdiag.training.display import Silent
+from resdiag.training.interrupt import Interrupt
+from resdiag.training.loop import Training
+from resdiag.training.recipe import Request
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+class Memory:
+    """A sink that keeps what it is told, and can misbehave."""
+
+    def __init__(self, fail_at=(), wait_at=()):
+        self.heard, self.fail_at, self.wait_at = [], fail_at, wait_at
+        self.go_on = threading.Event()
+
+    def _at(self, where):
+        if where in self.fail_at:
+            raise OSError(28, "No space left on device")
+        if where in self.wait_at:
+            self.go_on.wait()
+
+    def start(self, about):
+        self._at("start")
+        self.heard.append(about.name)
+
+    def write(self, step, values):
+        self._at("write")
+        self.heard.append((step, values))
+
+    def finish(self, status):
+        self._at("finish")
+        self.heard.append(status)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run with gaps, made by the command's own way."""
+    root = tmp_path_factory.mktemp("runs")
+    return run_tiny_cell(root, steps=6, record_first=3, every=2).run
+
+
+def expected(run, shown=SHOWN):
+    """What a tracker must hold, straight from the frames: {(tag, step): value}."""
+    values = {}
+    for row in run.metrics().itertuples():
+        for name in shown:
+            values[f"{name}/block_{row.block:03d}", row.step] = float(getattr(row, name))
+    for row in run.curve().to_dict("records"):
+        values |= {(name, row["step"]): v for name, v in row.items() if name != "step"}
+    return values
+
+
+def compare(found, run, shown=SHOWN, rel=1e-6, largest=math.inf):
+    """Every number that is one, and nothing that is not in the run."""
+    wanted = expected(run, shown)
+    assert set(found) <= set(wanted)
+    for key, value in wanted.items():
+        if not math.isnan(value):
+            limited = max(-largest, min(largest, value))
+            assert found[key] == pytest.approx(limited, rel=rel), key
+        elif key in found:
+            assert math.isnan(found[key])
+    assert sum(not math.isnan(v) for v in wanted.values()) > 50
+
+
+def read_events(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {
+        (tag, event.step): event.value
+        for tag in events.Tags()["scalars"]
+        for event in events.Scalars(tag)
+    }
+
+
+def read_offline(folder):
+    """The history of an offline W&B run: LevelDB's log format around protocol buffers."""
+    from wandb.proto import wandb_internal_pb2
+
+    (file,) = folder.glob("wandb/offline-run-*/*.wandb")
+    data, at, part = file.read_bytes(), 7, b""
+    found = {}
+    while at + 7 <= len(data):
+        left = 32768 - at % 32768
+        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        if left < 7 or kind == 0:
+            at += left
+            continue
+        part += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind not in (1, 4):  # the record goes on in the next block
+            continue
+        record, part = wandb_internal_pb2.Record.FromString(part), b""
+        items = {i.key or ".".join(i.nested_key): i.value_json for i in record.history.item}
+        step = int(items.pop("_step", -1))
+        for key, value in items.items():
+            if not key.startswith("_"):
+                found[key, step] = float(json.loads(value))
+    return found
+
+
+def read_mlflow(store, name):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=f"sqlite:///{store}", registry_uri=f"sqlite:///{store}")
+    experiment = client.get_experiment_by_name("resdiag").experiment_id
+    runs = [r for r in client.search_runs([experiment]) if r.info.run_name == name]
+    found = {
+        (metric, entry.step): entry.value
+        for metric in runs[0].data.metrics
+        for entry in client.get_metric_history(runs[0].info.run_id, metric)
+    }
+    return found, runs
+
+
+# -- tags -------------------------------------------------------------------------------------
+
+
+def test_tags_of_a_step_hold_infinities_and_leave_gaps_out():
+    inf, nan = math.inf, math.nan
+    metrics = {
+        "step": np.array([4, 4, 2, 2]), "block": np.array([0, 1, 0, 1]),
+        "grad_output": np.array([1.0, inf, nan, 3.0]), "skip_gain": np.array([nan, nan, 1.0, 1.0]),
+    }  # fmt: skip
+    curve = {"step": np.array([2, 3]), "loss": np.array([inf, 2.0]), "error": np.array([nan, 0.5])}
+    found = dict(by_step(metrics, curve, ("grad_output", "skip_gain")))
+    assert list(found) == [2, 3, 4]
+    assert math.isnan(found[2].pop("grad_output/block_000"))
+    assert found == {
+        2: {"loss": inf, "grad_output/block_001": 3.0}
+        | {"skip_gain/block_000": 1.0, "skip_gain/block_001": 1.0},
+        3: {"loss": 2.0, "error": 0.5},
+        4: {"grad_output/block_000": 1.0, "grad_output/block_001": inf},
+    }
+
+
+def test_derived_metrics_are_computed_for_recorded_columns(run):
+    assert list(by_step({}, {})) == []
+    recorded = {name: run.metrics()[name].to_numpy() for name in ("step", "block")}
+    for name in ("input_channel_mean_rms", "input_channel_std"):
+        recorded[name] = run.metrics()[name].to_numpy()
+    step, values = next(iter(by_step(recorded, {}, ("input_bias",))))
+    frame = run.metrics()
+    wanted = frame[(frame.step == step) & (frame.block == 1)].input_bias.item()
+    assert values["input_bias/block_001"] == pytest.approx(wanted)
+
+
+# -- the feed ---------------------------------------------------------------------------------
+
+
+def feed_of(run, **sinks):
+    feed = Feed(sinks, About(name="r"), patience=0.2)
+    curve = run.curve()
+    feed.write({}, {name: curve[name].to_numpy() for name in curve})
+    return feed
+
+
+def test_a_feed_hands_everything_to_every_sink_in_order(run):
+    one, two = Memory(), Memory()
+    feed = feed_of(run, one=one, two=two)
+    feed.close("done")
+    feed.close("done")
+    assert one.heard == two.heard
+    assert one.heard[0] == "r"
+    assert one.heard[-1] == "done"
+    assert [step for step, _ in one.heard[1:-1]] == run.curve().step.tolist()
+    assert feed.notes == []
+
+
+@pytest.mark.parametrize("where", ["start", "write", "finish"])
+def test_a_sink_that_fails_is_left_out_with_one_note_and_the_others_go_on(run, where):
+    good, bad = Memory(), Memory(fail_at=where)
+    feed = feed_of(run, bad=bad, good=good)
+    feed.write({}, {"step": np.array([99]), "loss": np.array([0.0])})
+    feed.close("done")
+    (note,) = feed.notes
+    assert note == "sink bad failed and is left out: OSError [Errno 28] No space left on device"
+    assert good.heard[-2:] == [(99, {"loss": 0.0}), "done"]
+
+
+@pytest.mark.parametrize("where", ["start", "write", "finish"])
+def test_a_sink_that_hangs_is_left_behind(run, where):
+    stuck = Memory(wait_at=[where])
+    feed = feed_of(run, stuck=stuck)
+    feed.close("done")
+    stuck.go_on.set()
+    assert feed.notes == ["sink stuck did not finish within 0.2 s: left behind"]
+
+
+def test_a_sink_that_is_too_slow_does_not_pile_up_memory():
+    stuck = Memory(wait_at=["write"])
+    feed = Feed({"stuck": stuck}, About(name="r"), patience=5)
+    for step in range(400):
+        feed.write({}, {"step": np.array([step]), "loss": np.array([0.0])})
+    assert feed.notes == ["sink stuck is too slow: left out from here on"]
+    stuck.go_on.set()
+    feed.close("done")
+    assert len(stuck.heard) < 300
+
+
+# -- live -------------------------------------------------------------------------------------
+
+
+def training(root, tell=None, **changes):
+    config = tiny_config(**changes)
+    data = tiny_data()
+    writer = RunWriter.open(
+        root, config, environment=environment("cpu", "float32"), data=data.identity
+    )
+    with writer:
+        status = Training(config, data, writer, tell).run(Silent(), Interrupt())
+    return open_run(writer.folder), status
+
+
+def test_a_training_tells_its_sinks_what_it_commits(tmp_path):
+    memory = Memory()
+    feed = Feed({"memory": memory}, About(name="r"))
+    run, status = training(tmp_path, feed.write)
+    feed.close(status)
+    found = {(tag, s): v for s, values in memory.heard[1:-1] for tag, v in values.items()}
+    compare(found, run, rel=2e-6)
+    assert memory.heard[-1] == "done"
+
+
+def test_a_resumed_training_tells_no_step_twice(tmp_path):
+    heard = []
+
+    def tell(metrics, curve):
+        heard.extend(curve["step"].tolist())
+        if len(heard) == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training(tmp_path, tell)
+    training(tmp_path, tell)
+    assert heard == list(range(12))
+
+
+def test_the_training_is_the_same_with_every_sink_and_with_broken_ones(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    request = Request(
+        variant="elu", depth=8, width=0.25, data="digits", steps=4, batch_size=32, augment=True
+    )
+    said = []
+    outcomes = {}
+    (tmp_path / "taken").write_text("a file where a folder is needed")
+    sinks = (
+        f"tensorboard:{tmp_path}/tb", "wandb:tiny", f"mlflow:{tmp_path}/ml.db",
+        f"tensorboard:{tmp_path}/taken/tb",
+    )  # fmt: skip
+    for name, wanted in (("without", ()), ("with", sinks)):
+        options = Options(root=tmp_path / name, quiet=True, sinks=wanted)
+        random.seed(1)
+        outcomes[name] = run_cell(request, options, said.append)
+        outcomes[name, "draw"] = random.random(), torch.rand(1).item(), np.random.rand()  # noqa: NPY002
+        torch.manual_seed(0)
+        np.random.seed(0)  # noqa: NPY002
+    assert digest(outcomes["with"].run.path) == digest(outcomes["without"].run.path)
+    assert outcomes["without", "draw"][0] == outcomes["with", "draw"][0]
+    assert outcomes["without"].notes == ()
+    (note,) = outcomes["with"].notes
+    assert note.startswith(f"sink tensorboard:{tmp_path}/taken/tb failed and is left out")
+    run = outcomes["with"].run
+    compare(read_events(tmp_path / "tb" / run.path.name), run)
+    compare(read_offline(tmp_path), run)
+    found, (tracked,) = read_mlflow(tmp_path / "ml.db", run.path.name)
+    compare(found, run, largest=1.8e308)
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.params["variant"] == "elu"
+
+
+# -- export -----------------------------------------------------------------------------------
+
+
+def test_exported_tables_are_the_frames(run, tmp_path):
+    for kind, read in (
+        ("csv", pd.read_csv),
+        ("jsonl", lambda file: pd.read_json(file, lines=True)),
+    ):
+        files = export_tables([run, run], kind, tmp_path / kind)
+        assert [file.name for file in files] == [f"metrics.{kind}", f"curve.{kind}"]
+        metrics, curve = map(read, files)
+        one = load(run.path)
+        wanted = pd.concat([one, one], ignore_index=True)
+        assert list(metrics.columns) == list(wanted.columns)
+        for name in wanted.select_dtypes("number"):
+            got = pd.to_numeric(metrics[name]).to_numpy(float)
+            assert np.allclose(
+                got, wanted[name].to_numpy(float), rtol=1e-5, atol=1e-9, equal_nan=True
+            )
+        assert curve.loss.to_numpy()[: run.steps] == pytest.approx(run.curve().loss.to_numpy())
+        assert set(curve.run) == {run.path.name}
+
+
+def test_exported_events_are_the_run_and_an_export_replaces_the_one_before(run, tmp_path):
+    for _ in range(2):
+        where = export_tracker(run, "tensorboard", str(tmp_path))
+        compare(read_events(where), run)
+        assert len(list(tmp_path.glob("*/*"))) == 1
+    (tmp_path / run.path.name / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds more than event files: notes\.txt"):
+        export_tracker(run, "tensorboard", str(tmp_path))
+    assert not (tmp_path / ".export").exists()
+
+
+def test_exported_metrics_can_be_chosen(run, tmp_path):
+    where = export_tracker(run, "tensorboard", str(tmp_path), ["output_mean"])
+    compare(read_events(where), run, ["output_mean"])
+
+
+def test_an_exported_wandb_run_is_offline_and_whole(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    export_tracker(run, "wandb", str(tmp_path))
+    compare(read_offline(tmp_path), run)
+
+
+def test_an_exported_mlflow_run_is_new_each_time(run, tmp_path):
+    for count in (1, 2):
+        export_tracker(run, "mlflow", str(tmp_path / "ml.db"))
+        found, runs = read_mlflow(tmp_path / "ml.db", run.path.name)
+        compare(found, run)
+        assert len(runs) == count
+
+
+def test_an_unfinished_mlflow_run_is_continued(tmp_path):
+    for status in ("stopped", "done", "done"):
+        feed = open_feed([f"mlflow:{tmp_path}/ml.db"], About(name="r", config={"a": 1}))
+        feed.write({}, {"step": np.array([len(status)]), "loss": np.array([math.inf])})
+        feed.close(status)
+        assert feed.notes == []
+    found, runs = read_mlflow(tmp_path / "ml.db", "r")
+    assert len(runs) == 2
+    assert runs[-1].data.params == {"a": "1"}
+    assert found["loss", 4] > 1e308  # MLflow has no infinity
+
+
+# -- the command line -------------------------------------------------------------------------
+
+
+def answer(capsys, *words):
+    code = app.run([*map(str, words)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_command_exports_and_says_where(run, tmp_path, capsys):
+    code, out, _ = answer(capsys, "export", run.path, "--to", "csv", tmp_path / "t")
+    assert code == 0
+    assert out.split() == [str(tmp_path / "t" / "metrics.csv"), str(tmp_path / "t" / "curve.csv")]
+    code, out, _ = answer(
+        capsys,
+        "export",
+        run.path,
+        "--to",
+        "tensorboard",
+        tmp_path,
+        "--metric",
+        "skip_gain",
+        "--json",
+    )
+    document = json.loads(out)
+    assert code == 0
+    assert document["kind"] == "tensorboard"
+    assert document["written"] == [str(tmp_path / run.path.name)]
+    compare(read_events(document["written"][0]), run, ["skip_gain"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--to", "tensorbord", "x"], "did you mean 'tensorboard'?"),
+        (["--to", "csv"], "requires 2 arguments"),
+        ([], "--to says what to write"),
+        (["--to", "csv", "x", "--metric", "skip_gain"], "--metric is for trackers"),
+        (["--to", "wandb", "x", "--metric", "skip_gian"], "did you mean 'skip_gain'?"),
+    ],
+)
+def test_mistakes_of_an_export_are_one_line(run, capsys, words, message):
+    code, out, err = answer(capsys, "export", run.path, *words)
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tensorbord:x", "unknown sink 'tensorbord'; did you mean 'tensorboard'?"),
+        ("wandb", "sink 'wandb' lacks its place: wandb:PROJECT"),
+    ],
+)
+def test_mistakes_of_a_sink_are_one_line(text, message, capsys):
+    words = ["run", "--variant", "elu", "--depth", "8", "--data", "digits", "--sink", text]
+    code, _, err = answer(capsys, *words)
+    assert code == 2
+    assert message in err
+
+
+def test_a_tracker_that_is_not_installed_names_the_line_that_installs_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="wandb is not installed") as caught:
+        open_sink("wandb:project")
+    assert caught.value.hint == "pip install 'resdiag[wandb]'"
+    with pytest.raises(UsageError, match="mlflow is not installed"):
+        check_sink("mlflow:x.db")
+
+
+def test_a_store_that_refuses_is_one_line(run, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(UsageError, match="mlflow at nowhere://x refused"):
+            export_tracker(run, "mlflow", "nowhere://x")
