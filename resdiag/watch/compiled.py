@@ -32,6 +32,7 @@ from resdiag.watch.skip import COLUMNS, SkipPath
 
 HIDDEN = "no module takes or returns this tensor, so that a compiled pass hides it"
 SPLIT = "it is used beside the module that takes it: no module sees its whole gradient"
+OWN = "own metrics are not computed in passes that torch.compile runs"
 FUNCTIONAL = "a compiled pass hides activations that are functions, not modules"
 
 
@@ -422,6 +423,8 @@ class Taps:
 
     def collect(self) -> None:
         """Write the pass that has ended into the buffers' open slots, and wipe the taps."""
+        for one in self._recorder._own.metrics:
+            self._recorder.reasons[one.entry.id].setdefault(OWN, set())
         self._collect_moments()
         self._collect_gradients()
         self._collect_skip()
