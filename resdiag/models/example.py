@@ -159,7 +159,7 @@ class _Maker:
         if name != "input_ids" or not isinstance(vocabulary, int):
             raise UsageError(
                 f"{type(config).__name__}: no batch can be generated for its input '{name}'",
-                "give a factory package.module:factory and --data FILE.safetensors",
+                "give a factory package.module:factory whose model takes one tensor",
             )
         return self._ids((_TOKENS,), vocabulary)
 
@@ -176,7 +176,7 @@ class _Maker:
         raise UsageError(
             f"{built.name}: {given}: tried {', '.join(tried) or 'nothing'}"
             + (f"; {last}" if last else ""),
-            "give --input-shape, e.g. 3,32,32, or --data FILE.safetensors",
+            "give --input-shape, e.g. 3,32,32",
         )
 
     def _candidates(self, model: nn.Module) -> Iterator[Tensor]:
