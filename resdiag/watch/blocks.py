@@ -118,6 +118,8 @@ class _Finder:
         """Nothing to measure."""
 
     def added(self, addition: Addition) -> None:
+        if addition.extends:
+            return
         origin = addition.origin
         self.anatomy.add_block(addition, inputs=None if origin is None else origin.shape[1:])
 

@@ -1,5 +1,6 @@
 """Which torch functions the tracer knows by role, and one call that can be applied again."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -7,17 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-ADDITIONS = frozenset(
-    {
-        torch.add,
-        Tensor.add,
-        Tensor.add_,
-        Tensor.__add__,
-        Tensor.__radd__,
-        Tensor.__iadd__,
-    }
-)
 
 ACTIVATIONS = frozenset(
     {
@@ -57,10 +47,46 @@ NORMALISATIONS = frozenset(
     {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm"}
 )
 
+_TRANSFORMS = (
+    "conv",
+    "linear",
+    "matmul",
+    "einsum",
+    "tensordot",
+    "attention",
+    "lstm",
+    "gru",
+    "rnn",
+    "fft",
+    "pool",
+)
+"""Parts of the names of functions that mix positions or channels, with or without parameters."""
+
+_NONLINEAR = frozenset(
+    {"exp", "expm1", "exp2", "log", "log1p", "softmax", "log_softmax", "pow", "sqrt", "rsqrt"}
+    | {"reciprocal", "sin", "cos", "square", "maximum", "minimum", "cumsum", "cumprod"}
+)
+"""What no shortcut does; activations are looked at apart, they may end one."""
+
+_SAME_SHAPE_ONLY = ("expand_as", "view_as", "reshape_as", "type_as")
+
+_PRODUCTS = frozenset({"mul", "rmul", "imul", "div", "truediv", "rtruediv", "multiply", "divide"})
+
+_STATISTICS = frozenset({"rsqrt", "var", "std", "var_mean", "vector_norm", "norm"})
+
 
 def name_of(function: Callable[..., Any]) -> str:
     """The function's bare name: "elu" for torch.nn.functional.elu, "relu" for Tensor.relu."""
     return getattr(function, "__name__", "").strip("_") or str(function)
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_transform(name: str) -> bool:
+    if name == "unseen":
+        return True
+    if name.endswith(("mm", "mv")) and "norm" not in name:
+        return True
+    return any(word in name for word in _TRANSFORMS)
 
 
 @dataclass(frozen=True)
@@ -96,6 +122,32 @@ class Call:
     def is_normalisation(self) -> bool:
         """Whether it is a normalisation layer's function."""
         return getattr(self.function, "__name__", "") in NORMALISATIONS
+
+    @property
+    def is_transform(self) -> bool:
+        """Whether it mixes positions or channels: a convolution, a linear map, attention, ..."""
+        return _is_transform(self.name)
+
+    @property
+    def normalises(self) -> bool:
+        """Whether it is a normalisation or a step of one that is written by hand."""
+        return self.is_normalisation or self.name in _STATISTICS
+
+    def is_opaque(self, parents: int) -> bool:
+        """Whether it is no linear map of one tensor; `parents` tensors of the pass went in."""
+        if self.name in _NONLINEAR:
+            return True
+        return parents > 1 and (self.name in _PRODUCTS or self.is_transform)
+
+    @property
+    def takes_shape_only(self) -> bool:
+        """Whether further operands say no more than the shape of the result."""
+        return self.name in _SAME_SHAPE_ONLY
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether its operands say no more than the shape of a new tensor."""
+        return self.name.endswith("_like") or self.name.startswith("new_")
 
     @property
     def is_random(self) -> bool:

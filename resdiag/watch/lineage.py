@@ -2,61 +2,103 @@
 
 import heapq
 import weakref
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 from torch import Tensor, nn
 
 from resdiag.watch.calls import Call
+from resdiag.watch.features import features_after
 
-_SHORTCUT, _BRANCH = 1, 2
+_LEFT, _RIGHT = 1, 2
 
 
 @dataclass(eq=False)
 class _Node:
     """One tensor as one call left it.
 
-    `counts` has, per frame from whose input it descends, the largest number of parameterised calls
-    on the way. `call` is kept where it says something: it can be repeated, or is an activation.
+    Attributes:
+        tensor: The tensor, or None for an operand that a fused call never wrote out.
+        parents: The floating-point tensors of the pass it was computed from: gradients flow there.
+        call: What made it.
+        repeatable: Whether the call, applied to the one parent again, gives the same.
+        parameters: Parameters that took part.
+        piece: Which piece of its parent it is ("" for the whole): a split gives unlike pieces.
+        features: The dimension that parameterised operations treated as channels, if known.
+        discrete: It has no floating point: nothing descends from it through gradients.
     """
 
-    tensor: "weakref.ref[Tensor]"
-    counts: dict[int, int] = field(default_factory=dict)
+    tensor: "weakref.ref[Tensor] | None"
     parents: tuple[int, ...] = ()
     call: Call | None = None
     repeatable: bool = False
     parameters: tuple[nn.Parameter, ...] = ()
-    weighted: bool = False
+    piece: str = ""
+    features: int | None = None
+    discrete: bool = False
+
+    @property
+    def is_opaque(self) -> bool:
+        """Whether no shortcut leads through it: neither a copy nor a linear map of one parent."""
+        return self.call is not None and self.call.is_opaque(len(set(self.parents)))
+
+    @property
+    def depth(self) -> tuple[int, int]:
+        """Transforming and parameterised operations that it adds to a way."""
+        return int(self.call is not None and self.call.is_transform), int(bool(self.parameters))
+
+
+@dataclass(frozen=True)
+class Scope:
+    """A module's forward as the lineage sees it: what came in, and what was there before.
+
+    Attributes:
+        entries: Numbers of its inputs.
+        start: Tensors numbered below this were there before it began.
+    """
+
+    entries: frozenset[int]
+    start: int
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """What lies between the two operands of an addition and the last tensor that both came from.
+    """What lies between a shortcut and a branch and the last tensor that both came from.
 
     Attributes:
+        swapped: Whether the right operand is the shortcut.
         origin: That tensor: the block's input; None if it is gone.
         shortcut_count: Parameterised calls between it and the shortcut.
         path: The calls that lead from it to the shortcut if they can be repeated, else None.
         parameters: Parameters used on the way to either operand.
+        calls: The calls on the branch, in order.
         activations: Activations on the way to either operand.
+        is_learned: Whether a parameterised transformation is on the branch.
+        begins_activated: Whether the origin was normalised or activated inside the module.
+        features: The channel dimension of the sum, if known.
     """
 
+    swapped: bool
     origin: Tensor | None
     shortcut_count: int
     path: tuple[Call, ...] | None
     parameters: list[nn.Parameter]
+    calls: tuple[Call, ...]
     activations: list[Call]
+    is_learned: bool
+    begins_activated: bool
+    features: int | None
 
 
 @dataclass(frozen=True)
 class Descent:
     """How a result follows from its inputs."""
 
-    counts: dict[int, int]
     parents: tuple[int, ...]
     parameters: tuple[nn.Parameter, ...]
     weighted: bool
+    born: bool
 
 
 class Lineage:
@@ -67,133 +109,213 @@ class Lineage:
         self._at: dict[int, int] = {}
         self._weights: dict[int, tuple[weakref.ref[Tensor], tuple[nn.Parameter, ...]]] = {}
 
+    def __len__(self) -> int:
+        return len(self._nodes)
+
     def clear(self) -> None:
         """Forget the pass."""
         self._nodes.clear()
         self._at.clear()
         self._weights.clear()
 
-    def counts(self, tensor: Tensor) -> dict[int, int]:
-        """Parameterised calls on the way to a tensor, per frame whose input it descends from."""
-        number = self.number(tensor)
-        return {} if number is None else self._nodes[number].counts
-
     def number(self, tensor: Tensor) -> int | None:
         """The number of a tensor that has been seen."""
         number = self._at.get(id(tensor))
-        return number if number is not None and self._nodes[number].tensor() is tensor else None
+        if number is None:
+            return None
+        reference = self._nodes[number].tensor
+        return number if reference is not None and reference() is tensor else None
 
-    def enter(self, tensor: Tensor, frame: int) -> int:
-        """A tensor is the input of a frame."""
+    def enter(self, tensor: Tensor) -> int:
+        """A tensor is the input of a module: it is part of the pass."""
         number = self.number(tensor)
         if number is None:
-            number = self._add(tensor, _Node(weakref.ref(tensor)))
-        self._nodes[number].counts[frame] = 0
+            number = self._add(tensor, _Node(weakref.ref(tensor), discrete=_is_discrete(tensor)))
         return number
 
-    def descend(self, inputs: Iterable[Tensor], frames: Iterable[int]) -> Descent:
-        """What the inputs of a call hand on.
-
-        Per open frame that is the largest count, one more if the call has parameters or tensors
-        made of parameters alone, e.g. a standardised weight.
-        """
-        counts: dict[int, int] = {}
+    def descend(self, inputs: Iterable[Tensor]) -> Descent:
+        """What the inputs of a call hand on to its results."""
         parents: list[int] = []
         parameters: list[nn.Parameter] = []
-        weighted = False
+        weighted = born = False
         for tensor in inputs:
             number = self.number(tensor)
             if number is None:
                 made_of = self._made_of(tensor)
                 weighted = weighted or made_of is not None
                 parameters.extend(made_of or ())
-                continue
-            parents.append(number)
-            for frame, count in self._nodes[number].counts.items():
-                counts[frame] = max(count, counts.get(frame, 0))
-        kept = {frame: counts[frame] + weighted for frame in frames if frame in counts}
-        return Descent(kept, tuple(parents), tuple(parameters), weighted)
+                born = born or (made_of is None and _is_discrete(tensor))
+            elif self._nodes[number].discrete:
+                born = True
+            else:
+                parents.append(number)
+        return Descent(tuple(parents), tuple(parameters), weighted, born)
 
     def mark(
-        self, result: Tensor, descent: Descent, call: Call | None, *, alone: bool
+        self, result: Tensor, descent: Descent, call: Call | None, *, alone: bool, piece: str = ""
     ) -> int | None:
         """Number the result of a call; `alone` if no other tensor went into it.
 
-        None for a result that does not depend on the pass's inputs.
+        None for a result that does not depend on the pass's inputs: made of parameters or buffers.
         """
-        if not descent.parents:
+        discrete = _is_discrete(result)
+        if not descent.parents and not (descent.born and (descent.weighted or discrete or alone)):
             if descent.weighted:
                 self._weights[id(result)] = (weakref.ref(result), descent.parameters)
             return None
         repeatable = alone and call is not None and not call.is_random
-        kept = call if repeatable or (call is not None and call.is_activation) else None
         node = _Node(
             weakref.ref(result),
-            dict(descent.counts),
-            descent.parents,
-            kept,
+            () if discrete else descent.parents,
+            call,
             repeatable,
             descent.parameters,
-            descent.weighted,
+            piece,
+            None if discrete else self._features(result, descent, call),
+            discrete,
         )
         return self._add(result, node)
 
-    def descends(self, tensor: Tensor, ancestor: Tensor) -> bool:
-        """Whether `tensor` was made from `ancestor`."""
-        start, goal = self.number(tensor), self.number(ancestor)
-        if start is None or goal is None:
-            return False
-        backward = self._walk({goal: 0, start: _BRANCH}, set(), set())
-        return next(way for number, way in backward if number <= goal) == _BRANCH
+    def imagine(self, inputs: Sequence[Tensor], call: Call) -> int | None:
+        """Number an operand that a fused call computes and never writes out."""
+        descent = self.descend(inputs)
+        if not descent.parents:
+            return None
+        parameters = descent.parameters
+        features = next((self._nodes[p].features for p in descent.parents), None)
+        self._nodes.append(
+            _Node(None, descent.parents, call, parameters=parameters, features=features)
+        )
+        return len(self._nodes) - 1
 
-    def meet(self, shortcut: Tensor, branch: Tensor, entries: set[int], sums: set[int]) -> Meeting:
-        """Walk back from both operands, latest tensor first, to the first one on both ways.
+    def descends(self, number: int, ancestor: int) -> bool:
+        """Whether a tensor was made from another."""
+        queue, seen = [number], {number}
+        while queue:
+            at = queue.pop()
+            if at == ancestor:
+                return True
+            for parent in self._nodes[at].parents:
+                if parent >= ancestor and parent not in seen:
+                    seen.add(parent)
+                    queue.append(parent)
+        return False
 
-        Args:
-            shortcut: One operand.
-            branch: The other.
-            entries: Numbers of the frame's inputs: no way leads further back.
-            sums: Numbers of the frame's earlier residual sums: the shortcut begins there if it
-                gets there alone, as where two branches of one input are added in turn.
+    def meet(self, left: int, right: int, scope: Scope) -> Meeting | None:
+        """What the two operands of an addition have in common, if that makes it residual.
+
+        Walk back from both, latest tensor first, to the first one on both ways: x. Of the two ways
+        from there the shorter one, in transforming and then in parameterised operations, is the
+        shortcut. The addition is residual if
+
+        - the branch transforms at all (convolution, linear map, attention, pooling, ...),
+        - the shortcut does not but for linear maps: no product of two tensors of the pass, no
+          activation between two maps,
+        - they are not different pieces of x, as in Res2Net's hierarchy of splits,
+        - the shortcut begins inside the module whose forward runs the addition, or at its input.
         """
-        begin, end = self.number(shortcut), self.number(branch)
-        assert begin is not None
-        assert end is not None
-        origin, count, between = begin, 0, list[_Node]()
-        for number, way in self._walk({begin: _SHORTCUT, end: _BRANCH}, entries, sums):
-            node = self._nodes[number]
-            if way == _SHORTCUT | _BRANCH:
+        ways = {left: _LEFT}
+        ways[right] = ways.get(right, 0) | _RIGHT
+        between: list[int] = []
+        origin = None
+        for number in self._walk(ways, min(scope.entries, default=0)):
+            if ways[number] == _LEFT | _RIGHT:
                 origin = number
                 break
-            if way == _SHORTCUT:
-                origin = number
-                count += node.weighted and number not in entries
-            if number not in entries:
-                between.append(node)
+            between.append(number)
+        if origin is None:
+            return None
+        depths = self._depths(origin, reversed(between))
+        one, other = depths[left], depths[right]
+        if one == other:
+            return None
+        swapped = other < one
+        shortcut, branch = (right, left) if swapped else (left, right)
+        short, long = (_RIGHT, _LEFT) if swapped else (_LEFT, _RIGHT)
+        on_shortcut = [n for n in reversed(between) if ways[n] == short]
+        on_branch = [n for n in reversed(between) if ways[n] == long and n in depths]
+        if depths[branch][0] == 0 or not self._is_shortcut(on_shortcut):
+            return None
+        if self._are_pieces(origin, on_shortcut, on_branch):
+            return None
+        if not _is_inside(scope, on_shortcut, on_branch, identity=depths[shortcut] == (0, 0)):
+            return None
+        inside = [n for n in between if n in depths or n >= scope.start]
+        return self._meeting(swapped, origin, shortcut, branch, on_shortcut, on_branch, inside)
+
+    def _meeting(
+        self,
+        swapped: bool,
+        origin: int,
+        shortcut: int,
+        branch: int,
+        on_shortcut: list[int],
+        on_branch: list[int],
+        inside: list[int],
+    ) -> Meeting:
+        nodes = self._nodes
+        calls = tuple(call for n in on_branch if (call := nodes[n].call) is not None)
+        at, reference = nodes[origin], nodes[origin].tensor
+        found = (nodes[n].features for n in (branch, shortcut, origin))
         return Meeting(
-            origin=self._nodes[origin].tensor(),
-            shortcut_count=count,
-            path=self._path(begin, origin),
-            parameters=[p for node in between for p in node.parameters],
-            activations=[n.call for n in between if n.call is not None and n.call.is_activation],
+            swapped=swapped,
+            origin=None if reference is None else reference(),
+            shortcut_count=sum(bool(nodes[n].parameters) for n in on_shortcut),
+            path=self._path(shortcut, origin),
+            parameters=[p for n in inside for p in nodes[n].parameters],
+            calls=calls,
+            activations=[
+                call for n in inside if (call := nodes[n].call) is not None and call.is_activation
+            ],
+            is_learned=any(nodes[n].depth == (1, 1) for n in on_branch),
+            begins_activated=at.call is not None
+            and (at.call.is_activation or at.call.is_normalisation),
+            features=next((f for f in found if f is not None), None),
         )
 
-    def _walk(
-        self, ways: dict[int, int], entries: set[int], sums: set[int]
-    ) -> Iterator[tuple[int, int]]:
-        """Ancestors of some tensors, latest first, each with the ways that lead back to it."""
+    def _walk(self, ways: dict[int, int], lowest: int) -> Iterator[int]:
+        """Ancestors of some tensors, latest first; `ways` is filled on the way."""
         queue = [-number for number in ways]
         heapq.heapify(queue)
         while queue:
             number = -heapq.heappop(queue)
-            way = ways[number]
-            yield number, way
-            if number in entries or (number in sums and way == _SHORTCUT):
-                continue
+            yield number
             for parent in self._nodes[number].parents:
+                if parent < lowest:
+                    continue
                 if parent not in ways:
                     heapq.heappush(queue, -parent)
-                ways[parent] = ways.get(parent, 0) | way
+                ways[parent] = ways.get(parent, 0) | ways[number]
+
+    def _depths(self, origin: int, numbers: Iterable[int]) -> dict[int, tuple[int, int]]:
+        """The longest way from the origin to each tensor that descends from it."""
+        depths = {origin: (0, 0)}
+        for number in numbers:
+            node = self._nodes[number]
+            before = [depths[parent] for parent in node.parents if parent in depths]
+            if before:
+                transforms, parameterised = max(before)
+                depths[number] = (transforms + node.depth[0], parameterised + node.depth[1])
+        return depths
+
+    def _is_shortcut(self, numbers: list[int]) -> bool:
+        """Whether a way is the identity or a linear map, activated at its end at most."""
+        activated = False
+        for number in numbers:
+            node = self._nodes[number]
+            if node.is_opaque or (activated and node.depth[0]):
+                return False
+            activated = activated or (node.call is not None and node.call.is_activation)
+        return True
+
+    def _are_pieces(self, origin: int, on_shortcut: list[int], on_branch: list[int]) -> bool:
+        """Whether the shortcut and the branch begin with different pieces of the origin."""
+        pieces = [
+            {self._nodes[n].piece for n in way if origin in self._nodes[n].parents}
+            for way in (on_shortcut, on_branch)
+        ]
+        one, other = pieces
+        return bool(one) and "" not in one | other and one.isdisjoint(other)
 
     def _path(self, number: int, origin: int) -> tuple[Call, ...] | None:
         """Calls from `origin` to a tensor if each can be repeated, else None."""
@@ -206,6 +328,16 @@ class Lineage:
             (number,) = node.parents
         return tuple(reversed(calls))
 
+    def _features(self, result: Tensor, descent: Descent, call: Call | None) -> int | None:
+        """The channel dimension of a result."""
+        first = self._nodes[descent.parents[0]] if descent.parents else None
+        before = None if first is None or first.tensor is None else first.tensor()
+        known = None if first is None else first.features
+        if call is None:
+            return known
+        shape = None if before is None else before.shape
+        return features_after(call, result, descent.parameters, shape, known)
+
     def _add(self, tensor: Tensor, node: _Node) -> int:
         self._nodes.append(node)
         self._at[id(tensor)] = len(self._nodes) - 1
@@ -217,3 +349,20 @@ class Lineage:
             return (cast(nn.Parameter, tensor),)  # or what functional_call puts in its place
         reference, parameters = self._weights.get(id(tensor), (None, ()))
         return parameters if reference is not None and reference() is tensor else None
+
+
+def _is_inside(
+    scope: Scope, on_shortcut: list[int], on_branch: list[int], *, identity: bool
+) -> bool:
+    """Whether the shortcut begins inside the module or at its input.
+
+    A branch may come from outside if the shortcut is the module's very input, as where a module
+    gets x and F(x) and adds them.
+    """
+    if any(number in scope.entries for number in on_shortcut):
+        return False
+    return identity or not any(number in scope.entries for number in on_branch)
+
+
+def _is_discrete(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex())

@@ -13,6 +13,7 @@ from typing import Concatenate, ParamSpec
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from resdiag.watch import metrics
 from resdiag.watch.blocks import Anatomy
@@ -147,6 +148,7 @@ class Recorder:
         self._gates: list[tuple[tuple[str, ...], Call, Tensor]] = []
         self._hooked: set[Key] = set()
         self._ran: set[int] = set()
+        self._sum_hooks: dict[int, RemovableHandle] = {}
         self._written: set[Key] = set()
 
     def close(self) -> None:
@@ -163,6 +165,9 @@ class Recorder:
         if row is None:
             return
         branch = _scaled(addition.branch, addition.branch_scale)
+        if addition.extends:
+            self._extend(row, branch)
+            return
         shortcut = _scaled(addition.shortcut, addition.shortcut_scale)
         self._measure(row, "branch", branch, keep=False)
         self._measure(row, "shortcut", shortcut, keep=shortcut is addition.shortcut)
@@ -297,6 +302,15 @@ class Recorder:
             self._cells.reserve(row + 1, addition.branch.device)
         return row
 
+    def _extend(self, row: int, branch: Tensor) -> None:
+        """A parallel branch joins the unit: its branch and its sum are measured again."""
+        again = {(row, "branch_mean"), (row, "sum_mean")}
+        self._sites = [(key, part) for key, part in self._sites if key not in again]
+        handle = self._sum_hooks.pop(row, None)
+        if handle is not None:
+            handle.remove()
+        self._measure(row, "branch", branch, keep=False)
+
     def _measure(self, row: int, site: str, x: Tensor, *, keep: bool = True) -> None:
         """Write a site's statistics, or an alias if this very tensor was measured before."""
         if site in self._own_sites:
@@ -417,7 +431,9 @@ class Recorder:
             return
         begun, slot = self._begun, self._cells.slot
         self._hooked.add((row, column))
-        x.register_hook(lambda g: self._gradient(begun, slot, row, column, g))
+        handle = x.register_hook(lambda g: self._gradient(begun, slot, row, column, g))
+        if column == "grad_sum":
+            self._sum_hooks[row] = handle
 
     def _is_current(self, begun: "_Pass | None") -> bool:
         """Whether the pass in which a hook was set is still the one being recorded."""

@@ -1,16 +1,19 @@
 """Sees one forward pass as residual blocks: which additions join a shortcut and a branch.
 
-The rule (design, section 4.2): for every tensor, keep per open module frame the largest number of
-parameterised operations on its way from that frame's input. An addition of equal shapes is residual
-if both operands descend from the input of the module whose forward is running and their counts
-differ: the smaller one is the shortcut, the other the branch, and the sum starts the count again.
-The block's input is the last tensor that both operands came from; an activation or a normalisation
-applied to the sum is the after-add.
+Every tensor of the pass is a node of a lineage. At an addition, walk back from both operands to the
+last tensor that they share: that is the block's input x, and the two ways from there are the branch
+and the shortcut (`Lineage.meet` has the conditions). No list of classes, no names: what counts are
+the operations on the two ways. An activation or a normalisation applied to the sum is the
+after-add.
+
+One block is one residual unit: in `x + attention(h) + mlp(h)` the second sum adds a parallel branch
+to the unit that the first one began, however the terms are put in order.
 """
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from threading import get_ident
 from typing import Any, ClassVar, Protocol
 
@@ -19,9 +22,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from resdiag.watch.calls import ADDITIONS, Call
+from resdiag.watch.calls import Call
 from resdiag.watch.dynamo import is_running_compiled, never_alone, plain
-from resdiag.watch.lineage import Descent, Lineage
+from resdiag.watch.lineage import Descent, Lineage, Meeting, Scope
+from resdiag.watch.sums import ADDITIONS, Operand, Sum, read_sum
 
 
 @dataclass(eq=False)
@@ -40,8 +44,16 @@ class Addition:
         branch_scale: The same for the branch.
         parameters: Parameters of the branch, the shortcut and (at the end) the after-add.
         activations: Activations on the branch, the shortcut and (at the end) in the after-add.
+        calls: The operations on the branch, in order.
+        begins_activated: Whether x was normalised or activated by the module before both ways part.
+        features: The channel dimension of the sum, None if no operation says it.
+        branch_module: The module whose output the branch is, "" if it is none's.
+        shortcut_module: The same for the shortcut.
+        extends: Whether it adds a parallel branch to the unit that the addition before it began;
+            then `branch` is the sum of the branches.
         sum: y = h + F, set once it is computed.
         after: The after-add's calls, set at the end of the block.
+        returned: Whether the block's output is what `owner` returns.
     """
 
     owner: str
@@ -55,8 +67,15 @@ class Addition:
     branch_scale: float
     parameters: list[nn.Parameter]
     activations: list[Call]
+    calls: tuple[Call, ...] = ()
+    begins_activated: bool = False
+    features: int | None = None
+    branch_module: str = ""
+    shortcut_module: str = ""
+    extends: bool = False
     sum: Tensor | None = None
     after: tuple[Call, ...] = ()
+    returned: bool = False
 
 
 _QUESTIONS = frozenset({"__get__", "dim", "size", "numel", "stride", "is_floating_point"})
@@ -92,12 +111,10 @@ class Listener(Protocol):
 class _Frame:
     """One module whose forward is running."""
 
-    serial: int
     name: str
     module: nn.Module
     entry: Tensor | None
-    entries: set[int] = field(default_factory=set)
-    sums: set[int] = field(default_factory=set)
+    scope: Scope
     open: Addition | None = None
     tail: Tensor | None = None
     chain: tuple[Call, ...] = ()
@@ -144,7 +161,10 @@ class Tracer(TorchFunctionMode):
         super().__init__()
         self._listener, self._wanted, self._units = listener, wanted, units
         self._frames: list[_Frame] = []
-        self._lineage, self._pushed = Lineage(), 0
+        self._lineage = Lineage()
+        self._stacks: dict[int, tuple[weakref.ref[Tensor], list[weakref.ref[Tensor]], int]] = {}
+        self._names = {module: name for name, module in model.named_modules()}
+        self._makers: dict[int, tuple[weakref.ref[Tensor], str]] | None = {}
         self._counts: dict[str, int] = {}
         self._head: tuple[Tensor | None, Tensor | None] = (None, None)
         self._on, self._thread = False, 0
@@ -162,7 +182,7 @@ class Tracer(TorchFunctionMode):
     def same(self, old: Tensor, new: Tensor) -> None:
         """Follow on with `new` where a wrapper of the module's hands on `old` as another tensor."""
         if self._on and get_ident() == self._thread and self._lineage.number(old) is not None:
-            descent = self._lineage.descend([old], [frame.serial for frame in self._frames])
+            descent = self._lineage.descend([old])
             self._lineage.mark(new, descent, None, alone=True)
             self._quietly(self._listener.same, old, new)
 
@@ -170,8 +190,7 @@ class Tracer(TorchFunctionMode):
 
     def _install(self, model: nn.Module) -> Iterator[RemovableHandle]:
         """Hooks on the root first: its pre-hook switches the others on."""
-        names = {module: name for name, module in model.named_modules()}
-        for module, name in names.items():
+        for module, name in self._names.items():
             root = module is model
             if not root and not _can_add(module) and name not in (self._units or ()):
                 continue
@@ -213,6 +232,7 @@ class Tracer(TorchFunctionMode):
                 features, logits = self._head
                 self._quietly(self._listener.finished, features, logits)
                 self._stop()
+                self._makers = None  # names are asked for once
 
         return hook
 
@@ -227,6 +247,20 @@ class Tracer(TorchFunctionMode):
         # replicas of the model in other threads (DataParallel) are not followed
         self._on, self._thread = True, get_ident()
         self._mode.enter_context(self)
+        if self._makers is not None:
+            handle = nn.modules.module.register_module_forward_hook(self._remember)
+            self._mode.callback(handle.remove)
+
+    def _remember(self, module: nn.Module, args: object, output: object) -> None:
+        """Which module made a tensor; the outermost one of those that hand it on."""
+        name = self._names.get(module)
+        if self._makers is not None and name and get_ident() == self._thread:
+            for tensor in _tensors(output):
+                self._makers[id(tensor)] = (weakref.ref(tensor), name)
+
+    def _maker(self, tensor: Tensor) -> str:
+        reference, name = (self._makers or {}).get(id(tensor), (None, ""))
+        return name if reference is not None and reference() is tensor else ""
 
     def _stop(self) -> None:
         """Leave the function mode and forget the pass."""
@@ -235,6 +269,9 @@ class Tracer(TorchFunctionMode):
             self._mode.close()
         self._frames.clear()
         self._lineage.clear()
+        self._stacks.clear()
+        if self._makers is not None:
+            self._makers.clear()
         self._counts.clear()
         self._head = (None, None)
 
@@ -252,10 +289,9 @@ class Tracer(TorchFunctionMode):
 
     def _push(self, name: str, module: nn.Module, inputs: list[Tensor]) -> None:
         entry = next((t for t in inputs if t.is_floating_point()), None)
-        self._pushed += 1
-        frame = _Frame(self._pushed, name, module, entry)
-        self._frames.append(frame)
-        frame.entries.update(self._lineage.enter(tensor, frame.serial) for tensor in inputs)
+        start = len(self._lineage)
+        scope = Scope(frozenset(self._lineage.enter(tensor) for tensor in inputs), start)
+        self._frames.append(_Frame(name, module, entry, scope))
 
     def _pop(self, module: nn.Module, output: object) -> None:
         frame = self._frames.pop()
@@ -264,6 +300,7 @@ class Tracer(TorchFunctionMode):
                 frame = self._frames.pop()
         outputs = list(_tensors(output))
         first = outputs[0] if outputs else None
+        self._heal(frame, outputs)
         if frame.open is not None:
             self._close(frame, first)
         named = self._units is not None and frame.name in self._units
@@ -272,6 +309,16 @@ class Tracer(TorchFunctionMode):
             self._quietly(
                 self._listener.unit, frame.name, ordinal, frame.entry, first, frame.module
             )
+
+    def _heal(self, frame: _Frame, outputs: list[Tensor]) -> None:
+        """Go on after an operation that no torch function shows, e.g. an autograd.Function."""
+        unseen = [x for x in outputs if x.requires_grad and self._lineage.number(x) is None]
+        entries = frame.scope.entries
+        if unseen and entries:
+            parameters = tuple(frame.module.parameters())
+            descent = Descent(tuple(sorted(entries)), parameters, bool(parameters), born=False)
+            for tensor in unseen:
+                self._lineage.mark(tensor, descent, _UNSEEN, alone=False)
 
     def _close(self, frame: _Frame, returned: Tensor | None) -> None:
         """End the open block of a frame at its module's output or at its next addition."""
@@ -284,6 +331,7 @@ class Tracer(TorchFunctionMode):
             addition.after = frame.chain
             addition.parameters.extend(frame.chain_parameters)
             addition.activations.extend(call for call in frame.chain if call.is_activation)
+        addition.returned = returned is output
         frame.tail, frame.chain, frame.chain_parameters = None, (), ()
         self._quietly(self._listener.closed, addition, output)
 
@@ -292,7 +340,10 @@ class Tracer(TorchFunctionMode):
         tail, activated = frame.tail, all(call.is_activation for call in frame.chain)
         if tail is None or x is None or not activated:
             return x
-        return tail if self._lineage.descends(x, tail) else x
+        start, goal = self._lineage.number(x), self._lineage.number(tail)
+        if start is None or goal is None:
+            return x
+        return tail if self._lineage.descends(start, goal) else x
 
     def _ordinal(self, owner: str) -> int:
         ordinal = self._counts.get(owner, 0)
@@ -312,17 +363,45 @@ class Tracer(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if Tracer._busy or not self._frames or getattr(func, "__name__", "") in _QUESTIONS:
             return func(*args, **kwargs)
-        addition = self._residual(func, args, kwargs) if func in ADDITIONS else None
+        spelled = read_sum(func, args, kwargs) if func in ADDITIONS else self._stacked(func, args)
+        addition = None if spelled is None else self._residual(spelled)
         call = Call(func, args[1:], kwargs)
         if call.is_activation and args and isinstance(args[0], Tensor):
             owners = tuple(frame.name for frame in self._frames)
             self._quietly(self._listener.activation, owners, call, args[0])
         inputs = [*_tensors(args), *_tensors(kwargs)]
-        descent = self._lineage.descend(inputs, [frame.serial for frame in self._frames])
+        alone = len(inputs) == 1
+        if call.takes_shape_only or call.is_blank:
+            inputs = inputs[: not call.is_blank]
+        descent = self._lineage.descend(inputs)
         result = func(*args, **kwargs)
-        for tensor in _tensors(result):
-            self._after(call, args, tensor, addition, descent, alone=len(inputs) == 1)
+        results = list(_tensors(result))
+        for index, tensor in enumerate(results):
+            piece = _piece(call, index, len(results))
+            self._after(call, args, tensor, addition, descent, alone=alone, piece=piece)
+        if call.name == "stack" and results:
+            self._stack(args, kwargs, results[0])
         return result
+
+    def _stack(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> None:
+        """Remember two stacked tensors: their sum may be a residual one."""
+        tensors = list(_tensors(args[:1]))
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % result.dim()
+        if len(tensors) == 2:
+            kept = [weakref.ref(tensor) for tensor in tensors]
+            self._stacks[id(result)] = (weakref.ref(result), kept, dim)
+
+    def _stacked(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Sum | None:
+        """The sum over the stacking dimension of two stacked tensors, if the call is one."""
+        if func not in (torch.sum, Tensor.sum) or len(args) != 2:
+            return None
+        reference, kept, dim = self._stacks.get(id(args[0]), (None, [], 0))
+        if reference is None or reference() is not args[0] or args[1] not in (dim, (dim,), [dim]):
+            return None
+        left, right = (tensor() for tensor in kept)
+        if left is None or right is None:
+            return None
+        return Sum(Operand((left,)), Operand((right,)))
 
     def _after(
         self,
@@ -333,19 +412,18 @@ class Tracer(TorchFunctionMode):
         descent: Descent,
         *,
         alone: bool,
+        piece: str,
     ) -> None:
         """Number a result; follow the sum; remember the head."""
         frame = self._frames[-1]
         first = args[0] if args and isinstance(args[0], Tensor) else None
         owner = self._owner_of(first, call, result)
-        number = self._lineage.mark(result, descent, call, alone=alone)
+        number = self._lineage.mark(result, descent, call, alone=alone, piece=piece)
         if addition is not None and number is not None:
             addition.sum = result
             frame.open, frame.tail = addition, result
             frame.chain, frame.chain_parameters = (), ()
             frame.additions += 1
-            frame.sums.add(number)
-            self._lineage.enter(result, frame.serial)
             self._quietly(self._listener.added, addition)
         elif owner is not None:
             owner.tail, owner.chain = result, (*owner.chain, call)
@@ -362,39 +440,124 @@ class Tracer(TorchFunctionMode):
                 return frame
         return None
 
-    def _residual(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Addition | None:
+    def _residual(self, spelled: Sum) -> Addition | None:
         """The addition, if the rule calls it residual; the block before it in this frame ends."""
-        left, right = _operands(args, kwargs)
         frame = self._frames[-1]
-        if left is None or right is None or left is right or left.shape != right.shape:
-            return None
         if self._units is not None and frame.name not in self._units:
             return None
-        a, b = (self._lineage.counts(tensor).get(frame.serial) for tensor in (left, right))
-        if a is None or b is None or a == b:
+        parallel = self._parallel(frame, spelled)
+        if parallel is not None:
+            self._quietly(self._listener.operands, parallel)
+            return parallel
+        meeting = self._meet(spelled)
+        if meeting is None:
             return None
-        shortcut, branch = (left, right) if a < b else (right, left)
-        meeting = self._lineage.meet(shortcut, branch, frame.entries, frame.sums)
+        sides = spelled.left, spelled.right
+        shortcut, branch = sides[::-1] if meeting.swapped else sides
+        if spelled.is_difference and (meeting.swapped or not meeting.is_learned):
+            return None
+        if shortcut.shape != torch.broadcast_shapes(shortcut.shape, branch.shape):
+            return None
         if frame.open is not None:
             self._close(frame, self._passed(frame, meeting.origin))
-        alpha = float(kwargs.get("alpha", 1))
+        with torch._C.DisableTorchFunction():
+            h, f = shortcut.make(), branch.make()
         addition = Addition(
             frame.name,
             self._ordinal(frame.name),
             meeting.origin,
-            branch,
-            shortcut,
+            f if f.shape == h.shape else _spread(f, h),
+            h,
             meeting.shortcut_count,
             meeting.path,
-            alpha if shortcut is right else 1.0,
-            alpha if branch is right else 1.0,
+            shortcut.scale,
+            branch.scale,
             meeting.parameters,
             meeting.activations,
+            meeting.calls,
+            meeting.begins_activated,
+            meeting.features,
+            self._maker(f),
+            self._maker(h),
         )
         self._quietly(self._listener.operands, addition)
         return addition
+
+    def _meet(self, spelled: Sum) -> Meeting | None:
+        """Whether two operands are a shortcut and a branch, seen from the module that adds them."""
+        numbers = [self._number(side) for side in (spelled.left, spelled.right)]
+        left, right = numbers
+        if left is None or right is None or left == right:
+            return None
+        try:
+            torch.broadcast_shapes(spelled.left.shape, spelled.right.shape)
+        except RuntimeError:
+            return None  # the call itself will say what is wrong
+        for frame in reversed(self._frames):
+            # a module that does nothing but add its inputs stands for the one that called it
+            if not {left, right} <= frame.scope.entries:
+                return self._lineage.meet(left, right, frame.scope)
+        return self._lineage.meet(left, right, self._frames[0].scope)
+
+    def _number(self, side: Operand) -> int | None:
+        if side.call is not None:
+            return self._lineage.imagine(side.inputs, side.call)
+        return self._lineage.number(side.inputs[0])
+
+    def _parallel(self, frame: _Frame, spelled: Sum) -> Addition | None:
+        """The open block with one more branch of its own input, as in x + f(x) + g(x)."""
+        first, sides = frame.open, (spelled.left, spelled.right)
+        if first is None or frame.tail is None or frame.chain or spelled.is_difference:
+            return None
+        at = next((i for i, s in enumerate(sides) if s.inputs[0] is first.sum), None)
+        if at is None or first.sum is not frame.tail or sides[at].scale != 1:
+            return None
+        more, begin = sides[1 - at], self._lineage.number(first.sum)
+        number = self._number(more)
+        origin = None if first.origin is None else self._lineage.number(first.origin)
+        if number is None or begin is None or origin is None or more.shape != first.sum.shape:
+            return None
+        lineage = self._lineage
+        if lineage.descends(number, begin) or not lineage.descends(number, origin):
+            return None
+        parallel = lineage.meet(origin, number, Scope(frozenset({origin}), frame.scope.start))
+        if parallel is None or parallel.swapped:
+            return None
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            branch = first.branch * first.branch_scale + more.make() * more.scale
+        return replace(
+            first,
+            branch=branch,
+            branch_scale=1.0,
+            branch_module="",
+            parameters=[*first.parameters, *parallel.parameters],
+            activations=[*first.activations, *parallel.activations],
+            calls=(*first.calls, *parallel.calls),
+            extends=True,
+            sum=None,
+        )
+
+
+def _unseen(x: Tensor) -> Tensor:
+    raise NotImplementedError("stands for an operation that cannot be repeated")
+
+
+_UNSEEN = Call(_unseen, (), {})
+
+
+def _piece(call: Call, index: int, count: int) -> str:
+    """What part of its operand a result is, "" for the whole."""
+    if count > 1 and call.name in ("chunk", "split", "unbind", "tensor_split", "split_with_sizes"):
+        return f"{call.name} {index}"
+    if call.name in ("getitem", "narrow", "select") and not any(True for _ in _tensors(call.args)):
+        return f"{call.name} {call.args}"
+    return ""
+
+
+def _spread(branch: Tensor, shortcut: Tensor) -> Tensor:
+    """A branch that the addition broadcasts."""
+    with torch._C.DisableTorchFunction():
+        return branch.detach().expand_as(shortcut)
 
 
 def _can_add(module: nn.Module) -> bool:
@@ -402,18 +565,6 @@ def _can_add(module: nn.Module) -> bool:
     leaf = next(module.children(), None) is None
     ours = not type(module).__module__.startswith("torch.nn.modules")
     return (ours or not leaf) and not isinstance(module, nn.Sequential | nn.ModuleList)
-
-
-def _operands(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Tensor | None, Tensor | None]:
-    """The two tensors of an addition, or None for a number."""
-    left = args[0] if args else kwargs.get("input")
-    right = args[1] if len(args) > 1 else kwargs.get("other")
-    return (
-        left if isinstance(left, Tensor) else None,
-        right if isinstance(right, Tensor) else None,
-    )
 
 
 def _tensors(values: object) -> Iterator[Tensor]:
