@@ -1,6 +1,7 @@
 """The command line, put together: one file a command in `resdiag/commands`."""
 
 from resdiag.commands.app import App, print_help
+from resdiag.commands.bench import bench_app
 from resdiag.commands.data import data_app
 from resdiag.commands.explain import explain
 from resdiag.commands.export import export
@@ -29,3 +30,4 @@ app.callback()(print_help)
 for command in (run, plot, explain, inspect, export, probe, variants, metrics, version):
     app.command()(command)
 app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")

@@ -1,0 +1,41 @@
+"""The benchmark of the recorder: its arithmetic, and one tiny run of the command."""
+
+import json
+
+import pytest
+
+from resdiag.cli import app
+from resdiag.study.overhead import STRIDES, summarise
+
+
+def test_ratios_are_medians_of_one_repetition_over_the_plain_step_of_the_same():
+    times = {
+        "plain": [1.0, 2.0, 4.0],
+        "null": [1.0, 2.0, 4.0],
+        "naive": [2.0, 2.0, 12.0],  # 2, 1, 3
+        "core": [1.5, 3.0, 6.0],
+        "full": [11.0, 22.0, 44.0],
+        "idle": [1.0, 2.0, 4.0],
+    }
+    rows = {(row["name"], row["every"]): row for row in summarise(times)}
+    assert rows["null", 0]["ratio"] == 1
+    assert rows["naive", 1]["ratio"] == 2
+    assert rows["core", 1]["ratio"] == 1.5
+    for every in STRIDES:  # one recorded step of 11 and the others of 1
+        assert rows["full", every]["ratio"] == pytest.approx((11 + every - 1) / every)
+    assert all(row["n"] == 3 and row["q25"] <= row["ratio"] <= row["q75"] for row in rows.values())
+
+
+def test_the_command_prints_its_rows_as_json(capsys):
+    words = ["bench", "overhead", "--depth", "8", "--batch-size", "2", "--threads", "1"]
+    assert app.run([*words, "--repetitions", "2", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    names = {(row["name"], row["every"]) for row in printed["rows"]}
+    assert names >= {("null", 0), ("naive", 1), ("core", 1), ("full", 1), ("full", 10)}
+    assert all(row["n"] == 2 and row["ratio"] > 0 for row in printed["rows"])
+    assert printed["plain_s"] > 0
+
+
+def test_a_variant_without_residual_blocks_is_refused(capsys):
+    assert app.run(["bench", "overhead", "--variant", "plain"]) == 2
+    assert "'plain' has no residual blocks" in capsys.readouterr().err
