@@ -205,13 +205,13 @@ class Resdiag(Tool):
         return seen
 
     def says(self) -> list[str]:
-        from resdiag.explain.offender import first_offender
+        import resdiag
 
-        found = first_offender(self._monitor.to_frame())
-        if found is None:
-            return []
-        name = self._monitor.blocks[found.block].name
-        return [f"step {found.step}: non-finite {found.site} of {name} ({found.direction})"]
+        said = []
+        for finding in resdiag.judge(self._monitor).findings:
+            where = "" if finding.block is None else self._monitor.blocks[finding.block].name
+            said.append(f"{finding.name} {where}: {finding.summary}")
+        return said
 
 
 class Wandb(Tool):

@@ -3,6 +3,7 @@
 The pages are committed, so that they can be read without building anything; a test compares them.
 """
 
+import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from resdiag.training.recipe import RECIPES
 from resdiag.watch.catalog import METRICS, POINTS, SITES, Metric
 
 HERE = Path(__file__).resolve().parent / "reference"
+ROOT = HERE.parent.parent
 Parser: TypeAlias = Any
 """A command or one of its parameters: a class of Click's or of Typer's own, by its release."""
 
@@ -213,12 +215,95 @@ def api_page() -> str:
     return "\n".join(parts)
 
 
+def other_tools_page() -> str:
+    """The page about other tools with the table of the measurements in its place."""
+    page = (HERE.parent / "explanation" / "other-tools.md").read_text("utf-8")
+    results = json.loads((ROOT / "benchmarks" / "results" / "peers.json").read_text("utf-8"))
+    before, rest = page.split(_MEASURED[0])
+    return (
+        before
+        + _MEASURED[0]
+        + "\n"
+        + peers_table(results)
+        + _MEASURED[1]
+        + rest.split(_MEASURED[1])[1]
+    )
+
+
+def peers_table(results: Mapping[str, Any]) -> str:
+    """What `benchmarks/peers.py` measured, a row per tool."""
+    rows = [_peer(tool) for tool in results["tools"] if tool["name"] != "nothing"]
+    torch = next(tool["torch"] for tool in results["tools"] if "torch" in tool).partition("+")[0]
+    where = f"{results['date']}, {results['machine']}, Python {results['python']}, torch {torch}"
+    header = (
+        "tool",
+        "runs",
+        "wrong numbers",
+        "training changed",
+        "1000 times too large",
+        "overflow",
+        "words on a healthy net",
+        "step time",
+    )
+    timed = [tool["time"] for tool in results["tools"] if "time" in tool]
+    nulls = sorted(time["null"][1] for time in timed)
+    noise = f" Two unwatched models: {nulls[0]:.2f} to {nulls[-1]:.2f}." if nulls else ""
+    return f"Measured {where}.{noise}\n\n" + _table(header, rows)
+
+
+def _peer(tool: Mapping[str, Any]) -> tuple[str, ...]:
+    """A row: what could not be asked is a dash, what failed says so."""
+    version = tool.get("version") if tool["package"] != "resdiag" else None
+    label = " ".join(filter(None, (tool["label"], version)))
+    if "missing" in tool or "runs" not in tool:
+        why = "not installed" if "missing" in tool else tool.get("failed", "not measured")
+        return (label, why, *["-"] * 6)
+    runs = "yes" if tool["runs"] is True else "no"
+    if runs == "no" and tool.get("runs_without_inplace") is True:
+        runs = "only without in-place operations"
+    values, time = tool.get("values", {}), tool.get("time")
+    wrong = f"{values['wrong']} of {values['compared']}" if values.get("compared") else "-"
+    changes = tool.get("changes")
+    changed = "-" if not isinstance(changes, list) else ", ".join(changes) or "no"
+    alarms = tool.get("alarms", {}).get("count") if tool["speaks"] else "-"
+    cost = (
+        f"{time['ratio'][1]:.2f} [{time['ratio'][0]:.2f} {time['ratio'][2]:.2f}]" if time else "-"
+    )
+    found = (_found(tool.get(question)) for question in ("large", "overflow"))
+    return (label, runs, wrong, changed, *found, "-" if alarms is None else str(alarms), cost)
+
+
+def _found(answer: Mapping[str, Any] | None) -> str:
+    """What pointed to the planted block: the tool's words, its numbers, or neither."""
+    if answer is None:
+        return "-"
+    if "error" in answer:
+        return "stops with an error"
+    ways = [
+        way
+        for way, hit in (
+            ("words", answer["names"]),
+            ("numbers", answer["points_to"] == "layer2.1"),
+        )
+        if hit
+    ]
+    if ways:
+        return " and ".join(ways)
+    return f"points to {answer['points_to']}" if answer["points_to"] else "no"
+
+
+_MEASURED = (
+    "<!-- measured: written by docs/generate.py from benchmarks/results/peers.json -->",
+    "<!-- end of measured -->",
+)
+
 PAGES = {
     "cli.md": cli_page,
     "metrics.md": metrics_page,
     "variants.md": variants_page,
     "plots.md": plots_page,
     "api.md": api_page,
+    "../explanation/other-tools.md": other_tools_page,
 }
 """The generated pages and what makes them."""
 
