@@ -242,6 +242,7 @@ def peers_table(results: Mapping[str, Any]) -> str:
         "training changed",
         "1000 times too large",
         "overflow",
+        "explosion by depth",
         "words on a healthy net",
         "step time",
     )
@@ -257,7 +258,7 @@ def _peer(tool: Mapping[str, Any]) -> tuple[str, ...]:
     label = " ".join(filter(None, (tool["label"], version)))
     if "missing" in tool or "runs" not in tool:
         why = "not installed" if "missing" in tool else tool.get("failed", "not measured")
-        return (label, why, *["-"] * 6)
+        return (label, why, *["-"] * 7)
     runs = "yes" if tool["runs"] is True else "no"
     if runs == "no" and tool.get("runs_without_inplace") is True:
         runs = "only without in-place operations"
@@ -265,12 +266,17 @@ def _peer(tool: Mapping[str, Any]) -> tuple[str, ...]:
     wrong = f"{values['wrong']} of {values['compared']}" if values.get("compared") else "-"
     changes = tool.get("changes")
     changed = "-" if not isinstance(changes, list) else ", ".join(changes) or "no"
+    depth = tool.get("depth", {})
+    told = "-" if "says" not in depth else "words" if depth["says"] else "no"
+    if depth.get("healthy_findings"):
+        told += f"; {depth['healthy_findings']} words on the healthy one"
     alarms = tool.get("alarms", {}).get("count") if tool["speaks"] else "-"
-    cost = (
-        f"{time['ratio'][1]:.2f} [{time['ratio'][0]:.2f} {time['ratio'][2]:.2f}]" if time else "-"
-    )
+    cost = tool.get("failed", "-").removeprefix("time: ")
+    if time:
+        first, median, third = time["ratio"]
+        cost = f"{median:.2f} [{first:.2f} {third:.2f}]"
     found = (_found(tool.get(question)) for question in ("large", "overflow"))
-    return (label, runs, wrong, changed, *found, "-" if alarms is None else str(alarms), cost)
+    return (label, runs, wrong, changed, *found, told, "-" if alarms is None else str(alarms), cost)
 
 
 def _found(answer: Mapping[str, Any] | None) -> str:
@@ -289,7 +295,11 @@ def _found(answer: Mapping[str, Any] | None) -> str:
     ]
     if ways:
         return " and ".join(ways)
-    return f"points to {answer['points_to']}" if answer["points_to"] else "no"
+    if answer["points_to"]:
+        return f"points to {answer['points_to']}"
+    if answer["points_to"] is None:  # its numbers were not read: histograms, traces, files
+        return "-" if answer["names"] is None else "no words"
+    return "no"
 
 
 _MEASURED = (

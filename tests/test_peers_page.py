@@ -87,6 +87,7 @@ def test_a_row_says_what_was_measured_and_nothing_else():
         changes=["buffers"],
         large=found,
         overflow={"points_to": "layer1.0", "names": False, "said": []},
+        depth={"says": True, "healthy_findings": 3},
         alarms={"count": 0, "said": []},
         time={"ratio": [1.01, 1.02, 1.04], "null": [1, 1, 1]},
     )
@@ -97,6 +98,7 @@ def test_a_row_says_what_was_measured_and_nothing_else():
         "buffers",
         "words and numbers",
         "points to layer1.0",
+        "words; 3 words on the healthy one",
         "0",
         "1.02 [1.01 1.04]",
     )
@@ -105,6 +107,11 @@ def test_a_row_says_what_was_measured_and_nothing_else():
     crashed = _row(runs={"error": "RuntimeError: view"}, runs_without_inplace=True)
     assert crashed[1] == "only without in-place operations"
     assert set(crashed[2:]) == {"-"}
+    assert _row(runs=True, failed="time: no answer in 9 s")[-1] == "no answer in 9 s"
+    unread = {"points_to": None, "names": None}
+    assert _row(runs=True, large=unread)[4] == "-"
+    assert _row(runs=True, large={**unread, "names": False})[4] == "no words"
+    assert _row(runs=True, large={"points_to": "", "names": False})[4] == "no"
     assert _row(runs=True, overflow={"error": "LinAlgError: eigh"})[5] == "stops with an error"
 
 
