@@ -1,16 +1,23 @@
 """One writer per run folder: a lock that names its owner and outlives no process."""
 
+import contextlib
 import json
 import os
 import re
 import secrets
 import socket
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from resdiag.errors import BusyError
 from resdiag.runs.files import create_file, list_folder, remove_file
+
+LEASE_S = 120.0
+"""Seconds without a beat after which an owner may be taken for gone, if the asker waits for it."""
+BEAT_S = 10.0
+"""Seconds between beats: a network file system may show the last ones a minute late."""
 
 _NAME = re.compile(r"lock-(\d{1,9})\.json")
 _START = 19  # index of the start time in `_stat`
@@ -30,16 +37,21 @@ class Lock:
     owner: bytes
 
     @classmethod
-    def take(cls, folder: Path) -> "Lock":
+    def take(cls, folder: Path, patience: float | None = None) -> "Lock":
         """Become the only writer of `folder`.
+
+        Args:
+            folder: What to lock.
+            patience: Seconds to watch an owner that seems to live, on this host or another one;
+                one that does not beat in this time has lost the folder and can commit no more.
+                None takes no living owner's place.
 
         Raises:
             BusyError: A living process has it; the message names host, pid and age.
             StorageError: The lock cannot be written.
         """
         found = _locks(folder)
-        for path in found.values():
-            _refuse_living(path)
+        silent = {path for path in found.values() if not _refuse_living(path, patience)}
         pid = os.getpid()
         owner = {
             "host": socket.gethostname(),
@@ -52,18 +64,24 @@ class Lock:
         if not create_file(lock.path, lock.owner):
             raise BusyError(f"{folder} was taken by another process at this moment")
         try:
-            lock._settle(folder)
+            lock._settle(folder, silent)
         except BusyError:
             lock.release()
             raise
         return lock
 
-    def _settle(self, folder: Path) -> None:
+    def _settle(self, folder: Path, silent: Collection[Path]) -> None:
         """Remove outnumbered locks; look once more, as a rival may have counted from others."""
         for path in _locks(folder).values():
             if path != self.path:
-                _refuse_living(path)
+                if path not in silent:
+                    _refuse_living(path)
                 remove_file(path)
+
+    def beat(self) -> None:
+        """Show whoever watches that the owner is there; a lock that was lost stays lost."""
+        with contextlib.suppress(OSError):
+            os.utime(self.path)
 
     def check(self) -> None:
         """Refuse to go on if the lock was removed or taken over.
@@ -94,22 +112,77 @@ def _locks(folder: Path) -> dict[int, Path]:
     return {int(match[1]): folder / match[0] for match in matches}
 
 
-def _refuse_living(path: Path) -> None:
-    """Raise unless the lock's owner is known to be dead."""
-    owner = _owner(path)
-    if owner is None:
-        return
+@dataclass(frozen=True)
+class Holder:
+    """Who has a folder.
+
+    Attributes:
+        host: Its machine.
+        pid: Its process.
+        age: Seconds since it took the lock or last beat, by the clocks of both machines.
+        alive: Whether it seems to live: beats, and is a process if it is of this machine.
+    """
+
+    host: str
+    pid: int
+    age: float
+    alive: bool
+
+
+def find_holder(folder: Path) -> Holder | None:
+    """Who has the newest lock of a folder; None if nobody has."""
+    path = max(_locks(folder).items(), default=(0, None))[1]
+    owner = path and _owner(path)
+    if not path or not owner:
+        return None
     host, pid, start = owner
-    if host == socket.gethostname() and not _alive(pid, start):
-        return
     try:
         age = max(0.0, time.time() - path.stat().st_mtime)
     except FileNotFoundError:  # released at this moment
-        return
+        return None
+    here = host != socket.gethostname() or _alive(pid, start)
+    return Holder(host, pid, age, here and age < LEASE_S)
+
+
+def _refuse_living(path: Path, patience: float | None = None) -> bool:
+    """Raise unless the lock's owner is known to be dead, or silent for as long as `patience`.
+
+    Returns:
+        Whether the owner is dead; False if it was just silent.
+    """
+    owner = _owner(path)
+    if owner is None:
+        return True
+    host, pid, start = owner
+    if host == socket.gethostname() and not _alive(pid, start):
+        return True
+    if patience is not None and _is_silent(path, patience):
+        return False
+    try:
+        age = max(0.0, time.time() - path.stat().st_mtime)
+    except FileNotFoundError:  # released at this moment
+        return True
     raise BusyError(
         f"{path.parent} is being written by process {pid} on {host} since {age:.0f} s",
         f"wait for it; if it no longer exists, remove {path}",
     )
+
+
+def _is_silent(path: Path, patience: float) -> bool:
+    """Watch a lock for beats; this process's own clock counts, whatever the others' say."""
+
+    def last_beat() -> int | None:
+        try:
+            return path.stat().st_mtime_ns
+        except OSError:
+            return None
+
+    first, deadline = last_beat(), time.monotonic() + patience
+    while time.monotonic() < deadline:
+        if last_beat() != first:
+            return False
+        time.sleep(min(1.0, patience / 10))
+    return last_beat() == first
 
 
 def _owner(path: Path) -> tuple[str, int, str] | None:

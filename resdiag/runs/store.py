@@ -68,6 +68,7 @@ class RunWriter:
         force: bool = False,
         allow_drift: bool = False,
         folder: Path | None = None,
+        patience: float | None = None,
     ) -> "RunWriter":
         """Create the run `root/config.name`, or continue it from its last whole commit.
 
@@ -79,6 +80,7 @@ class RunWriter:
             force: Delete the old run's files first.
             allow_drift: Continue in a changed environment and mark it in the commits.
             folder: Where to write instead of `root/config.name`.
+            patience: See `Lock.take`.
 
         Raises:
             BusyError: Another process writes this run.
@@ -89,7 +91,7 @@ class RunWriter:
         folder = folder or Path(root) / config.name
         for table in TABLES:
             make_folder(folder / table)
-        writer = cls(folder, config, Lock.take(folder))
+        writer = cls(folder, config, Lock.take(folder, patience))
         try:
             if force:
                 writer._erase()
@@ -207,6 +209,10 @@ class RunWriter:
         if verdict is not None:
             self._write(files, VERDICT, to_json(dict(verdict)))
         self._publish(Commit(last.step, status, files, self._drift))
+
+    def beat(self) -> None:
+        """Show other processes that this one is alive."""
+        self._lock.beat()
 
     def close(self) -> None:
         """Give the folder back; twice is fine."""

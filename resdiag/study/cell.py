@@ -13,8 +13,9 @@ from resdiag.runs.folder import Run, open_run
 from resdiag.runs.sinks.feed import open_feed
 from resdiag.runs.sinks.sink import About
 from resdiag.runs.store import RunWriter
+from resdiag.study.heartbeat import Heartbeat
 from resdiag.training.data import ImageData, open_data
-from resdiag.training.display import open_display
+from resdiag.training.display import Display, open_display
 from resdiag.training.interrupt import Interrupt
 from resdiag.training.loop import Training
 from resdiag.training.recipe import Request, resolve
@@ -50,6 +51,9 @@ class Options:
         allow_drift: Continue in a changed environment.
         quiet: Show no progress.
         sinks: Trackers to tell what is recorded, as `sinks.sink.open_sink` takes them.
+        patience: Seconds without a beat after which another owner of the run is taken for gone;
+            None never does.
+        display: Makes what is shown of the progress, from title, steps and steps done.
     """
 
     root: Path = Path("runs")
@@ -58,6 +62,8 @@ class Options:
     allow_drift: bool = False
     quiet: bool = False
     sinks: tuple[str, ...] = ()
+    patience: float | None = None
+    display: Callable[[str, int, int], Display] | None = None
 
 
 def run_cell(request: Request, options: Options, say: Callable[[str], None]) -> Outcome:
@@ -84,8 +90,9 @@ def run_cell(request: Request, options: Options, say: Callable[[str], None]) -> 
         data={**data.identity},
         force=options.force,
         allow_drift=options.allow_drift,
+        patience=options.patience,
     )
-    with writer:
+    with writer, Heartbeat(writer.beat):
         return _continue(writer, config, data, options, say)
 
 
@@ -118,7 +125,9 @@ def _train(
 ) -> tuple[str, int, tuple[str, ...]]:
     title = f"{config.variant} d{config.depth}"
     feed = open_feed(options.sinks, About(name=config.name, config=config.to_dict()))
-    display = open_display(title, config.steps, writer.committed_step, quiet=options.quiet)
+    quiet = options.quiet
+    open_ = options.display or (lambda *about: open_display(*about, quiet=quiet))
+    display = open_(title, config.steps, writer.committed_step)
     status = "stopped"
     try:
         with Interrupt() as interrupt, warnings.catch_warnings():

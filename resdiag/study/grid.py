@@ -1,0 +1,146 @@
+"""From a study file to its cells: products, more cells, fewer cells, each with its id."""
+
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from resdiag.errors import UsageError
+from resdiag.study.spec import StudyError, StudyFile
+from resdiag.training.recipe import RECIPES, Request
+
+MOST_CELLS = 10_000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the grid.
+
+    Attributes:
+        id: `<variant>-d<depth>-s<seed>-<hash8>`; the hash is that of everything that decides the
+            cell's numbers, so that an edited study never mixes with what was run before.
+        request: What is to be run, on a device that the machine decides.
+    """
+
+    id: str
+    request: Request
+
+    def matches(self, wanted: Mapping[str, Any]) -> bool:
+        """Whether every setting is one of those that a filter lists; an unset one is None."""
+        return all(getattr(self.request, name) in values for name, values in wanted.items())
+
+
+def expand(file: StudyFile, name: str) -> tuple[Cell, ...]:
+    """The cells of a study, in the order of the file, each once.
+
+    Args:
+        file: What was checked.
+        name: What messages call the file.
+
+    Raises:
+        StudyError: There is none, there are too many, or settings contradict each other.
+    """
+    _refuse_conflicts(file, name)
+    asked = sum(_size(product) for product in _products(file))
+    if asked > MOST_CELLS:
+        raise StudyError([f"{name}: {asked} cells; a study has at most {MOST_CELLS}"])
+    cells, problems = {}, []
+    for settings in _settings(file):
+        request = Request(**settings)
+        try:
+            request.check()
+        except UsageError as error:
+            problems.append(f"{name}: {_short(settings)}: {error.message}")
+            continue
+        cell = Cell(_name(request), request)
+        cells.setdefault(cell.id, cell)
+    if not cells and not problems:
+        problems.append(f"{name}: no cells are left: 'exclude' takes all of them")
+    problems += _unmatched(file, tuple(cells.values()), name) if not problems else []
+    if problems:
+        raise StudyError(list(dict.fromkeys(problems))[:20])
+    return tuple(cells.values())
+
+
+def _refuse_conflicts(file: StudyFile, name: str) -> None:
+    """A setting stands in one table; variant and depth must be somewhere."""
+    twice = sorted(set(file.fixed.given) & set(file.grid.given))
+    problems = [f"{name}: '{key}' stands in [fixed] and in [grid]" for key in twice]
+    base = {**file.fixed.given, **file.grid.given}
+    for key in ("variant", "depth"):
+        if file.grid.given and key not in base:
+            problems.append(f"{name}: '{key}' is missing in [fixed] and [grid]")
+        problems += [
+            f"{name}: [[include]] no. {i} {key} is missing, and [fixed] has none"
+            for i, more in enumerate(file.include, 1)
+            if key not in {**file.fixed.given, **more.given}
+        ]
+    if not file.grid.given and not file.include:
+        problems.append(f"{name}: [grid] is missing, and there is no [[include]]")
+    if problems:
+        raise StudyError(problems)
+
+
+def _products(file: StudyFile) -> Iterator[dict[str, list[Any]]]:
+    """The grid, then what is included, as lists by setting; the seed varies fastest."""
+    fixed = {key: [value] for key, value in file.fixed.given.items()}
+    if file.grid.given:
+        yield {**fixed, **_ordered(file.grid.given), "seed": file.seeds}
+    for more in file.include:
+        yield {**fixed, "seed": file.seeds, **more.given}
+
+
+def _ordered(lists: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """Variant first, then depth, then the rest by name: the order of a table that people read."""
+    first = [key for key in ("variant", "depth") if key in lists]
+    return {key: lists[key] for key in (*first, *sorted(set(lists) - set(first)))}
+
+
+def _size(product: Mapping[str, list[Any]]) -> int:
+    return math.prod(len(values) for values in product.values())
+
+
+def _settings(file: StudyFile) -> Iterator[dict[str, Any]]:
+    """The settings of each cell."""
+    for number, product in enumerate(_products(file)):
+        of_grid = number == 0 and bool(file.grid.given)
+        for values in itertools.product(*product.values()):
+            settings = dict(zip(product, values, strict=True))
+            if not (of_grid and any(_holds(settings, rule.given) for rule in file.exclude)):
+                yield settings
+
+
+def _holds(settings: Mapping[str, Any], wanted: Mapping[str, list[Any]]) -> bool:
+    return all(settings.get(name) in values for name, values in wanted.items())
+
+
+def _unmatched(file: StudyFile, cells: tuple[Cell, ...], name: str) -> list[str]:
+    """Filters that mean no cell: most likely a slip."""
+    filters: Iterable[tuple[str, Mapping[str, Any]]] = itertools.chain(
+        ((f"[[figure]] no. {i}", item.cells.given) for i, item in enumerate(file.figure, 1)),
+        ((f"[[expected]] no. {i}", item.cells.given) for i, item in enumerate(file.expected, 1)),
+    )
+    return [
+        f"{name}: {place} means no cell of the study: {_short(wanted)}"
+        for place, wanted in filters
+        if not any(cell.matches(wanted) for cell in cells)
+    ]
+
+
+def _short(settings: Mapping[str, Any]) -> str:
+    words = ", ".join(f"{key} = {value!r}" for key, value in settings.items())
+    return words if len(words) <= 200 else words[:200] + "..."
+
+
+def _name(request: Request) -> str:
+    """The id of a cell; equal for equal work, whatever machine it is done on."""
+    # the numbers of the recipe too: a later version may have changed them under the same name
+    what = {**asdict(replace(request, device="any")), "numbers": asdict(RECIPES[request.recipe])}
+    text = json.dumps(what, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    variant = re.sub(r"\W", "_", request.variant, flags=re.ASCII)
+    return f"{variant}-d{request.depth}-s{request.seed}-{digest[:8]}"

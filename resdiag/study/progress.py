@@ -1,0 +1,70 @@
+"""What a running cell says of itself: one small file, replaced about once a second."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from resdiag.explain.finding import plain
+from resdiag.runs.files import to_json
+from resdiag.training.display import Standing
+
+PROGRESS = "progress.json"
+_EVERY_S = 1.0
+
+
+class ProgressFile:
+    """A display that nobody looks at: it writes where the training stands into a cell's folder.
+
+    Args:
+        folder: The cell's.
+        steps: Steps in all.
+        done: Steps done before.
+    """
+
+    def __init__(self, folder: Path, steps: int, done: int) -> None:
+        self._path, self._steps, self._first = folder / PROGRESS, steps, done
+        self._begin = time.monotonic()
+        self._last = -math.inf
+        self._write({"step": done})
+
+    def show(self, standing: Standing) -> None:
+        """Write the standing if the last one is a second old, or if the training is over."""
+        now = time.monotonic()
+        if now - self._last < _EVERY_S and standing.done < self._steps:
+            return
+        self._last = now
+        pace = (now - self._begin) / max(1, standing.done - self._first)
+        self._write(
+            {
+                "step": standing.done,
+                "loss": plain(standing.loss),
+                "error": plain(standing.error),
+                "images_per_s": plain(standing.images_per_s),
+                "worst": standing.worst,
+                "eta_s": pace * (self._steps - standing.done),
+            }
+        )
+
+    def close(self) -> None:
+        """The last standing stays."""
+
+    def _write(self, about: dict[str, Any]) -> None:
+        """Replace the file. A crash may lose it, so it is not synced; a full disk may, too."""
+        tmp = self._path.with_name(f".{PROGRESS}.tmp")
+        try:
+            tmp.write_bytes(to_json({"steps": self._steps, "pid": os.getpid(), **about}))
+            tmp.replace(self._path)
+        except OSError:
+            return
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """What a cell said last; empty if it said nothing."""
+    try:
+        document = json.loads((folder / PROGRESS).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}

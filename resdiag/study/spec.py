@@ -1,0 +1,348 @@
+"""The study file: one question as TOML, checked at the door, all mistakes at once."""
+
+import difflib
+import reprlib
+import tomllib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from resdiag.errors import UsageError, unknown
+from resdiag.show.kinds import KINDS
+from resdiag.study.settings import (
+    STRICT,
+    Filter,
+    Fixed,
+    Grid,
+    Seed,
+    Text,
+    check_distinct,
+    passing,
+    refuse,
+)
+from resdiag.watch.catalog import METRICS
+
+MOST_BYTES = 1_000_000
+OUTCOMES: Mapping[str, str] = {
+    "status": "how the run ended: done or diverged",
+    "verdict": "name of the verdict",
+    "test_error": "test error at the end, a fraction",
+    "best_test_error": "lowest test error of all epochs, a fraction",
+    "train_error": "training error of the last epoch, a fraction",
+    "first_nonfinite_step": "first step with a loss or gradient that is not finite",
+}
+"""What can be expected of a whole run; a metric's id is expected of a step and a block."""
+WORDS = ("status", "verdict")
+"""Outcomes that are words; the others are numbers."""
+
+
+class StudyError(UsageError):
+    """A study file with mistakes.
+
+    Args:
+        problems: One line each: file, key, what is wrong, nearest match.
+    """
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("; ".join(problems), "" if len(problems) == 1 else f"{len(problems)} mistakes")
+        self.problems = tuple(problems)
+
+
+class Resources(BaseModel):
+    """What one cell needs, and when to give it up.
+
+    Attributes:
+        threads: CPU threads; other numbers give other bits.
+        gpus: GPUs, where there are any; 0.25 packs four cells on one.
+        patience_s: Seconds without progress after which a cell counts as hung.
+        restarts: Starts without progress after the first one.
+    """
+
+    model_config = STRICT
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
+    gpus: Annotated[float, Field(gt=0, le=1024)] = 1.0
+    patience_s: Annotated[float, Field(ge=1, le=86400)] = 900.0
+    restarts: Annotated[int, Field(ge=0, le=100)] = 2
+
+
+class Figure(BaseModel):
+    """One figure of the report.
+
+    Attributes:
+        plot: A kind of `resdiag plot`.
+        title: Words above it.
+        cells: Which cells it shows; all if empty.
+    """
+
+    model_config = STRICT
+    plot: Annotated[str, passing(lambda name: _known("plot", name, KINDS))]
+    title: Text = ""
+    cells: Filter = Filter()  # type: ignore[valid-type]
+
+
+class Expected(BaseModel):
+    """A published or predicted value, to stand beside what came out.
+
+    Attributes:
+        cells: Which cells it is about.
+        measure: One of `OUTCOMES`, or a metric's id.
+        step: Step of a metric.
+        block: Block of a metric: an index from the front, or from the end if negative.
+        value: The number, or the word.
+        tolerance: Largest distance from a number that counts as agreement.
+        factor: Largest ratio that does, for numbers that span decades.
+        source: Who says so, where.
+    """
+
+    model_config = STRICT
+    cells: Filter = Filter()  # type: ignore[valid-type]
+    measure: Annotated[str, passing(lambda name: _known("measure", name, [*OUTCOMES, *METRICS]))]
+    step: Annotated[int, Field(ge=0)] | None = None
+    block: int | None = None
+    value: float | Text
+    tolerance: Annotated[float, Field(ge=0)] | None = None
+    factor: Annotated[float, Field(ge=1)] | None = None
+    source: Annotated[Text, Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        """A word is met or not, a number needs a tolerance, a metric a step and a block."""
+        word = isinstance(self.value, str)
+        if word != (self.measure in WORDS):
+            raise refuse(f"{self.measure} is a {'number' if word else 'word'}, not {self.value!r}")
+        if [self.tolerance, self.factor].count(None) != (2 if word else 1):
+            raise refuse("a number has a tolerance or a factor, a word neither")
+        metric = METRICS.get(self.measure) if self.measure not in OUTCOMES else None
+        if (self.step is not None) != (metric is not None):
+            raise refuse("a metric has a step, an outcome of the run has none")
+        if (self.block is not None) != (metric is not None and metric.site != "run"):
+            raise refuse("a metric of blocks has a block, and nothing else has one")
+        return self
+
+
+class StudyFile(BaseModel):
+    """What a study file says.
+
+    Attributes:
+        question: What is asked, one sentence.
+        expects: What is expected, before the first run.
+        source: Whose question or claim it is.
+        cost: How long it takes on what.
+        seeds: Each cell of the grid is run with each of them.
+        fixed: The same for every cell.
+        grid: The cartesian product of these lists.
+        include: More cells: products of their own, over `fixed`; one may name its own seeds.
+        exclude: Cells of the grid that are left out.
+        resources: What a cell needs.
+        figure: Figures of the report.
+        expected: What should come out.
+    """
+
+    model_config = STRICT
+    question: Annotated[Text, Field(min_length=1)]
+    expects: Text = ""
+    source: Text = ""
+    cost: Text = ""
+    seeds: Annotated[
+        list[Seed], Field(min_length=1, max_length=1000), passing(check_distinct)
+    ] = [0]  # noqa: RUF012 - pydantic copies it
+    fixed: Fixed = Fixed()  # type: ignore[valid-type]
+    grid: Grid = Grid()  # type: ignore[valid-type]
+    include: Annotated[list[Filter], Field(max_length=1000)] = []  # type: ignore[valid-type]  # noqa: RUF012
+    exclude: Annotated[list[Filter], Field(max_length=1000)] = []  # type: ignore[valid-type]  # noqa: RUF012
+    resources: Resources = Resources()
+    figure: Annotated[list[Figure], Field(max_length=100)] = []  # noqa: RUF012
+    expected: Annotated[list[Expected], Field(max_length=10_000)] = []  # noqa: RUF012
+
+
+def read_document(text: str | bytes, name: str) -> dict[str, Any]:
+    """Parse TOML.
+
+    Args:
+        text: The content, as text or as UTF-8.
+        name: What messages call the file.
+
+    Raises:
+        StudyError: It is none, too large or too deep.
+    """
+    if len(text) > MOST_BYTES:
+        raise StudyError([f"{name}: larger than {MOST_BYTES} bytes"])
+    try:
+        return tomllib.loads(text if isinstance(text, str) else text.decode())
+    except UnicodeDecodeError:
+        problem = "not UTF-8 text"
+    except RecursionError:
+        problem = "nested too deeply"
+    except ValueError as error:  # TOMLDecodeError, and numbers with thousands of digits
+        problem = f"not TOML: {_plain(str(error))}"
+    raise StudyError([f"{name}: {problem}"]) from None
+
+
+def override(document: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """A copy of a document with `--set table.key=value` applied, values written as in TOML.
+
+    A bare word is taken for a text, as a shell takes the quotes away.
+
+    Raises:
+        StudyError: A setting is not of this form; all of them are named.
+
+    >>> override({"fixed": {"lr": 0.1}}, ["fixed.lr=0.05", "fixed.data=digits", "seeds=[0, 1]"])
+    {'fixed': {'lr': 0.05, 'data': 'digits'}, 'seeds': [0, 1]}
+    """
+    changed: dict[str, Any] = {
+        key: dict(value) if isinstance(value, dict) else value for key, value in document.items()
+    }
+    problems = []
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        *tables, last = (part.strip() for part in key.split("."))
+        where = f"--set {_plain(setting)}"
+        if not equals or not last or len(tables) > 1:
+            problems.append(f"{where}: write key=value or table.key=value")
+            continue
+        table = changed if not tables else changed.setdefault(tables[0], {})
+        if not isinstance(table, dict):
+            problems.append(f"{where}: '{_plain(tables[0])}' is not a table with one value a key")
+            continue
+        try:
+            table[last] = _read_value(text)
+        except StudyError as error:
+            problems.append(f"{where}: {error.message}")
+    if problems:
+        raise StudyError(problems)
+    return changed
+
+
+def _read_value(text: str) -> object:
+    """A TOML value, or a bare word."""
+    try:
+        document = read_document(f"value = {text}", "value")
+    except StudyError:
+        if text and all(char.isalnum() or char in "_-.:/~+" for char in text):
+            return text
+        raise
+    if list(document) != ["value"]:
+        raise StudyError(["more than one value"])
+    return document["value"]
+
+
+def check_document(document: Mapping[str, Any], name: str) -> StudyFile:
+    """Check what was parsed.
+
+    Raises:
+        StudyError: With every mistake: file, key, what is wrong, nearest match.
+    """
+    problems = []
+    try:
+        file = StudyFile.model_validate(dict(document))
+    except ValidationError as error:
+        problems = [f"{name}: {_describe(dict(mistake))}" for mistake in error.errors()]
+        raise StudyError(list(dict.fromkeys(problems))) from None
+    except RecursionError:
+        raise StudyError([f"{name}: nested too deeply"]) from None
+    return file
+
+
+# -- words for mistakes ----------------------------------------------------------------------------
+
+
+def _known(kind: str, name: str, known: Any) -> str:  # noqa: ANN401
+    if name not in known:
+        raise unknown(kind, _plain(name), known)
+    return name
+
+
+def _describe(mistake: Mapping[str, Any]) -> str:
+    """One mistake as `[table] key[index] = value: what is wrong`."""
+    loc, kind = tuple(mistake["loc"]), mistake["type"]
+    if kind == "extra_forbidden":
+        return _describe_unknown(loc)
+    place = _place(loc)
+    if kind == "missing":
+        return f"{place} is missing"
+    value = reprlib.repr(mistake["input"]) if not isinstance(mistake["input"], dict) else ""
+    shown = f" = {_plain(value)}" if value and kind != "too_long" else ""
+    return f"{place}{shown}: {_plain(_reword(mistake['msg']))}"
+
+
+def _describe_unknown(loc: tuple[str | int, ...]) -> str:
+    """An unknown key with the nearest one, also of another table."""
+    *where, key = loc
+    name, table = str(key), _TABLES[tuple(part for part in where if isinstance(part, str))]
+    known = list(table.model_fields)
+    words = f"{_place(tuple(where))} unknown key '{_plain(name)}'".strip()
+    near = difflib.get_close_matches(name, known, n=1)
+    if near:
+        return f"{words}; did you mean '{near[0]}'?"
+    if name == "seed" and "seeds" not in known:
+        return f"{words}; seeds stand at the top of the file: seeds = [0, 1, 2]"
+    if name in _OF_MACHINE:
+        return f"{words}; the device is the machine's: --device"
+    if not where and name in Fixed.model_fields:
+        return f"{words}; did you mean 'fixed.{name}' or 'grid.{name}'?"
+    return f"{words}; known: {', '.join(known)}"
+
+
+_OF_MACHINE = ("device",)
+_TABLES: Mapping[tuple[str, ...], type[BaseModel]] = {
+    (): StudyFile,
+    ("fixed",): Fixed,
+    ("grid",): Grid,
+    ("include",): Filter,
+    ("exclude",): Filter,
+    ("resources",): Resources,
+    ("figure",): Figure,
+    ("figure", "cells"): Filter,
+    ("expected",): Expected,
+    ("expected", "cells"): Filter,
+}
+
+
+def _place(loc: tuple[str | int, ...]) -> str:
+    """Where a mistake is: ("grid", "depth", 2) is `[grid] depth[2]`.
+
+    >>> _place(("grid", "depth", 2)), _place(("include", 0, "lr")), _place(("seeds",))
+    ('[grid] depth[2]', '[[include]] no. 1 lr', 'seeds')
+    """
+    if not loc or (loc[0],) not in _TABLES:
+        return _key(loc)
+    table, rest = str(loc[0]), loc[1:]
+    if rest and isinstance(rest[0], int):
+        return f"[[{table}]] no. {rest[0] + 1} {_key(rest[1:])}".strip()
+    return f"[{table}] {_key(rest)}".strip()
+
+
+def _key(loc: Sequence[str | int]) -> str:
+    text = ""
+    for part in loc:
+        if part in ("float", "int", "str") or str(part).startswith("function-"):
+            continue  # the arm of a union, which the file knows nothing of
+        text += f"[{part}]" if isinstance(part, int) else ("." if text else "") + _plain(part)
+    return text
+
+
+_REWORDED = {
+    "Input should be a valid integer": "must be a whole number",
+    "Input should be a valid number": "must be a number",
+    "Input should be a valid string": "must be a text",
+    "Input should be a valid boolean": "must be true or false",
+    "Input should be a valid list": "must be a list",
+    "Input should be a finite number": "must be finite",
+    "Input should be ": "must be ",
+}
+
+
+def _reword(message: str) -> str:
+    """pydantic's sentence in the words of the other messages."""
+    if message.startswith("Input should be a valid dictionary or instance"):
+        return "must be a table"
+    for theirs, ours in _REWORDED.items():
+        message = message.replace(theirs, ours)
+    return message
+
+
+def _plain(text: object) -> str:
+    """Text of a stranger for a terminal: one short line, nothing that the terminal obeys."""
+    line = "".join(char if char.isprintable() else " " for char in str(text))
+    return line if len(line) <= 300 else line[:300] + "..."

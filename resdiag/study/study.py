@@ -1,0 +1,164 @@
+"""A study that was read: its file, its cells, its folder, and the plan that engines work by."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from resdiag.errors import UsageError, unknown
+from resdiag.runs.files import from_json, list_folder, make_folder, to_json, write_file
+from resdiag.study.grid import Cell, expand
+from resdiag.study.mini import shrink
+from resdiag.study.shipped import find_study
+from resdiag.study.spec import StudyError, StudyFile, check_document, override, read_document
+
+SCHEMA = 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_PLAN = re.compile(r"plan-[0-9a-f]{8}\.json")
+
+
+@dataclass(frozen=True)
+class Study:
+    """One question with its cells.
+
+    Attributes:
+        name: Of the file, and of the folder of its runs.
+        document: What the file says, after `--set` and `--mini`, as plain data.
+        file: The same, checked.
+        cells: In the order of the file.
+    """
+
+    name: str
+    document: Mapping[str, Any]
+    file: StudyFile
+    cells: tuple[Cell, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what the study says."""
+        text = json.dumps(self.document, sort_keys=True, separators=(",", ":"), default=str)
+        return hashlib.sha256(f"{self.name}\n{text}".encode()).hexdigest()
+
+    def folder(self, runs: Path) -> Path:
+        """Where its cells lie."""
+        return runs / self.name
+
+    def cell(self, id: str) -> Cell:
+        """One of its cells.
+
+        Raises:
+            UsageError: It has none of this id.
+        """
+        found = {cell.id: cell for cell in self.cells}
+        if id not in found:
+            raise unknown("cell", id[:100], [*list(found)[:20], *["..."][: len(found) > 20]])
+        return found[id]
+
+    def write_plan(self, runs: Path) -> Path:
+        """Write down what is to be done, once: engines read this and not the file, which may change.
+
+        Returns:
+            `<runs>/<name>/plan-<hash8>.json`.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        folder = self.folder(runs)
+        make_folder(folder)
+        path = folder / f"plan-{self.digest[:8]}.json"
+        if not path.exists():
+            plan = {"schema": SCHEMA, "name": self.name, "study": dict(self.document)}
+            write_file(path, to_json({**plan, "digest": self.digest}))
+        return path
+
+
+def load_study(where: str, settings: Sequence[str] = (), *, mini: bool = False) -> Study:
+    """Read a study.
+
+    Args:
+        where: Path of a TOML file, of a plan or of a folder with plans; or the name of a shipped
+            study.
+        settings: `--set` assignments; see `override`.
+        mini: Shrink it to seconds.
+
+    Raises:
+        StudyError: The file has mistakes; all are named.
+        UsageError: There is no such file.
+    """
+    path = Path(where)
+    if not path.suffix and len(path.parts) == 1 and not path.is_dir():
+        path = find_study(where)
+    elif path.is_dir():
+        path = _latest_plan(path)
+    if path.suffix == ".json":
+        return _read_plan(path, settings, mini)
+    name = path.stem
+    if not _NAME.fullmatch(name) or path.suffix != ".toml":
+        raise UsageError(f"{str(path)!r} is not a study: letters, digits, - and _, then .toml")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}", _HINT) from error
+    return build_study(name, read_document(content, str(path)), settings, mini, str(path))
+
+
+_HINT = "resdiag study list shows the shipped ones; resdiag study init FILE.toml writes a template"
+
+
+def build_study(
+    name: str, document: Mapping[str, Any], settings: Sequence[str], mini: bool, shown: str
+) -> Study:
+    """Check and expand what was read.
+
+    Args:
+        name: Of the study; a mini one is called `<name>-mini`.
+        document: Parsed TOML.
+        settings: `--set` assignments.
+        mini: Shrink it to seconds.
+        shown: What messages call the file.
+
+    Raises:
+        StudyError: It has mistakes; all are named.
+    """
+    document = override(document, settings)
+    file = check_document(document, shown)
+    cells = expand(file, shown)
+    if mini:
+        file, name = shrink(file), f"{name}-mini"
+        document = file.model_dump(exclude_unset=True)
+        cells = expand(file, shown)
+    return Study(name, json.loads(json.dumps(document)), file, cells)
+
+
+def _read_plan(path: Path, settings: Sequence[str], mini: bool) -> Study:
+    """The study of a plan; its hash says whether it is what was written."""
+    if settings or mini:
+        raise UsageError(f"{path} is a plan and is not changed by --set or --mini")
+    try:
+        plan = from_json(path.read_bytes(), path)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}", _HINT) from error
+    name, document = plan.get("name"), plan.get("study")
+    if plan.get("schema") != SCHEMA or not isinstance(name, str) or not isinstance(document, dict):
+        raise UsageError(f"{path} is not a plan of this resdiag")
+    if not _NAME.fullmatch(name.removesuffix("-mini")):
+        raise UsageError(f"{path} names no study")
+    study = build_study(name, document, (), False, str(path))
+    if study.digest != plan.get("digest"):
+        raise UsageError(f"{path} was altered", "give the study file again: it writes a new plan")
+    return study
+
+
+def _latest_plan(folder: Path) -> Path:
+    """The plan that was written last into a study's folder."""
+    plans = [folder / name for name in list_folder(folder) if _PLAN.fullmatch(name)]
+    if not plans:
+        raise UsageError(f"no study in {folder}", _HINT)
+    return max(plans, key=lambda path: path.stat().st_mtime_ns)
+
+
+__all__ = ["Study", "StudyError", "build_study", "load_study"]

@@ -1,0 +1,164 @@
+"""The work on one cell, whoever started it: idempotent, resumable, alone at its cell."""
+
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resdiag.errors import BusyError, ResdiagError, UsageError
+from resdiag.runs.files import make_folder, to_json, write_file
+from resdiag.runs.lock import LEASE_S, Lock
+from resdiag.study.failure import clear_failure, write_failure
+from resdiag.study.heartbeat import Heartbeat
+from resdiag.study.ledger import ENDED, find_run, read_entry
+from resdiag.study.study import Study, load_study
+
+if TYPE_CHECKING:
+    from resdiag.study.cell import Outcome
+
+STOPPED = 75
+"""Exit code: stopped after a commit, or somebody else is at the cell; the same task continues."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One cell to work on, as plain words that can be sent to another machine.
+
+    Attributes:
+        study: Path of a plan, or what else `load_study` takes.
+        cell: Id of the cell.
+        runs: Folder that holds the study's folder.
+        data_root: Folder of downloaded data sets; "" for the default places.
+        device: auto, cpu, cuda or cuda:N.
+        allow_drift: Continue in a changed environment.
+    """
+
+    study: str
+    cell: str
+    runs: str
+    data_root: str = ""
+    device: str = "auto"
+    allow_drift: bool = False
+
+
+def preload() -> None:
+    """Import what every cell needs, so that processes forked after it have it."""
+    import pandas  # noqa: F401, ICN001
+    import pyarrow.parquet  # noqa: F401
+
+    import resdiag.study.cell  # noqa: F401
+
+
+def start(plain: dict[str, Any]) -> int:
+    """Work on a task that arrived as plain data; what goes wrong is printed.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        return work(Task(**plain))
+    except ResdiagError as error:
+        hint = f" ({error.hint})" if error.hint else ""
+        print(f"resdiag: {error.message}{hint}", file=sys.stderr)
+        return error.exit_code
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def work(task: Task, say: Callable[[str], None] = print) -> int:
+    """Bring a cell to its end; do nothing if it is there.
+
+    Args:
+        task: Which cell, and where.
+        say: Told what happens, line by line.
+
+    Returns:
+        0 if the cell is done or has diverged; 75 or 130 if a signal stopped it after a commit.
+
+    Raises:
+        BusyError: Somebody else works on it.
+        ResdiagError: It failed; the reason is in its folder too.
+    """
+    study, runs = load_study(task.study), Path(task.runs)
+    cell = study.cell(task.cell)
+    folder = study.folder(runs) / cell.id
+    entry = read_entry(folder)
+    if entry.state in ENDED:
+        say(f"{cell.id} is {entry.state} already")
+        return 0
+    make_folder(folder)
+    lock = Lock.take(folder, LEASE_S)
+    try:
+        with Heartbeat(lock.beat):
+            return _work_alone(study, task, folder, lock, say)
+    finally:
+        lock.release()
+
+
+def _work_alone(
+    study: Study, task: Task, folder: Path, lock: Lock, say: Callable[[str], None]
+) -> int:
+    """The work, once the cell is ours."""
+    clear_failure(folder)
+    try:
+        outcome = _run(study, task, folder, say)
+    except BusyError:
+        raise
+    except ResdiagError as error:
+        write_failure(folder, "error", error.message, error.hint)
+        raise
+    except Exception as error:
+        write_failure(folder, "error", f"{type(error).__name__}: {error}")
+        raise
+    lock.check()
+    say(f"{task.cell}: {outcome.run.status} after {outcome.run.steps} steps")
+    if outcome.run.status in ENDED:
+        return 0
+    return 130 if outcome.signal == 2 else STOPPED
+
+
+def _run(study: Study, task: Task, folder: Path, say: Callable[[str], None]) -> "Outcome":
+    import torch
+
+    from resdiag.study.cell import Options, run_cell
+    from resdiag.study.progress import ProgressFile
+
+    torch.set_num_threads(study.file.resources.threads)
+    device = _find_device(task.device, folder)
+    request = replace(study.cell(task.cell).request, device=device)
+    about = {"schema": 1, "id": task.cell, "study": study.name, "plan": study.digest}
+    write_file(folder / "cell.json", to_json(about))
+    options = Options(
+        root=folder,
+        data_root=Path(task.data_root) if task.data_root else None,
+        allow_drift=task.allow_drift,
+        patience=LEASE_S,
+        display=lambda _, steps, done: ProgressFile(folder, steps, done),
+    )
+    return run_cell(request, options, say)
+
+
+def _find_device(name: str, folder: Path) -> str:
+    """The device of a cell: that on which it was begun, else the one that is asked for.
+
+    Raises:
+        UsageError: It is not here, or the cell was begun on another one.
+    """
+    import torch
+
+    from resdiag.runs.folder import open_run
+
+    run, commit = find_run(folder)
+    begun = open_run(run).config.device if run and commit else None
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = (begun or here) if name == "auto" else name
+    if begun is not None and wanted != begun:
+        hint = f"--device {begun} continues it; without the folder {run} it starts again"
+        raise UsageError(f"{folder.name} was begun on {begun}, not on {wanted}", hint)
+    kind, _, index = wanted.partition(":")
+    if kind == "cuda" and not int(index or 0) < torch.cuda.device_count():
+        raise UsageError(f"device '{wanted}' is not here", f"{torch.cuda.device_count()} GPUs found")
+    return wanted
