@@ -9,12 +9,13 @@ from resdiag.commands.inspect import inspect
 from resdiag.commands.plot import plot
 from resdiag.commands.probe import probe
 from resdiag.commands.run import run
+from resdiag.commands.study import study_app
 from resdiag.commands.tables import metrics, variants, version
 
 _EPILOG = (
-    "Exit codes: 0 done, also if the network exploded; 1 failed; 2 wrong usage; 74 the disk is "
-    "full or failing; 75 busy, or stopped by SIGTERM after a commit; 130 stopped by Ctrl-C. The "
-    "same command continues a stopped run."
+    "Exit codes: 0 done, also if the network exploded; 1 failed; 2 wrong usage; 3 a study ended "
+    "with failed cells; 74 the disk is full or failing; 75 busy, or stopped by SIGTERM after a "
+    "commit; 130 stopped by Ctrl-C. The same command continues a stopped run."
 )
 
 app = App(
@@ -31,3 +32,4 @@ for command in (run, plot, explain, inspect, export, probe, variants, metrics, v
     app.command()(command)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
+app.add_typer(study_app, name="study")

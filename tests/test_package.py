@@ -66,6 +66,10 @@ def test_a_public_name_is_imported_when_it_is_used():
         ["plot", "gradnrms"],
         ["plot", "gradnorms", "no/such/run"],
         ["explain", "no/such/run"],
+        ["study", "list"],
+        ["study", "run", "paper", "--dry-run"],
+        ["study", "status", "smoke"],
+        ["study", "cell", "smoke", "elu"],
     ],
     ids=" ".join,
 )

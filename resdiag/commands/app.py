@@ -33,7 +33,7 @@ class App(typer.Typer):
         try:
             code = command.main(args=words, prog_name="resdiag", standalone_mode=False)
         except ResdiagError as error:
-            return _fail(error.message, error.hint, error.exit_code, as_json)
+            return _fail_all(error, as_json)
         except OSError as error:
             return _fail(str(error), "", 74, as_json)
         except Exception as error:
@@ -56,6 +56,15 @@ def _deliver(code: int) -> int:
             return code or 1
         return code or _fail(f"cannot write to standard output: {error}", "", 74, as_json=False)
     return code
+
+
+def _fail_all(error: ResdiagError, as_json: bool) -> int:
+    """Report an error; a file with several mistakes has them one a line."""
+    problems: Sequence[str] = () if as_json else getattr(error, "problems", ())
+    *first, last = problems or (error.message,)
+    for problem in first:
+        _fail(problem, "", error.exit_code, as_json)
+    return _fail(last, error.hint, error.exit_code, as_json)
 
 
 def _fail(message: str, hint: str, code: int, as_json: bool) -> int:

@@ -48,7 +48,8 @@ def expand(file: StudyFile, name: str) -> tuple[Cell, ...]:
     asked = sum(_size(product) for product in _products(file))
     if asked > MOST_CELLS:
         raise StudyError([f"{name}: {asked} cells; a study has at most {MOST_CELLS}"])
-    cells, problems = {}, []
+    cells: dict[str, Cell] = {}
+    problems: list[str] = []
     for settings in _settings(file):
         request = Request(**settings)
         try:

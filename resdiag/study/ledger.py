@@ -1,4 +1,4 @@
-"""The state of a study, read from its files and nothing else: no database, any number of readers."""
+"""The state of a study, read from its files and nothing else: any number of readers."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ STATES = ("done", "running", "stale", "failed", "diverged", "missing")
 """done and diverged are results; stale was begun and nobody is at it; failed will not be tried
 again before `study retry`; missing was never begun."""
 ENDED = ("done", "diverged")
+_SAID = ("loss", "error", "images_per_s", "worst")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,9 @@ class Entry:
 
     def to_dict(self) -> dict[str, Any]:
         """The entry for JSON."""
-        said = {name: self.progress.get(name) for name in ("loss", "error", "images_per_s", "worst")}
+        said = {
+            name: self.progress.get(name) for name in ("loss", "error", "images_per_s", "worst")
+        }
         eta = self.progress.get("eta_s") if self.state == "running" else None
         return {
             "id": self.id,
@@ -101,7 +104,7 @@ def _state(folder: Path, run: Path | None, commit: Commit | None) -> tuple[str, 
 
 
 def find_run(folder: Path) -> tuple[Path | None, Commit | None]:
-    """The run of a cell and its last commit: the one that was committed to last, if there are more."""
+    """The run of a cell and its last commit; of several the one that was committed to last."""
     found: list[tuple[int, Path, Commit | None]] = []
     for name in list_folder(folder):
         path = folder / name

@@ -60,6 +60,6 @@ def _shrink_lists(given: dict[str, list[Any]], depths: dict[int, int]) -> dict[s
     return small
 
 
-def _meets(cells: Filter, grid: dict[str, list[Any]]) -> bool:  # type: ignore[valid-type]
-    wanted = cells.given.get("variant")  # type: ignore[attr-defined]
+def _meets(cells: Filter, grid: dict[str, list[Any]]) -> bool:
+    wanted = cells.given.get("variant")
     return wanted is None or bool(set(wanted) & set(grid.get("variant", [])))

@@ -5,7 +5,7 @@ No torch here: a study is read, checked, expanded and planned without it.
 
 import reprlib
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from pydantic_core import PydanticCustomError
@@ -135,15 +135,23 @@ def _table(name: str, field: Callable[[str], Any], **more: Any) -> type[Table]: 
 
 def _many(name: str, *more: Any) -> Any:  # noqa: ANN401
     # a list with a million entries is refused by its length, before each is looked at
-    return Annotated[list[_one(name)], Field(min_length=1, max_length=1000), _Several, *more]
+    return Annotated[list[_one(name)], Field(min_length=1, max_length=1000), _Several, *more]  # type: ignore[misc]
 
 
-Fixed = _table("Fixed", _one)
-"""Settings with one value each."""
-Grid = _table("Grid", _many)
-"""Settings with a list of values each."""
-_SEEDS = Annotated[
-    list[Seed], Field(min_length=1, max_length=1000), _Several, _Listed
-]
-Filter = _table("Filter", lambda name: _many(name, _Listed), seed=(_SEEDS, None))
-"""Settings with a value or a list of values each: which cells are meant."""
+_Seeds = Annotated[list[Seed], Field(min_length=1, max_length=1000), _Several, _Listed]
+
+if TYPE_CHECKING:
+
+    class Fixed(Table):
+        """Settings with one value each."""
+
+    class Grid(Table):
+        """Settings with a list of values each."""
+
+    class Filter(Table):
+        """Settings, and the seed, with a value or a list of values each: which cells are meant."""
+
+else:
+    Fixed = _table("Fixed", _one)
+    Grid = _table("Grid", _many)
+    Filter = _table("Filter", lambda name: _many(name, _Listed), seed=(_Seeds, None))

@@ -30,7 +30,7 @@ def find_study(name: str) -> Path:
     return known[name]
 
 
-TEMPLATE = '''\
+TEMPLATE = """\
 # A study is one question and a grid of runs. `resdiag study run {name}` trains what is missing;
 # `resdiag study run {name} --dry-run` says before what that will be.
 
@@ -76,4 +76,4 @@ title = "Gradient by block"
 # value = 0.08
 # tolerance = 0.01
 # source = "Table 1 of ..."
-'''
+"""

@@ -45,7 +45,9 @@ class StudyError(UsageError):
     """
 
     def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("; ".join(problems), "" if len(problems) == 1 else f"{len(problems)} mistakes")
+        super().__init__(
+            "; ".join(problems), "" if len(problems) == 1 else f"{len(problems)} mistakes"
+        )
         self.problems = tuple(problems)
 
 
@@ -78,7 +80,7 @@ class Figure(BaseModel):
     model_config = STRICT
     plot: Annotated[str, passing(lambda name: _known("plot", name, KINDS))]
     title: Text = ""
-    cells: Filter = Filter()  # type: ignore[valid-type]
+    cells: Filter = Filter()
 
 
 class Expected(BaseModel):
@@ -96,7 +98,7 @@ class Expected(BaseModel):
     """
 
     model_config = STRICT
-    cells: Filter = Filter()  # type: ignore[valid-type]
+    cells: Filter = Filter()
     measure: Annotated[str, passing(lambda name: _known("measure", name, [*OUTCOMES, *METRICS]))]
     step: Annotated[int, Field(ge=0)] | None = None
     block: int | None = None
@@ -144,16 +146,16 @@ class StudyFile(BaseModel):
     expects: Text = ""
     source: Text = ""
     cost: Text = ""
-    seeds: Annotated[
-        list[Seed], Field(min_length=1, max_length=1000), passing(check_distinct)
-    ] = [0]  # noqa: RUF012 - pydantic copies it
-    fixed: Fixed = Fixed()  # type: ignore[valid-type]
-    grid: Grid = Grid()  # type: ignore[valid-type]
-    include: Annotated[list[Filter], Field(max_length=1000)] = []  # type: ignore[valid-type]  # noqa: RUF012
-    exclude: Annotated[list[Filter], Field(max_length=1000)] = []  # type: ignore[valid-type]  # noqa: RUF012
+    seeds: Annotated[list[Seed], Field(min_length=1, max_length=1000), passing(check_distinct)] = [
+        0
+    ]
+    fixed: Fixed = Fixed()
+    grid: Grid = Grid()
+    include: Annotated[list[Filter], Field(max_length=1000)] = []
+    exclude: Annotated[list[Filter], Field(max_length=1000)] = []
     resources: Resources = Resources()
-    figure: Annotated[list[Figure], Field(max_length=100)] = []  # noqa: RUF012
-    expected: Annotated[list[Expected], Field(max_length=10_000)] = []  # noqa: RUF012
+    figure: Annotated[list[Figure], Field(max_length=100)] = []
+    expected: Annotated[list[Expected], Field(max_length=10_000)] = []
 
 
 def read_document(text: str | bytes, name: str) -> dict[str, Any]:
@@ -334,7 +336,7 @@ _REWORDED = {
 
 
 def _reword(message: str) -> str:
-    """pydantic's sentence in the words of the other messages."""
+    """Pydantic's sentence in the words of the other messages."""
     if message.startswith("Input should be a valid dictionary or instance"):
         return "must be a table"
     for theirs, ours in _REWORDED.items():

@@ -59,7 +59,7 @@ class Study:
         return found[id]
 
     def write_plan(self, runs: Path) -> Path:
-        """Write down what is to be done, once: engines read this and not the file, which may change.
+        """Write down what is to be done, once: engines read this, and the file may change.
 
         Returns:
             `<runs>/<name>/plan-<hash8>.json`.

@@ -45,7 +45,7 @@ class Task:
 
 def preload() -> None:
     """Import what every cell needs, so that processes forked after it have it."""
-    import pandas  # noqa: F401, ICN001
+    import pandas  # noqa: F401
     import pyarrow.parquet  # noqa: F401
 
     import resdiag.study.cell  # noqa: F401
@@ -160,5 +160,7 @@ def _find_device(name: str, folder: Path) -> str:
         raise UsageError(f"{folder.name} was begun on {begun}, not on {wanted}", hint)
     kind, _, index = wanted.partition(":")
     if kind == "cuda" and not int(index or 0) < torch.cuda.device_count():
-        raise UsageError(f"device '{wanted}' is not here", f"{torch.cuda.device_count()} GPUs found")
+        raise UsageError(
+            f"device '{wanted}' is not here", f"{torch.cuda.device_count()} GPUs found"
+        )
     return wanted

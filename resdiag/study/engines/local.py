@@ -1,5 +1,6 @@
 """The engine of one machine: a slot per GPU or core, a process per cell, and a watch over them."""
 
+import contextlib
 import json
 import os
 import selectors
@@ -239,10 +240,8 @@ class _Child:
 
     def close(self) -> None:
         """End the nursery and all that it started."""
-        try:
+        with contextlib.suppress(OSError):
             self._in.close()
-        except OSError:
-            pass
         try:
             self._process.wait(5)
         except subprocess.TimeoutExpired:

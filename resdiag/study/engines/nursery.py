@@ -27,7 +27,7 @@ Target = Callable[[dict[str, Any]], int]
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends; end at once if it has ended already."""
+    """Have the kernel kill this process when its parent ends; end at once if it has ended."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

@@ -1,0 +1,103 @@
+"""What a study will cost, before it is run: time from measured speed, disk from counted numbers."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from resdiag.models.variants import count_blocks
+from resdiag.study.grid import Cell
+from resdiag.study.ledger import ENDED, Entry
+from resdiag.training.recipe import Request, resolve
+from resdiag.watch.catalog import RECORDED
+
+SIZES = {
+    "digits": (1437, 360),
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+    "fashion": (60_000, 10_000),
+}
+"""Training and test images of the named sets; a folder's are counted when it is opened."""
+
+_SOURCE = "one core of a 2025 server, float32"
+_IMAGES_PER_S = 300.0
+"""Training speed of depth 20 at full width on `_SOURCE`: half of what two threads reach together,
+612 images/s (channels_last, PyTorch 2.15)."""
+_PACKED = 0.9  # zstd on float32 metrics
+_TEST_SHARE = 1 / 3  # a forward pass is a third of a training step
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is missing of a study will take.
+
+    Attributes:
+        seconds: Of one slot: cells one after the other; None if no size of data is known.
+        bytes: On the disk, for what is missing; None likewise.
+        basis: Where the speed is from.
+        unknown: Cells that are not counted, as the size of their data is not known here.
+    """
+
+    seconds: float | None
+    bytes: float | None
+    basis: str
+    unknown: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The estimate for JSON."""
+        return {
+            "seconds": self.seconds, "bytes": self.bytes,
+            "basis": self.basis, "unknown": self.unknown,
+        }  # fmt: skip
+
+
+def estimate(cells: Sequence[Cell], entries: Sequence[Entry]) -> Estimate:
+    """Estimate what the cells that have not ended will cost.
+
+    Args:
+        cells: Of the study.
+        entries: The ledger, in the same order.
+    """
+    missing = [cell for cell, entry in zip(cells, entries, strict=True) if entry.state not in ENDED]
+    known = [cell for cell in missing if cell.request.data in SIZES]
+    speeds = list(_measured(cells, entries))
+    speed = sum(speeds) / len(speeds) if speeds else _IMAGES_PER_S
+    basis = f"measured on {len(speeds)} cells of this study" if speeds else _SOURCE
+    unknown = len(missing) - len(known)
+    if not known:
+        return Estimate(0.0 if not missing else None, 0.0 if not missing else None, basis, unknown)
+    seconds = sum(_work(cell.request) / speed for cell in known)
+    return Estimate(seconds, sum(_bytes(cell.request) for cell in known), basis, unknown)
+
+
+def _measured(cells: Sequence[Cell], entries: Sequence[Entry]) -> Iterable[float]:
+    """Speeds of the cells that have begun, as images of depth 20 and full width per second."""
+    for cell, entry in zip(cells, entries, strict=True):
+        images = entry.progress.get("images_per_s")
+        if isinstance(images, int | float) and images > 0:
+            yield images * _weight(cell.request)
+
+
+def _weight(request: Request) -> float:
+    """Arithmetic of one image, depth 20 at full width being 1: linear in depth, square in width."""
+    return (request.depth - 2) / 18 * request.width**2
+
+
+def _work(request: Request) -> float:
+    """Images of depth 20 at full width that a cell amounts to."""
+    train, test = SIZES[request.data]
+    config = resolve(request, data_name=request.data, train_size=train)
+    tests = 1 + (config.steps // config.eval_every if config.eval_every else 0)
+    images = config.steps * config.batch_size + tests * test * _TEST_SHARE
+    return images * _weight(request)
+
+
+def _bytes(request: Request) -> float:
+    """Recorded numbers, the curve, and the last two checkpoints of weights and momenta."""
+    config = resolve(request, data_name=request.data, train_size=SIZES[request.data][0])
+    first = min(config.record_first, config.steps)
+    steps = first + (config.steps - first) // config.every if config.every else first
+    blocks = 3 * count_blocks(request.depth)
+    parameters = blocks / 9 * 270_000 * request.width**2  # 0.27 M at depth 20, He et al. 2015
+    rows = steps * blocks * len(RECORDED) * 4 * _PACKED
+    kept = min(2, -(-config.steps // config.commit_every))
+    return rows + config.steps * 14 * 8 * _PACKED + kept * 2 * 4 * parameters + 20_000

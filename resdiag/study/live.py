@@ -1,0 +1,163 @@
+"""The live view of a study: a table of cells, each with its gradient norm by block as a strip."""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resdiag.errors import ResdiagError
+from resdiag.runs.commit import COMMIT, Commit
+from resdiag.study.estimate import Estimate, estimate
+from resdiag.study.ledger import ENDED, Entry, count_states, read_ledger
+from resdiag.study.study import Study
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
+_BARS = "▁▂▃▄▅▆▇█"
+_BROKEN = "×"
+_UNKNOWN = "·"
+_WIDEST = 27  # a third of 110 layers' blocks, half an 80-column terminal
+_STYLES = {
+    "done": "green", "running": "cyan", "stale": "yellow", "failed": "red",
+    "diverged": "magenta", "missing": "dim",
+}  # fmt: skip
+_ORDER = ("running", "failed", "stale", "diverged", "done", "missing")
+
+
+def draw_study(study: Study, runs: Path, height: int) -> "Group":
+    """One frame: what is asked, where it stands, and as many cells as `height` lines hold."""
+    from rich.console import Group
+    from rich.text import Text
+
+    entries = read_ledger(study, runs)
+    shown = sorted(entries, key=lambda entry: _ORDER.index(entry.state))[: max(3, height - 7)]
+    hidden = len(entries) - len(shown)
+    parts = [Text(study.file.question, style="bold"), Text(sum_up(study, entries))]
+    more = [Text(f"... and {hidden} more cells", style="dim")] if hidden else []
+    return Group(*parts, _table(shown), *more)
+
+
+def _table(entries: Sequence[Entry]) -> "Table":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=SIMPLE_HEAD, expand=False, pad_edge=False)
+    for name in ("cell", "state", "steps", "loss", "error", "left"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("gradient norm by block, and its span in decades")
+    for entry in entries:
+        said = entry.progress if entry.step else {}
+        left = said.get("eta_s") if entry.state == "running" else None
+        table.add_row(
+            Text(entry.id),
+            Text(entry.state, style=_STYLES[entry.state]),
+            Text(f"{entry.step}/{entry.steps or '?'}" if entry.step else ""),
+            Text(_number(said.get("loss"), ".3g")),
+            Text(_number(said.get("error"), ".0%")),
+            Text(describe_time(left) if isinstance(left, int | float) else ""),
+            Text(entry.message if entry.state == "failed" else _strip_of(entry)),
+        )
+    return table
+
+
+def sum_up(study: Study, entries: Sequence[Entry]) -> str:
+    """One line: cells by state, and what is left."""
+    counts = ", ".join(f"{number} {state}" for state, number in count_states(entries).items())
+    line = f"{study.name}: {len(entries)} cells: {counts}"
+    if all(entry.state in ENDED for entry in entries):
+        return line
+    left = estimate(study.cells, entries)
+    return f"{line}; left: {describe(left)}"
+
+
+def describe(left: Estimate) -> str:
+    """An estimate in words, with where it is from.
+
+    >>> describe(Estimate(7300.0, 2.5e6, "one core of a 2025 server", 0))
+    'about 2.0 h in one slot, 2.5 MB (one core of a 2025 server)'
+    """
+    if left.seconds is None or left.bytes is None:
+        return f"unknown: {left.unknown} cells with data whose size is not known here"
+    words = f"about {describe_time(left.seconds)} in one slot, {left.bytes / 1e6:.1f} MB"
+    more = f", without {left.unknown} cells of unknown size" if left.unknown else ""
+    return f"{words} ({left.basis}{more})"
+
+
+def describe_time(seconds: float) -> str:
+    """A duration with two digits.
+
+    >>> describe_time(42), describe_time(300), describe_time(7300), describe_time(200_000)
+    ('42 s', '5.0 min', '2.0 h', '2.3 d')
+    """
+    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / unit:.{0 if unit == 1 else 1}f} {name}"
+    return f"{seconds / 86_400:.1f} d"
+
+
+def draw_strip(norms: Sequence[float]) -> str:
+    """Norms by block as bars on a logarithmic scale from the smallest to the largest.
+
+    Blocks beyond 27 share a bar, which shows their largest; "×" is not finite, "·" unknown.
+
+    >>> draw_strip([1.0, 10.0, 100.0, float("inf"), float("nan")])
+    '▁▅█×·  2.0'
+    """
+    groups = _share(norms)
+    logs = [math.log10(value) for value in groups if 0 < value < math.inf]
+    low, high = min(logs, default=0.0), max(logs, default=0.0)
+    bars = "".join(_bar(value, low, high) for value in groups)
+    return f"{bars}  {high - low:.1f}" if logs else bars
+
+
+def _bar(value: float, low: float, high: float) -> str:
+    if math.isnan(value):
+        return _UNKNOWN
+    if math.isinf(value):
+        return _BROKEN
+    share = (math.log10(value) - low) / (high - low) if value > 0 and high > low else 0.0
+    return _BARS[min(7, math.floor(share * 7 + 0.5 + 1e-9))]
+
+
+def _share(norms: Sequence[float]) -> list[float]:
+    """At most `_WIDEST` groups of neighbours, each its largest; a NaN only hides in company."""
+    size = -(-len(norms) // _WIDEST) if norms else 1
+    groups = [norms[i : i + size] for i in range(0, len(norms), size)]
+    return [max((v for v in group if not math.isnan(v)), default=math.nan) for group in groups]
+
+
+def _strip_of(entry: Entry) -> str:
+    """The strip of the last recorded step that is committed."""
+    if entry.run is None:
+        return ""
+    try:
+        commit = Commit.read(entry.run / COMMIT)
+        parts = commit.parts("metrics")
+        return (
+            draw_strip(_last_norms(entry.run, parts[-1], commit.files[parts[-1]])) if parts else ""
+        )
+    except (ResdiagError, OSError, ValueError, KeyError):  # replaced while we read: the next frame
+        return ""
+
+
+@lru_cache(maxsize=1024)
+def _last_norms(run: Path, part: str, sha256: str) -> tuple[float, ...]:
+    """Gradient norm at each block's output, from the last step of a segment."""
+    import pyarrow.parquet as pq
+
+    columns = pq.read_table(run / part, columns=["step", "block", "grad_output"]).to_pydict()
+    last = max(columns["step"], default=-1)
+    rows = zip(columns["step"], columns["block"], columns["grad_output"], strict=True)
+    found = sorted((block, value) for step, block, value in rows if step == last)
+    return tuple(math.nan if value is None else float(value) for _, value in found)
+
+
+def _number(value: object, form: str) -> str:
+    """A number of a progress file, where infinity is a word."""
+    if isinstance(value, int | float) and math.isfinite(value):
+        return format(value, form)
+    return str(value) if value in ("inf", "-inf") else ""

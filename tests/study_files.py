@@ -1,0 +1,81 @@
+"""Study files and fake cells for the tests of studies."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+TINY = """
+question = "Do tiny networks learn?"
+seeds = [0, 1]
+[fixed]
+data = "digits"
+width = 0.25
+steps = 6
+batch_size = 16
+commit_every = 2
+record_first = 6
+[grid]
+variant = ["elu", "elu_pre"]
+depth = [8]
+"""
+
+
+def write_study(folder, text=TINY, name="tiny"):
+    path = Path(folder) / f"{name}.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+# -- cells that misbehave, called by the nursery in a process of their own -------------------------
+
+
+def faulty(task):
+    """Real work, after a fault: which one, and how often, says a file beside the study."""
+    from resdiag.study.work import start
+
+    faults = json.loads((Path(task["study"]).parent / "faults.json").read_text())
+    kind = next((kind for part, kind in faults.items() if part in task["cell"]), "none")
+    if kind != "none" and _first_time(task, kind):
+        _FAULTS[kind.removesuffix(" once")]()
+    return start(task)
+
+
+def preload():
+    from resdiag.study.work import preload
+
+    preload()
+
+
+def _first_time(task, kind):
+    """Whether a fault is due: always, or only the first time if it says "once"."""
+    mark = Path(task["runs"]) / f"{task['cell']}.mark"
+    with mark.open("a") as file:
+        file.write("x")
+    return not kind.endswith(" once") or mark.stat().st_size == 1
+
+
+def _hang():
+    while True:
+        time.sleep(60)
+
+
+def _eat():
+    """Memory to the end: what a limit on it does to a process."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
+    held = []
+    while True:
+        held.append(bytearray(2**28))
+
+
+_FAULTS = {
+    "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "hang": _hang,
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "eat": _eat,
+    "exit": lambda: os._exit(7),
+}
