@@ -194,7 +194,7 @@ def plan(
     runs: RunsRoot = Path("runs"),
     data_root: DataRoot = None,
 ) -> None:
-    """Print the command of each missing cell, for any other scheduler: xargs, sbatch, Kubernetes."""
+    """Print the command of each missing cell, for any other scheduler: xargs, sbatch, ..."""
     if form not in FORMATS:
         raise unknown("format", form, FORMATS)
     _check("local", device)
