@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from study_files import TINY, write_study
+from studyfiles import TINY, write_study
 
 from resdiag.cli import app
 from resdiag.errors import ResdiagError, UsageError

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from resdiag.study.failure import LOG, name_signal, write_failure
+from resdiag.study.failure import LOG, name_signal, read_failure, write_failure
 from resdiag.study.progress import PROGRESS
 from resdiag.study.study import Study
 from resdiag.study.work import Task
@@ -64,10 +64,21 @@ class Job:
                 times.append(0)
         return tuple(times)
 
-    def give_up(self, cell: str, code: int, hung: bool) -> None:
-        """Note that a cell died too often without getting on."""
+    def give_up(self, cell: str, code: int, hung: bool = False) -> None:
+        """Note that a cell failed, unless it has said so itself.
+
+        Args:
+            cell: Its id.
+            code: Exit code of its process, negative for a signal.
+            hung: Whether it was killed because it did not get on.
+        """
+        self.say(f"{cell}: failed; see {self.folder(cell) / LOG}")
         patience = self.study.file.resources.patience_s
-        if hung:
+        if code > 0:
+            if read_failure(self.folder(cell)) is None:
+                words = f"ended with exit code {code} and gave no reason"
+                write_failure(self.folder(cell), "error", words, f"see {LOG} in its folder")
+        elif hung:
             words = f"no progress for {patience:g} s, and killed for it"
             write_failure(self.folder(cell), "hung", words, "resources.patience_s is the limit")
         else:

@@ -137,7 +137,7 @@ class Local:
             if not self._stopping:
                 self._waiting.append((time.monotonic() + _AGAIN_S, cell.id))
         elif code > 0:
-            self._job.say(f"{cell.id}: failed; see {self._job.folder(cell.id) / LOG}")
+            self._job.give_up(cell.id, code)
         elif not self._stopping:
             self._strike(cell, code)
 
@@ -147,7 +147,6 @@ class Local:
         self._strikes[cell.id] = 1 if moved else self._strikes.get(cell.id, 0) + 1
         if self._strikes[cell.id] > self._job.study.file.resources.restarts:
             self._job.give_up(cell.id, code, cell.hung)
-            self._job.say(f"{cell.id}: failed; see {self._job.folder(cell.id) / LOG}")
         else:
             what = "hung" if cell.hung else f"died of signal {-code}"
             self._job.say(f"{cell.id}: {what}; started again")

@@ -96,13 +96,13 @@ class _Tasks:
             try:
                 code = self._ray.get(task)
             except (self._ray.exceptions.RayError, OSError) as error:
-                self._job.say(f"{cell}: failed: {type(error).__name__}")
+                self._job.say(f"{cell}: {type(error).__name__}")
                 self._job.give_up(cell, -9, hung)
                 continue
             if code in (STOPPED, 130):  # somebody else's: a worker that is not quite dead yet
                 self._waiting.append((time.monotonic() + _AGAIN_S, cell))
             elif code:
-                self._job.say(f"{cell}: failed; see {self._job.folder(cell)}")
+                self._job.give_up(cell, code)
 
     def _check_hung(self) -> None:
         """Kill the tasks whose cells have begun and have not moved for too long."""
