@@ -98,7 +98,7 @@ def _refusals(model: nn.Module) -> Iterator[str]:
             "DeepSpeed reduces gradients in buffers of its own, where they cannot be read: "
             "train with DistributedDataParallel or fully_shard to watch"
         )
-    for module in model.modules():
+    for module in _modules(model):
         for kind in type(module).__mro__:
             if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch."):
                 yield _WRAPPERS[kind.__name__]
@@ -113,6 +113,11 @@ def _refusals(model: nn.Module) -> Iterator[str]:
                 "tensor parallel: activations are spread over ranks by feature, and no rank has "
                 "a whole channel mean: watch a run with DDP or fully_shard alone"
             )
+
+
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    yield model  # first: a RemoteModule answers modules() with an error of its own
+    yield from model.modules()
 
 
 _WRAPPERS = {
@@ -286,7 +291,7 @@ class Ranks:
             dist.all_reduce(vector, group=self._group)
         except RuntimeError as error:
             raise RanksError(
-                f"rank {self.rank} did not meet the {_listed(self._others())} "
+                f"rank {self.rank} did not meet {_listed(self._others())} "
                 f"({str(error).splitlines()[0]}): call monitor.step() equally often on every "
                 "rank, which uneven inputs under join() do not allow, or "
                 "attach(..., reduce=False) for each rank's own numbers"
