@@ -45,6 +45,17 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+def may_reduce() -> bool:
+    """Whether what rewrites gradients may be a reduction; a DDP of one rank is one too."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def is_reduced(model: nn.Module) -> bool:
+    """Whether a model is a wrapper that averages gradients over several ranks."""
+    group = _group_of(model) if isinstance(model, DistributedDataParallel) else None
+    return group is not None and dist.get_world_size(group) > 1
+
+
 def find_ranks(model: nn.Module) -> "Ranks | None":
     """The ranks that train a model together; None for a single process.
 

@@ -19,7 +19,7 @@ from resdiag.watch.blocks import Block, match_modules
 from resdiag.watch.buffer import Buffer
 from resdiag.watch.catalog import POINTS, RECORDED, RECORDED_PER_STEP, SETS, derive
 from resdiag.watch.compiled import Taps
-from resdiag.watch.distributed import Ranks, find_ranks, unwrap
+from resdiag.watch.distributed import Ranks, find_ranks, is_reduced, may_reduce, unwrap
 from resdiag.watch.dynamo import compiled_parts, is_capturing
 from resdiag.watch.lossscale import LossScale, casts_to_half
 from resdiag.watch.optimizers import OptimizerSteps
@@ -91,7 +91,8 @@ def attach(
             cost.
         reduce: Where several processes train the model together (DDP, `fully_shard`), record the
             numbers of all ranks, the same on each; `attach`, `step` and `close` are then called on
-            every rank, and "local" becomes "reduced". False: each rank records its own.
+            every rank, and "local" becomes "reduced". False: each rank records its own; under a DDP
+            wrapper the parameters' gradients are those of all nevertheless.
         scaler: The loop's `torch.amp.GradScaler`: gradients are recorded without its scale, and
             whether it skipped the step.
         take: Which forward pass of a step to record where there are several (gradient
@@ -138,6 +139,7 @@ def attach(
     if not reduce and is_sharded(inner):
         raise ValueError("reduce=False: the parameters are shards, no rank has a whole gradient")
     ranks = find_ranks(model) if reduce else None
+    reduced = ranks is not None or is_reduced(model)
     if metrics == "core" and example_inputs is not None:
         raise ValueError("example_inputs: compiled passes record metrics='full' only")
     if ranks is not None and example_inputs is not None:
@@ -151,7 +153,7 @@ def attach(
         units,
         lambda step: step < record_first or step % every == 0,
         samples,
-        "reduced" if ranks is not None and point in (None, "local") else point,
+        "reduced" if reduced and point in (None, "local") else point,
         ranks,
         LossScale(scaler),
         take_last=take == "last",
@@ -613,7 +615,7 @@ class Monitor:
     def _point_before_update(self) -> str:
         """The point at which gradients are read now; where the loop rewrote them, `post_clip`."""
         rewritten = self._rewriting.count() > 0
-        if not rewritten or self.point == "post_clip" or self._ranks is not None:
+        if not rewritten or self.point == "post_clip" or may_reduce():
             return self.point  # a reduction over ranks is a rewriting as well
         if self._reading(self.point).has_taken:
             return "post_clip"
