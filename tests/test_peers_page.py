@@ -146,9 +146,27 @@ def test_a_list_of_all_layers_names_no_block():
     assert not trial.names([], ["layer2.10 is large"])
 
 
-def test_wrong_numbers_and_changed_training_are_seen():
+def test_a_changed_training_is_seen():
+    class Touching(tools.Tool):
+        """Changes a gradient a little and draws a random number."""
+
+        def after(self, step, loss):
+            torch.rand(1)
+
+        def gradients(self, step, model):
+            model.fc.bias.grad[0] *= 1.001
+
+    assert trial.find_changes(Touching, trial.stock) == [
+        "weights",
+        "buffers",  # other weights, other activations
+        "random state",
+    ]
+    assert trial.find_changes(tools.Naive, trial.stock) == []
+
+
+def test_a_wrong_number_is_seen():
     class Off(tools.Naive):
-        """Scales a number, and touches a weight."""
+        """Scales a number."""
 
         def values(self):
             seen = super().values()
