@@ -390,8 +390,9 @@ def test_a_branch_that_begins_outside_of_the_adding_module_belongs_to_the_block(
             return self.fusion(x, self.side(x))
 
     model = Outer()
+    x = torch.randn(2, 6)
     with attach(model) as monitor:
-        model(torch.randn(2, 6)).square().sum().backward()
+        model(x).square().sum().backward()
         monitor.step()
     (block,) = monitor.blocks
     assert (block.owner, block.shortcut) == ("fusion", "identity")
@@ -400,3 +401,8 @@ def test_a_branch_that_begins_outside_of_the_adding_module_belongs_to_the_block(
     assert {id(p) for p in parameters} == {id(p) for p in members}
     row = monitor.to_frame().iloc[0]
     assert row.skip_gain == 1
+    with torch.no_grad():  # y = x + W V x: dL/dx = g + g W V, of which g came by the shortcut
+        g = 2 * model(x)
+        total = g + g @ model.fusion.layer.weight @ model.side.weight
+    share = (g * total).sum() / total.square().sum()
+    assert row.shortcut_share == pytest.approx(share.item(), rel=1e-5)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from resdiag.models.inspection import inspect_model
 from resdiag.watch.blocks import find_blocks
 from resdiag.watch.monitor import attach
 
@@ -38,12 +39,97 @@ TIMM = {
 }
 
 
+TORCHVISION = {
+    "resnet18": (8, "2+2+2+2"),
+    "resnet50": (16, "3+4+6+3"),
+    "resnext50_32x4d": (16, "3+4+6+3"),
+    "wide_resnet50_2": (16, "3+4+6+3"),
+    "regnet_y_400mf": (16, "1+3+6+6; gates of squeeze and excitation multiply"),
+    "efficientnet_b0": (9, "16 units but the first of each of 7 stages"),
+    "efficientnet_v2_s": (35, "2+4+4+6+9+15 units but the first of 5 stages"),
+    "convnext_tiny": (18, "3+3+9+3"),
+    "vit_b_16": (24, "12 layers of 2; position embeddings"),
+    "swin_t": (24, "(2+2+6+2) layers of 2; relative position bias"),
+    "swin_v2_t": (24, "(2+2+6+2) layers of 2; relative position bias"),
+    "maxvit_t": (55, "(2+2+5+2) layers: a convolution, 2 of windows, 2 of the grid"),
+    "mobilenet_v2": (10, "1+2+3+4+3+3+1 units but the first of each of 7 stages"),
+    "mobilenet_v3_small": (6, "11 units but the 4 of stride 2 and the one that widens"),
+    "mnasnet0_5": (10, "3+3+3+2+4+1 units but the first of each of 6 stages"),
+    "densenet121": (0, "concatenates"),
+    "vgg11": (0, "plain"),
+    "alexnet": (0, "plain"),
+    "googlenet": (0, "concatenates"),
+    "shufflenet_v2_x0_5": (0, "concatenates and shuffles"),
+}
+
+_TEXT = {"vocab_size": 50}
+_SMALL = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, **_TEXT}
+_TWO = {"num_hidden_layers": 2, **_SMALL}
+_GROUPED = {**_TWO, "num_key_value_heads": 1}
+_PICTURE = {**_TWO, "image_size": 32, "patch_size": 8}
+_GPT = {"n_embd": 16, "n_layer": 2, "n_head": 2, **_TEXT}
+_WIDE = {"d_model": 16, "d_ff": 32, "num_heads": 2, **_TEXT}
+_CODED = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 3, "num_mel_bins": 8, **_TEXT}
+_CODED |= dict.fromkeys(["encoder_attention_heads", "decoder_attention_heads"], 2)
+_CODED |= {"max_source_positions": 50, "pad_token_id": 0, "decoder_start_token_id": 1}
+
+# model type: (configuration, blocks, why that many)
+TRANSFORMERS = {
+    "bert": (_TWO, 2 * 2, "2 layers: attention, MLP; three embeddings are added up"),
+    "distilbert": ({"dim": 16, "n_layers": 2, "n_heads": 2, **_TEXT}, 2 * 2, "attention, MLP"),
+    "roberta": (_TWO, 2 * 2, "2 layers: attention, MLP"),
+    "albert": (_TWO, 2 * 2, "one layer called twice: attention, MLP"),
+    "electra": (_TWO, 2 * 2, "2 layers: attention, MLP"),
+    "modernbert": ({**_SMALL, "num_hidden_layers": 3, "pad_token_id": 0}, 3 * 2, "3 layers"),
+    "gpt2": (_GPT, 2 * 2, "2 layers: attention, MLP"),
+    "opt": (
+        {"word_embed_proj_dim": 16, "ffn_dim": 32, **_TWO},
+        2 * 2,
+        "2 layers: attention, MLP",
+    ),
+    "bloom": (_TWO | {"n_layer": 2, "n_head": 2}, 2 * 2, "2 layers; ALiBi"),
+    "llama": (_GROUPED, 2 * 2, "2 layers: attention, MLP; rotary positions are no residual"),
+    "mistral": (_GROUPED, 2 * 2, "2 layers: attention, MLP"),
+    "gemma": ({**_GROUPED, "head_dim": 8}, 2 * 2, "2 layers: attention, MLP"),
+    "gemma2": ({**_GROUPED, "head_dim": 8}, 2 * 2, "2 layers, normalised on both sides"),
+    "mixtral": ({**_GROUPED, "num_local_experts": 2}, 2 * 2, "2 layers; experts are one branch"),
+    "gpt_neox": (_TWO, 2, "2 layers, attention and MLP in parallel"),
+    "gptj": ({**_GPT, "rotary_dim": 4}, 2, "2 layers, attention and MLP in parallel"),
+    "phi": (_TWO, 2, "2 layers, attention and MLP in parallel"),
+    "falcon": (_TWO, 2, "2 layers, attention and MLP in parallel"),
+    "t5": ({**_WIDE, "d_kv": 8, "num_layers": 2}, 2 * 2 + 2 * 3, "decoders look back as well"),
+    "whisper": (_CODED, 2 * 2 + 3 * 3, "2 layers of 2, 3 of 3; position embeddings"),
+    "vit": (_PICTURE, 2 * 2, "2 layers: attention, MLP; position embeddings"),
+    "clip_vision_model": (_PICTURE, 2 * 2, "2 layers: attention, MLP"),
+    "segformer": ({}, 8 * 2, "(2+2+2+2) layers: attention, MLP; scales are concatenated"),
+    "resnet": ({}, 16, "3+4+6+3"),
+    "mamba": (
+        {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, **_TEXT},
+        2 * 2,
+        "2 layers: x + mixer, in it the state space's own skip C h + D x",
+    ),
+}
+
+
 @pytest.mark.parametrize("name", TIMM)
 def test_the_blocks_of_timm_s_networks(name):
     with torch.device("meta"), torch.no_grad():  # no weights, no arithmetic: only what follows what
         model = timm.create_model(name)
         found = find_blocks(model, torch.zeros(1, *model.pretrained_cfg["input_size"]))
     assert len(found) == TIMM[name][0], TIMM[name][1]
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_the_blocks_of_torchvision_s_networks(name):
+    built = inspect_model(f"torchvision:{name}")
+    assert len(built.blocks) == TORCHVISION[name][0], TORCHVISION[name][1]
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_the_blocks_of_transformers_networks(name):
+    pytest.importorskip("transformers")
+    config, count, reason = TRANSFORMERS[name]
+    assert len(inspect_model(f"transformers:{name}", config).blocks) == count, reason
 
 
 SPELLINGS = {
