@@ -208,6 +208,17 @@ def test_one_broken_number_on_one_rank_is_seen_on_all(ranks):
         assert np.isnan(frame.input_mean.iloc[0])
 
 
+def test_shards_are_read_at_one_point_never_locally(ranks):
+    expected = two_ranks.one_rank("elu_pre", steps=1)["frame"]
+    for rank in ranks:
+        second, named = rank["points"][None], rank["points"]["pre_clip"]
+        assert second["frame"].grad_param_pre_clip.isna().all()
+        assert any("point='pre_clip'" in note for note in second["notes"])
+        # one loss, unclipped: what is read before the clipping is what one rank reads
+        np.testing.assert_allclose(named["frame"].grad_param, expected.grad_param, rtol=1e-6)
+        assert set(named["frame"].point) == {"pre_clip"}
+
+
 def script():
     (found,) = re.findall(r"^```python\n(.*?)^```$", HOWTO.read_text("utf-8"), re.M | re.S)
     return found

@@ -215,6 +215,24 @@ def joined(rank):
     return {"notes": monitor.notes}
 
 
+def points(rank):
+    """Gradients of shards read at a second point, and at one named to `attach`."""
+    out = {}
+    for point in (None, "pre_clip"):
+        model = shard(make_model("elu_pre"), mesh_of())
+        images, labels = (t.split(3)[rank] for t in make_batch(0))
+        optimizer = make_optimizer(model)
+        monitor = attach(model, optimizer=optimizer, samples=None, point=point)
+        F.cross_entropy(model(images), labels).backward()
+        monitor.read_gradients("pre_clip")
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        optimizer.step()
+        monitor.step()
+        out[point] = {"frame": monitor.to_frame(), "notes": monitor.notes}
+        monitor.close()
+    return out
+
+
 def refused(rank):
     """Messages of what is refused at once."""
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -299,7 +317,7 @@ CASES = {
     ("elu_pre", "ddp", "unwatched"): (many_ranks, "elu_pre", "ddp", {"monitored": False}),
     ("vit", "fsdp", "unwatched"): (many_ranks, "vit", "fsdp", {"monitored": False}),
     **{case.__name__: (case,) for case in (absent, unreduced, strangers, stages, joined, refused)},
-    **{case.__name__: (case,) for case in (collectives, own, broken, late, lonely)},
+    **{case.__name__: (case,) for case in (collectives, own, broken, points, late, lonely)},
 }
 
 

@@ -663,6 +663,13 @@ class Monitor:
         for point, norms in self._norms.items():
             per_block, total = norms.gradients()
             if point != self.point:
+                if norms.has_taken and self._pool is not None and self._pool.sharded:
+                    per_block, total = per_block * math.nan, total * math.nan
+                    self._note(
+                        "parameters are shards, whose gradients are added up at one point only: "
+                        f"grad_param_{point} is NaN; to record that one, attach(..., "
+                        f"point='{point}')"
+                    )
                 if norms.has_taken:
                     self._extra.append((self._step, point, per_block, total))
                 continue
