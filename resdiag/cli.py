@@ -7,6 +7,7 @@ from resdiag.commands.explain import explain
 from resdiag.commands.export import export
 from resdiag.commands.inspect import inspect
 from resdiag.commands.plot import plot
+from resdiag.commands.predict import predict
 from resdiag.commands.probe import probe
 from resdiag.commands.run import run
 from resdiag.commands.study import study_app
@@ -28,7 +29,7 @@ app = App(
     add_completion=True,
 )
 app.callback()(print_help)
-for command in (run, plot, explain, inspect, export, probe, variants, metrics, version):
+for command in (run, plot, explain, inspect, export, predict, probe, variants, metrics, version):
     app.command()(command)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")
