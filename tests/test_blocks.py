@@ -406,3 +406,76 @@ def test_a_branch_that_begins_outside_of_the_adding_module_belongs_to_the_block(
         total = g + g @ model.fusion.layer.weight @ model.side.weight
     share = (g * total).sum() / total.square().sum()
     assert row.shortcut_share == pytest.approx(share.item(), rel=1e-5)
+
+
+# -- what a block says of itself -------------------------------------------------------------------
+
+
+def test_pre_and_post_activation_are_told_apart():
+    orders = {
+        variant: {b.order for b in find_blocks(build_model(variant, 8), torch.zeros(2, 3, 32, 32))}
+        for variant in ("original", "elu", "elu_pre", "relu_pre", "elu_after", "no_relu")
+    }
+    assert orders == {
+        "original": {"post"},
+        "elu": {"none"},
+        "elu_pre": {"pre"},
+        "relu_pre": {"pre"},
+        "elu_after": {"post"},
+        "no_relu": {"none"},
+    }
+    found = find_blocks(models.resnet18(), torch.zeros(1, 3, 64, 64))
+    assert {block.order for block in found} == {"post"}
+
+
+def test_branch_and_shortcut_name_the_modules_that_return_them():
+    blocks = find_blocks(models.resnet18(), torch.zeros(1, 3, 64, 64))
+    assert [b.branch_module for b in blocks[:3]] == ["layer1.0.bn2", "layer1.1.bn2", "layer2.0.bn2"]
+    assert blocks[2].shortcut_module == "layer2.0.downsample"
+    assert blocks[0].branch == ("conv2d", "batch_norm", "relu", "conv2d", "batch_norm")
+
+
+class Channelled(torch.nn.Module):
+    """One block on (N, H, W, C), as ConvNeXt and Swin have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up = torch.nn.LayerNorm(5), torch.nn.Linear(5, 20)
+        self.down = torch.nn.Linear(20, 5)
+
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+def test_channels_are_where_the_operations_have_them():
+    torch.manual_seed(0)
+    model, x = Channelled(), torch.randn(3, 7, 6, 5)
+    with attach(model, samples=None) as monitor:
+        out = model(x)
+        out.square().mean().backward()
+        monitor.step()
+    (block,) = monitor.blocks
+    assert (block.features, block.channels, block.order) == (3, 5, "pre")
+    row = monitor.to_frame().iloc[0]
+    mu = out.detach().double().mean((0, 1, 2))
+    spread = out.detach().double().var((0, 1, 2), unbiased=False)
+    assert row.output_channel_mean_rms == pytest.approx(mu.square().mean().sqrt().item(), rel=1e-5)
+    assert row.output_channel_std == pytest.approx(spread.mean().sqrt().item(), rel=1e-5)
+
+
+class Flattening(torch.nn.Module):
+    """Two blocks of one width, the second on a view that merges batch and positions, as in OPT."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = x + self.one(x)
+        flat = x.reshape(-1, 4)
+        return (flat + self.two(flat)).view(x.shape)
+
+
+def test_a_view_of_the_same_channels_begins_no_stage():
+    blocks = find_blocks(Flattening(), torch.randn(2, 3, 4))
+    assert [(b.stage, b.transition, b.channels) for b in blocks] == [(0, False, 4), (0, False, 4)]

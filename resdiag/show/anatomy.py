@@ -82,7 +82,8 @@ def _sign(row: Row) -> tuple[object, ...]:
     """What has to be equal in blocks that are shown once."""
     block = row.block
     plain = {**block.to_dict(), "index": 0, "shape": tuple(block.shape)}
-    numberless = {key: re.sub(r"\d+", "*", str(plain[key])) for key in ("name", "owner")}
+    named = ("name", "owner", "branch_module", "shortcut_module")
+    numberless = {key: re.sub(r"\d+", "*", str(plain[key])) for key in named}
     return (*sorted((key, str(value)) for key, value in {**plain, **numberless}.items()),
             row.parameters)  # fmt: skip
 
@@ -129,6 +130,7 @@ def _cells(first: Row, last: Row) -> list[str]:
         name,
         {"none": "no shortcut"}.get(block.shortcut, block.shortcut),
         f"after-add {block.after_add}",
+        {"none": ""}.get(block.order, f"{block.order}-activation"),
         f"{words_of(first.parameters)} parameters",
         "transition" if block.transition else "",
     ]

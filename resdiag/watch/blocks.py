@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -27,6 +27,14 @@ class Block:
         shortcut: "identity" (no parameters), "projection" or "none" (a unit without addition).
         after_add: f as the names of its functions joined by "-", or "none".
         shape: Shape of the sum without the batch dimension.
+        order: Where the block's activation or normalisation stands (He et al. 2016,
+            arXiv:1603.05027): "pre" before the branch's first weights, "post" after the addition,
+            "both", or "none".
+        branch: The operations on the branch by name, in order.
+        branch_module: The module whose output F(x) is, "" if it is none's.
+        shortcut_module: The same for h(x).
+        features: Dimension of the channels in the sum, batch dimension counted; None if nothing
+            said it and the usual place is assumed.
     """
 
     index: int
@@ -37,15 +45,20 @@ class Block:
     shortcut: str
     after_add: str
     shape: tuple[int, ...]
+    order: str = "none"
+    branch: tuple[str, ...] = ()
+    branch_module: str = ""
+    shortcut_module: str = ""
+    features: int | None = None
 
     @property
     def channels(self) -> int:
         """Channels of the sum."""
-        return self.shape[channel_dimension(torch.empty(1, *[0] * len(self.shape))) - 1]
+        return self.shape[channel_dimension(len(self.shape) + 1, self.features) - 1]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**asdict(self), "shape": list(self.shape)}
+        return {**asdict(self), "shape": list(self.shape), "branch": list(self.branch)}
 
 
 class Anatomy:
@@ -58,37 +71,52 @@ class Anatomy:
         self.blocks: list[Block] = []
         self.parameters: list[list[nn.Parameter]] = []
         self.rows: dict[tuple[str, int], int] = {}
+        self._extent: tuple[int, int] | None = None  # of the last block
 
-    def add_block(self, addition: Addition, *, inputs: Sequence[int] | None) -> int:
-        """Add a residual block when its sum is there; returns its row."""
-        assert addition.sum is not None
-        kind = "projection" if addition.shortcut_count else "identity"
+    def add_block(self, addition: Addition) -> int:
+        """Add a residual block when its operands are there; returns its row."""
+        about = {
+            "shortcut": "projection" if addition.shortcut_count else "identity",
+            "order": _order(addition),
+            "branch": tuple(call.name for call in addition.calls),
+            "branch_module": addition.branch_module,
+            "shortcut_module": addition.shortcut_module,
+            "features": addition.features,
+        }
         return self._add(
-            addition.owner, addition.ordinal, tuple(addition.sum.shape[1:]), kind, inputs
+            addition.owner, addition.ordinal, addition.origin, addition.shortcut, about
         )
 
     def add_unit(self, owner: str, ordinal: int, x: Tensor, output: Tensor) -> int:
         """Add a module without a residual addition; returns its row."""
-        return self._add(owner, ordinal, tuple(output.shape[1:]), "none", tuple(x.shape[1:]))
+        return self._add(owner, ordinal, x, output, {"shortcut": "none"})
 
     def finish(self, row: int, after: tuple[Call, ...], parameters: list[nn.Parameter]) -> None:
         """Complete a block at its end: its after-add and its parameters."""
         names = "-".join(call.name for call in after) or "none"
-        self.blocks[row] = Block(**{**self.blocks[row].__dict__, "after_add": names})
+        block, acts = self.blocks[row], any(c.is_activation or c.is_normalisation for c in after)
+        order = {"pre": "both", "none": "post"}.get(block.order, block.order)
+        order = order if acts else block.order
+        self.blocks[row] = replace(block, after_add=names, order=order)
         self.parameters[row] = list({id(p): p for p in parameters}.values())
 
     def _add(
         self,
         owner: str,
         ordinal: int,
-        shape: tuple[int, ...],
-        shortcut: str,
-        inputs: Sequence[int] | None,
+        x: Tensor | None,
+        output: Tensor,
+        about: dict[str, Any],
     ) -> int:
         row = len(self.blocks)
         before = self.blocks[-1] if self.blocks else None
-        changed = inputs is not None and tuple(inputs) != shape
-        moved = before is not None and before.shape != shape
+        features = about.get("features")
+        extent = _extent(output, features)
+        entered = extent
+        if x is not None:
+            entered = _extent(x, features if x.dim() == output.dim() else None)
+        moved = before is not None and self._extent != extent
+        self._extent = extent
         stage = 0 if before is None else before.stage + moved
         name = f"{owner}#{ordinal}" if ordinal else owner
         self.blocks.append(
@@ -97,15 +125,30 @@ class Anatomy:
                 name=name or f"#{ordinal}",
                 owner=owner,
                 stage=stage,
-                transition=changed or moved,
-                shortcut=shortcut,
+                transition=moved or entered != extent,
                 after_add="none",
-                shape=shape,
+                shape=tuple(output.shape[1:]),
+                **about,
             )
         )
         self.parameters.append([])
         self.rows[owner, ordinal] = row
         return row
+
+
+def _order(addition: Addition) -> str:
+    """The word "pre" if the branch is normalised or activated before its first weights, else "none"."""
+    for call in addition.calls:
+        if call.is_activation or call.is_normalisation:
+            return "pre"
+        if call.is_transform:
+            break
+    return "none"
+
+
+def _extent(x: Tensor, features: int | None) -> tuple[int, int]:
+    """Channels and elements: a view that merges batch and positions changes neither."""
+    return (x.shape[channel_dimension(x.dim(), features)] if x.dim() else 1), x.numel()
 
 
 class _Finder:
@@ -120,8 +163,7 @@ class _Finder:
     def added(self, addition: Addition) -> None:
         if addition.extends:
             return
-        origin = addition.origin
-        self.anatomy.add_block(addition, inputs=None if origin is None else origin.shape[1:])
+        self.anatomy.add_block(addition)
 
     def closed(self, addition: Addition, output: Tensor) -> None:
         row = self.anatomy.rows[addition.owner, addition.ordinal]

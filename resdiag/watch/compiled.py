@@ -25,7 +25,6 @@ from resdiag.watch.recorder import (
     _OUTPUT_GRADIENT,
     _SITE_COLUMNS,
     Recorder,
-    _others,
     _saturated,
 )
 from resdiag.watch.skip import COLUMNS, SkipPath
@@ -205,7 +204,7 @@ def _write_head(target: Tensor, x: Tensor) -> None:
 def _moments(x: Tensor) -> Tensor:
     """Channel means, second moment, non-finite fraction: no look at a value, float64 throughout."""
     x = x if x.dim() > 1 else x.reshape(1, -1)
-    channel = metrics.channel_dimension(x)
+    channel = metrics.channel_dimension(x.dim())
     wide = x.double()
     mean = wide.mean([d for d in range(x.dim()) if d != channel])
     rest = torch.stack([wide.square().mean(), x.isfinite().logical_not().double().mean()])
@@ -516,7 +515,7 @@ class Taps:
             gates = [_closed(call, x) for call, x in heads if x is not None]
             if not gates or len(gates) < len(heads):
                 continue
-            counts = [gate.sum(_others(gate)) for gate in gates]
+            counts = [gate.sum(_others(gate.dim())) for gate in gates]
             sizes = [gate.numel() // len(count) for gate, count in zip(gates, counts, strict=True)]
             dead = [(count == size) + 0 * count for count, size in zip(counts, sizes, strict=True)]
             closed = torch.cat(counts).sum() / sum(gate.numel() for gate in gates)
@@ -576,3 +575,8 @@ def _lost(site: str, without_after: bool) -> tuple[str, ...]:
     if site == "output":
         return _OUTPUT_GRADIENT
     return ("grad_sum", *_OUTPUT_GRADIENT) if without_after else ("grad_sum",)
+
+
+def _others(dims: int) -> tuple[int, ...]:
+    """All dimensions but that of the channels."""
+    return tuple(d for d in range(dims) if d != metrics.channel_dimension(dims))

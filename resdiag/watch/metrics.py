@@ -119,7 +119,8 @@ def statistics(x: Tensor) -> Tensor:
 
     Args:
         x: (N, C), (N, C, H, W), (N, C, T, H, W) or (N, T, C): channels are dimension 1, but the
-            last one of a 3-d tensor; (C,) is one sample.
+            last one of a 3-d tensor; (C,) is one sample. A monitor knows other places from the
+            operations that made a tensor, e.g. (N, H, W, C).
 
     Returns:
         float64 tensor (7,), see `STATISTICS`; units of `x` but for the last, a fraction. NaN for an
@@ -149,15 +150,17 @@ class Sums(NamedTuple):
     broken: Scalar
 
 
-def reduce(x: Tensor, per_channel: Tensor | None = None) -> Sums:
+def reduce(x: Tensor, per_channel: Tensor | None = None, features: int | None = None) -> Sums:
     """Read a tensor once for its channel sums and once for its norm; the rest can wait.
 
     Args:
         x: The tensor.
         per_channel: Its channel sums (C,) if they are known; used while `x` is finite.
+        features: The dimension of the channels, None for the usual place.
     """
     x = x.detach() if x.dim() > 1 else x.detach().reshape(1, -1)
-    channels = x.shape[channel_dimension(x)]
+    at = channel_dimension(x.dim(), features)
+    channels = x.shape[at]
     if not x.numel():
         nan = torch.full((channels,), math.nan, dtype=torch.float64, device=x.device)
         return Sums(nan, 1, math.nan, None, math.nan)
@@ -165,13 +168,13 @@ def reduce(x: Tensor, per_channel: Tensor | None = None) -> Sums:
     count = x.numel() // channels
     sums = per_channel
     if sums is None or not _is_fast(x) or not size < _TRUSTED[1]:
-        sums = _channel_sums(x, size)
+        sums = _channel_sums(x, size, at)
     second = size * size / x.numel()
     if not isinstance(second, float) or not math.isfinite(second):
         return Sums(sums, count, second, None, nonfinite_fraction(x))
     squared = _look(torch.dot(sums, sums)) / (channels * count**2)
     cancelled = second - squared < _CANCELLED * second
-    return Sums(sums, count, second, _centred_second_moment(x) if cancelled else None, 0.0)
+    return Sums(sums, count, second, _centred_second_moment(x, at) if cancelled else None, 0.0)
 
 
 def reduce_normalised(x: Tensor) -> Sums | None:
@@ -339,9 +342,11 @@ def _itself(x: Tensor) -> Tensor:
     return x
 
 
-def channel_dimension(x: Tensor) -> int:
-    """The dimension that holds channels: 1 of a 2-d, 4-d or 5-d tensor, else the last."""
-    return 1 if x.dim() in (2, 4, 5) else x.dim() - 1
+def channel_dimension(dims: int, known: int | None = None) -> int:
+    """The dimension that holds channels: the known one, else 1 of 2, 4 or 5, else the last."""
+    if known is not None and 0 < known < dims:
+        return known
+    return 1 if dims in (2, 4, 5) else max(0, dims - 1)
 
 
 def _is_fast(x: Tensor) -> bool:
@@ -381,9 +386,9 @@ def _look(value: Tensor) -> float:
     return float(value.numpy())
 
 
-def _channel_sums(x: Tensor, size: Scalar) -> Tensor:
+def _channel_sums(x: Tensor, size: Scalar, at: int) -> Tensor:
     """Sums over all but the channels (C,), in float64 where float32 could overflow."""
-    reduced = tuple(d for d in range(x.dim()) if d != channel_dimension(x))
+    reduced = tuple(d for d in range(x.dim()) if d != at)
     if not on_host(x.device):
         return x.sum(reduced, dtype=torch.float64)
     if _is_fast(x) and not size >= _TRUSTED[1]:
@@ -391,10 +396,10 @@ def _channel_sums(x: Tensor, size: Scalar) -> Tensor:
     return x.double().sum(reduced)
 
 
-def _centred_second_moment(x: Tensor) -> Scalar:
+def _centred_second_moment(x: Tensor, at: int) -> Scalar:
     """mean_c sigma_c^2 by the two-pass formula, for means far larger than the spread."""
     wide = x.double()
-    reduced = tuple(d for d in range(x.dim()) if d != channel_dimension(x))
+    reduced = tuple(d for d in range(x.dim()) if d != at)
     spread = (wide - wide.mean(reduced, keepdim=True)).square().mean()
     return _look(spread) if on_host(x.device) else spread
 

@@ -70,7 +70,7 @@ class Trail:
     @property
     def channels(self) -> int:
         """Channels as `metrics.reduce` counts them."""
-        return self.shape[channel_dimension(torch.empty(self.shape, device="meta"))]
+        return self.shape[channel_dimension(len(self.shape))]
 
     def value_port(self) -> Port | None:
         """A port at which its values can be read."""
@@ -301,7 +301,7 @@ class _Walk(TorchFunctionMode):
             self._keys[id(addition)] = (0, 0), (0, 0)
         self._routes.append(route)
         addition.sum = addition.branch  # same shape; the sum itself is not there yet
-        self.anatomy.add_block(addition, inputs=None if origin is None else origin.shape[1:])
+        self.anatomy.add_block(addition)
         addition.sum = None
 
     def added(self, addition: Addition) -> None:

@@ -293,12 +293,7 @@ class Recorder:
         if row is None and self._fixed:
             self.strangers += 1
         elif row is None:
-            origin = addition.origin
-            addition.sum = addition.branch  # same shape; the sum itself is not there yet
-            row = self.anatomy.add_block(
-                addition, inputs=None if origin is None else tuple(origin.shape[1:])
-            )
-            addition.sum = None
+            row = self.anatomy.add_block(addition)
             self._cells.reserve(row + 1, addition.branch.device)
         return row
 
@@ -347,8 +342,15 @@ class Recorder:
         """Read as little of a site's tensor as its statistics need."""
         if site == "sum":  # a channel's sum over h + F is that over h plus that over F
             branch, shortcut = self._reduced[row, "branch"], self._reduced[row, "shortcut"]
-            return metrics.reduce(x, branch.per_channel + shortcut.per_channel)
-        return metrics.reduce_normalised(x) or metrics.reduce(x)
+            if branch.per_channel.shape == shortcut.per_channel.shape:
+                known = branch.per_channel + shortcut.per_channel
+                return metrics.reduce(x, known, self._features(row, x))
+        return metrics.reduce_normalised(x) or metrics.reduce(x, None, self._features(row, x))
+
+    def _features(self, row: int, x: Tensor) -> int | None:
+        """The dimension of the channels in a tensor of a block, None if nothing said it."""
+        block = self.anatomy.blocks[row]
+        return block.features if x.dim() == len(block.shape) + 1 else None
 
     def _find(self, x: Tensor) -> tuple[int, str] | None:
         """Row and site at which `x`, unchanged since, was measured."""
@@ -389,7 +391,9 @@ class Recorder:
     def _write_gates(self) -> None:
         """Saturated and dead fractions over the activations that ran inside each block."""
         slot = self._cells.slot
-        counted = _count_closed(gate for _, gates in self._inside for gate in gates)
+        counted = _count_closed(
+            (gate, self._features(row, gate)) for row, gates in self._inside for gate in gates
+        )
         for row, gates in self._inside:
             counts = [counted[id(gate)] for gate in gates]
             sizes = [gate.numel() for gate in gates]
@@ -577,14 +581,14 @@ def _saturated(call: Call, x: Tensor) -> Tensor:
     return metrics.slope(call, x).abs() < metrics.SATURATED_SLOPE
 
 
-def _count_closed(gates: Iterable[Tensor]) -> dict[int, Tensor]:
+def _count_closed(gates: Iterable[tuple[Tensor, int | None]]) -> dict[int, Tensor]:
     """Closed units per channel of each gate, those of one shape counted at once."""
-    alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
-    for gate in gates:
-        alike[gate.shape].append(gate)
+    alike: dict[tuple[torch.Size, int], list[Tensor]] = defaultdict(list)
+    for gate, features in gates:
+        alike[gate.shape, metrics.channel_dimension(gate.dim(), features)].append(gate)
     counted: dict[int, Tensor] = {}
-    for same in alike.values():
-        others = tuple(d + 1 for d in _others(same[0]))
+    for (shape, at), same in alike.items():
+        others = tuple(d + 1 for d in range(len(shape)) if d != at)
         closed = torch.stack(same).count_nonzero(others) if others else torch.stack(same).long()
         counted |= {id(gate): count for gate, count in zip(same, closed.unbind(), strict=True)}
     return counted
@@ -595,8 +599,3 @@ def _total(counts: Sequence[Tensor]) -> metrics.Scalar:
     if metrics.on_host(counts[0].device):
         return float(sum(int(count.numpy().sum()) for count in counts))
     return torch.cat([count.reshape(-1) for count in counts]).sum(dtype=torch.float64)
-
-
-def _others(x: Tensor) -> tuple[int, ...]:
-    """All dimensions but that of the channels."""
-    return tuple(d for d in range(x.dim()) if d != metrics.channel_dimension(x))
