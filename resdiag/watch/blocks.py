@@ -137,7 +137,7 @@ class Anatomy:
 
 
 def _order(addition: Addition) -> str:
-    """The word "pre" if the branch is normalised or activated before its first weights, else "none"."""
+    """The word "pre" where the branch begins with a normalisation or an activation."""
     for call in addition.calls:
         if call.is_activation or call.is_normalisation:
             return "pre"
