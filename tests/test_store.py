@@ -302,9 +302,10 @@ def test_of_racing_processes_exactly_one_writes(tmp_path):
                 os._exit(9)
 
             in_child(leave)
-        go, done, results = time.time() + 0.03, os.pipe(), []
+        go, done, end = time.time() + 0.03, os.pipe(), os.pipe()
         for _ in range(3):
             if os.fork() == 0:
+                os.close(end[1])
                 try:
                     time.sleep(max(0, go - time.time()))
                     open_writer(root)
@@ -312,11 +313,17 @@ def test_of_racing_processes_exactly_one_writes(tmp_path):
                 except BusyError:
                     os.write(done[1], b"busy ")
                 finally:
-                    time.sleep(0.1)  # alive while the others try
+                    os.read(end[0], 1)  # alive until all have tried
                     os._exit(0)
+        os.close(done[1])
+        results = b""
+        while len(results.split()) < 3 and (more := os.read(done[0], 100)):
+            results += more
+        for descriptor in (end[1], end[0], done[0]):
+            os.close(descriptor)
         for _ in range(3):
             os.wait()
-        results = os.read(done[0], 100).split()
+        results = results.split()
         assert sorted(results) == [b"busy", b"busy", b"won"]
 
 
