@@ -1,0 +1,99 @@
+"""Lesions: what they change, what they do not, and the effects that theory expects."""
+
+import json
+import math
+
+import pytest
+import torch
+from tiny_training import tiny_config, tiny_data, train
+
+from resdiag.cli import app
+from resdiag.errors import UsageError
+from resdiag.explain.theory import predict
+from resdiag.models.variants import VARIANTS
+from resdiag.study.lesions import LESIONS, check_lesion, run_arm, run_lesions
+
+
+def config(variant, depth=20, **changes):
+    plain = {"variant": VARIANTS[variant].id, "depth": depth, "batch_size": 16, "lr": 0.1}
+    return tiny_config(**{**plain, "width": 1.0, **changes})
+
+
+def test_the_control_arm_is_the_plain_run_bit_for_bit(tmp_path):
+    training, status, _ = train(tmp_path, steps=4)
+    assert status == "done"
+    arm = run_arm(tiny_config(steps=4), tiny_data(), steps=4)
+    trained = training.model.state_dict()
+    assert trained.keys() == arm.weights.keys()
+    assert all(torch.equal(trained[name], value) for name, value in arm.weights.items())
+
+
+@pytest.mark.parametrize("variant", ["elu_nobn", "elu_pre"])
+def test_normalisation_before_the_addition_removes_the_explosion(variant):
+    (effect,) = run_lesions(config(variant), tiny_data(), ["bn_before_add"], seeds=2, steps=6)
+    for old, new in zip(effect.control, effect.changed, strict=True):
+        assert not old.survived
+        assert new.survived
+        # BatchNorm's branch adds 1 to E[H^2]: the theory of d, whatever the branch was
+        assert new.growth < old.growth
+        assert new.batches[: len(old.batches)] == old.batches
+    assert effect.confirmed
+    assert "confirmed" in effect.describe(0.1)
+
+
+def test_removing_the_after_add_activation_of_c_restores_the_skip_path():
+    (effect,) = run_lesions(config("elu_after"), tiny_data(), ["no_after_add"], seeds=1, steps=1)
+    assert effect.changed[0].skip_gain == 1
+    theory = predict("c", 20).skip_gain[-1]
+    assert effect.control[0].skip_gain == pytest.approx(theory, rel=0.2)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_lesion_runs_or_is_refused_on_every_variant(variant):
+    small = config(variant, depth=8, width=0.25, batch_size=8, lr=0.001)
+    control = run_arm(small, tiny_data(), steps=2)
+    for name in LESIONS:
+        if LESIONS[name].row(VARIANTS[variant]) is None:
+            with pytest.raises(UsageError, match="nothing to change"):
+                check_lesion(name, variant)
+            continue
+        lesion = check_lesion(name, variant)
+        arm = run_arm(small, tiny_data(), lesion, steps=2)
+        assert arm.batches == control.batches
+        assert math.isfinite(arm.losses[-1])
+        same = arm.weights.keys() == control.weights.keys() and all(
+            torch.equal(value, control.weights[key]) for key, value in arm.weights.items()
+        )
+        assert not same, name
+
+
+def test_a_remedy_that_does_not_work_is_not_confirmed():
+    (effect,) = run_lesions(config("elu_pre"), tiny_data(), ["warmup"], seeds=1, steps=12)
+    assert not effect.control[0].survived
+    assert not effect.confirmed
+    assert effect.describe(0.1).endswith("not confirmed")
+
+
+def test_unknown_lesions_are_refused():
+    with pytest.raises(UsageError, match="bn_before_add"):
+        check_lesion("bn_before_ad", "b")
+    with pytest.raises(UsageError, match="nothing to change"):
+        check_lesion("no_after_add", "d")
+
+
+def test_explain_proves_what_its_verdict_proposes(tmp_path, capsys):
+    words = "run --variant b --depth 20 --data digits --batch-size 16 --steps 4 -q --json --runs"
+    assert app.run([*words.split(), str(tmp_path)]) == 0
+    folder = json.loads(capsys.readouterr().out)["run"]
+    words = ["explain", folder, "--lesion", "--seeds", "1", "--lesion-steps", "6"]
+    assert app.run([*words, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    effects = {effect["name"]: effect for effect in document["lesions"]}
+    assert document["verdict"]["name"] == "exploded_at_init"
+    assert effects["bn_before_add"]["confirmed"] is True
+    assert list(effects) == ["bn_before_add", "skipinit", "swap_activation", "lower_lr"]
+    assert app.run([*words, "bn_before_add"]) == 0
+    out = capsys.readouterr().out
+    assert "inserting BN before the addition: growth per block" in out
+    assert app.run([*words, "bn_before_ad"]) == 2
+    assert app.run(["explain", folder, "bn_before_add"]) == 2
