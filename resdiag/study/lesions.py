@@ -225,11 +225,12 @@ class Effect:
         """One line: what was changed, its effect with the range over seeds, confirmed or not."""
         before, after = (sum(arm.survived for arm in arms) for arms in (self.control, self.changed))
         count = len(self.control)
+        rate = "" if self.name in ("lower_lr", "warmup") else f"lr {lr:g} "
         growths = [_spread([arm.growth for arm in arms]) for arms in (self.control, self.changed)]
         losses = [_spread([a.losses[-1] for a in arms]) for arms in (self.control, self.changed)]
         return (
             f"{LESIONS[self.name].words}: growth per block {growths[0]} -> {growths[1]}, survives "
-            f"lr {lr:g} in {before} -> {after} of {count} seeds, last loss {losses[0]} -> "
+            f"{rate}in {before} -> {after} of {count} seeds, last loss {losses[0]} -> "
             f"{losses[1]}: {'confirmed' if self.confirmed else 'not confirmed'}"
         )
 
