@@ -5,8 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from studyfiles import TINY, write_study
 from tiny_training import digest
@@ -14,13 +16,14 @@ from tiny_training import digest
 from resdiag.cli import app
 from resdiag.runs.lock import Lock
 from resdiag.study.engines.job import Job
-from resdiag.study.engines.local import Local
+from resdiag.study.engines.local import Local, find_slots
 from resdiag.study.ledger import read_entry, read_ledger
 from resdiag.study.study import load_study
 from resdiag.study.work import Task, work
 
 HERE = Path(__file__).resolve().parent
 CORE = {"CUDA_VISIBLE_DEVICES": ""}
+PATIENT = "[resources]\nrestarts = 1\npatience_s = 10\n"
 
 
 def run_local(root, text=TINY, *, slots=2, target=None, faults=None):
@@ -138,3 +141,179 @@ def test_cells_end_alike_whatever_the_number_of_slots(undisturbed, tmp_path):
     assert set(states(undisturbed).values()) == {"done"}
     job, _ = run_local(tmp_path, slots=1)
     assert digests(job) == digests(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_fault_of_one_cell_does_not_disturb_the_others(undisturbed, tmp_path):
+    """Killed and crashed for good, hung for good, out of memory, and one that recovers."""
+    text = TINY.replace("seeds = [0, 1]", "seeds = [0, 1, 2]") + PATIENT
+    faults = {
+        "elu-d8-s0": "segfault", "elu-d8-s1": "killed once", "elu_pre-d8-s0": "hang",
+        "elu_pre-d8-s2": "eat", "elu-d8-s2": "stop once",
+    }  # fmt: skip
+    job, said = run_local(tmp_path, text, target="studyfiles:faulty", faults=faults)
+    found = {id[: id.rindex("-")]: state for id, state in states(job).items()}
+    assert found == {
+        "elu-d8-s0": "failed", "elu-d8-s1": "done", "elu-d8-s2": "done",
+        "elu_pre-d8-s0": "failed", "elu_pre-d8-s1": "done", "elu_pre-d8-s2": "failed",
+    }  # fmt: skip
+    messages = {entry.id: entry.message for entry in read_ledger(job.study, job.runs)}
+    assert any("SIGSEGV" in message for message in messages.values())
+    assert any("no progress for 10 s" in message for message in messages.values())
+    assert sum("started again" in line for line in said) == 4
+    undamaged = digests(job)
+    assert {id: undamaged[id] for id in digests(undisturbed) if id in undamaged}.items() <= digests(
+        undisturbed
+    ).items()
+    for cell, expected in digests(undisturbed).items():  # and failed cells can be tried again
+        if cell not in undamaged and "elu-d8" in cell:
+            words = ["study", "retry", str(tmp_path / "tiny.toml"), cell, "--slots", "1"]
+            assert app.run([*words, "--runs", str(job.runs), "--device", "cpu", "-q"]) == 3
+            assert digest(read_entry(job.folder(cell)).run) == expected
+
+
+def test_a_diverging_cell_is_a_result_and_a_mistake_of_the_cell_is_said(tmp_path, capsys):
+    text = TINY.replace("seeds = [0, 1]", "seeds = [0]").replace(
+        "[grid]", '[[include]]\nvariant = "relu_nobn"\ndepth = 8\nlr = 1e6\n'
+        '[[include]]\nvariant = "plain"\ndepth = 8\ndata = "folder:nowhere"\n[grid]',
+    )  # fmt: skip
+    job, _ = run_local(tmp_path, text)
+    assert sorted(states(job).values()) == ["diverged", "done", "done", "failed"]
+    failed = next(entry for entry in read_ledger(job.study, job.runs) if entry.state == "failed")
+    assert "nowhere" in failed.message
+    words = ["study", "run", str(tmp_path / "tiny.toml"), "--runs", str(job.runs)]
+    assert app.run([*words, "--device", "cpu"]) == 3  # nothing is left but the failed one
+    printed = capsys.readouterr()
+    assert "1 cells failed before; `resdiag study retry` tries them again" in printed.err
+
+
+def driver(root, path, *more):
+    """`resdiag study run` in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(HERE.parent / "cli.py"), "study", "run", str(path), "--runs",
+         str(root / "runs"), "--device", "cpu", "--slots", "2", *more],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def disturb(root, text, kills, seed=0):
+    """Kill -9 the driver at random moments, each time with cells at work; end it in peace."""
+    import random
+
+    draw = random.Random(seed)
+    path = write_study(root, text)
+    study, runs = load_study(str(path)), root / "runs"
+    killed = 0
+    while killed < kills:
+        process = driver(root, path)
+        wait_for(lambda one=process: _running(study, runs) or one.poll() is not None)
+        time.sleep(draw.uniform(0, 0.6))
+        family = (
+            psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        )
+        process.kill()
+        process.wait()
+        killed += 1
+        _, alive = psutil.wait_procs(family, timeout=5)
+        assert not [one for one in alive if one.is_running() and one.status() != "zombie"]
+        if all(entry.state == "done" for entry in read_ledger(study, runs)):
+            break
+    assert driver(root, path).wait(120) == 0
+    return study, runs, killed
+
+
+def _running(study, runs):
+    return any(entry.state == "running" for entry in read_ledger(study, runs))
+
+
+def ended_once(study, runs):
+    """Each cell said just once that it came to its end, and its run has each step just once."""
+    from resdiag.runs.folder import open_run
+
+    for cell in study.cells:
+        folder = runs / study.name / cell.id
+        log = (folder / "log.txt").read_text()
+        assert log.count(f"{cell.id}: done after") <= 1
+        curve = open_run(read_entry(folder).run).curve()
+        assert curve["step"].tolist() == list(range(cell.request.steps))
+
+
+def test_kill_9_of_the_driver_leaves_no_orphan_and_no_cell_runs_twice(undisturbed, tmp_path):
+    study, runs, killed = disturb(tmp_path, TINY, kills=2)
+    assert killed >= 1
+    ended_once(study, runs)
+    found = {e.id: digest(e.run) for e in read_ledger(study, runs)}
+    assert found == digests(undisturbed)
+
+
+@pytest.mark.slow
+def test_fifty_kills_of_the_driver(tmp_path):
+    text = TINY.replace("seeds = [0, 1]", f"seeds = {list(range(15))}").replace(
+        "steps = 6", "steps = 60"
+    )
+    calm, _ = run_local(tmp_path, text.replace("tiny", "calm"))
+    (tmp_path / "kills").mkdir()
+    study, runs, killed = disturb(tmp_path / "kills", text, kills=50)
+    print(f"{killed} kills")
+    ended_once(study, runs)
+    assert {e.id: digest(e.run) for e in read_ledger(study, runs)} == digests(calm)
+
+
+def test_a_signal_stops_the_cells_after_a_commit_and_the_same_command_goes_on(
+    undisturbed, tmp_path
+):
+    long = TINY.replace("steps = 6", "steps = 4000").replace("seeds = [0, 1]", "seeds = [0]")
+    path = write_study(tmp_path, long)
+    study, runs = load_study(str(path)), tmp_path / "runs"
+    process = driver(tmp_path, path)
+    wait_for(lambda: any(entry.step > 4 for entry in read_ledger(study, runs)))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75
+    entries = [entry for entry in read_ledger(study, runs) if entry.run]
+    assert entries
+    assert {entry.state for entry in entries} == {"stale"}
+    assert all(not list(entry.folder.glob("**/lock-*")) for entry in entries)
+
+
+def test_slots_follow_the_device_and_the_resources(undisturbed, monkeypatch):
+    from dataclasses import replace
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    quarter = load_study(str(undisturbed.plan))
+    needs = quarter.file.resources.model_copy(update={"gpus": 0.5})
+    job = replace(undisturbed, study=replace(
+        quarter, file=quarter.file.model_copy(update={"resources": needs})
+    ), device="auto")  # fmt: skip
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in find_slots(job, None)] == ["3", "5"] * 2
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in find_slots(job, 3)] == ["3", "5", "3"]
+    one = replace(job, device="cuda:1")
+    assert {slot["CUDA_VISIBLE_DEVICES"] for slot in find_slots(one, None)} == {"5"}
+    cores = len(os.sched_getaffinity(0))
+    assert find_slots(replace(job, device="cpu"), None) == [{"CUDA_VISIBLE_DEVICES": ""}] * cores
+
+
+# -- other engines ---------------------------------------------------------------------------------
+
+
+def test_a_plan_of_commands_ends_like_the_engine(undisturbed, tmp_path, capsys):
+    path = write_study(tmp_path, TINY)
+    words = ["study", "plan", str(path), "--runs", str(tmp_path / "runs"), "--device", "cpu"]
+    assert app.run([*words, "--format", "json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [cell["id"] for cell in plan["cells"]] == list(states(undisturbed))
+    command = plan["cells"][0]["command"]
+    assert app.run(command[1:]) == 0
+    entry = read_entry(tmp_path / "runs" / "tiny" / plan["cells"][0]["id"])
+    assert digest(entry.run) == digests(undisturbed)[entry.id]
+    capsys.readouterr()
+    assert app.run(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3  # what is done is not in it
+    assert all(line.startswith("resdiag study cell ") for line in lines)
