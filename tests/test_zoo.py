@@ -73,6 +73,12 @@ _CODED = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 3, "num_mel_bins
 _CODED |= dict.fromkeys(["encoder_attention_heads", "decoder_attention_heads"], 2)
 _CODED |= {"max_source_positions": 50, "pad_token_id": 0, "decoder_start_token_id": 1}
 
+# model type: why its count is wrong today
+UNSEEN = {
+    "mobilebert": "the attention's shortcut is a projection made outside of the module that adds",
+    "mpnet": "one position bias for all layers: that of layer 1 looks like a shortcut from layer 0",
+}
+
 # model type: (configuration, blocks, why that many)
 TRANSFORMERS = {
     "bert": (_TWO, 2 * 2, "2 layers: attention, MLP; three embeddings are added up"),
@@ -103,6 +109,14 @@ TRANSFORMERS = {
     "clip_vision_model": (_PICTURE, 2 * 2, "2 layers: attention, MLP"),
     "segformer": ({}, 8 * 2, "(2+2+2+2) layers: attention, MLP; scales are concatenated"),
     "resnet": ({}, 16, "3+4+6+3"),
+    "timesformer": (
+        {**_PICTURE, "num_frames": 2},
+        2 * 3,
+        "2 layers: attention over time, attention over space, MLP",
+    ),
+    "fnet": (_TWO, 2 * 2, "2 layers: the real part of a Fourier transform, MLP"),
+    "mobilebert": (_TWO, 2 * 6, "2 layers: attention, 3 MLPs, one more, the bottleneck's"),
+    "mpnet": (_TWO, 2 * 2, "2 layers: attention, MLP; relative position bias"),
     "mamba": (
         {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, **_TEXT},
         2 * 2,
@@ -125,7 +139,14 @@ def test_the_blocks_of_torchvision_s_networks(name):
     assert len(built.blocks) == TORCHVISION[name][0], TORCHVISION[name][1]
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+def _row(name):
+    if name not in UNSEEN:
+        return name
+    mark = pytest.mark.xfail(strict=True, raises=AssertionError, reason=UNSEEN[name])
+    return pytest.param(name, marks=mark)
+
+
+@pytest.mark.parametrize("name", [_row(name) for name in TRANSFORMERS])
 def test_the_blocks_of_transformers_networks(name):
     pytest.importorskip("transformers")
     config, count, reason = TRANSFORMERS[name]
@@ -143,6 +164,8 @@ SPELLINGS = {
     "sum of a stack": (lambda x, f, g: torch.stack([x, f(x)]).sum(0), 1),
     "a broadcast branch": (lambda x, f, g: x + f(x).mean(0, keepdim=True), 1),
     "parallel": (lambda x, f, g: x + f(x) + g(x), 1),
+    "turned by an attribute": (lambda x, f, g: x + f(x).T.mT, 1),
+    "the real part": (lambda x, f, g: x + torch.fft.fft(x).real, 1),
     "mean-centering": (lambda x, f, g: f(x) - f(x).mean(1, keepdim=True), 0),
     "gated recurrence": (lambda x, f, g: x * torch.sigmoid(f(x)) + g(f(x)), 0),
     "pieces": (lambda x, f, g: (lambda a, b: a + b.relu() @ g.weight[:3, :3])(*x.chunk(2, 1)), 0),
@@ -178,3 +201,18 @@ def test_parallel_branches_are_measured_as_one_branch():
     share = (2 * total * x.grad).sum() / x.grad.square().sum()
     assert row.shortcut_share == pytest.approx(share.item(), rel=1e-5)
     assert monitor.notes == []
+
+
+def test_an_attribute_that_turns_a_tensor_is_a_call_like_any_other():
+    """x.mT is x.transpose(-2, -1), also for parameters and channels."""
+    frames = []
+    for turn in (lambda x: x.mT, lambda x: x.transpose(-2, -1)):
+        torch.manual_seed(1)
+        model = _Spelled(lambda x, f, g, turn=turn: x + turn(f(turn(x))) @ turn(g.weight))
+        with attach(model, samples=None) as monitor:
+            model(torch.randn(4, 6, 6)).square().mean().backward()
+            monitor.step()
+        members = monitor._recorder.anatomy.parameters[0]
+        assert {id(p) for p in members} == {id(p) for p in [*model.f.parameters(), model.g.weight]}
+        frames.append(monitor.to_frame())
+    assert frames[0].equals(frames[1])

@@ -76,8 +76,15 @@ _STATISTICS = frozenset({"rsqrt", "var", "std", "var_mean", "vector_norm", "norm
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """The function's bare name: "elu" for torch.nn.functional.elu, "relu" for Tensor.relu."""
-    return getattr(function, "__name__", "").strip("_") or str(function)
+    """The function's bare name: "elu" for torch.nn.functional.elu, "relu" for Tensor.relu.
+
+    >>> name_of(torch.Tensor.mT.__get__)  # reading an attribute calls this
+    'mT'
+    """
+    name = getattr(function, "__name__", "")
+    if name == "__get__":
+        name = getattr(getattr(function, "__self__", None), "__name__", name)
+    return name.strip("_") or str(function)
 
 
 @functools.lru_cache(maxsize=1024)

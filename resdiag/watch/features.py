@@ -17,6 +17,7 @@ _LAST = (
     "lstm",
     "gru",
 )
+_TURNS = ("T", "mT", "H", "mH")
 _SECOND = ("conv", "batch_norm", "group_norm", "instance_norm", "prelu")
 
 
@@ -51,7 +52,7 @@ def features_after(
             return named
     if known is None or before is None:
         return None
-    if call.name in ("permute", "transpose", "swapaxes", "movedim", "moveaxis", "t"):
+    if call.name in ("permute", "transpose", "swapaxes", "movedim", "moveaxis", "t", *_TURNS):
         return _moved(call, known, len(before))
     if tuple(before) == tuple(result.shape):
         return known
@@ -74,11 +75,12 @@ def _broadcast_dimension(parameters: Sequence[nn.Parameter], result: Tensor) -> 
 def _moved(call: Call, known: int, dims: int) -> int | None:
     """Where a dimension is after a permutation."""
     if call.name == "permute":
-        given = call.args[0] if call.args else call.kwargs.get("dims")
-        order = given if isinstance(given, Sequence) else call.args
+        wanted = call.args[0] if call.args else call.kwargs.get("dims")
+        order = wanted if isinstance(wanted, Sequence) else call.args
         places = [int(d) % dims for d in order]
         return places.index(known) if known in places else None
-    pair = [*call.args, *call.kwargs.values()][:2] or [0, 1]
+    given = [-2, -1] if call.name in _TURNS else [*call.args, *call.kwargs.values()][:2]
+    pair = given or [0, 1]
     if call.name in ("movedim", "moveaxis") or not all(isinstance(d, int) for d in pair):
         return None
     one, other = (d % dims for d in pair)

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from resdiag.watch.blocks import Anatomy, _evaluating
 from resdiag.watch.calls import Call
 from resdiag.watch.metrics import channel_dimension
-from resdiag.watch.tracer import _QUESTIONS, Addition, Tracer, _tensors
+from resdiag.watch.tracer import Addition, Tracer, _tensors, is_question
 
 Key = tuple[int, int]
 """A tensor as it was at one time: identity and version."""
@@ -269,7 +269,7 @@ class _Walk(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401
         """Note which tensors an operation reads."""
         kwargs = dict(kwargs or {})
-        if getattr(func, "__name__", "") in _QUESTIONS:
+        if is_question(func):
             return func(*args, **kwargs)
         read = {_key(x): x for x in (*_tensors(args), *_tensors(kwargs))}
         used = [self._trail(x) for x in read.values()]

@@ -81,6 +81,14 @@ class Addition:
 _QUESTIONS = frozenset({"__get__", "dim", "size", "numel", "stride", "is_floating_point"})
 """Calls that ask about a tensor and make none."""
 
+_VIEWS = frozenset(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag"))
+"""Attributes that are tensors made of the one asked: calls like any other."""
+
+
+def is_question(func: Callable[..., Any]) -> bool:
+    """Whether a torch function only asks about a tensor."""
+    return getattr(func, "__name__", "") in _QUESTIONS and func not in _VIEWS
+
 
 class Listener(Protocol):
     """What a tracer tells while the forward pass runs."""
@@ -361,7 +369,7 @@ class Tracer(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401
         """See one torch function: trace it unless it only reads an attribute."""
         kwargs = dict(kwargs or {})
-        if Tracer._busy or not self._frames or getattr(func, "__name__", "") in _QUESTIONS:
+        if Tracer._busy or not self._frames or is_question(func):
             return func(*args, **kwargs)
         spelled = read_sum(func, args, kwargs) if func in ADDITIONS else self._stacked(func, args)
         addition = None if spelled is None else self._residual(spelled)
