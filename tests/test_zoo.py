@@ -115,7 +115,11 @@ TRANSFORMERS = {
         "2 layers: attention over time, attention over space, MLP",
     ),
     "fnet": (_TWO, 2 * 2, "2 layers: the real part of a Fourier transform, MLP"),
-    "mobilebert": (_TWO, 2 * 6, "2 layers: attention, 3 MLPs, one more, the bottleneck's"),
+    "mobilebert": (
+        {"num_hidden_layers": 2, **_TEXT},
+        2 * 6,
+        "2 layers: attention, 3 MLPs, one more, the bottleneck's",
+    ),
     "mpnet": (_TWO, 2 * 2, "2 layers: attention, MLP; relative position bias"),
     "mamba": (
         {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, **_TEXT},
