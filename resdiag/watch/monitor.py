@@ -87,8 +87,8 @@ def attach(
         point: Where in the loop parameter gradients are read, one of `catalog.POINTS`; stored with
             the data. By default "local", "unscaled" with a scaler, and "post_clip" once the loop
             is seen to rewrite gradients; see `Monitor.read_gradients`.
-        metrics: "full" for all of `catalog.RECORDED`; "core" for `catalog.CORE` at about half the
-            cost.
+        metrics: "full" for all of `catalog.RECORDED`; "core" for `catalog.CORE`, which costs
+            a little less.
         reduce: Where several processes train the model together (DDP, `fully_shard`), record the
             numbers of all ranks, the same on each; `attach`, `step` and `close` are then called on
             every rank, and "local" becomes "reduced". False: each rank records its own; under a DDP
