@@ -95,11 +95,12 @@ def _write(
 
 def _about(view: View, shown: str) -> str:
     """Data, reading point, runs and steps."""
-    data = _listed([str(r.run.data.get("name", "?")) for r in view.records])
+    known = [str(r.run.data.get("name", "?")) for r in view.records]
+    data = f" · data: {_listed(known)}" if set(known) != {"?"} else ""  # a saved monitor has none
     point = _listed([r.run.point for r in view.records])
     runs = [record.run.label for record in view.records]
     names = ", ".join(runs) if len(runs) <= 4 else f"{len(runs)} runs"
-    return f"{names} · data: {data} · gradients read: {point} · {shown}"
+    return f"{names}{data} · gradients read: {point} · {shown}"
 
 
 def _listed(words: Sequence[str]) -> str:
