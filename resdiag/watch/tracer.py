@@ -192,6 +192,8 @@ class Tracer(TorchFunctionMode):
         if self._on and get_ident() == self._thread and self._lineage.number(old) is not None:
             descent = self._lineage.descend([old])
             self._lineage.mark(new, descent, None, alone=True)
+            if self._makers is not None:
+                self._makers[id(new)] = (weakref.ref(new), self._maker(old))
             self._quietly(self._listener.same, old, new)
 
     # -- hooks ---------------------------------------------------------------------------------
