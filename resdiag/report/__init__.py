@@ -1,0 +1,1 @@
+"""What a study came to: results, their judgement, figures, pages."""

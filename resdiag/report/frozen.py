@@ -1,0 +1,196 @@
+"""Results as three small files, from which report and docs are remade without the run folders.
+
+`results.json` has the study, each cell's settings, state, verdict and outcomes, the identity of the
+data, device and versions; `metrics.parquet` a few telling steps by block, `curve.parquet` thinned
+curves. Numbers in the tables are rounded to 12 bits (1 part in 8000); outcomes are not.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resdiag.errors import UsageError
+from resdiag.explain.finding import plain
+from resdiag.report.results import CellResult, Results
+from resdiag.report.tables import pack, unpack
+from resdiag.runs.files import Damaged, from_json, make_folder, read_file, to_json, write_file
+from resdiag.runs.watched import read_config
+from resdiag.study.grid import Cell
+from resdiag.study.spec import WORDS, check_document
+from resdiag.study.study import Study
+from resdiag.training.recipe import Request
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from resdiag.runs.folder import Run
+
+SCHEMA = 1
+RESULTS = "results.json"
+TABLES = ("metrics", "curve")
+_SHARED = ("environment", "data", "blocks", "unavailable")
+_SAID = ("name", "step", "block", "summary", "why", "not_judged")
+_PATH = re.compile(r"(?<![\w.])(?:/[^\s/:'\"]+)+/(?=[^\s/:'\"])")
+
+
+def freeze(results: Results, folder: Path) -> list[Path]:
+    """Write results; what lies there is replaced.
+
+    Args:
+        results: Of any study, finished or not.
+        folder: Where; created if it is not there.
+
+    Returns:
+        The files.
+
+    Raises:
+        StorageError: The folder cannot be written.
+    """
+    make_folder(folder)
+    shared: dict[str, list[Any]] = {name: [] for name in _SHARED}
+    document: dict[str, Any] = {
+        "schema": SCHEMA,
+        "study": results.study.name,
+        "document": _portable(dict(results.study.document)),
+        "cells": [_pack_cell(item, shared) for item in results.cells],
+        "shared": shared,
+        "sha256": {},
+    }
+    paths = []
+    for table in TABLES:
+        path = folder / f"{table}.parquet"
+        frames = [_frame(item.run, table) for item in results.cells]
+        document["sha256"][table] = write_file(path, pack(table, frames))
+        paths.append(path)
+    write_file(folder / RESULTS, to_json(plain(document)))
+    return [folder / RESULTS, *paths]
+
+
+def is_frozen(path: Path) -> bool:
+    """Whether frozen results lie in a folder."""
+    return (path / RESULTS).is_file()
+
+
+def thaw(folder: Path) -> Results:
+    """Read frozen results.
+
+    Raises:
+        Damaged: A file is missing or not what was written.
+        UsageError: They are of another version.
+    """
+    path = folder / RESULTS
+    document = from_json(read_file(path), path)
+    if document.get("schema") != SCHEMA:
+        raise UsageError(f"{path} is not of this resdiag: schema {document.get('schema')!r:.20}")
+    try:
+        hashes = document["sha256"]
+        tables = {t: folder / f"{t}.parquet" for t in TABLES}
+        frames = {
+            t: unpack(file, read_file(file, hashes[t]), len(document["cells"]))
+            for t, file in tables.items()
+        }
+        cells = [
+            _unpack_cell(cell, document["shared"], frames["metrics"][i], frames["curve"][i])
+            for i, cell in enumerate(document["cells"])
+        ]
+        name, said = str(document["study"]), dict(document["document"])
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise Damaged(f"{path} is damaged: {type(error).__name__} {error}") from error
+    file = check_document(said, str(path))
+    study = Study(name, said, file, tuple(item.cell for item in cells))
+    return Results(study=study, cells=cells, source=str(folder))
+
+
+def _pack_cell(item: CellResult, shared: dict[str, list[Any]]) -> dict[str, Any]:
+    """A cell as plain data; what many cells share stands once in `shared`."""
+    packed: dict[str, Any] = {
+        "id": item.cell.id,
+        "request": _portable(asdict(item.cell.request)),
+        "state": item.state,
+        "message": _PATH.sub("", item.message),
+        "outcomes": dict(item.outcomes),
+        "thinned": item.thinned,
+        "run": None,
+    }
+    if item.run:
+        run = item.run
+        verdict = {name: (run.verdict or {}).get(name) for name in _SAID}
+        packed["run"] = {
+            "config": _portable(run.config.to_dict()),
+            "status": run.status,
+            "steps": run.steps,
+            "point": run.point,
+            "notes": list(run.notes),
+            "verdict": verdict if run.verdict else None,
+            **{name: _share(shared[name], getattr(run, name)) for name in _SHARED},
+        }
+    return packed
+
+
+def _share(known: list[Any], value: object) -> int:
+    """The place of a value in a list, to which it is added if it is new."""
+    value = plain(value)
+    if value not in known:
+        known.append(value)
+    return known.index(value)
+
+
+def _unpack_cell(
+    packed: Mapping[str, Any],
+    shared: Mapping[str, Sequence[Any]],
+    metrics: "pd.DataFrame",
+    curve: "pd.DataFrame",
+) -> CellResult:
+    from resdiag.runs.folder import Run
+
+    about, run = packed["run"], None
+    if about is not None:
+        run = Run(
+            config=read_config(about["config"]),
+            status=str(about["status"]),
+            steps=int(about["steps"]),
+            point=str(about["point"]),
+            notes=tuple(map(str, about["notes"])),
+            verdict=about["verdict"],
+            metrics_frame=metrics,
+            curve_frame=curve,
+            **{name: shared[name][about[name]] for name in _SHARED},
+        )
+    return CellResult(
+        cell=Cell(str(packed["id"]), Request(**packed["request"])),
+        state=str(packed["state"]),
+        message=str(packed["message"]),
+        run=run,
+        outcomes={k: v if k in WORDS else _number(v) for k, v in packed["outcomes"].items()},
+        thinned=int(packed["thinned"]),
+    )
+
+
+def _number(value: object) -> float:
+    """A number that JSON may have had no word for."""
+    return math.nan if value is None else float(str(value))
+
+
+def _frame(run: "Run | None", table: str) -> "pd.DataFrame | None":
+    if run is None:
+        return None
+    return run.metrics_frame if table == "metrics" else run.curve_frame
+
+
+def _portable(value: Any) -> Any:  # noqa: ANN401
+    """Plain data with the last part of every path: where data lie is the machine's own affair.
+
+    >>> _portable({"data": ["folder:/data/cifar10-jpeg.tar.gz", "digits"]})
+    {'data': ['folder:cifar10-jpeg.tar.gz', 'digits']}
+    """
+    if isinstance(value, dict):
+        return {key: _portable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_portable(item) for item in value]
+    if isinstance(value, str) and value.startswith(("folder:", "parquet:")):
+        kind, _, path = value.partition(":")
+        return f"{kind}:{Path(path).name}"
+    return value
