@@ -509,7 +509,7 @@ def test_no_activation_outlives_its_step():
             assert not [ref for ref in alive if ref() is not None]
         finally:
             gc.enable()
-        held = [t for t in _tensors_of(monitor) if t.numel() > monitor._cells._cells.numel()]
+        held = [t for t in _tensors_of(monitor) if t.numel() > monitor._record.cells._cells.numel()]
         assert not held
         kept = list(_tensors_of(monitor._recorder._skip))
         assert all(len(t) <= 2 for t in kept)  # memory for the samples looked at

@@ -1,0 +1,232 @@
+"""Gradients and updates of a model's parameters: when they are read, and at which point."""
+
+import math
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from resdiag.watch.distributed import Ranks, may_reduce
+from resdiag.watch.parameters import ParameterNorms
+from resdiag.watch.pool import Pool
+from resdiag.watch.rewriting import Rewriting
+from resdiag.watch.shards import Shards, is_sharded
+from resdiag.watch.state import State
+
+_SCALED = ("grad_input", "grad_sum", "grad_output")
+
+
+class Gradients:
+    """Reads the gradients of a model's parameters into the record.
+
+    Args:
+        state: The monitor's state.
+        shards: Which rank holds what of the parameters.
+        ranks: The ranks that record together, if there are several.
+        pool: Where they add up their numbers.
+        point: Where in the loop gradients are read, as asked for.
+        updates: Whether to measure how far the parameters move.
+
+    Attributes:
+        point: Where in the loop gradients are read.
+        rated: Whether a learning rate was seen.
+        total: Norm of all gradients in the last step that was finished, 0-d float64.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        shards: Shards,
+        ranks: Ranks | None,
+        pool: Pool | None,
+        point: str | None,
+        *,
+        updates: bool,
+    ) -> None:
+        self.point = point or ("unscaled" if state.scale.is_used else "local")
+        self.rated = False
+        self.total = torch.zeros((), dtype=torch.float64)
+        self._model, self._step, self._scale = state.model, state.now, state.scale
+        self._recorder, self._record, self._notes = state.recorder, state.record, state.notes
+        self._shards = shards
+        self._ranks, self._pool, self._asked, self._wants_updates = ranks, pool, point, updates
+        self._rewriting = Rewriting()
+        self._norms: dict[str, ParameterNorms] = {}
+
+    @property
+    def has_taken(self) -> bool:
+        """Whether a gradient was read in this step."""
+        return any(norms.has_taken for norms in self._norms.values())
+
+    def forget(self) -> None:
+        """Begin a step: nothing has been read."""
+        for norms in self._norms.values():
+            norms.forget()
+
+    def close(self) -> None:
+        """Remove the hook on a parameter."""
+        self._rewriting.close()
+
+    def read(self, point: str | None, owners: Collection[int]) -> None:
+        """Read now what the step of these optimizers would read later; see `Monitor`."""
+        if point is not None and self._asked is None:
+            self.point = self._asked = point
+        if self._step.forward and not self._recorder.failure:
+            scaled = self._scale.is_still_on(owners)
+            self._reading(point or self.point).take(scale=self._scale.now() if scaled else 1.0)
+
+    def backward_begins(self) -> None:
+        """The first gradient of the recorded pass has come: the loss scale is known now."""
+        self._step.factor = self._recorder.factor = self._scale.now()
+        blocks = [p for members in self._recorder.anatomy.parameters for p in members]
+        self._rewriting.follow([*blocks, *self._model.parameters()])
+
+    # -- updates -------------------------------------------------------------------------------
+
+    def before_update(self, optimizer: Optimizer, owned: Collection[int]) -> None:
+        """An optimizer is about to make its first step: read the gradients that it will use."""
+        inside = self._scale.inside(optimizer)
+        self._reading(self._point_before_update()).take(owned, inside)
+        self.rated |= self._record.rate(optimizer.param_groups[0])
+        skips = self._scale.skips(optimizer)
+        if self._scale.is_used:
+            self._write_head("skipped", torch.zeros(()) if skips is None else skips)
+        if self._wants_updates and not self._step.pending:
+            self._reading(self.point).remember()
+            self._step.pending = True
+
+    def after_update(self, owned: Collection[int]) -> None:
+        """An optimizer has stepped: if it owns all parameters, nothing will move them any more."""
+        if self._step.pending:
+            trained = (p for p in self._model.parameters() if p.requires_grad)
+            if all(id(p) in owned for p in trained):
+                self._write_updates()
+
+    def _write_updates(self) -> None:
+        """Write how far the blocks' parameters moved since they were remembered."""
+        self._step.pending = False
+        moved, sizes = self._reading(self.point).updates()
+        if moved.numel():
+            cells = self._record.cells
+            cells.write_column(cells.slot, "update_ratio", moved / sizes)
+            self._pool_rows("update_ratio", moved / sizes, sizes.square())
+
+    def _point_before_update(self) -> str:
+        """The point at which gradients are read now; where the loop rewrote them, `post_clip`."""
+        rewritten = self._rewriting.count() > 0
+        if not rewritten or self.point == "post_clip" or may_reduce():
+            return self.point  # a reduction over ranks is a rewriting as well
+        if self._reading(self.point).has_taken:
+            return "post_clip"
+        self._notes.say(
+            "the loop rewrote the gradients (clipped them?) before the optimizer's step: parameter "
+            f"gradients are read after that, point 'post_clip' instead of '{self.point}'; call "
+            "monitor.read_gradients('pre_clip') before it to have both"
+        )
+        norms = self._norms.pop(self.point)
+        self.point = self._asked = "post_clip"
+        self._norms[self.point] = norms
+        return self.point
+
+    # -- the end of a step ---------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Complete what is known of the step's gradients and updates."""
+        skipped = self._scale.is_used and not self._step.stepped
+        known = self._wants_updates and not self._recorder.failure
+        if self._step.pending or (skipped and known):
+            if not self._step.pending:
+                self._reading(self.point).remember()
+            self._write_updates()
+        if not self._recorder.failure:
+            self._reading(self.point).take()  # a scaler that skipped the step had unscaled them
+        self._record.cells.settle()
+        if not self._recorder.failure:
+            self._write()
+        if skipped:
+            self._write_head("skipped", torch.ones(()))
+
+    def divide_scale(self) -> None:
+        """Gradients at activations came with the loss scale; parameters' were read without it."""
+        factor = 1.0 if self._step.factor is None else self._step.factor
+        cells, head = self._record.cells, self._record.head
+        if self._recorder.anatomy.blocks and not self._recorder.failure:
+            cells.divide(cells.slot, _SCALED, factor)
+        head.reserve(1, self.device())
+        head.divide(head.slot, ("head_gap",), factor)
+        if self._step.factor is not None:
+            self._write_head("grad_scale", torch.as_tensor(factor, dtype=torch.float64))
+
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next((p.device for p in self._model.parameters()), torch.device("cpu"))
+
+    def weights(self) -> Tensor:
+        """Norm of all parameters, 0-d float64."""
+        return ParameterNorms(list(self._model.parameters()), [], self._holders()).weights()
+
+    def _write(self) -> None:
+        """G1 and the total norm, at the monitor's point and at others."""
+        for point, norms in self._norms.items():
+            if point == self.point:
+                self._write_here(norms)
+            elif norms.has_taken:
+                self._write_there(point, norms)
+        for row, members in enumerate(self._recorder.anatomy.parameters):
+            if not members:
+                self._recorder.miss(row, ("update_ratio",), "the block has no parameters")
+
+    def _write_here(self, norms: ParameterNorms) -> None:
+        per_block, self.total = norms.gradients()
+        self._pool_rows("grad_param", per_block, torch.ones_like(per_block))
+        if per_block.numel():
+            cells = self._record.cells
+            cells.write_column(cells.slot, "grad_param", per_block)
+        self._write_head("grad_norm", self.total)
+        for row in norms.missing():
+            self._recorder.miss(row, ("grad_param",), "no parameter of it has a gradient")
+        if self._recorder.seen_backward and not norms.has_taken:
+            self._notes.say(
+                "no gradient was left when monitor.step() looked for them: was zero_grad() "
+                "called before it?"
+            )
+
+    def _write_there(self, point: str, norms: ParameterNorms) -> None:
+        per_block, total = norms.gradients()
+        if self._pool is not None and self._pool.sharded:
+            per_block, total = per_block * math.nan, total * math.nan
+            self._notes.say(
+                "parameters are shards, whose gradients are added up at one point only: "
+                f"grad_param_{point} is NaN; to record that one, attach(..., "
+                f"point='{point}')"
+            )
+        self._record.add(self._step.number, point, per_block, total)
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _reading(self, point: str) -> ParameterNorms:
+        """The norms read at a point."""
+        if point not in self._norms:
+            anatomy = self._recorder.anatomy
+            if not self._norms:
+                anatomy.parameters = [self._shards.owned(group) for group in anatomy.parameters]
+            parameters = list(self._model.parameters())
+            self._norms[point] = ParameterNorms(parameters, anatomy.parameters, self._holders())
+        return self._norms[point]
+
+    def _holders(self) -> int | None:
+        """How many ranks hold shards of the parameters; None where each has them whole."""
+        if not is_sharded(self._model):
+            return None
+        return 1 if self._ranks is None else self._ranks.size
+
+    def _pool_rows(self, column: str, values: Tensor, weights: Tensor) -> None:
+        """Where a rank has a part of the parameters only, hand a column on to be added up."""
+        if self._pool is not None and self._pool.sharded:
+            pairs = zip(values.unbind(), weights.unbind(), strict=True)
+            for row, (value, weight) in enumerate(pairs):
+                self._pool.put(row, column, value, weight)
+
+    def _write_head(self, name: str, value: Tensor) -> None:
+        self._record.write_head(name, value, self.device())

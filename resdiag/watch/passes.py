@@ -1,0 +1,183 @@
+"""Which of a loop's forward passes are recorded."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from resdiag.watch.compiled import Taps
+from resdiag.watch.dynamo import compiled_parts, is_capturing
+from resdiag.watch.gradients import Gradients
+from resdiag.watch.lossscale import casts_to_half
+from resdiag.watch.state import State
+from resdiag.watch.tracer import Seen
+
+
+class Passes:
+    """Decides at the beginning of each forward pass of a model.
+
+    Args:
+        state: The monitor's state.
+        schedule: Whether a step of that number is due for recording.
+        gradients: The parameters' gradients.
+        take_last: Whether the last pass of a step is recorded, not the first.
+
+    Attributes:
+        taps: What records compiled passes, if the model was prepared for them.
+        seen: What the tracer noticed.
+        demanded: Whether the next pass is recorded whatever the schedule says.
+    """
+
+    def __init__(
+        self,
+        state: State,
+        schedule: Callable[[int], bool],
+        gradients: Gradients,
+        *,
+        take_last: bool,
+    ) -> None:
+        self.taps: Taps | None = None
+        self.seen = Seen()
+        self.demanded = False
+        self._model, self._schedule, self._take_last = state.model, schedule, take_last
+        self._step, self._recorder, self._record = state.now, state.recorder, state.record
+        self._gradients, self._scale, self._notes = gradients, state.scale, state.notes
+        self._paused = self._captured = False
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether passes are ignored."""
+        return self._paused
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Ignore forward passes inside the `with`."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def is_due(self) -> bool:
+        """Whether the schedule names the step under way."""
+        return self._schedule(self._step.number)
+
+    def arm(self) -> None:
+        """Get ready for passes of the step whose beginning Python does not see."""
+        if self.taps is not None:
+            self.taps.arm(on=self.is_due())
+
+    def wanted(self) -> bool:
+        """Whether to trace the forward pass that begins: the first of a step that is due."""
+        compiled = self.seen.compiled
+        if compiled or is_capturing() or compiled_parts(self._model):
+            self._begin_compiled(whole=compiled)
+            return False
+        if self.taps is not None:
+            self.taps.begin(on=False)
+        if self._paused or not self._model.training or not torch.is_grad_enabled():
+            return False
+        self._step.passes += 1
+        if not self._can_trace() or not self._is_due_now():
+            return False
+        if self._step.forward and self._recorder.is_whole and not self._replaces():
+            return False
+        self._check_scale()
+        self._record.begin(self._step.number, again=self._step.forward)
+        self._step.forward, self.demanded, self._step.foreign = True, False, False
+        self._recorder.begin()
+        return True
+
+    def adopt_hidden(self) -> None:
+        """Count a pass whose beginning no hook saw: inside somebody's graph, or a replayed one."""
+        hidden, self.seen.in_graph = self.seen.in_graph, False
+        due = self.is_due() and not self._paused and not self._recorder.failure
+        if self._step.forward or not due or not (hidden or self._captured):
+            return
+        if self.taps is None:
+            self._step.hidden = True
+        else:
+            self._open_compiled()
+
+    def collect(self) -> None:
+        """Bring what the taps wrote into the record."""
+        assert self.taps is not None
+        try:
+            with torch.no_grad():
+                self.taps.collect()
+        except Exception as error:  # a mistake of ours must not end somebody's training
+            self._recorder.failure = f"{type(error).__name__}: {error}"
+
+    def close(self) -> None:
+        """Remove the taps."""
+        if self.taps is not None:
+            self.taps.close()
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _is_due_now(self) -> bool:
+        return not self._recorder.failure and (self.demanded or self.is_due())
+
+    def _can_trace(self) -> bool:
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            return True
+        self._notes.say(
+            "the model ran inside a torch.func transform (grad, vmap), whose tensors hold no "
+            "numbers that could be read: not recorded"
+        )
+        return False
+
+    def _check_scale(self) -> None:
+        if not self._scale.is_known and casts_to_half():
+            self._notes.say(
+                "autocast to float16 without scaler=: if a GradScaler scales the loss, gradients "
+                "at activations are recorded with its scale; attach(..., scaler=scaler)"
+            )
+
+    def _begin_compiled(self, *, whole: bool) -> None:
+        """A pass begins of which at least a part runs compiled: its taps record it.
+
+        Where the whole model is compiled, a pass that is not due runs a graph without taps; where
+        parts are, theirs always write: a second graph for each could exceed the recompile limit.
+        """
+        training = not self._paused and self._model.training and torch.is_grad_enabled()
+        due = training and self._is_due_now()
+        if self.taps is None:
+            self._step.hidden = self._step.hidden or due
+            return
+        self._captured = self._captured or is_capturing()
+        first = due and not self._step.forward
+        self.taps.begin(on=first if whole else training)
+        if first:
+            self._open_compiled()
+        elif due:
+            self._notes.say(
+                "several compiled forward passes in one step: the "
+                f"{'first' if whole else 'last'} one is recorded"
+            )
+
+    def _open_compiled(self) -> None:
+        self._step.forward = self._step.compiled = True
+        self.demanded = self._step.foreign = False
+        self._step.factor = self._scale.now()
+        self._record.begin(self._step.number, again=False)
+
+    def _replaces(self) -> bool:
+        """Whether a further forward pass of the step is recorded in place of the one before."""
+        if self._step.stepped and not self._step.updating:
+            return False  # after its own update the model may serve others, as a discriminator
+        unused = self._recorder.is_lost or self._step.foreign or self._is_thrown_away()
+        if unused and not self._step.stepped:
+            return True
+        take_last = self._take_last and not self._step.stepped
+        which = "last" if take_last else "first"
+        self._notes.say(
+            f"several forward passes in one step: the {which} one is recorded, its activations and "
+            "the gradients of its own loss there; parameter gradients are those that accumulate"
+        )
+        return take_last
+
+    def _is_thrown_away(self) -> bool:
+        """Whether the gradients of the recorded pass were set to None without being used."""
+        cleared = all(p.grad is None for p in self._model.parameters())
+        return self._recorder.seen_backward and cleared and not self._gradients.has_taken

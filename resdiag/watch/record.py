@@ -1,0 +1,185 @@
+"""What was recorded: on the device until a flush, then columns on the host."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from resdiag.watch.blocks import Block
+from resdiag.watch.buffer import Buffer
+from resdiag.watch.catalog import RECORDED, RECORDED_PER_STEP
+from resdiag.watch.notes import Notes
+from resdiag.watch.recorder import HEAD
+
+Columns: TypeAlias = dict[str, NDArray[Any]]
+Listener: TypeAlias = Callable[[Columns, Columns], object]
+"""Is told per-block and per-step columns."""
+
+_STEP_COLUMNS = (*HEAD, "grad_norm", "grad_scale", "skipped")
+_SLOTS = 16
+
+
+class Record:
+    """The record of one monitor.
+
+    Args:
+        own: Columns of own metrics.
+        notes: Told about listeners that raised.
+
+    Attributes:
+        cells: Per-block buffer.
+        head: Per-step buffer.
+        listeners: Told what came to the host.
+    """
+
+    def __init__(self, own: Sequence[str], notes: Notes) -> None:
+        self.cells = Buffer((*RECORDED, *own), _SLOTS)
+        self.head = Buffer(_STEP_COLUMNS, _SLOTS)
+        self.listeners: list[Listener] = []
+        self._notes = notes
+        self._rates: list[tuple[float, float]] = []
+        self._extra: list[tuple[int, str, Tensor, Tensor]] = []
+        self._metrics: list[Columns] = []
+        self._curve: list[Columns] = []
+
+    def begin(self, step: int, *, again: bool) -> None:
+        """Open a slot for a pass; `again` if it takes the place of one of the same step."""
+        if not again:
+            self._rates.append((math.nan, math.nan))
+        self.cells.begin(step)
+        self.head.begin(step)
+
+    def rate(self, group: Mapping[str, Any]) -> bool:
+        """Note learning rate and momentum of the open step; whether it had none."""
+        if not math.isnan(self._rates[-1][0]):
+            return False
+        self._rates[-1] = float(group["lr"]), float(group.get("momentum", 0.0))
+        return True
+
+    def write_head(self, name: str, value: Tensor, device: torch.device) -> None:
+        """Write a per-step number of the open step."""
+        self.head.reserve(1, device)
+        self.head.write(self.head.slot, 0, name, value)
+
+    def add(self, step: int, point: str, per_block: Tensor, total: Tensor) -> None:
+        """Keep gradient norms that were read at a further point."""
+        self._extra.append((step, point, per_block, total))
+
+    def flush(self, blocks: Sequence[Block], *, keep_open: bool) -> None:
+        """Bring the used slots to the host and complete what the host computes."""
+        steps, values = self.cells.flush(keep_open=keep_open)
+        head_steps, head = self.head.flush(keep_open=keep_open)
+        rates, self._rates = self._rates[: len(steps)], self._rates[len(steps) :]
+        if not steps:
+            return
+        metrics = _block_columns(steps, values[:, : len(blocks)], blocks, self.cells.columns)
+        curve = _step_columns(head_steps, head, rates) if head_steps else None
+        self._complete(steps, metrics, curve)
+        self._metrics.append(metrics)
+        if curve is not None:
+            self._curve.append(curve)
+        self._tell(metrics, curve or {})
+
+    def columns(self) -> tuple[Columns, Columns]:
+        """Per-block and per-step columns of what was flushed and not taken."""
+        return _concatenate(self._metrics), _concatenate(self._curve)
+
+    def take(self) -> tuple[Columns, Columns]:
+        """The same, and forget them."""
+        taken = self.columns()
+        self._metrics, self._curve = [], []
+        return taken
+
+    def _complete(self, steps: Sequence[int], metrics: Columns, curve: Columns | None) -> None:
+        """Add the columns of further points."""
+        extra = [entry for entry in self._extra if entry[0] in steps]
+        self._extra = [entry for entry in self._extra if entry[0] not in steps]
+        for step, point, per_block, total in extra:
+            where = metrics["step"] == step
+            values_of = metrics.setdefault(f"grad_param_{point}", _gap(len(where)))
+            values_of[where] = per_block.cpu().numpy()
+            if curve is not None:
+                curve.setdefault(f"grad_norm_{point}", _gap(len(curve["step"])))[
+                    curve["step"] == step
+                ] = float(total)
+
+    def _tell(self, metrics: Columns, curve: Columns) -> None:
+        for listener in list(self.listeners):
+            try:
+                listener(metrics, curve)
+            except Exception as error:
+                self.listeners.remove(listener)
+                self._notes.say(f"{_name(listener)} is no longer told what is recorded: {error!r}")
+
+
+def _gap(rows: int) -> NDArray[np.float64]:
+    return np.full(rows, np.nan)
+
+
+def _block_columns(
+    steps: list[int],
+    values: NDArray[np.float64],
+    blocks: Sequence[Block],
+    names: Sequence[str],
+) -> Columns:
+    """Columns of a flush, with the ratios that need two cells computed on the host."""
+    count = values.shape[1]
+    columns: Columns = {
+        "step": np.repeat(np.asarray(steps, dtype=np.int32), count),
+        "block": np.tile(np.arange(count, dtype=np.int16), len(steps)),
+    }
+    cells = {name: values[:, :, i].reshape(-1) for i, name in enumerate(names)}
+    sizes = np.tile([math.prod(block.shape) for block in blocks], len(steps))
+    with np.errstate(all="ignore"):
+        branch, shortcut, output = (
+            np.hypot(cells[f"{site}_channel_mean_rms"], cells[f"{site}_channel_std"])
+            for site in ("branch", "shortcut", "output")
+        )
+        cells["branch_ratio"] = branch / shortcut
+        cells["elasticity"] = cells["grad_output"] * output * np.sqrt(sizes)
+        return columns | {name: cell.astype(np.float32) for name, cell in cells.items()}
+
+
+def _step_columns(
+    steps: list[int], head: NDArray[np.float64], rates: Sequence[tuple[float, float]]
+) -> Columns:
+    """Per-step columns `catalog.RECORDED_PER_STEP`; B3 is put together here."""
+    cells = dict(zip(_STEP_COLUMNS, head[:, 0].T, strict=True)) if head.shape[1] else {}
+    nan = np.full(len(steps), np.nan)
+    lr, momentum = np.asarray(rates, dtype=np.float64).reshape(-1, 2).T
+    get: Mapping[str, NDArray[np.float64]] = {name: cells.get(name, nan) for name in _STEP_COLUMNS}
+    with np.errstate(all="ignore"):
+        squared = get["head_size"] * get["head_channel_mean_rms"] ** 2
+        out = {
+            "lr": lr,
+            "grad_norm": get["grad_norm"],
+            "head_mean": get["head_mean"],
+            "head_bias": get["head_channel_mean_rms"] / get["head_channel_std"],
+            "head_kick": lr * (1 + momentum) * (squared + 1) * get["head_gap"],
+        }
+    assert tuple(out) == RECORDED_PER_STEP
+    if np.isfinite(get["skipped"]).any():
+        out |= {name: get[name] for name in ("grad_scale", "skipped")}
+    return {"step": np.asarray(steps, dtype=np.int32), **out}
+
+
+def _name(listener: Listener) -> str:
+    return str(getattr(listener, "__qualname__", type(listener).__name__))
+
+
+def _concatenate(parts: Sequence[Mapping[str, NDArray[Any]]]) -> Columns:
+    """Join flushes; without any, empty columns."""
+    if not parts:
+        return {"step": np.empty(0, np.int32), "block": np.empty(0, np.int16)}
+    names = dict.fromkeys(name for part in parts for name in part)
+    sizes = [len(part["step"]) for part in parts]
+    return {
+        name: np.concatenate(
+            [part.get(name, _gap(n)) for part, n in zip(parts, sizes, strict=True)]
+        )
+        for name in names
+    }
