@@ -6,48 +6,30 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
+from study_runs import (
+    HERE,
+    digests,
+    driver,
+    ended_once,
+    is_running,
+    run_local,
+    states,
+    wait_for,
+)
 from studyfiles import TINY, write_study
 from tiny_training import digest
 
 from resdiag.cli import app
 from resdiag.runs.lock import Lock
-from resdiag.study.engines.job import Job
-from resdiag.study.engines.local import Local, find_slots
+from resdiag.study.engines.local import find_slots
 from resdiag.study.ledger import read_entry, read_ledger
 from resdiag.study.study import load_study
 from resdiag.study.work import Task, work
 
-HERE = Path(__file__).resolve().parent
-CORE = {"CUDA_VISIBLE_DEVICES": ""}
 PATIENT = "[resources]\nrestarts = 1\npatience_s = 10\n"
-
-
-def run_local(root, text=TINY, *, slots=2, target=None, faults=None):
-    """Run a study under the local engine: its job and what was said."""
-    study = load_study(str(write_study(root, text)))
-    runs, said = root / "runs", []
-    plan = study.write_plan(runs)
-    if faults is not None:
-        (plan.parent / "faults.json").write_text(json.dumps(faults))
-    cells = tuple(cell.id for cell in study.cells)
-    job = Job(study=study, plan=plan, cells=cells, runs=runs, device="cpu", say=said.append)
-    targets = {"target": target} if target else {}
-    assert Local(job, [CORE] * slots, **targets).run() == 0
-    return job, said
-
-
-def states(job):
-    return {entry.id: entry.state for entry in read_ledger(job.study, job.runs)}
-
-
-def digests(job):
-    """What the cells computed, by id."""
-    entries = read_ledger(job.study, job.runs)
-    return {entry.id: digest(entry.run) for entry in entries if entry.state == "done"}
 
 
 @pytest.fixture(scope="module")
@@ -187,22 +169,6 @@ def test_a_diverging_cell_is_a_result_and_a_mistake_of_the_cell_is_said(tmp_path
     assert "1 cells failed before; `resdiag study retry` tries them again" in printed.err
 
 
-def driver(root, path, *more):
-    """`resdiag study run` in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, str(HERE.parent / "cli.py"), "study", "run", str(path), "--runs",
-         str(root / "runs"), "--device", "cpu", "--slots", "2", *more],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
-def wait_for(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
 def disturb(root, text, kills, seed=0):
     """Kill -9 the driver at random moments, each time with cells at work; end it in peace."""
     import random
@@ -213,7 +179,7 @@ def disturb(root, text, kills, seed=0):
     killed = 0
     while killed < kills:
         process = driver(root, path)
-        wait_for(lambda one=process: _running(study, runs) or one.poll() is not None)
+        wait_for(lambda one=process: is_running(study, runs) or one.poll() is not None)
         time.sleep(draw.uniform(0, 0.6))
         family = (
             psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
@@ -227,22 +193,6 @@ def disturb(root, text, kills, seed=0):
             break
     assert driver(root, path).wait(120) == 0
     return study, runs, killed
-
-
-def _running(study, runs):
-    return any(entry.state == "running" for entry in read_ledger(study, runs))
-
-
-def ended_once(study, runs):
-    """Each cell said just once that it came to its end, and its run has each step just once."""
-    from resdiag.runs.folder import open_run
-
-    for cell in study.cells:
-        folder = runs / study.name / cell.id
-        log = (folder / "log.txt").read_text()
-        assert log.count(f"{cell.id}: done after") <= 1
-        curve = open_run(read_entry(folder).run).curve()
-        assert curve["step"].tolist() == list(range(cell.request.steps))
 
 
 def test_kill_9_of_the_driver_leaves_no_orphan_and_no_cell_runs_twice(undisturbed, tmp_path):

@@ -1,16 +1,18 @@
 """From a study file to its cells: products, more cells, fewer cells, each with its id."""
 
+import functools
 import hashlib
 import itertools
 import json
 import math
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from resdiag.errors import UsageError
-from resdiag.study.spec import StudyError, StudyFile
+from resdiag.study.spec import MOST_MISTAKES, StudyError, StudyFile
 from resdiag.training.recipe import RECIPES, Request
 
 MOST_CELLS = 10_000
@@ -58,12 +60,15 @@ def expand(file: StudyFile, name: str) -> tuple[Cell, ...]:
             problems.append(f"{name}: {_short(settings)}: {error.message}")
             continue
         cell = Cell(_name(request), request)
-        cells.setdefault(cell.id, cell)
+        if cells.setdefault(cell.id, cell).request != request:
+            problems.append(f"{name}: {_short(settings)}: has the id of another cell, {cell.id}")
     if not cells and not problems:
         problems.append(f"{name}: no cells are left: 'exclude' takes all of them")
     problems += _unmatched(file, tuple(cells.values()), name) if not problems else []
     if problems:
-        raise StudyError(list(dict.fromkeys(problems))[:20])
+        problems = list(dict.fromkeys(problems))
+        more = [f"{name}: and {len(problems) - MOST_MISTAKES} more mistakes"]
+        raise StudyError([*problems[:MOST_MISTAKES], *more[: len(problems) > MOST_MISTAKES]])
     return tuple(cells.values())
 
 
@@ -121,15 +126,34 @@ def _holds(settings: Mapping[str, Any], wanted: Mapping[str, list[Any]]) -> bool
 
 def _unmatched(file: StudyFile, cells: tuple[Cell, ...], name: str) -> list[str]:
     """Filters that mean no cell: most likely a slip."""
-    filters: Iterable[tuple[str, Mapping[str, Any]]] = itertools.chain(
-        ((f"[[figure]] no. {i}", item.cells.given) for i, item in enumerate(file.figure, 1)),
-        ((f"[[expected]] no. {i}", item.cells.given) for i, item in enumerate(file.expected, 1)),
-    )
+    filters = {
+        **{f"[[figure]] no. {i}": item.cells.given for i, item in enumerate(file.figure, 1)},
+        **{f"[[expected]] no. {i}": item.cells.given for i, item in enumerate(file.expected, 1)},
+    }
+    index = _index(cells, {key for wanted in filters.values() for key in wanted})
     return [
         f"{name}: {place} means no cell of the study: {_short(wanted)}"
-        for place, wanted in filters
-        if not any(cell.matches(wanted) for cell in cells)
+        for place, wanted in filters.items()
+        if not _find(index, wanted, (1 << len(cells)) - 1)
     ]
+
+
+def _index(cells: tuple[Cell, ...], keys: Iterable[str]) -> dict[str, dict[Any, int]]:
+    """The cells with each value of each setting, a bit a cell, for thousands of filters."""
+    index: dict[str, dict[Any, int]] = {key: {} for key in keys}
+    for key, found in index.items():
+        for number, cell in enumerate(cells):
+            value = getattr(cell.request, key)
+            found[value] = found.get(value, 0) | 1 << number
+    return index
+
+
+def _find(index: Mapping[str, Mapping[Any, int]], wanted: Mapping[str, Any], every: int) -> int:
+    """The bits of the cells that a filter means."""
+    found = every
+    for key, values in wanted.items():
+        found &= functools.reduce(operator.or_, (index[key].get(value, 0) for value in values))
+    return found
 
 
 def _short(settings: Mapping[str, Any]) -> str:

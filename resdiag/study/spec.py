@@ -1,6 +1,7 @@
 """The study file: one question as TOML, checked at the door, all mistakes at once."""
 
 import difflib
+import re
 import reprlib
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from resdiag.study.settings import (
 from resdiag.watch.catalog import METRICS
 
 MOST_BYTES = 1_000_000
+MOST_MISTAKES = 50
 OUTCOMES: Mapping[str, str] = {
     "status": "how the run ended: done or diverged",
     "verdict": "name of the verdict",
@@ -171,7 +173,13 @@ def read_document(text: str | bytes, name: str) -> dict[str, Any]:
     if len(text) > MOST_BYTES:
         raise StudyError([f"{name}: larger than {MOST_BYTES} bytes"])
     try:
-        return tomllib.loads(text if isinstance(text, str) else text.decode())
+        # some editors put a mark before the first letter
+        words = text if isinstance(text, str) else text.decode("utf-8-sig")
+        if _DEEP_KEY.search(words):  # the parser's time grows with the square of its parts
+            raise RecursionError
+        document = tomllib.loads(words)
+        _refuse_huge(document, name)
+        return document
     except UnicodeDecodeError:
         problem = "not UTF-8 text"
     except RecursionError:
@@ -179,6 +187,26 @@ def read_document(text: str | bytes, name: str) -> dict[str, Any]:
     except ValueError as error:  # TOMLDecodeError, and numbers with thousands of digits
         problem = f"not TOML: {_plain(str(error))}"
     raise StudyError([f"{name}: {problem}"]) from None
+
+
+_DEEP_KEY = re.compile(r"""(?<![\w"'-])(?:[\w"'-]++[ \t]*+\.[ \t]*+){33}""")
+
+
+def _refuse_huge(document: Mapping[str, Any], name: str) -> None:
+    """Refuse integers that TOML has no room for, which Python reads but cannot even print.
+
+    Raises:
+        StudyError: There is one.
+    """
+    left: list[tuple[str, Any]] = [(key, value) for key, value in document.items()]
+    while left:
+        key, value = left.pop()
+        if isinstance(value, dict):
+            left += [(f"{key}.{inner}", item) for inner, item in value.items()]
+        elif isinstance(value, list):
+            left += [(key, item) for item in value]
+        elif isinstance(value, int) and value.bit_length() > 63:
+            raise StudyError([f"{name}: {_plain(key)}: an integer of more than 64 bits"])
 
 
 def override(document: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
@@ -239,7 +267,10 @@ def check_document(document: Mapping[str, Any], name: str) -> StudyFile:
     try:
         file = StudyFile.model_validate(dict(document))
     except ValidationError as error:
-        problems = [f"{name}: {_describe(dict(mistake))}" for mistake in error.errors()]
+        mistakes = error.errors()
+        problems = [f"{name}: {_describe(dict(mistake))}" for mistake in mistakes[:MOST_MISTAKES]]
+        if len(mistakes) > MOST_MISTAKES:
+            problems.append(f"{name}: and {len(mistakes) - MOST_MISTAKES} more mistakes")
         raise StudyError(list(dict.fromkeys(problems))) from None
     except RecursionError:
         raise StudyError([f"{name}: nested too deeply"]) from None
@@ -263,9 +294,17 @@ def _describe(mistake: Mapping[str, Any]) -> str:
     place = _place(loc)
     if kind == "missing":
         return f"{place} is missing"
-    value = reprlib.repr(mistake["input"]) if not isinstance(mistake["input"], dict) else ""
+    value = _show(mistake["input"])
     shown = f" = {_plain(value)}" if value and kind != "too_long" else ""
     return f"{place}{shown}: {_plain(_reword(mistake['msg']))}"
+
+
+def _show(value: object) -> str:
+    """A value as it was written, if short; letters that only look like others as their numbers."""
+    if isinstance(value, dict):
+        return ""
+    text = reprlib.repr(value)
+    return ascii(value) if isinstance(value, str) and len(value) < 40 else text
 
 
 def _describe_unknown(loc: tuple[str | int, ...]) -> str:
@@ -332,13 +371,20 @@ _REWORDED = {
     "Input should be a valid list": "must be a list",
     "Input should be a finite number": "must be finite",
     "Input should be ": "must be ",
+    "List should have at least 1 item after validation, not 0": "must not be empty",
+    "String should have at least 1 character": "must not be empty",
 }
+
+_TOO_LONG = re.compile(r"List should have at most (\d+) items? after validation, not (\d+|more)")
 
 
 def _reword(message: str) -> str:
     """Pydantic's sentence in the words of the other messages."""
     if message.startswith("Input should be a valid dictionary or instance"):
         return "must be a table"
+    long = _TOO_LONG.fullmatch(message)
+    if long:
+        return f"at most {long[1]} are allowed, not {long[2]}"
     for theirs, ours in _REWORDED.items():
         message = message.replace(theirs, ours)
     return message

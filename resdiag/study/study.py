@@ -17,6 +17,7 @@ from resdiag.study.shipped import find_study
 from resdiag.study.spec import StudyError, StudyFile, check_document, override, read_document
 
 SCHEMA = 1
+_MOST_BYTES = 20_000_000  # of a plan, which is a study file as JSON
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _PLAN = re.compile(r"plan-[0-9a-f]{8}\.json")
 
@@ -99,14 +100,25 @@ def load_study(where: str, settings: Sequence[str] = (), *, mini: bool = False) 
     name = path.stem
     if not _NAME.fullmatch(name) or path.suffix != ".toml":
         raise UsageError(f"{str(path)!r} is not a study: letters, digits, - and _, then .toml")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}", _HINT) from error
-    return build_study(name, read_document(content, str(path)), settings, mini, str(path))
+    return build_study(name, read_document(_read(path), str(path)), settings, mini, str(path))
 
 
 _HINT = "resdiag study list shows the shipped ones; resdiag study init FILE.toml writes a template"
+
+
+def _read(path: Path) -> bytes:
+    """What a file holds; enough of it to see that it is too large.
+
+    Raises:
+        UsageError: It cannot be read, or is no file.
+    """
+    try:
+        if path.exists() and not path.is_file():  # reading a pipe or a device may never end
+            raise UsageError(f"{path} is not a file", _HINT)
+        with path.open("rb") as file:
+            return file.read(_MOST_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror or error}", _HINT) from error
 
 
 def build_study(
@@ -138,10 +150,7 @@ def _read_plan(path: Path, settings: Sequence[str], mini: bool) -> Study:
     """The study of a plan; its hash says whether it is what was written."""
     if settings or mini:
         raise UsageError(f"{path} is a plan and is not changed by --set or --mini")
-    try:
-        plan = from_json(path.read_bytes(), path)
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}", _HINT) from error
+    plan = from_json(_read(path), path)
     name, document = plan.get("name"), plan.get("study")
     if plan.get("schema") != SCHEMA or not isinstance(name, str) or not isinstance(document, dict):
         raise UsageError(f"{path} is not a plan of this resdiag")

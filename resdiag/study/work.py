@@ -1,5 +1,7 @@
 """The work on one cell, whoever started it: idempotent, resumable, alone at its cell."""
 
+import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -66,6 +68,31 @@ def start(plain: dict[str, Any]) -> int:
     except Exception:
         traceback.print_exc()
         return 1
+
+
+def start_logged(plain: dict[str, Any], log: str) -> int:
+    """The same with what it prints, and what C code prints, appended to a file.
+
+    For engines whose processes belong to somebody else, who would keep the words to himself.
+    """
+    path = Path(log)
+    make_folder(path.parent)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    before = [os.dup(1), os.dup(2)]
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        print(f"process {os.getpid()} on {socket.gethostname()}", flush=True)
+        return start(plain)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for handle, number in zip(before, (1, 2), strict=True):
+            os.dup2(handle, number)
+        for handle in (file, *before):
+            os.close(handle)
 
 
 def work(task: Task, say: Callable[[str], None] = print) -> int:

@@ -1,11 +1,13 @@
 """What every engine is given: the cells that are missing, and where they belong."""
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from resdiag.study.failure import LOG, name_signal, read_failure, write_failure
+import resdiag
+from resdiag.study.failure import LOG
 from resdiag.study.progress import PROGRESS
 from resdiag.study.study import Study
 from resdiag.study.work import Task
@@ -41,6 +43,10 @@ class Job:
         """A cell's folder."""
         return self.study.folder(self.runs) / cell
 
+    def log(self, cell: str) -> str:
+        """The file for what a cell prints, absolute."""
+        return str((self.folder(cell) / LOG).absolute())
+
     def task(self, cell: str) -> dict[str, Any]:
         """A cell's `Task` as plain data."""
         return asdict(
@@ -54,6 +60,13 @@ class Job:
             )
         )
 
+    def environment(self) -> dict[str, str]:
+        """What a cell's process needs to find this very resdiag, and to use as many threads."""
+        package = str(Path(resdiag.__file__).parents[1])
+        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        threads = str(self.study.file.resources.threads)
+        return {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": threads}
+
     def sign_of_life(self, cell: str) -> tuple[int, ...]:
         """Something that changes while a cell gets on."""
         times = []
@@ -63,25 +76,3 @@ class Job:
             except OSError:
                 times.append(0)
         return tuple(times)
-
-    def give_up(self, cell: str, code: int, hung: bool = False) -> None:
-        """Note that a cell failed, unless it has said so itself.
-
-        Args:
-            cell: Its id.
-            code: Exit code of its process, negative for a signal.
-            hung: Whether it was killed because it did not get on.
-        """
-        self.say(f"{cell}: failed; see {self.folder(cell) / LOG}")
-        patience = self.study.file.resources.patience_s
-        if code > 0:
-            if read_failure(self.folder(cell)) is None:
-                words = f"ended with exit code {code} and gave no reason"
-                write_failure(self.folder(cell), "error", words, f"see {LOG} in its folder")
-        elif hung:
-            words = f"no progress for {patience:g} s, and killed for it"
-            write_failure(self.folder(cell), "hung", words, "resources.patience_s is the limit")
-        else:
-            kill = " (out of memory?)" if code == -9 else ""
-            words = f"killed by {name_signal(-code)}{kill}"
-            write_failure(self.folder(cell), "signal", words)

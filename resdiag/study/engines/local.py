@@ -10,39 +10,23 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import resdiag
 from resdiag.errors import ResdiagError, UsageError
 from resdiag.runs.files import make_folder
+from resdiag.study.engines.attempts import Attempts
 from resdiag.study.engines.job import Job
-from resdiag.study.failure import LOG
-from resdiag.study.ledger import find_run
 from resdiag.study.work import STOPPED
 from resdiag.training.interrupt import Interrupt
 
 TARGET = "resdiag.study.work:start"
 _LOOK_S = 1.0
-_AGAIN_S = 5.0  # before a cell that somebody else has is asked for again
 _LOST = 3  # nurseries in a row that die without a cell having ended
 
 Slot = dict[str, str]
 """The environment of the cells that run in a slot."""
-
-
-@dataclass
-class _Cell:
-    """A cell on its way."""
-
-    id: str
-    slot: Slot
-    sign: tuple[int, ...]
-    step: int
-    changed: float = field(default_factory=time.monotonic)
-    hung: bool = False
 
 
 class Local:
@@ -58,8 +42,8 @@ class Local:
         self._job, self._free = job, list(slots)
         self._target = target
         self._waiting = deque((0.0, cell) for cell in job.cells)
-        self._running: dict[str, _Cell] = {}
-        self._strikes: dict[str, int] = {}
+        self._running: dict[str, Slot] = {}
+        self._attempts = Attempts(job)
         self._nursery: _Child | None = None
         self._lost = 0
         self._stopping = False
@@ -106,13 +90,12 @@ class Local:
         folder = self._job.folder(cell)
         make_folder(folder)
         if self._nursery is None:
-            threads = self._job.study.file.resources.threads
-            self._nursery = _Child(self._target, threads, folder.parent / "nursery.log")
-        step = _committed(folder)
-        self._running[cell] = _Cell(cell, slot, self._job.sign_of_life(cell), step)
-        log = str((folder / LOG).absolute())
-        task = self._job.task(cell)
-        self._nursery.send({"start": cell, "task": task, "env": slot, "log": log})
+            log = folder.parent / "nursery.log"
+            self._nursery = _Child(self._target, self._job.environment(), log)
+        self._running[cell] = slot
+        self._attempts.begin(cell)
+        about = {"task": self._job.task(cell), "log": self._job.log(cell), "env": slot}
+        self._nursery.send({"start": cell, **about})
 
     def _listen(self) -> None:
         """Wait a moment for news of the cells."""
@@ -126,42 +109,22 @@ class Local:
         for event in events:
             if "ended" in event:
                 self._lost = 0
-                self._end(self._running.pop(event["ended"]), event["code"])
+                self._end(event["ended"], event["code"])
 
-    def _end(self, cell: _Cell, code: int) -> None:
+    def _end(self, cell: str, code: int) -> None:
         """A cell's process has ended: is the cell done, failed, or to be started again?"""
-        self._free.append(cell.slot)
-        if code == 0:
-            self._strikes.pop(cell.id, None)
-        elif code in (STOPPED, 130):  # stopped by us, or somebody else's
-            if not self._stopping:
-                self._waiting.append((time.monotonic() + _AGAIN_S, cell.id))
-        elif code > 0:
-            self._job.give_up(cell.id, code)
-        elif not self._stopping:
-            self._strike(cell, code)
-
-    def _strike(self, cell: _Cell, code: int) -> None:
-        """A cell was killed or crashed: try again, unless that happened too often in a row."""
-        moved = _committed(self._job.folder(cell.id)) > cell.step
-        self._strikes[cell.id] = 1 if moved else self._strikes.get(cell.id, 0) + 1
-        if self._strikes[cell.id] > self._job.study.file.resources.restarts:
-            self._job.give_up(cell.id, code, cell.hung)
-        else:
-            what = "hung" if cell.hung else f"died of signal {-code}"
-            self._job.say(f"{cell.id}: {what}; started again")
-            self._waiting.append((0.0, cell.id))
+        self._free.append(self._running.pop(cell))
+        if self._stopping and (code < 0 or code in (STOPPED, 130)):
+            self._attempts.drop(cell)
+            return
+        again = self._attempts.end(cell, code)
+        if again is not None:
+            self._waiting.append((time.monotonic() + again, cell))
 
     def _check_hung(self) -> None:
         """Kill cells that have not moved for too long."""
-        now = time.monotonic()
-        for cell in self._running.values():
-            sign = self._job.sign_of_life(cell.id)
-            if sign != cell.sign:
-                cell.sign, cell.changed = sign, now
-            elif now - cell.changed > self._job.study.file.resources.patience_s and not cell.hung:
-                cell.hung = True
-                self._signal(cell.id, signal.SIGKILL)
+        for cell in self._attempts.find_hung():
+            self._signal(cell, signal.SIGKILL)
 
     def _stop(self) -> None:
         """Ask every cell to commit and stop; a second signal ends this process and them at once."""
@@ -181,19 +144,18 @@ class Local:
         self._lost += 1
         if self._lost >= _LOST:
             raise ResdiagError("processes for cells cannot be started", f"see {log}")
-        for cell in self._running.values():
-            self._free.append(cell.slot)
-            self._waiting.append((0.0, cell.id))
+        for cell, slot in self._running.items():
+            self._attempts.drop(cell)
+            self._free.append(slot)
+            self._waiting.append((0.0, cell))
         self._running.clear()
 
 
 class _Child:
     """The nursery's process, from the driver's side."""
 
-    def __init__(self, target: str, threads: int, log: Path) -> None:
+    def __init__(self, target: str, environment: Mapping[str, str], log: Path) -> None:
         self.log = log
-        package = str(Path(resdiag.__file__).parents[1])
-        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
         module = "resdiag.study.engines.nursery"
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
@@ -204,8 +166,7 @@ class _Child:
                 start_new_session=True,  # the terminal's Ctrl-C is for the driver
                 env={
                     **os.environ,
-                    "PYTHONPATH": os.pathsep.join(paths),
-                    "OMP_NUM_THREADS": str(threads),
+                    **environment,
                     "OPENBLAS_NUM_THREADS": "1",  # its threads would not survive the fork
                     # asking CUDA how many GPUs there are would spoil it for the forked cells
                     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
@@ -286,8 +247,3 @@ def find_gpus() -> list[str]:
     done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("GPU ")]
     return [str(index) for index in range(len(lines))] if done.returncode == 0 else []
-
-
-def _committed(folder: Path) -> int:
-    _, commit = find_run(folder)
-    return commit.step if commit else 0

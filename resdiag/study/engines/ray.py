@@ -1,22 +1,25 @@
-"""The engine of a Ray cluster: a task per cell, started again where a worker or node is lost."""
+"""The engine of a Ray cluster: a task per cell, in a process of its own."""
 
 import contextlib
+import logging
 import os
-import sys
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import resdiag
 from resdiag.errors import ResdiagError, UsageError
+from resdiag.study.engines.attempts import Attempts
 from resdiag.study.engines.job import Job
 from resdiag.study.engines.local import find_gpus
-from resdiag.study.work import STOPPED
 from resdiag.training.interrupt import Interrupt
 
-_AGAIN_S = 5.0
 _LOOK_S = 1.0
+_GRACE_S = 30.0
+"""Seconds for a task that was asked to end before it is no longer waited for."""
+_STORE_BYTES = 80 * 2**20
+"""Ray's object store, which cells do not use: near the least that it takes."""
 
 
 def run_on_ray(job: Job, address: str, slots: int | None) -> int:
@@ -34,55 +37,71 @@ def run_on_ray(job: Job, address: str, slots: int | None) -> int:
         UsageError: Ray is not installed.
         ResdiagError: There is no cluster at `address`.
     """
-    with _cluster(job, address), Interrupt() as interrupt:
+    if ":" in job.device:
+        raise UsageError(f"--device {job.device}: Ray gives each cell its GPU", "--device cuda")
+    with _cluster(job, address, slots), Interrupt() as interrupt:
         _Tasks(job, slots).run(interrupt)
     return interrupt.signal
 
 
 class _Tasks:
-    """The tasks of one job, from start to end."""
+    """The tasks of one job, from start to end.
+
+    Ray is told not to retry: a lost task is started again here, by the rule of the other engines.
+    """
 
     def __init__(self, job: Job, slots: int | None) -> None:
         import ray
 
         self._ray: Any = ray
-        self._job = job
-        needs = job.study.file.resources
+        self._job, self._attempts = job, Attempts(job)
         self._most = slots or len(job.cells)
-        self._remote = ray.remote(
-            num_cpus=needs.threads,
-            num_gpus=needs.gpus if self._with_gpus() else 0,
-            max_retries=needs.restarts,  # a crash of the worker, or of its node
-        )(_start)
+        threads, gpus = job.study.file.resources.threads, self._find_gpu_share()
+        self._remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0, max_calls=1)(
+            _start
+        )
         self._waiting = [(0.0, cell) for cell in job.cells]
         self._running: dict[Any, str] = {}
-        self._watched: dict[str, tuple[tuple[int, ...], float]] = {}
+        self._ended_by_us: dict[Any, float] = {}
+        if not self._fits(threads, gpus):
+            job.say(f"no node has {threads} CPUs and {gpus:g} GPUs for a cell; waiting for one")
 
     def run(self, interrupt: Interrupt) -> None:
         """Start, watch and collect, until nothing is left or a signal arrives."""
         looked = 0.0
-        while self._running or (self._waiting and not interrupt.signal):
+        while self._running or self._waiting:
             if interrupt.signal:
                 self._stop()
                 return
             self._fill()
             self._collect()
-            self._check_hung()
+            for cell in self._attempts.find_hung():
+                self._kill(cell)
+            self._abandon()
             if time.monotonic() - looked > _LOOK_S:
                 looked = time.monotonic()
                 self._job.look()
 
-    def _with_gpus(self) -> bool:
-        kind = self._job.device.partition(":")[0]
-        resources = self._ray.cluster_resources()
-        return kind == "cuda" or (kind == "auto" and resources.get("GPU", 0) > 0)
+    def _find_gpu_share(self) -> float:
+        """GPUs of a cell: none if it is to run on a CPU, or if there are none."""
+        if self._job.device == "auto" and not self._ray.cluster_resources().get("GPU", 0):
+            return 0.0
+        return 0.0 if self._job.device == "cpu" else self._job.study.file.resources.gpus
+
+    def _fits(self, cpus: int, gpus: float) -> bool:
+        """Whether a node that is there could ever run a cell."""
+        alive = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        return any(has.get("CPU", 0) >= cpus and has.get("GPU", 0) >= gpus for has in alive)
 
     def _fill(self) -> None:
         now = time.monotonic()
         due = [item for item in self._waiting if item[0] <= now]
         for item in due[: self._most - len(self._running)]:
             self._waiting.remove(item)
-            self._running[self._remote.remote(self._job.task(item[1]))] = item[1]
+            cell = item[1]
+            self._attempts.begin(cell, queued=True)
+            task = self._remote.remote(self._job.task(cell), self._job.log(cell))
+            self._running[task] = cell
 
     def _collect(self) -> None:
         """Take note of the tasks that have ended."""
@@ -92,48 +111,64 @@ class _Tasks:
         ended, _ = self._ray.wait(list(self._running), timeout=0.5)
         for task in ended:
             cell = self._running.pop(task)
-            hung = self._watched.pop(cell, ((), 0.0))[1] < 0
+            self._ended_by_us.pop(task, None)
             try:
-                code = self._ray.get(task)
-            except (self._ray.exceptions.RayError, OSError) as error:
-                self._job.say(f"{cell}: {type(error).__name__}")
-                self._job.give_up(cell, -9, hung)
-                continue
-            if code in (STOPPED, 130):  # somebody else's: a worker that is not quite dead yet
-                self._waiting.append((time.monotonic() + _AGAIN_S, cell))
-            elif code:
-                self._job.give_up(cell, code)
+                self._end(cell, *self._ray.get(task))
+            except self._ray.exceptions.NodeDiedError:  # the cell is not to blame
+                self._job.say(f"{cell}: its node is gone; started again")
+                self._attempts.drop(cell)
+                self._waiting.append((0.0, cell))
+            except self._ray.exceptions.RayError as error:
+                self._end(cell, -1, f"its process died: {_first_line(error)}")
 
-    def _check_hung(self) -> None:
-        """Kill the tasks whose cells have begun and have not moved for too long."""
+    def _end(self, cell: str, code: int, words: str) -> None:
+        again = self._attempts.end(cell, code, words)
+        if again is not None:
+            self._waiting.append((time.monotonic() + again, cell))
+
+    def _kill(self, cell: str) -> None:
+        """Kill the task of a cell that does not get on."""
+        for task in [task for task, name in self._running.items() if name == cell]:
+            self._ended_by_us[task] = time.monotonic() + _GRACE_S
+            self._ray.cancel(task, force=True)
+
+    def _abandon(self) -> None:
+        """Wait no longer for tasks that cannot even be killed: a stopped process, a dead link.
+
+        If one comes back, it has lost its cell's lease to the next attempt, and writes no more.
+        """
         now = time.monotonic()
-        for task, cell in self._running.items():
-            sign = self._job.sign_of_life(cell)
-            seen, since = self._watched.get(cell, ((), 0.0))
-            if sign != seen or not any(sign):  # a cell without a sign may still wait for its turn
-                self._watched[cell] = (sign, now)
-            elif 0 <= since < now - self._job.study.file.resources.patience_s:
-                self._watched[cell] = (sign, -1.0)
-                self._ray.cancel(task, force=True)
+        for task in [task for task, due in self._ended_by_us.items() if due < now]:
+            del self._ended_by_us[task]
+            self._end(self._running.pop(task), -1, "")
 
     def _stop(self) -> None:
-        """End the tasks; their last commits stay."""
-        self._job.say(f"stopping {len(self._running)} cells at their last commit")
-        for task in self._running:
-            with contextlib.suppress(self._ray.exceptions.RayError, ValueError):
-                self._ray.cancel(task, force=True)
+        """Have the cells commit and stop; the kill follows for those that take too long."""
+        self._job.say(f"stopping {len(self._running)} cells after their next commit")
+        for force in (False, True):
+            for task in self._running:  # Ray raises SIGINT in a worker's process
+                with contextlib.suppress(self._ray.exceptions.RayError, ValueError):
+                    self._ray.cancel(task, force=force)
+            tasks = list(self._running)
+            ended, _ = self._ray.wait(tasks, num_returns=max(1, len(tasks)), timeout=_GRACE_S)
+            for task in ended:
+                del self._running[task]
+            if not self._running:
+                return
 
 
-def _start(task: dict[str, Any]) -> int:
-    """What a worker does; everything but its words is in the files."""
-    os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
-    from resdiag.study.work import start
+def _start(task: dict[str, Any], log: str) -> tuple[int, str]:
+    """What a worker does: exit code, and words where the files cannot have them."""
+    from resdiag.study.work import start_logged
 
-    return start(task)
+    if not Path(task["study"]).exists():
+        host, folder = socket.gethostname(), Path(task["study"]).parent
+        return 1, f"{host} does not see {folder}: the folder of runs must be on every node"
+    return start_logged(task, log), ""
 
 
 @contextlib.contextmanager
-def _cluster(job: Job, address: str) -> Iterator[None]:
+def _cluster(job: Job, address: str, slots: int | None) -> Iterator[None]:
     """Connect to a cluster, or start one on this machine and end it afterwards."""
     # before the import, which reads them: no telemetry, and no copy of the project to the workers
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -144,31 +179,34 @@ def _cluster(job: Job, address: str) -> Iterator[None]:
     except ImportError:
         hint = "pip install 'resdiag[ray]'"
         raise UsageError("the engine ray needs Ray, which is not installed", hint) from None
-    package = str(Path(resdiag.__file__).parents[1])
-    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    options: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": "ERROR",
-        "runtime_env": {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}},
-    }
-    if address:
-        options["address"] = address
-    else:
-        options |= {"include_dashboard": False, "num_gpus": len(_gpus(job))}
-    owns = not ray.is_initialized()
-    try:
-        if owns:
-            ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ResdiagError(f"no Ray cluster at '{address}': {first}", "ray start --head") from error
-    try:
-        yield
-    finally:
-        if owns:
+    options = {**_find_cluster(job, address, slots), "runtime_env": {"env_vars": job.environment()}}
+    log = job.plan.parent / "ray.log"
+    # what Ray says of dead workers and nodes is long, and it says it on standard output
+    with log.open("a", encoding="utf-8") as words, contextlib.redirect_stdout(words):
+        try:
+            ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            message = f"no Ray cluster at '{address}': {_first_line(error)}"
+            raise ResdiagError(message, "ray start --head starts one") from error
+        try:
+            yield
+        finally:
             ray.shutdown()
-        sys.stderr.flush()
 
 
-def _gpus(job: Job) -> list[str]:
-    return [] if job.device == "cpu" else find_gpus()
+def _find_cluster(job: Job, address: str, slots: int | None) -> dict[str, Any]:
+    """The cluster at an address, or a new one with room for at least one cell."""
+    if address:
+        return {"address": address}
+    threads = job.study.file.resources.threads
+    return {
+        "address": "local",  # never one that happens to run here
+        "include_dashboard": False,
+        "object_store_memory": _STORE_BYTES,
+        "num_cpus": max(len(os.sched_getaffinity(0)), threads * (slots or 1)),
+        "num_gpus": 0 if job.device == "cpu" else len(find_gpus()),
+    }
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].strip() if str(error) else type(error).__name__

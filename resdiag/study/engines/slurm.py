@@ -1,19 +1,39 @@
-"""The engine of a Slurm cluster, by submitit: an array of jobs, one per cell."""
+"""The engine of a Slurm cluster, by submitit: an array of jobs, one per cell.
+
+The queue is asked by `squeue`, which every cluster has; submitit asks `sacct`, which needs a
+database. Job ids are kept beside the cells: a driver that comes back finds the jobs of the last.
+"""
 
 import contextlib
+import json
+import os
+import signal
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from resdiag.errors import ResdiagError, UsageError
+from resdiag.runs.files import make_folder, to_json, write_file
+from resdiag.study.engines.attempts import Attempts
 from resdiag.study.engines.job import Job
 from resdiag.study.ledger import ENDED, read_entry
 from resdiag.study.work import STOPPED
 from resdiag.training.interrupt import Interrupt
 
-_LOOK_S = 1.0
+_LOOK_S = 2.0
+_ASK_S = 5.0
 _GRACE_S = 60
+_MOST_TIMEOUTS = 10_000
+_ARRAY = 1000  # MaxArraySize is 1001 unless the site says otherwise
+_JOBS = "jobs.json"
+_TIME_IS_UP = signal.SIGUSR2  # from Slurm, `_GRACE_S` before the end of the job's time
+_OVER = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL",
+         "DEADLINE")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,39 +42,64 @@ class CellJob:
 
     Attributes:
         task: A `Task` as plain data.
+        log: File for what the cell prints.
     """
 
     task: dict[str, Any]
+    log: str
 
     def __call__(self) -> int:
         """Work on the cell; a failure is in its files and in the exit code."""
-        from resdiag.study.work import start
+        from resdiag.study.work import start_logged
 
-        code = start(self.task)
-        if code == STOPPED:  # a signal, after a commit: the same job goes on later
-            return code
+        with _commit_first() as ask_for_more_time:
+            code = start_logged(self.task, self.log)
+            if code == STOPPED:
+                ask_for_more_time()
         if code:
             sys.exit(code)
         return code
 
     def checkpoint(self) -> Any:  # noqa: ANN401
-        """What submitit requeues at the end of the time or when the job is preempted."""
+        """What submitit requeues at the end of the time."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
 
-def run_on_slurm(
-    job: Job, partition: str, minutes: int, slots: int | None, cluster: str = "slurm"
-) -> int:
+@contextlib.contextmanager
+def _commit_first() -> Iterator[Callable[[], None]]:
+    """Have the end of a job's time mean what SIGTERM means, and only then what submitit does.
+
+    Yields:
+        Does what submitit does, which is to requeue the job, if its time was up.
+    """
+    theirs = signal.getsignal(_TIME_IS_UP)
+    received: list[tuple[int, FrameType | None]] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        received.append((number, frame))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def go_on() -> None:
+        if received and callable(theirs):
+            theirs(*received[0])
+
+    signal.signal(_TIME_IS_UP, stop)
+    try:
+        yield go_on
+    finally:
+        signal.signal(_TIME_IS_UP, theirs)
+
+
+def run_on_slurm(job: Job, partition: str, minutes: int, slots: int | None) -> int:
     """Submit a job's cells and wait for them; the folder of runs must be the same on every node.
 
     Args:
         job: What to do.
         partition: Of Slurm; "" takes its default.
-        minutes: Time limit of each job; one that reaches it is requeued and continues.
-        slots: Jobs at a time.
-        cluster: Executor of submitit: "slurm", or "local" and "debug" for tests.
+        minutes: Time limit of each job; one that reaches it commits, is requeued and continues.
+        slots: Jobs at a time, of each thousand that is submitted.
 
     Returns:
         The signal that stopped the waiting, or 0. The jobs are cancelled then.
@@ -63,50 +108,211 @@ def run_on_slurm(
         UsageError: submitit is not installed.
         ResdiagError: Slurm refuses the jobs.
     """
+    if ":" in job.device:
+        raise UsageError(f"--device {job.device}: Slurm gives each cell its GPU", "--device cuda")
+    queue = SlurmQueue(job, partition, minutes, slots)
+    with Interrupt() as interrupt:
+        wait(job, queue, interrupt)
+    return interrupt.signal
+
+
+class SlurmQueue:
+    """Slurm, as far as cells need it.
+
+    Args:
+        job: Whose cells.
+        partition: Of Slurm; "" takes its default.
+        minutes: Time limit of each job.
+        slots: Jobs at a time.
+    """
+
+    def __init__(self, job: Job, partition: str, minutes: int, slots: int | None) -> None:
+        self._job = job
+        self.folder = job.study.folder(job.runs) / "slurm"
+        make_folder(self.folder)
+        needs = job.study.file.resources
+        gpus = 0 if job.device == "cpu" else -(-int(needs.gpus * 100) // 100)
+        self._executor = open_executor(self.folder, "slurm")
+        self._executor.update_parameters(
+            name=f"resdiag-{job.study.name}", timeout_min=minutes, cpus_per_task=needs.threads,
+            slurm_array_parallelism=slots or _ARRAY, slurm_signal_delay_s=_GRACE_S,
+            slurm_additional_parameters={"requeue": True},
+            **({"gpus_per_node": gpus} if gpus else {}),
+            **({"slurm_partition": partition} if partition else {}),
+        )  # fmt: skip
+
+    def submit(self, cells: Iterable[str]) -> dict[str, str]:
+        """Submit a job for each cell.
+
+        Returns:
+            The job's id by cell.
+
+        Raises:
+            ResdiagError: Slurm refuses them.
+        """
+        cells = list(cells)
+        jobs: dict[str, str] = {}
+        for some in (cells[i : i + _ARRAY] for i in range(0, len(cells), _ARRAY)):
+            submitted = submit(self._job, self._executor, some)
+            jobs |= {cell: one.job_id for cell, one in submitted.items()}
+        return jobs
+
+    def states(self, jobs: Iterable[str]) -> dict[str, str]:
+        """The state of each job that Slurm knows; an empty one: it does not answer."""
+        jobs = list(jobs)
+        arrays = ",".join(sorted({id.partition("_")[0] for id in jobs}))
+        command = ["squeue", "--noheader", "--array", "--states=all", "--format=%i %T"]
+        listed = _ask([*command, f"--jobs={arrays}"])
+        if listed is None and _ask([*command, "--user=" + str(os.getuid())]) is None:
+            return dict.fromkeys(jobs, "")
+        found = dict(line.split()[:2] for line in (listed or "").splitlines())
+        return {id: found.get(id) or self._recall(id) for id in jobs}
+
+    def _recall(self, id: str) -> str:
+        """The state of a job that left the queue, where there is a database."""
+        listed = _ask(["sacct", "--noheader", "--allocations", "--format=State", f"--jobs={id}"])
+        return (listed or "").split()[0] if (listed or "").strip() else "GONE"
+
+    def cancel(self, jobs: Iterable[str]) -> None:
+        """Have the jobs commit and end."""
+        _ask(["scancel", *jobs])
+
+
+def open_executor(folder: Path, cluster: str) -> Any:  # noqa: ANN401
+    """The executor of submitit, which keeps its scripts and pickles in `folder`.
+
+    Raises:
+        UsageError: It is not installed, or there is no Slurm.
+    """
     try:
         import submitit
     except ImportError:
         hint = "pip install 'resdiag[slurm]'"
         raise UsageError("the engine slurm needs submitit, which is not installed", hint) from None
-    needs = job.study.file.resources
-    # its own folder: nothing beside the runs is ever un-pickled by resdiag
-    executor = submitit.AutoExecutor(job.study.folder(job.runs) / "slurm", cluster=cluster)
-    gpus = 0 if job.device == "cpu" else -(-int(needs.gpus * 100) // 100)
-    executor.update_parameters(
-        name=f"resdiag-{job.study.name}", timeout_min=minutes, cpus_per_task=needs.threads,
-        gpus_per_node=gpus if cluster == "slurm" else 0,
-    )  # fmt: skip
-    if cluster == "slurm":
-        executor.update_parameters(
-            slurm_array_parallelism=slots or 1000, slurm_signal_delay_s=_GRACE_S,
-            **({"slurm_partition": partition} if partition else {}),
-        )  # fmt: skip
     try:
-        with executor.batch():
-            jobs = [executor.submit(CellJob(job.task(cell))) for cell in job.cells]
+        return submitit.AutoExecutor(folder, cluster=cluster, slurm_max_num_timeout=_MOST_TIMEOUTS)
+    except RuntimeError:
+        raise UsageError("there is no Slurm here: srun is not on the path") from None
+
+
+def submit(job: Job, executor: Any, cells: Iterable[str]) -> dict[str, Any]:  # noqa: ANN401
+    """Submit cells as one array: submitit's job by cell.
+
+    Raises:
+        ResdiagError: They are refused.
+    """
+    import submitit
+
+    cells = list(cells)
+    try:
+        with _environment(job.environment()), executor.batch():
+            jobs = [executor.submit(CellJob(job.task(cell), job.log(cell))) for cell in cells]
     except (OSError, RuntimeError, submitit.core.utils.FailedJobError) as error:
-        raise ResdiagError(f"Slurm refused the jobs: {error}", "is sbatch on the path?") from error
-    job.say(f"{len(jobs)} jobs submitted; logs in {executor.folder}")
-    with Interrupt() as interrupt:
-        _wait(job, dict(zip(job.cells, jobs, strict=True)), interrupt)
-    return interrupt.signal
+        words = [line for line in str(error).splitlines() if "error:" in line]
+        reason = words[-1].split("error:")[-1].strip() if words else str(error).split("\n")[0]
+        hint = "--device cpu asks for no GPU, --partition names another partition"
+        raise ResdiagError(f"Slurm refused the jobs: {reason}", hint) from error
+    return dict(zip(cells, jobs, strict=True))
 
 
-def _wait(job: Job, jobs: dict[str, Any], interrupt: Interrupt) -> None:
-    """Wait for the jobs; those that died without a word are noted as failed."""
-    left = dict(jobs)
-    while left:
-        if interrupt.signal:
-            job.say(f"cancelling {len(left)} jobs")
-            for submitted in left.values():
-                with contextlib.suppress(OSError, RuntimeError):
-                    submitted.cancel(check=False)
+def wait(job: Job, queue: Any, interrupt: Interrupt) -> None:  # noqa: ANN401
+    """Submit what is not in the queue yet, and wait for all; see `SlurmQueue` for what it needs."""
+    _Wait(job, queue).run(interrupt)
+
+
+class _Wait:
+    """The jobs of one study, from their submission to their end."""
+
+    def __init__(self, job: Job, queue: Any) -> None:  # noqa: ANN401
+        self._job, self._queue = job, queue
+        self._attempts = Attempts(job)
+        self._hung: set[str] = set()
+        self._again: dict[str, float] = {}
+        self._jobs = self._adopt()
+        for cell in self._jobs:
+            self._attempts.begin(cell, queued=True)
+        self._submit([cell for cell in job.cells if cell not in self._jobs])
+
+    def run(self, interrupt: Interrupt) -> None:
+        asked = 0.0
+        while self._jobs or self._again:
+            if interrupt.signal:
+                self._job.say(f"cancelling {len(self._jobs)} jobs; they commit before they end")
+                self._queue.cancel(self._jobs.values())
+                return
+            for cell in self._attempts.find_hung():
+                self._hung.add(cell)
+                self._queue.cancel([self._jobs[cell]])
+            now = time.monotonic()
+            if now - asked > _ASK_S:
+                self._collect(self._queue.states(self._jobs.values()) if self._jobs else {})
+                self._submit([cell for cell, due in self._again.items() if due < now])
+                asked = time.monotonic()
+            self._job.look()
+            time.sleep(_LOOK_S)
+
+    def _submit(self, cells: list[str]) -> None:
+        if not cells:
             return
-        for cell in [cell for cell, submitted in left.items() if submitted.done()]:
-            submitted = left.pop(cell)
-            state = read_entry(job.folder(cell)).state
-            if state not in (*ENDED, "failed"):
-                job.say(f"{cell}: the job ended as {submitted.state}")
-                job.give_up(cell, -9, hung=False)
-        job.look()
-        time.sleep(_LOOK_S)
+        for cell in cells:
+            self._again.pop(cell, None)
+            self._attempts.begin(cell, queued=True)
+        self._jobs |= self._queue.submit(cells)
+        self._job.say(f"{len(cells)} jobs submitted; scripts in {self._queue.folder}")
+        write_file(self._queue.folder / _JOBS, to_json(self._jobs))
+
+    def _adopt(self) -> dict[str, str]:
+        """The jobs of a driver before this one that are still in the queue."""
+        try:
+            known = json.loads((self._queue.folder / _JOBS).read_bytes())
+            known = {str(c): str(id) for c, id in known.items() if c in self._job.cells}
+        except (OSError, ValueError, AttributeError, RecursionError):
+            return {}
+        states = self._queue.states(known.values()) if known else {}
+        over = ("", "GONE", *_OVER)
+        found = {cell: id for cell, id in known.items() if states[id] not in over}
+        if found:
+            self._job.say(f"{len(found)} jobs are in the queue already")
+        return found
+
+    def _collect(self, states: Mapping[str, str]) -> None:
+        """Take note of the jobs that are over."""
+        for cell, id in list(self._jobs.items()):
+            state = states.get(id, "")
+            if state in _OVER or state == "GONE":
+                del self._jobs[cell]
+                self._end(cell, state)
+
+    def _end(self, cell: str, state: str) -> None:
+        """A job is over: what the files say counts more than what Slurm says."""
+        found = read_entry(self._job.folder(cell)).state
+        if state == "CANCELLED" and found not in (*ENDED, "failed") and cell not in self._hung:
+            self._attempts.drop(cell)
+            self._job.say(f"{cell}: its job was cancelled; the same command continues it")
+            return
+        self._hung.discard(cell)
+        code = 0 if found in ENDED else 1 if found == "failed" else -1
+        due = self._attempts.end(cell, code, f"its job ended as {state}")
+        if due is not None:
+            self._again[cell] = time.monotonic() + due
+
+
+@contextlib.contextmanager
+def _environment(more: Mapping[str, str]) -> Iterator[None]:
+    """Set variables, which sbatch hands to the jobs, while entered."""
+    before = dict(os.environ)
+    os.environ.update(more)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _ask(command: list[str]) -> str | None:
+    """What a command of Slurm prints; None if it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
