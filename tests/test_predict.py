@@ -51,15 +51,7 @@ def test_growth_per_block_is_predicted_within_a_tenth(variant):
     assert pair.measured == pytest.approx(pair.theory, rel=0.1)
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        pytest.param(v, marks=pytest.mark.xfail(strict=True, reason="x2.7; cause open"))
-        if v == "relu_pre"
-        else v
-        for v in VARIANTS
-    ],
-)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_gradient_ratio_is_predicted_within_a_factor_two(variant):
     pair = digits(variant, 20).gradient_ratio
     assert 0.5 <= pair.measured / pair.theory <= 2
@@ -71,7 +63,7 @@ def test_gradient_of_b_has_the_predicted_exponent():
         math.log(getattr(large, name) / getattr(small, name)) / 12
         for name in ("measured", "theory")
     )
-    assert measured == pytest.approx(theory, rel=0.25)
+    assert measured == pytest.approx(theory, rel=0.15)
 
 
 @pytest.mark.parametrize("variant", ["a", "b"])

@@ -70,7 +70,7 @@ def elu_mean(q: ArrayLike) -> Array:
     """
     x = _root(q)
     direct = x / np.sqrt(np.pi) + _tail(1, x) - 0.5
-    return np.where(x < _SMALL, _series(x, lambda n: np.full_like(n, 0.5)), direct)
+    return _patched(direct, x, lambda n: np.full_like(n, 0.5))
 
 
 def elu_second_moment(q: ArrayLike) -> Array:
@@ -84,8 +84,7 @@ def elu_second_moment(q: ArrayLike) -> Array:
     """
     x = _root(q)
     direct = x**2 + _tail(2, x) - 2 * _tail(1, x) + 0.5
-    series = x**2 + _series(x, lambda n: 2.0 ** (n - 1) - 1)
-    return np.where(x < _SMALL, series, direct)
+    return _patched(direct, x, lambda n: 2.0 ** (n - 1) - 1, x**2)
 
 
 def elu_slope(q: ArrayLike) -> Array:
@@ -170,6 +169,16 @@ def _root(q: ArrayLike) -> Array:
 def _tail(k: int, x: Array) -> Array:
     """T_k."""
     return np.asarray(special.erfcx(k * x) / 2)
+
+
+def _patched(
+    direct: Array, x: Array, factor: Callable[[Array], Array], before: Array | float = 0.0
+) -> Array:
+    """`direct`, with `before` + series in its place where x is small."""
+    small = x < _SMALL
+    if not small.any():
+        return direct
+    return np.where(small, before + _series(x, factor), direct)
 
 
 def _series(x: Array, factor: Callable[[Array], Array]) -> Array:

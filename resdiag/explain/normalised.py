@@ -12,6 +12,7 @@ import numpy as np
 
 from resdiag.explain.geometry import BlockShape
 from resdiag.explain.moments import ACTIVATIONS, Array, elu_second_moment, elu_slope_sq
+from resdiag.explain.positions import Taps, uniform
 from resdiag.models.variants import Variant
 
 # slope over centred second moment of BN-ReLU: (1/2) / (1/2 - 1/2pi) = pi / (pi - 1)
@@ -70,17 +71,22 @@ class _Signal:
 
 
 def sum_normalised(
-    row: Variant, shapes: Sequence[BlockShape], s0: float, m0: float
+    row: Variant,
+    shapes: Sequence[BlockShape],
+    s0: float,
+    m0: float,
+    variances: Sequence[float] = (),
 ) -> dict[str, Array]:
     """No activation on the skip path (d, no_relu, relu_pre): H_l = k H_{l-1} + F_l.
 
     s' = k s + q2 with q2 = 1 if the branch ends with BatchNorm (d: E[H^2] = s_0 + l in stage 1),
     q2 = 2 p_W M(1) = p_W if it ends with a convolution behind BN-ReLU; m' = k m.
-    |g_{l-1}|^2 / |g_l|^2 = k + G, so a power of the depth. Measured totals ||g_0||/||g_L|| are
-    within 20 % of it for white-noise images, and up to 2.3 times higher for photographs, whose
-    correlated pixels leave the stem's channels with very different variances.
+    |g_{l-1}|^2 / |g_l|^2 = k + G, so a power of the depth. Images whose pixels are alike leave the
+    stem's channels with very different variances; relu_pre divides the gradient of each by its
+    own, so `variances`, those of the stem's channels, matter to it.
     """
-    signals = [_Signal(s=s0, m=m0, shares=np.ones(1), variances=np.array([s0 - m0**2]))]
+    within = np.array(variances, float) if len(variances) else np.array([s0 - m0**2])
+    signals = [_Signal(s=s0, m=m0, shares=np.full(len(within), 1 / len(within)), variances=within)]
     ratios = []
     for shape in shapes:
         branch, centred = _branch_moments(row, shape)
@@ -116,21 +122,56 @@ def _backward(row: Variant, shapes: Sequence[BlockShape], signals: Sequence[_Sig
     return growth
 
 
-def stack_plain(shapes: Sequence[BlockShape]) -> dict[str, Array]:
+def stack_plain(shapes: Sequence[BlockShape], width_px: int = 32) -> dict[str, Array]:
     """No shortcut: BatchNorm resets the signal in every block, H = ReLU(N(0, 1)).
 
     E[H^2] = 1/2 and E[H] = 1/sqrt(2 pi) in every block; the squared gradient grows by
     (pi / (pi - 1))^2 = 2.15 per block, by pi / (pi - 1) per BN-ReLU layer
     (Yang et al. 2019, arXiv:1902.08129: batch normalisation makes plain networks' gradients
-    explode), at infinite width and batch.
+    explode), at infinite width and batch and without a border. With one it is less, 1.88 on 8 x 8:
+    where taps see zeros they miss the positive mean of the ReLU, a pattern over positions that
+    BatchNorm counts as variance.
     """
+    layers = list[tuple[Taps, float]]()
+    size = width_px
+    s, m = uniform(size, 0.5), uniform(size, np.sqrt(0.5 / np.pi))
+    for shape in shapes:
+        for stride in (2 if shape.transition else 1, 1):
+            taps = Taps(size=size, stride=stride)
+            size = max(1, size // stride)
+            variance, normed = _normalise(taps, s, m)
+            layers.append((taps, variance))
+            s, m = normed / 2, np.sqrt(normed / (2 * np.pi))
+    growth, energy = np.empty(len(shapes)), uniform(size, 1.0)
+    for index in range(len(shapes) - 1, -1, -1):
+        total, transition = float(energy.mean()), shapes[index].transition
+        for taps, variance in (layers[2 * index + 1], layers[2 * index]):
+            energy = taps.scatter(energy / 2) / variance
+        # sums over channels, means over positions: there are four times as many before a transition
+        growth[index] = float(energy.mean()) / total * (4.0 if transition else 1.0)
     ones = np.ones(len(shapes))
     relu = ACTIVATIONS["relu"]
     return {
         "second_moment": float(relu.second_moment(1.0)) * ones,
         "mean": float(relu.mean(1.0)) * ones,
-        "grad_growth": BN_RELU_GAIN**2 * ones,
+        "grad_growth": growth,
     }
+
+
+def _normalise(taps: Taps, s: Array, m: Array) -> tuple[float, Array]:
+    """A convolution behind which BatchNorm stands, of weights with mean square 1 / fan-in.
+
+    Returns:
+        Its variance within a channel, over positions and samples, and the map of E[z^2] once
+        it has been divided by it. The mean over samples differs from position to position.
+    """
+    means = taps.seen(m)
+    centres = [float(mean.mean()) for mean in means]
+    moment = taps.gather(s)
+    pattern = sum(mean * centre for mean, centre in zip(means, centres, strict=True)) / 9
+    centre = sum(c**2 for c in centres) / 9
+    variance = float(moment.mean()) - centre
+    return variance, (moment - 2 * pattern + centre) / variance
 
 
 def _branch_moments(row: Variant, shape: BlockShape) -> tuple[float, float]:

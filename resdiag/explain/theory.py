@@ -1,7 +1,8 @@
 """What theory predicts for a network at initialisation, before any training: no constant is fitted.
 
-The laws are in `growth` (a, b), `normalised` (d, no_relu, relu_pre, plain) and `walk` (original, c,
-relu_nobn); they hold for wide layers and Gaussian pre-activations, with He's initialisation.
+The laws are in `growth` and `coherence` (a, b), `normalised` (d, no_relu, relu_pre, plain) and
+`walk` (original, c, relu_nobn); they hold for Gaussian pre-activations and He's initialisation, the
+normalised ones for wide layers.
 """
 
 import math
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from resdiag.errors import UsageError
+from resdiag.explain.coherence import grow_back
 from resdiag.explain.geometry import BlockShape, block_shapes, padding_share
-from resdiag.explain.growth import grow_elu_nobn, grow_elu_pre
+from resdiag.explain.growth import columns as growth_columns
+from resdiag.explain.growth import grow
 from resdiag.explain.moments import ACTIVATIONS, Array
 from resdiag.explain.normalised import stack_plain, sum_normalised
 from resdiag.explain.walk import walk
@@ -27,7 +30,8 @@ _STEM_FAN_RATIO = 3 / 16  # input channels over output channels of the stem's co
 
 _UNNORMALISED = (
     "un-normalised residual sum: the second moment is multiplied in every block by the recursion "
-    "of resdiag.explain.growth (Zhang et al. 2019 (Fixup); De & Smith 2020)"
+    "of resdiag.explain.growth (Zhang et al. 2019 (Fixup); De & Smith 2020), the gradient by that "
+    "of resdiag.explain.coherence, which keeps its part along the signal"
 )
 _NORMALISED = (
     "BatchNorm ends the branch and nothing stands on the skip path: E[H^2] grows by a constant per "
@@ -38,12 +42,12 @@ _WALK = (
     "(resdiag.explain.walk; Sparre Andersen 1954 for its skip gain)"
 )
 _BASIS = {
-    "elu_nobn": _UNNORMALISED + "; the gradient's growth is a lower bound",
+    "elu_nobn": _UNNORMALISED,
     "elu_pre": _UNNORMALISED,
     "relu_nobn": _WALK + "; its step grows with the signal, so E[H^2] grows geometrically",
     "relu_pre": _NORMALISED,
     "plain": "BatchNorm and no shortcut: E[H^2] is 1/2 in every block, the squared gradient grows "
-    "by (pi/(pi-1))^2 per block (Yang et al. 2019, mean field theory of BatchNorm)",
+    "by (pi/(pi-1))^2 per block, less at the border (Yang et al. 2019, mean field of BatchNorm)",
 }
 
 
@@ -120,6 +124,8 @@ def predict(
     *,
     s0: float | None = None,
     m0: float | None = None,
+    variances: Sequence[float] = (),
+    width: float = 1.0,
     width_px: int = 32,
 ) -> Prediction:
     """Predict the statistics of a freshly initialised network.
@@ -130,6 +136,10 @@ def predict(
         s0: E[H_0^2] measured at the stem's output; None computes it for inputs of unit variance, 3
             channels and 16 stem channels.
         m0: E[H_0] measured there; None: 0 behind a convolution, else the mean that belongs to s0.
+        variances: Of each of the stem's channels, over batch and positions, if they are known:
+            relu_pre normalises the channels one by one.
+        width: Multiple of the 16/32/64 channels; a and b only, the others do not depend on it.
+            Infinity is the mean field.
         width_px: Width of the images.
 
     Raises:
@@ -148,7 +158,7 @@ def predict(
         raise UsageError(f"second moment {s0:g} at the stem must be in (0, {largest:g}]")
     if m0 is None:
         m0 = _stem_mean(row, s0)
-    columns = _columns(row, shapes, s0, m0)
+    columns = _columns(row, shapes, s0, m0, variances, width, width_px)
     columns["forward_growth"] = columns["second_moment"] / np.append(
         s0, columns["second_moment"][:-1]
     )
@@ -224,16 +234,25 @@ _NO_ACTIVATION = {
 """Exact where nothing stands after the addition."""
 
 
-def _columns(row: Variant, shapes: Sequence[BlockShape], s0: float, m0: float) -> dict[str, Array]:
+def _columns(
+    row: Variant,
+    shapes: Sequence[BlockShape],
+    s0: float,
+    m0: float,
+    variances: Sequence[float],
+    width: float,
+    width_px: int,
+) -> dict[str, Array]:
     """The law of a variant, by the variants table."""
     if not row.shortcut:
-        return stack_plain(shapes)
+        return stack_plain(shapes, width_px)
     if row.after_add != "none":
         return walk(row, shapes, s0)
     exact = {name: np.full(len(shapes), value) for name, value in _NO_ACTIVATION.items()}
     if row.norm:
-        return exact | sum_normalised(row, shapes, s0, m0)
-    return exact | (grow_elu_pre if row.id == "elu_pre" else grow_elu_nobn)(shapes, s0, m0)
+        return exact | sum_normalised(row, shapes, s0, m0, variances)
+    levels = grow(row.id, shapes, s0, m0, width=width, width_px=width_px)
+    return exact | growth_columns(levels) | {"grad_growth": grow_back(row.id, levels)}
 
 
 def _stem_mean(row: Variant, s0: float) -> float:

@@ -1,5 +1,6 @@
 """The forecast: what will happen to a variant at this learning rate, before any training."""
 
+import copy
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,10 @@ def forecast(
     images, labels = Augmenter(found, batch_size, seed, augment=True).batch(0)
     seen = _measure(model, images, labels, row.id, depth)
     s0, m0 = seen.value("input_second_moment", 0, 0), seen.value("input_mean", 0, 0)
-    theory = predict(row.id, depth, s0=s0, m0=m0, width_px=images.shape[-1])
+    theory = predict(
+        row.id, depth, s0=s0, m0=m0, width_px=images.shape[-1],
+        variances=_stem_variances(model, images),
+    )  # fmt: skip
     norm = seen.scalar("grad_norm", 0)
     fate, why = _fate(row.norm, lr, norm)
     return Forecast(
@@ -118,8 +122,7 @@ def forecast(
         gradient_ratio=Pair(
             theory=theory.gradient_ratio,
             measured=seen.gradient_ratio(0),
-            note="||g_0|| / ||g_L||"
-            + (", theory is a lower bound" if "lower bound" in theory.basis else ""),
+            note="||g_0|| / ||g_L||",
         ),
         critical_lr=_critical(
             model, images, labels, row.norm, norm,
@@ -143,6 +146,14 @@ def _measure(
     run = as_run(monitor, config=config, curve={"loss": [float(loss.detach())]})
     model.zero_grad()
     return Observed(run)
+
+
+@torch.no_grad()
+def _stem_variances(model: ResNet, images: torch.Tensor) -> list[float]:
+    """Variance of each of the stem's channels, over batch and positions; the model unchanged."""
+    stem = copy.deepcopy(model.stem)  # its BatchNorm would count the batch twice
+    variances: list[float] = stem(images).double().var((0, 2, 3), unbiased=False).tolist()
+    return variances
 
 
 def _critical(
