@@ -9,7 +9,7 @@ from resdiag.commands.inspect import inspect
 from resdiag.commands.plot import plot
 from resdiag.commands.predict import predict
 from resdiag.commands.probe import probe
-from resdiag.commands.report import freeze_study
+from resdiag.commands.report import freeze_study, report_study
 from resdiag.commands.run import run
 from resdiag.commands.study import study_app
 from resdiag.commands.tables import metrics, variants, version
@@ -32,6 +32,7 @@ app = App(
 app.callback()(print_help)
 for command in (run, plot, explain, inspect, export, predict, probe, variants, metrics, version):
     app.command()(command)
+study_app.command("report")(report_study)
 study_app.command("freeze")(freeze_study)
 app.add_typer(data_app, name="data")
 app.add_typer(bench_app, name="bench")

@@ -56,6 +56,34 @@ def freeze_study(
         print(path)
 
 
+def report_study(
+    where: Where,
+    settings: Sets = None,
+    mini: Mini = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder; `report` in the study's folder if not given."),
+    ] = None,
+    runs: RunsRoot = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Write what a study came to as one HTML page, as Markdown, and its figures with their data.
+
+    An unfinished study has a report, too: it says what is missing. STUDY may be a folder that
+    `study freeze` wrote.
+    """
+    results = _read(where, settings, mini, runs)
+    from resdiag.report.write import write_report
+
+    frozen = results.source == where
+    folder = out or (Path("reports") / results.study.name if frozen else Path(results.source))
+    files = write_report(results, folder if out or frozen else folder / "report")
+    if as_json:
+        print(json.dumps({"schema": 1, "files": [str(path) for path in files]}))
+        return
+    print(files[0])
+
+
 def _read(
     where: str, settings: list[str] | None, mini: bool, runs: Path, steps: int | None = None
 ) -> "Results":

@@ -1,0 +1,257 @@
+"""The figures that a study file names: drawn, split where they are crowded, with their data."""
+
+import io
+import logging
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from resdiag.errors import ResdiagError
+from resdiag.report.parts import Entry, Table
+from resdiag.report.results import CellResult, Results
+from resdiag.report.svg import refine
+from resdiag.report.words import number, settings_words
+from resdiag.show.kinds import KINDS, PlotKind
+from resdiag.study.spec import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Drawing
+
+    from resdiag.show.view import Record, View
+
+MOST_LINES = 10
+"""Lines in a figure that can be told apart; of more, one figure per depth, and so on."""
+
+_INITIAL = ("growth",)
+"""Plots of the first step only: settings that act later make no other line."""
+_LATER = (
+    "recipe", "steps", "epochs", "lr", "warmup", "momentum", "nesterov", "weight_decay",
+    "record_first", "every", "commit_every",
+)  # fmt: skip
+_OVER_TIME = ("curves",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One drawing of a figure.
+
+    Attributes:
+        number: Of the figure in the study file, from 1.
+        name: Name of its files.
+        title: Above it.
+        question: What it answers.
+        reading: What to read in it.
+        svg: What matplotlib wrote; None if it could not be drawn.
+        pdf: The same as PDF.
+        csv: Its data.
+        table: A few of its numbers, for who cannot see it.
+        reason: Why it could not be drawn.
+    """
+
+    number: int
+    name: str
+    title: str
+    question: str
+    reading: str
+    svg: bytes | None = None
+    pdf: bytes = b""
+    csv: str = ""
+    table: Table | None = None
+    reason: str = ""
+
+    def description(self) -> str:
+        """What a figure shows, for who cannot see it."""
+        return f"{self.question} Read: {self.reading} The table below has its numbers."
+
+    def inline(self, styles: Any) -> str:  # noqa: ANN401
+        """The figure for a page whose style sheet `styles` collects."""
+        assert self.svg is not None
+        return refine(
+            self.svg,
+            prefix=f"p{re.sub(r'[^0-9a-z]', '', self.name)}x",
+            title=self.title,
+            description=self.description(),
+            styles=styles,
+        )
+
+    def file(self) -> str:
+        """The figure as a file of its own."""
+        assert self.svg is not None
+        return refine(self.svg, prefix="f", title=self.title, description=self.description())
+
+
+def draw_figures(results: Results, *, drawn: bool = True) -> Iterator[Picture]:
+    """The figures of a study, in its order.
+
+    Args:
+        results: What came out.
+        drawn: Whether to draw them; else they have their data and tables only.
+    """
+    for place, figure in enumerate(results.study.file.figure, start=1):
+        members = [item for item in results.select(figure.cells.given) if _has_records(item)]
+        kind = KINDS[figure.plot]
+        title = figure.title or kind.title
+        stem = f"{place:02d}-{figure.plot}"
+        if not members:
+            yield Picture(
+                number=place, name=stem, title=title, question=kind.question, reading=kind.reading,
+                reason="none of its cells has a recorded step",
+            )  # fmt: skip
+            continue
+        if figure.plot in _INITIAL:
+            members = _distinct_at_start(members)
+        for where, some in _facets(results, members):
+            name = re.sub(r"[^a-z0-9.]+", "-", f"{stem} {where}".lower()).strip("-")
+            full = f"{title}: {where}" if where else title
+            yield _draw(place, name, full, kind, figure, some, drawn)
+
+
+def _has_records(item: CellResult) -> bool:
+    run = item.run
+    return run is not None and run.metrics_frame is not None and len(run.metrics_frame) > 0
+
+
+def _distinct_at_start(members: Sequence[CellResult]) -> list[CellResult]:
+    """One cell of those that are equal before the first update."""
+    kept: dict[str, CellResult] = {}
+    for item in members:
+        plain = replace(item.cell.request, **dict.fromkeys(_LATER))  # type: ignore[arg-type]
+        kept.setdefault(repr(asdict(plain)), item)
+    return list(kept.values())
+
+
+def _facets(
+    results: Results, members: Sequence[CellResult]
+) -> Iterator[tuple[str, list[CellResult]]]:
+    """The cells in lots of at most `MOST_LINES` settings: by depth, then by what else tells."""
+    split: list[str] = []
+    order = [name for name in results.telling if name != "variant"]
+    order.sort(key=lambda name: name not in ("data", "depth"))
+    while order and _most_lines(results, members, split) > MOST_LINES:
+        split.append(order.pop(0))
+    lots: dict[str, list[CellResult]] = {}
+    for item in members:
+        where = settings_words({name: getattr(item.cell.request, name) for name in split})
+        lots.setdefault(where, []).append(item)
+    for where, lot in lots.items():
+        groups = results.group(lot)
+        for start in range(0, len(groups), MOST_LINES):
+            part = [m for group in groups[start : start + MOST_LINES] for m in group.members]
+            more = f" ({start // MOST_LINES + 1})" if len(groups) > MOST_LINES else ""
+            yield f"{where}{more}".strip(), part
+
+
+def _most_lines(results: Results, members: Sequence[CellResult], split: Sequence[str]) -> int:
+    lots: dict[str, list[CellResult]] = {}
+    for item in members:
+        key = repr([getattr(item.cell.request, name) for name in split])
+        lots.setdefault(key, []).append(item)
+    return max(len(results.group(lot)) for lot in lots.values())
+
+
+def _draw(
+    place: int, name: str, title: str, kind: PlotKind, figure: Figure,
+    members: Sequence[CellResult], drawn: bool,
+) -> Picture:  # fmt: skip
+    from resdiag.show.opening import open_view
+
+    runs = [item.run for item in members if item.run is not None]
+    blank = Picture(
+        number=place, name=name, title=title, question=kind.question, reading=kind.reading
+    )
+    try:
+        view = open_view(kind, runs, step=None, theory=True)
+        data = {"csv": to_csv(view), "table": to_table(view, title)}
+        if not drawn:
+            return replace(blank, svg=b"", **data)  # type: ignore[arg-type]
+        from resdiag.show.plots import draw
+
+        drawing = draw(figure.plot, runs)
+        return replace(blank, svg=_render(drawing, "svg"), pdf=_render(drawing, "pdf"), **data)  # type: ignore[arg-type]
+    except ResdiagError as error:
+        return replace(blank, reason=error.message)
+
+
+def _render(drawing: "Drawing", form: str) -> bytes:
+    """The bytes of a figure, text as text."""
+    import matplotlib as mpl
+
+    from resdiag.show.style import look
+
+    # it warns of the date of a font that comes with matplotlib
+    logging.getLogger("fontTools").setLevel(logging.ERROR)
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if form == "svg" else {"CreationDate": None}
+    with look(), mpl.rc_context({"svg.fonttype": "none"}):
+        drawing.savefig(buffer, format=form, metadata=metadata)
+    return buffer.getvalue()
+
+
+# -- the numbers of a figure -----------------------------------------------------------------------
+
+
+def _columns(view: "View") -> tuple[bool, list[str]]:
+    """Whether it is drawn over steps, and which metrics it draws."""
+    record = view.records[0]
+    table = record.curve if view.kind.name in _OVER_TIME else record.metrics
+    return view.kind.name in _OVER_TIME, [name for name in view.kind.needs if name in table]
+
+
+def to_csv(view: "View") -> str:
+    """The data of a figure: a row per line, seed, step and block, four digits."""
+    import pandas as pd
+
+    over_time, names = _columns(view)
+    parts = []
+    for series in view.series:
+        for record in series.records:
+            table = record.curve if over_time else record.metrics
+            keys = ["step"] if over_time else ["step", "block"]
+            part = table[[*keys, *(name for name in names if name in table)]].copy()
+            part.insert(0, "line", re.sub(r" \(\d+ seeds\)$", "", series.label))
+            part.insert(1, "seed", record.run.config.seed)
+            parts.append(part)
+    text: str = pd.concat(parts).to_csv(index=False, float_format="%.4g", lineterminator="\n")
+    return text
+
+
+def to_table(view: "View", title: str) -> Table:
+    """First, middle and last of each line, or first, least and last over steps."""
+    over_time, names = _columns(view)
+    rows: list[list[Entry]] = []
+    for series in view.series:
+        for name in names:
+            ends = [_ends(record, name, over_time) for record in series.records]
+            if any(not math.isnan(value) for triple in ends for value in triple):
+                middle = (_median(column, name) for column in zip(*ends, strict=True))
+                rows.append([series.label, name, *middle])
+    blocks, steps = ("first block", "middle block", "last block"), ("first", "least", "last")
+    header = ["line", "metric", *(steps if over_time else blocks)]
+    when = "over steps" if over_time else "at the last finite step"
+    return Table(
+        caption=f"{title}: {when}, median over seeds", header=header, rows=rows, numeric=(2, 3, 4)
+    )
+
+
+def _ends(record: "Record", name: str, over_time: bool) -> tuple[float, float, float]:
+    """First, least and last over steps; or first, middle and last block at one step."""
+    import numpy as np
+
+    if over_time:
+        column = record.curve[name].to_numpy() if name in record.curve else np.empty(0)
+        known = column[~np.isnan(column)].astype(np.float64)
+    else:
+        known = record.grid(name)[:, record.last_finite]
+    if not len(known):
+        return math.nan, math.nan, math.nan
+    middle = known.min() if over_time else known[len(known) // 2]
+    return float(known[0]), float(middle), float(known[-1])
+
+
+def _median(values: Sequence[float], name: str) -> str:
+    import numpy as np
+
+    known = [value for value in values if not math.isnan(value)]
+    return number(float(np.median(known)), name) if known else "-"

@@ -1,0 +1,79 @@
+"""A report as Markdown: `report.md`, and the pages of the documentation."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+from resdiag.report.parts import Bullets, Code, Image, Page, Part, Table, Text
+
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|$~^&])")
+
+
+def to_markdown(page: Page, *, figures: str = "figures", folded: bool = True) -> str:
+    """Write a page as Markdown.
+
+    Args:
+        page: The report.
+        figures: Folder of the figures, as seen from the file.
+        folded: Whether what the page folds away is written too.
+    """
+    lines = [f"# {escape(page.question)}", "", f"**{escape(page.headline)}**", ""]
+    lines += [f"- {escape(line)}" for line in page.found]
+    lines += ["", "How sure:", "", *(f"- {escape(line)}" for line in page.sure), ""]
+    for term, words in page.claim:
+        lines += [f"{escape(term)}: {escape(words)}", ""]
+    for section in page.sections:
+        lines += [f"## {escape(section.title)}", ""]
+        lines += _parts(section.parts, figures, folded)
+    if page.made:
+        lines += [escape(page.made), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def escape(text: str) -> str:
+    r"""Text in which Markdown and HTML find nothing to obey, on one line.
+
+    >>> print(escape("a_b <script> [x](y)"))
+    a\_b \<script\> \[x\](y)
+    """
+    line = " ".join(text.split())
+    line = _SPECIAL.sub(r"\\\1", line)
+    return re.sub(r"^([-+=]|\d+[.)])", r"\\\1", line)
+
+
+def _parts(parts: Sequence[Part], figures: str, folded: bool) -> Iterator[str]:
+    for part in parts:
+        if isinstance(part, Text):
+            yield from (escape(part.text), "")
+        elif isinstance(part, Bullets):
+            yield from (*(f"- {escape(item)}" for item in part.items), "")
+        elif isinstance(part, Code):
+            fence = "`" * max(3, 1 + max(map(len, re.findall(r"`+", part.lines)), default=0))
+            yield from (f"{fence}{part.language}", part.lines, fence, "")
+        elif isinstance(part, Table):
+            yield from _table(part)
+        elif isinstance(part, Image):
+            yield from _image(part, figures, folded)
+        elif folded:
+            yield from _parts(part.parts, figures, folded)
+
+
+def _table(table: Table) -> Iterator[str]:
+    rule = ["---:" if place in table.numeric else "---" for place in range(len(table.header))]
+    yield from (f"**{escape(table.caption)}**", "")
+    yield _row(map(escape, table.header))
+    yield _row(rule)
+    for row in table.rows:
+        yield _row(escape(str(cell)) for cell in row)
+    yield ""
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _image(image: Image, figures: str, folded: bool) -> Iterator[str]:
+    picture = image.picture
+    yield from (f"![{escape(picture.title)}]({figures}/{picture.name}.svg)", "")
+    yield from (escape(f"{picture.title}. Read: {picture.reading}"), "")
+    if folded and image.table:
+        yield from _table(image.table)

@@ -1,0 +1,130 @@
+"""Where results are from: data, devices, versions, and what was changed in a shipped study."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from resdiag.errors import ResdiagError
+from resdiag.report.results import Results
+from resdiag.study.shipped import shipped_studies
+from resdiag.study.study import Study, load_study
+
+_FREE = ("variant", "depth")
+"""Settings of a grid that may be cut down without changing any cell."""
+
+
+def is_lossy(data: str) -> bool:
+    """Whether a name is that of images that were compressed once more than the original.
+
+    >>> is_lossy("cifar10-jpeg"), is_lossy("folder:x/cifar10-jpeg.tar.gz"), is_lossy("cifar10")
+    (True, True, False)
+    """
+    return bool(re.search(r"(?<![a-z])(jpe?g|lossy)", data.lower()))
+
+
+def shipped_version(study: Study) -> Study | None:
+    """The shipped study of the same name; None if there is none."""
+    name = study.name.removesuffix("-mini")
+    if name not in shipped_studies():
+        return None
+    try:
+        return load_study(name)
+    except ResdiagError:
+        return None
+
+
+def changed_settings(study: Study) -> list[str]:
+    """What makes the training another one than the shipped study's, as `epochs = 3 (not 164)`.
+
+    Fewer variants, depths or seeds are no other training.
+    """
+    shipped = shipped_version(study)
+    if shipped is None or shipped.digest == study.digest:
+        return []
+    if study.name.endswith("-mini"):
+        return ["--mini"]
+    ours, theirs = _settings(study), _settings(shipped)
+    names = [n for n in dict.fromkeys([*ours, *theirs]) if n not in _FREE]
+    return [
+        f"{name} = {_value(ours.get(name))} (not {_value(theirs.get(name))})"
+        for name in names
+        if not set(map(repr, ours.get(name, []))) <= set(map(repr, theirs.get(name, [])))
+        or bool(ours.get(name)) != bool(theirs.get(name))
+    ]
+
+
+def _settings(study: Study) -> dict[str, list[Any]]:
+    """Every value of each setting that the file gives, wherever it does."""
+    file = study.file
+    found = {name: [value] for name, value in file.fixed.given.items()}
+    for table in (file.grid.given, *(more.given for more in file.include)):
+        for name, values in table.items():
+            if name != "seed":
+                found.setdefault(name, []).extend(values)
+    return found
+
+
+def _value(values: Sequence[Any] | None) -> str:
+    words = list(dict.fromkeys(map(str, values or ["the recipe's"])))
+    return ", ".join(words)
+
+
+def list_sources(results: Results, part: str, names: Sequence[str]) -> list[tuple[str, int]]:
+    """Distinct identities of the data or environments of the runs, with their number of cells.
+
+    Args:
+        results: The results.
+        part: "data" or "environment".
+        names: The keys to tell, in order.
+    """
+    counted: dict[str, int] = {}
+    for item in results.cells:
+        if item.run:
+            about: Mapping[str, Any] = getattr(item.run, part)
+            words = ", ".join(
+                f"{name.replace('_', ' ')} {about[name]}" for name in names if about.get(name)
+            )
+            counted[words] = counted.get(words, 0) + 1
+    return sorted(counted.items(), key=lambda pair: -pair[1])
+
+
+def remake_commands(results: Results) -> list[str]:
+    """The commands that make the results again, as far as the study file says how."""
+    import shlex
+
+    study = results.study
+    mini = study.name.endswith("-mini")
+    name = study.name.removesuffix("-mini")
+    shipped = shipped_version(study)
+    where = name if shipped is not None else f"{name}.toml"
+    words = ["--mini"] if mini else []
+    if shipped is not None and not mini:
+        words += _assignments(study.document, shipped.document)
+    tail = "".join(f" {shlex.quote(word)}" for word in words)
+    return [f"resdiag study run {where}{tail}", f"resdiag study report {where}{tail}"]
+
+
+def _assignments(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """The `--set` options that turn one document into the other, where options can."""
+    words: list[str] = []
+    pairs: list[tuple[str, Any, Any]] = [("seeds", ours.get("seeds"), theirs.get("seeds"))]
+    for table in ("fixed", "grid", "resources"):
+        mine, other = ours.get(table, {}), theirs.get(table, {})
+        pairs += [(f"{table}.{key}", value, other.get(key)) for key, value in mine.items()]
+    for key, value, other in pairs:
+        if value is not None and value != other:
+            words += ["--set", f"{key}={_toml(value)}"]
+    return words
+
+
+def _toml(value: object) -> str:
+    """A value as `--set` takes it.
+
+    >>> _toml([0, 1]), _toml("digits"), _toml(True), _toml(["elu", "plain"])
+    ('[0, 1]', 'digits', 'true', '["elu", "plain"]')
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ", ".join(f'"{v}"' if isinstance(v, str) else _toml(v) for v in value) + "]"
+    return str(value)

@@ -1,0 +1,478 @@
+"""Reports: what is judged, what is said, what is drawn; from made results of known content."""
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import math
+import re
+import xml.etree.ElementTree as ET
+from collections import Counter
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from made_studies import GRID, make_results, make_study
+from studyfiles import write_study
+
+from resdiag.cli import app
+from resdiag.report.answer import answer
+from resdiag.report.colours import DARK_PAPER, contrast, on_dark
+from resdiag.report.figures import MOST_LINES, draw_figures
+from resdiag.report.frozen import freeze
+from resdiag.report.html import MOST_BYTES, to_html
+from resdiag.report.judged import MET, NOT_MET, OPEN, judge_all, summarise
+from resdiag.report.markdown import to_markdown
+from resdiag.report.origin import changed_settings, remake_commands
+from resdiag.report.results import Results
+from resdiag.report.sections import write_page
+from resdiag.report.write import write_report
+from resdiag.show.style import VARIANT_LOOKS
+from resdiag.study.shipped import shipped_studies
+from resdiag.study.study import load_study
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+# -- judging ---------------------------------------------------------------------------------------
+
+ONE = """
+question = "q"
+seeds = [0, 1, 2]
+[fixed]
+data = "digits"
+[grid]
+variant = ["elu"]
+depth = [8]
+"""
+
+
+def judged(expected, values, *, states=("done",) * 3, name="one", data="digits"):
+    """The one judgement on made outcomes of three seeds."""
+    study = make_study(f"{ONE}[[expected]]\nsource = 's'\n{expected}", name=name)
+    measure = study.file.expected[0].measure
+    made = make_results(study, broken=lambda request: None, data=data)
+    cells = [
+        replace(item, outcomes={**item.outcomes, measure: value}, state=state)
+        for item, value, state in zip(made.cells, values, states, strict=True)
+    ]
+    (result,) = judge_all(Results(study=study, cells=cells, source=""))
+    return result
+
+
+ERROR = "measure = 'test_error'\nvalue = 0.10\ntolerance = 0.01"
+BLOCKS = "measure = 'first_nonfinite_step'\nvalue = 4\nfactor = 2.0"
+
+
+@pytest.mark.parametrize(
+    ("values", "outcome", "reason"),
+    [
+        ((0.10, 0.10, 0.10), MET, ""),
+        ((0.11, 0.11, 0.11), MET, ""),  # at the edge
+        ((0.111, 0.111, 0.111), NOT_MET, ""),
+        ((0.101, 0.100, 0.099), MET, ""),
+        ((0.13, 0.10, 0.10), OPEN, "the spread of 3 seeds reaches over the tolerance"),
+        ((0.20, 0.21, 0.22), NOT_MET, ""),
+        ((math.nan,) * 3, OPEN, "not recorded"),
+        ((math.inf, 0.1, 0.1), NOT_MET, "not finite"),
+    ],
+)
+def test_a_number_is_judged_by_its_mean_and_two_standard_errors(values, outcome, reason):
+    found = judged(ERROR, values)
+    assert (found.outcome, found.reason) == (outcome, reason)
+
+
+def test_a_factor_is_judged_by_the_geometric_mean():
+    assert judged(BLOCKS, (2.0, 4.0, 8.0)).numbers.mean == pytest.approx(4)
+    assert judged(BLOCKS, (7.9, 8.0, 8.1)).outcome == OPEN  # the spread reaches over the edge
+    assert judged(BLOCKS, (8.0, 8.0, 8.0)).outcome == MET
+    assert judged(BLOCKS, (8.1, 8.1, 8.1)).outcome == NOT_MET
+    assert judged(BLOCKS, (math.nan,) * 3).reason == "never reached"
+
+
+def test_what_diverged_has_not_met_an_error():
+    found = judged(ERROR, (0.1, 0.1, math.nan), states=("done", "done", "diverged"))
+    assert (found.outcome, found.reason) == (NOT_MET, "1 of 3 diverged")
+
+
+def test_a_word_is_met_if_every_cell_says_it():
+    word = "measure = 'status'\nvalue = 'diverged'"
+    assert judged(word, ("diverged",) * 3).outcome == MET
+    found = judged(word, ("diverged", "done", "done"))
+    assert (found.outcome, found.reason) == (NOT_MET, "done in 2 of 3")
+    assert judged(word, ("done",) * 3, states=("running",) * 3).reason == "no cell has ended"
+
+
+def test_errors_on_lossy_copies_are_not_held_against_published_ones():
+    found = judged(ERROR, (0.1, 0.1, 0.1), data="cifar10-jpeg")
+    assert found.outcome == OPEN
+    assert "cifar10-jpeg: lossy copies" in found.reason
+    assert found.numbers.n == 3  # the numbers are there
+
+
+def test_errors_of_another_training_are_not_either():
+    study = load_study("paper", ["fixed.epochs=3", "seeds=[0]"])
+    assert changed_settings(study) == ["epochs = 3 (not the recipe's)"]
+    results = make_results(study, broken=lambda request: None)
+    judgements = judge_all(results)
+    errors = [j for j in judgements if j.expected.measure == "best_test_error"]
+    assert {j.outcome for j in errors} == {OPEN}
+    assert "epochs = 3" in errors[0].reason
+    words = [j for j in judgements if j.expected.measure == "status"]
+    assert {j.outcome for j in words} == {NOT_MET}  # nothing was made to diverge
+
+
+def test_fewer_cells_are_no_other_training():
+    study = load_study("degradation", ["seeds=[0]", "grid.depth=[20, 110]"])
+    assert changed_settings(study) == []
+
+
+@pytest.mark.parametrize("name", shipped_studies())
+def test_a_shipped_study_is_not_changed_and_its_commands_load_it_again(name):
+    study = load_study(name)
+    assert changed_settings(study) == []
+    changed = load_study(name, ["seeds=[7]", "fixed.data=digits"]) if name == "smoke" else study
+    words = remake_commands(Results(study=changed, cells=(), source=""))[0].split(" --set ")
+    settings = [word.strip("'") for word in words[1:]]
+    assert load_study(words[0].split()[-1], settings).digest == changed.digest
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=9))
+def test_summaries_are_those_of_numpy(values):
+    found = summarise(values)
+    assert found.mean == pytest.approx(np.mean(values), rel=1e-9, abs=1e-9)
+    assert found.deviation == pytest.approx(np.std(values, ddof=1), rel=1e-6, abs=1e-6)
+    assert (found.low, found.high, found.n) == (min(values), max(values), len(values))
+
+
+# -- the answer ------------------------------------------------------------------------------------
+
+
+def said(results):
+    return answer(results, judge_all(results))
+
+
+def test_the_answer_counts():
+    found = said(make_results())
+    assert found.headline == "All 4 expected values are met."
+    assert "Diverged: 4 of 8 cells: elu_pre (b) 4 of 4; none of elu (d)." in found.found
+    assert "n = 2 per setting, 4 settings." in found.sure
+    assert "All 8 cells ended." in found.sure
+    assert "The seeds agree on how it ended in all 4 settings with several seeds." in found.sure
+
+
+def test_what_is_missing_and_what_disagrees_is_said():
+    results = make_results(
+        broken=lambda request: 4 if request.variant == "elu_pre" and request.seed else None,
+        missing=(0,),
+        failed=(1,),
+    )
+    found = said(results)
+    assert found.headline.endswith("so far (6 of 8 cells).")
+    assert "1 is not" in found.headline
+    assert any("Not met: how it ended diverged: elu_pre (b), depth 56" in x for x in found.found)
+    assert any("2 of 8 cells (1 missing, 1 failed): elu (d)" in x for x in found.sure)
+    assert any("disagree on how it ended in 2 of 3" in x for x in found.sure)
+
+
+def test_without_a_result_there_is_no_answer():
+    study = make_study()
+    found = said(make_results(study, missing=range(len(study.cells))))
+    assert found.headline == "No answer yet: none of 8 cells has ended."
+    assert found.found == ()
+
+
+def test_lossy_data_are_named_in_the_answer():
+    found = said(make_results(data="cifar10-jpeg"))
+    assert any("cifar10-jpeg is a lossy copy" in line for line in found.sure)
+    ranked = [line for line in found.found if line.startswith("Final test error")]
+    assert all("(cifar10-jpeg)" in line for line in ranked)
+
+
+def test_a_ranking_needs_an_epoch_and_says_when_it_is_noise():
+    results = make_results(broken=lambda request: None)
+    ranked = [line for line in said(results).found if line.startswith("Final test error")]
+    assert len(ranked) == 2  # a depth each
+    assert "two standard errors" in ranked[0]
+    short = [
+        replace(item, run=replace(item.run, curve_frame=item.run.curve().head(20)))
+        for item in results.cells
+    ]
+    found = said(Results(study=results.study, cells=short, source=""))
+    assert not [line for line in found.found if line.startswith("Final test error")]
+
+
+# -- figures ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return list(draw_figures(make_results(missing=(1,))))
+
+
+def test_every_figure_is_drawn_with_its_data(pictures):
+    assert [picture.name for picture in pictures] == ["01-gradnorms", "02-curves"]
+    rows = list(csv.DictReader(io.StringIO(pictures[0].csv)))
+    assert {row["line"] for row in rows} >= {"elu (d) depth 20", "elu_pre (b) depth 56"}
+    assert {"line", "seed", "step", "block", "grad_output", "grad_param"} <= set(rows[0])
+    assert pictures[0].table.rows
+
+
+def test_the_numbers_of_a_figure_are_those_of_the_run(pictures):
+    results = make_results(missing=(1,))
+    item = results.cells[0]
+    frame = item.run.metrics()
+    rows = csv.DictReader(io.StringIO(pictures[0].csv))
+    mine = [r for r in rows if r["line"] == "elu (d) depth 20" and r["seed"] == "0"]
+    assert len(mine) == len(frame)
+    shown = [float(row["grad_output"] or "nan") for row in mine]
+    np.testing.assert_allclose(shown, frame["grad_output"], rtol=1e-3)
+
+
+def test_a_drawing_is_titled_unique_and_without_styles_of_its_own(pictures):
+    from resdiag.report.svg import Styles
+
+    styles = Styles()
+    texts = [picture.inline(styles) for picture in pictures]
+    ids = Counter(re.findall(r' id="([^"]+)"', "".join(texts)))
+    assert set(ids.values()) == {1}
+    for text in texts:
+        root = ET.fromstring(text)
+        assert root.get("role") == "img"
+        named = {element.get("id"): element.text for element in root.iter() if element.get("id")}
+        assert named[root.get("aria-labelledby")]
+        assert named[root.get("aria-describedby")].startswith(("Does", "What"))
+        assert not [e for e in root.iter() if "style" in e.attrib or e.tag == f"{SVG}style"]
+        used = {m for e in root.iter() for m in re.findall(r"#(\w+)", " ".join(e.attrib.values()))}
+        assert used <= set(named)  # every reference is resolved
+        classes = {e.get("class") for e in root.iter()} - {None}
+        assert all(f".{name}{{" in styles.css() for name in classes)
+
+
+def test_a_file_follows_the_scheme_of_who_shows_it(pictures):
+    root = ET.fromstring(pictures[0].file())
+    sheet = root.find(f"{SVG}style").text
+    assert "color-scheme:light dark" in sheet
+    assert "light-dark(#ffffff" in sheet
+    assert b"%PDF" in pictures[0].pdf[:8]
+
+
+def test_a_crowd_of_lines_is_split_by_depth():
+    study = make_study(GRID.replace('"elu_pre"]', '"elu_pre", "original", "plain", "no_relu"]'))
+    assert len(study.cells) > 2 * MOST_LINES - 1
+    found = list(draw_figures(make_results(study, broken=lambda r: None), drawn=False))
+    assert [picture.name for picture in found][:2] == ["01-gradnorms", "02-curves"]
+    study = make_study(
+        GRID.replace("depth = [20, 56]\n[[f", "depth = [8, 14, 20, 26, 32, 56]\n[[f")
+    )
+    found = list(draw_figures(make_results(study, broken=lambda r: None), drawn=False))
+    assert [picture.name for picture in found][:2] == [
+        "01-gradnorms-depth-8",
+        "01-gradnorms-depth-14",
+    ]
+
+
+def test_growth_at_the_start_does_not_repeat_what_only_acts_later():
+    text = GRID.replace("depth = [20, 56]\n[[f", "depth = [20]\nlr = [0.1, 0.01]\n[[f")
+    study = make_study(
+        text.replace('"gradnorms"', '"growth"').replace("depth = 56 }", "depth = 20 }")
+    )
+    growth = next(draw_figures(make_results(study, broken=lambda r: None), drawn=False))
+    lines = {row["line"] for row in csv.DictReader(io.StringIO(growth.csv))}
+    assert lines == {"elu (d)", "elu_pre (b)"}
+
+
+@pytest.mark.parametrize("colour", sorted({look.colour for look in VARIANT_LOOKS.values()}))
+def test_colours_stand_out_on_dark_paper(colour):
+    assert contrast(on_dark(colour.lower()), DARK_PAPER) >= 3
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+class _Reader(HTMLParser):
+    """Elements and text of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.texts, self._path = Counter(), [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self._path.append(tag)
+
+    def handle_endtag(self, tag):
+        while self._path and self._path.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if "style" not in self._path:
+            self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+def page_of(results, drawn=()):
+    return to_html(write_page(results, list(drawn)))
+
+
+def check_harmless(html):
+    """No script, no handler, no request, one style sheet that the policy knows by its hash."""
+    seen = _Reader(html)
+    forbidden = ("script", "iframe", "object", "embed", "form", "link", "base", "img")
+    assert not [tag for tag in forbidden if seen.tags[tag]]
+    assert not [a for a in seen.attributes if a[1].startswith("on") or a[1] in ("style", "srcset")]
+    for tag, name, value in seen.attributes:
+        if name in ("href", "src", "xlink:href", "action"):
+            assert value.startswith("#") or (tag == "image" and value.startswith("data:image/png"))
+    assert "url(http" not in html
+    assert "@import" not in html
+    (sheet,) = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(sheet.encode()).digest()).decode()
+    (policy,) = re.findall(r'Security-Policy" content="([^"]*)"', html)
+    assert f"style-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    return seen
+
+
+def test_the_first_words_are_question_answer_and_how_sure():
+    seen = check_harmless(page_of(make_results()))
+    places = [seen.text.index(words) for words in (
+        "Do deeper networks explode?", "All 4 expected values are met.", "n = 2 per setting",
+        "Expected values",
+    )]  # fmt: skip
+    assert places == sorted(places)
+    assert places[2] < 1200  # letters: a first screen
+
+
+def test_the_page_with_drawings_is_harmless_and_ids_are_unique(pictures):
+    html = page_of(make_results(missing=(1,)), pictures)
+    seen = check_harmless(html)
+    assert seen.tags["svg"] == 2
+    ids = Counter(value for _, name, value in seen.attributes if name == "id")
+    assert set(ids.values()) == {1}
+    targets = {v[1:] for t, n, v in seen.attributes if n == "href" and t == "a"}
+    assert targets <= set(ids)
+
+
+def test_drawings_beyond_the_limit_are_left_to_their_files(pictures, monkeypatch):
+    monkeypatch.setattr("resdiag.report.html.MOST_BYTES", 60_000)
+    html = page_of(make_results(missing=(1,)), pictures)
+    assert check_harmless(html).tags["svg"] == 1
+    assert "Not shown here, to keep this page small" in html
+    assert MOST_BYTES < 2_000_000
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "'; DROP TABLE runs; --",
+    "{{ 7*7 }}{% raw %}",
+    "</style></title><svg onload=alert(1)>",
+    "[click](javascript:alert(1)) ![x](http://example.org/x.png)",
+    "עברית و العربية",
+    "&lt;b&gt; &amp; $x^2$ `code` | pipe",
+    "x" * 3900,
+]
+
+
+@pytest.mark.parametrize("words", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_words_in_every_place_are_shown_and_do_nothing(words, pictures):
+    text = json.dumps(words)
+    study = make_study(
+        f"""
+question = {text}
+expects = {text}
+source = {text}
+cost = {text}
+[fixed]
+data = "folder:<b>/'\\">x"
+[grid]
+variant = ["elu", "elu_pre"]
+depth = [8]
+[[figure]]
+plot = "skip"
+title = {text}
+[[expected]]
+measure = "verdict"
+value = {text}
+source = {text}
+"""
+    )
+    results = make_results(study, broken=lambda r: None, failed=(1,))
+    verdict = {"name": words, "summary": words, "why": words, "step": 1}
+    run = replace(results.cells[0].run, verdict=verdict, notes=(words,), data={"name": words})
+    cells = [
+        replace(results.cells[0], run=run, outcomes={"verdict": words, "status": "done"}),
+        replace(results.cells[1], message=f"{words}\u202e\x1b[31m"),
+    ]
+    results = Results(study=study, cells=cells, source="")
+    page = write_page(results, [replace(pictures[0], title=words)])
+    html = to_html(page)
+    seen = check_harmless(html)
+    plain = page_of(make_results(failed=(1,)), pictures[:1])
+    assert set(seen.tags) <= set(check_harmless(plain).tags)
+    assert " ".join(words.split()) in seen.text
+    assert "\u202e" not in html
+    assert "\x1b" not in html
+    markdown = to_markdown(page)
+    outside = re.sub(r"^```.*?^```$", "", markdown, flags=re.DOTALL | re.MULTILINE)
+    assert not re.search(r"(?<!\\)<(?!!)", outside)
+    assert not re.search(r"(?<!\\)\]\((?!figures/)", outside)
+
+
+def test_markdown_tables_keep_their_columns():
+    markdown = to_markdown(write_page(make_results(failed=(0,)), []))
+    tables = re.findall(r"((?:^\|.*\|$\n?)+)", markdown, re.MULTILINE)
+    assert len(tables) > 4
+    for table in tables:
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in table.strip().splitlines()}
+        assert len(widths) == 1
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def test_report_of_nothing_of_frozen_results_and_as_json(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_study(tmp_path)
+    assert app.run(["study", "report", "tiny.toml"]) == 0
+    assert capsys.readouterr().out.strip() == "runs/tiny/report/report.html"
+    html = (tmp_path / "runs/tiny/report/report.html").read_text()
+    assert "No answer yet: none of 4 cells has ended." in html
+    freeze(make_results(), tmp_path / "ice")
+    assert app.run(["study", "report", "ice", "--out", "page", "--json"]) == 0
+    files = json.loads(capsys.readouterr().out)["files"]
+    endings = Counter(name.rpartition(".")[2] for name in files)
+    assert endings == {"html": 1, "md": 1, "svg": 2, "pdf": 2, "csv": 2}
+    assert all((tmp_path / name).stat().st_size for name in files)
+    assert app.run(["study", "report", "ice", "--mini"]) == 2
+
+
+def test_thawed_results_give_the_same_report(tmp_path):
+    from resdiag.report.frozen import thaw
+
+    results = make_results(missing=(2,))
+    freeze(results, tmp_path)
+    assert to_markdown(write_page(thaw(tmp_path), [])) == to_markdown(write_page(results, []))
+
+
+@pytest.mark.slow
+def test_seventy_five_cells_take_thirty_seconds_and_two_megabytes(tmp_path):
+    import time
+
+    results = make_results(load_study("paper"))
+    assert len(results.cells) >= 75
+    begin = time.process_time()
+    files = write_report(results, tmp_path)
+    assert time.process_time() - begin < 30
+    assert files[0].stat().st_size < 2_000_000
