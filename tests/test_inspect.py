@@ -77,7 +77,8 @@ def test_json_is_the_model_and_its_blocks(call):
     code, out, err = call("inspect", "torchvision:resnet18", "--json")
     assert (code, err) == (0, "")
     document = json.loads(out)
-    assert set(document) == {"model", "blocks"}
+    assert set(document) == {"model", "blocks", "units"}
+    assert document["units"] == []
     assert document["model"] == "torchvision:resnet18"
     assert [block["owner"] for block in document["blocks"]] == [
         f"layer{stage}.{i}" for stage in (1, 2, 3, 4) for i in (0, 1)
@@ -126,7 +127,14 @@ def test_columns_line_up_whether_a_line_is_nested_or_not():
 def test_a_model_without_additions_says_so(call):
     code, out, _ = call("inspect", "torchvision:vgg11")
     assert code == 0
-    assert "no residual addition" in out
+    assert out.splitlines()[1].startswith("no residual addition: 10 modules stand for blocks")
+    assert "stage 5: 2 units, 4096" in out
+    document = json.loads(call("inspect", "torchvision:vgg11", "--json")[1])
+    assert document["blocks"] == []
+    last = document["units"][-1]
+    assert (last["index"], last["owner"], last["after_add"]) == (9, "classifier.3", "relu")
+    assert (last["shortcut"], last["order"], last["stage"]) == ("none", "post", 5)
+    assert last["parameters"] == 4096 * 4096 + 4096
 
 
 def test_blocks_can_be_named(call):

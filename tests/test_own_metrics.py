@@ -325,3 +325,18 @@ def test_every_test_that_the_page_about_loops_names_is_there():
     assert len(named) > 15
     for name in named:
         assert f"def {name}" in tests, name
+
+
+def test_own_metrics_of_a_network_without_additions_are_those_of_its_units():
+    register(lambda x: x.abs().mean())
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 4), torch.nn.ReLU(inplace=True), torch.nn.Linear(4, 4), torch.nn.Tanh(),
+        torch.nn.Linear(4, 2),
+    )  # fmt: skip
+    x = torch.randn(8, 4)
+    with attach(model) as monitor:
+        for _ in range(2):
+            model(x).sum().backward()
+            monitor.step()
+    expected = [float(model[:n](x).abs().mean().detach()) for n in (2, 4)]
+    assert monitor.to_frame().mine.to_list() == close(expected * 2)

@@ -201,12 +201,21 @@ def test_real_images_are_taken_with_their_labels_and_resized(call):
     assert document["critical_lr"]["reason"] == "not asked for"
 
 
-def test_a_model_without_additions_is_probed_without_plots(call):
+def test_a_model_without_additions_is_probed_by_its_units(call):
     code, out, err = call("probe", "torchvision:squeezenet1_1", "--input-shape", "3,64,64",
                           "--batch-size", "2", "--no-curvature", "--json")  # fmt: skip
     assert code == 0
     document = json.loads(out)
     assert document["grad_norm"] > 0
+    assert [block["name"] for block in document["blocks"]][:3] == [
+        f"features.{i}" for i in (0, 3, 4)
+    ]
+    assert document["gradient"]["ratio_first_to_last"] > 0
+    assert [file.rsplit("/", 1)[-1] for file in document["files"]] == [
+        "signal.png", "gradnorms.png", "growth.png", "biasshift.png",
+    ]  # fmt: skip
+    assert document["notes"][0].startswith("no residual addition: 10 modules stand for blocks")
+    assert err == ""
     code, out, _ = call("probe", "torchvision:squeezenet1_1", "--input-shape", "3,64,64",
                         "--batch-size", "2", "--no-curvature", "--blocks", "features.1?",
                         "--json")  # fmt: skip

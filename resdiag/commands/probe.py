@@ -93,6 +93,8 @@ def _describe(found: "Probed") -> str:
         f"{numbers['bias_shift']['last']:.3g} at the last",
         f"skip      gain {numbers['skip_gain']['last']:.3g} at the last block",
     ]
+    if found.is_plain:
+        del lines[-1:]
     if not found.run.blocks:
         del lines[1:]
     if curve.reason:

@@ -23,20 +23,23 @@ class Inspection:
     Attributes:
         built: The model.
         example: The batch on which the blocks were found.
-        blocks: In forward order.
-        parameters: Numbers of parameters of each block.
+        blocks: In forward order; empty without residual additions.
+        units: The modules that a monitor records instead of blocks where there are none.
+        parameters: Numbers of parameters of each block or unit.
     """
 
     built: Built
     example: Example
     blocks: list[Block]
+    units: list[Block]
     parameters: list[int]
 
     def to_dict(self) -> dict[str, Any]:
         """The document of `resdiag inspect --json`."""
-        rows = zip(self.blocks, self.parameters, strict=True)
-        blocks = [{**block.to_dict(), "parameters": count} for block, count in rows]
-        return {"model": self.built.name, "blocks": blocks}
+        pairs = zip([*self.blocks, *self.units], self.parameters, strict=True)
+        rows = [{**block.to_dict(), "parameters": count} for block, count in pairs]
+        blocks, units = rows[: len(self.blocks)], rows[len(self.blocks) :]
+        return {"model": self.built.name, "blocks": blocks, "units": units}
 
 
 def inspect_model(
@@ -141,7 +144,9 @@ def _look(built: Built, example: Example, blocks: Sequence[str] | None) -> Inspe
     except Exception as error:
         raise _does_not_run(built, example, error) from error
     counts = [sum(p.numel() for p in members) for members in anatomy.parameters]
-    return Inspection(built=built, example=example, blocks=anatomy.blocks, parameters=counts)
+    found, none = anatomy.blocks, list[Block]()
+    residual, units = (none, found) if anatomy.is_chosen else (found, none)
+    return Inspection(built=built, example=example, blocks=residual, units=units, parameters=counts)
 
 
 def _does_not_run(built: Built, example: Example, error: Exception) -> UsageError:

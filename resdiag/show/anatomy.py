@@ -9,7 +9,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from resdiag.models.inspection import Inspection, count_parameters, words_of
-from resdiag.watch.blocks import Block
+from resdiag.watch.blocks import Block, describe_units
 
 _LONGEST = 8
 """Blocks in a group that repeats."""
@@ -38,11 +38,12 @@ def draw_tree(found: Inspection, *, fold: bool = True) -> Tree:
         fold: Whether groups of blocks that repeat are shown once.
     """
     tree = Tree(Text(_title(found)), guide_style="dim")
-    rows = list(map(Row, found.blocks, found.parameters))
+    rows = list(map(Row, found.blocks or found.units, found.parameters))
     for stage, members in groupby(rows, key=lambda row: row.block.stage):
         stage_rows = list(members)
         count = len(stage_rows)
-        words = f"stage {stage}: {count} block{'s' * (count > 1)}, {_size(stage_rows[0].block)}"
+        kind = "block" if found.blocks else "unit"
+        words = f"stage {stage}: {count} {kind}{'s' * (count > 1)}, {_size(stage_rows[0].block)}"
         branch = tree.add(Text(words, style="bold"))
         _add_groups(branch, fold_rows(stage_rows) if fold else [Group(1, stage_rows, stage_rows)])
     for note in found.built.notes:
@@ -93,6 +94,8 @@ def _title(found: Inspection) -> str:
     total = f"{words_of(count_parameters(model))} parameters"
     head = f"{found.built.name}: {type(model).__name__}, {total}; {found.example.describe()}"
     count = len(found.blocks)
+    if found.units:
+        return f"{head}\n{describe_units(found.units)}; --blocks 'layers.*' names others"
     if not count:
         return f"{head}\nno residual addition: name its units, e.g. --blocks 'layers.*'"
     if all(block.shortcut == "none" for block in found.blocks):
@@ -129,7 +132,7 @@ def _cells(first: Row, last: Row) -> list[str]:
     return [
         name,
         {"none": "no shortcut"}.get(block.shortcut, block.shortcut),
-        f"after-add {block.after_add}",
+        f"{'then' if block.shortcut == 'none' else 'after-add'} {block.after_add}",
         {"none": ""}.get(block.order, f"{block.order}-activation"),
         f"{words_of(first.parameters)} parameters",
         "transition" if block.transition else "",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from resdiag.runs.environment import environment
 from resdiag.runs.folder import Run, open_run
 from resdiag.runs.watched import WatchedConfig, as_run, write_run
 from resdiag.watch.curvature import Curvature, largest_curvature
-from resdiag.watch.monitor import Monitor, attach
+from resdiag.watch.monitor import Monitor, WatchWarning, attach
 
 PLOTS = ("signal", "gradnorms", "growth", "biasshift", "skip")
 """Plots that a probe draws into its folder."""
@@ -103,6 +104,11 @@ class Probed:
         assert isinstance(plainly, dict)
         return plainly
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether no block has a shortcut."""
+        return all(block.get("shortcut") == "none" for block in self.run.blocks)
+
     def _death(self) -> float:
         """0.6 / ||g_0||, above which no run of a and b survived; NaN for any other network."""
         norm = float(self.run.curve()["grad_norm"].iloc[0])
@@ -123,8 +129,11 @@ class Probed:
         moment, bias, gain = (
             column(name) for name in ("output_second_moment", "output_bias", "skip_gain")
         )
+        back = column("grad_output")
+        # the first unit of a plain network takes the data, which have no gradient
+        first = back[0] if self.is_plain else column("grad_input")[0]
         with np.errstate(all="ignore"):
-            ratio = float(column("grad_input")[0] / column("grad_output")[-1])
+            ratio = float(first / back[-1])
         return {
             "signal": {
                 "first": float(moment[0]), "last": float(moment[-1]),
@@ -211,7 +220,7 @@ def probe_model(
     about = environment("cpu", "float32")
     write_run(run, folder, environment=about, verdict=verdict.to_dict(), overwrite=True)
     if not run.blocks:
-        notes.append("no residual addition: name units, e.g. --blocks 'layers.*'")
+        notes.append("no residual addition, and no module with weights: nothing to record")
     return Probed(
         run=open_run(folder),
         verdict=judge(open_run(folder)),
@@ -337,7 +346,8 @@ def _record(
     model: nn.Module, example: Example, labels: Tensor | None, loss: str, seed: int,
     config: WatchedConfig, source: str,
 ) -> tuple[Run, Loss]:  # fmt: skip
-    with monitor, torch.random.fork_rng(devices=[]):
+    with monitor, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", WatchWarning)  # notes say it
         torch.manual_seed(seed)
         taken = _forward(model, example, labels, loss, seed)
         taken.value.backward()
@@ -448,9 +458,11 @@ def draw_probe(run: Run) -> list[Path]:
 
     if not run.blocks:
         return []
+    plain_network = all(block.get("shortcut") == "none" for block in run.blocks)
     return [
         file
         for kind in PLOTS
+        if not (plain_network and kind == "skip")
         for file in save(draw(kind, run), run.path / "figures" / kind, ["png"])
     ]
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from resdiag.watch.calls import Call
 from resdiag.watch.metrics import channel_dimension
 from resdiag.watch.tracer import Addition, Tracer
+from resdiag.watch.units import Unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +29,9 @@ class Block:
         after_add: f as the names of its functions joined by "-", or "none".
         shape: Shape of the sum without the batch dimension.
         order: Where the block's activation or normalisation stands (He et al. 2016,
-            arXiv:1603.05027): "pre" before the branch's first weights, "post" after the addition,
-            "both", or "none".
-        branch: The operations on the branch by name, in order.
+            arXiv:1603.05027): "pre" before the branch's first weights, "post" after the addition
+            (in a unit without one, after its last weights), "both", or "none".
+        branch: The operations on the branch by name, in order; of a unit, all operations.
         branch_module: The module whose output F(x) is, "" if it is none's.
         shortcut_module: The same for h(x).
         features: Dimension of the channels in the sum, batch dimension counted; None if nothing
@@ -61,35 +62,67 @@ class Block:
         return {**asdict(self), "shape": list(self.shape), "branch": list(self.branch)}
 
 
+def describe_units(blocks: Sequence[Block]) -> str:
+    """One line about a network without residual additions."""
+    many = f"{len(blocks)} modules stand" if len(blocks) > 1 else "one module stands"
+    names = dict.fromkeys(block.name or "the model" for block in (blocks[0], blocks[-1]))
+    return (
+        f"no residual addition: {many} for blocks: {' .. '.join(names)}; "
+        "metrics of sum and skip path are NaN"
+    )
+
+
 class Anatomy:
     """Collects blocks in forward order while a tracer runs.
 
     The key of a block is (owner, ordinal): stable from pass to pass of a deterministic forward.
+
+    Attributes:
+        blocks: The blocks.
+        parameters: Parameters of each.
+        rows: Their places by key.
+        is_chosen: Whether there is no residual addition and units stand for the blocks.
     """
 
     def __init__(self) -> None:
         self.blocks: list[Block] = []
         self.parameters: list[list[nn.Parameter]] = []
         self.rows: dict[tuple[str, int], int] = {}
+        self.is_chosen = False
         self._extent: tuple[int, int] | None = None  # of the last block
 
     def add_block(self, addition: Addition) -> int:
         """Add a residual block when its operands are there; returns its row."""
         about = {
             "shortcut": "projection" if addition.shortcut_count else "identity",
-            "order": _order(addition),
+            "order": _order(addition.calls),
             "branch": tuple(call.name for call in addition.calls),
             "branch_module": addition.branch_module,
             "shortcut_module": addition.shortcut_module,
             "features": addition.features,
         }
+        x = addition.origin
         return self._add(
-            addition.owner, addition.ordinal, addition.origin, addition.shortcut, about
+            addition.owner,
+            addition.ordinal,
+            None if x is None else x.shape,
+            addition.shortcut.shape,
+            about,
         )
 
-    def add_unit(self, owner: str, ordinal: int, x: Tensor, output: Tensor) -> int:
+    def add_unit(self, unit: Unit) -> int:
         """Add a module without a residual addition; returns its row."""
-        return self._add(owner, ordinal, x, output, {"shortcut": "none"})
+        about = {
+            "shortcut": "none",
+            "order": _order(unit.calls, ends=True),
+            "branch": tuple(call.name for call in unit.calls),
+            "branch_module": unit.owner,
+            "features": unit.features,
+        }
+        row = self._add(unit.owner, unit.ordinal, unit.entered, unit.shape, about)
+        self.finish(row, unit.after, unit.parameters)
+        self.is_chosen = unit.chosen
+        return row
 
     def finish(self, row: int, after: tuple[Call, ...], parameters: list[nn.Parameter]) -> None:
         """Complete a block at its end: its after-add and its parameters."""
@@ -104,8 +137,8 @@ class Anatomy:
         self,
         owner: str,
         ordinal: int,
-        x: Tensor | None,
-        output: Tensor,
+        x: torch.Size | None,
+        output: torch.Size,
         about: dict[str, Any],
     ) -> int:
         row = len(self.blocks)
@@ -114,7 +147,7 @@ class Anatomy:
         extent = _extent(output, features)
         entered = extent
         if x is not None:
-            entered = _extent(x, features if x.dim() == output.dim() else None)
+            entered = _extent(x, features if len(x) == len(output) else None)
         moved = before is not None and self._extent != extent
         self._extent = extent
         stage = 0 if before is None else before.stage + moved
@@ -127,7 +160,7 @@ class Anatomy:
                 stage=stage,
                 transition=moved or entered != extent,
                 after_add="none",
-                shape=tuple(output.shape[1:]),
+                shape=tuple(output[1:]),
                 **about,
             )
         )
@@ -136,19 +169,25 @@ class Anatomy:
         return row
 
 
-def _order(addition: Addition) -> str:
-    """The word "pre" where the branch begins with a normalisation or an activation."""
-    for call in addition.calls:
-        if call.is_activation or call.is_normalisation:
-            return "pre"
-        if call.is_transform:
-            break
-    return "none"
+def _order(calls: Sequence[Call], *, ends: bool = False) -> str:
+    """Where activation or normalisation stands: "pre" before the first weights.
+
+    In a module without an addition (`ends`) also "post", after the last ones, or "both".
+    """
+    early, late = (_is_first(way) for way in (calls, calls[::-1]))
+    if ends and late:
+        return "both" if early else "post"
+    return "pre" if early else "none"
 
 
-def _extent(x: Tensor, features: int | None) -> tuple[int, int]:
+def _is_first(calls: Sequence[Call]) -> bool:
+    """Whether an activation or a normalisation comes before a transforming operation."""
+    return next((call.is_after for call in calls if call.is_after or call.is_transform), False)
+
+
+def _extent(shape: torch.Size, features: int | None) -> tuple[int, int]:
     """Channels and elements: a view that merges batch and positions changes neither."""
-    return (x.shape[channel_dimension(x.dim(), features)] if x.dim() else 1), x.numel()
+    return (shape[channel_dimension(len(shape), features)] if shape else 1), shape.numel()
 
 
 class _Finder:
@@ -169,9 +208,14 @@ class _Finder:
         row = self.anatomy.rows[addition.owner, addition.ordinal]
         self.anatomy.finish(row, addition.after, addition.parameters)
 
-    def unit(self, owner: str, ordinal: int, x: Tensor, output: Tensor, module: nn.Module) -> None:
-        row = self.anatomy.add_unit(owner, ordinal, x, output)
-        self.anatomy.finish(row, (), list(module.parameters()))
+    def passing(self, number: int, x: Tensor, features: int | None) -> None:
+        """Nothing to measure."""
+
+    def dismiss(self) -> None:
+        """Nothing was measured."""
+
+    def unit(self, unit: Unit) -> None:
+        self.anatomy.add_unit(unit)
 
     def same(self, old: Tensor, new: Tensor) -> None:
         """Nothing is known by its identity."""
@@ -208,13 +252,30 @@ def find_blocks(
     >>> len(found), found[2].shortcut, found[2].after_add
     (8, 'projection', 'relu')
     """
-    return find_anatomy(model, *inputs, blocks=blocks, **kwargs).blocks
+    anatomy = find_anatomy(model, *inputs, blocks=blocks, **kwargs)
+    return [] if anatomy.is_chosen else anatomy.blocks
+
+
+def find_units(model: nn.Module, *inputs: object, **kwargs: object) -> list[Block]:
+    """What a monitor records of a network without residual additions; empty if it has some.
+
+    Args:
+        model: Any module.
+        *inputs: Positional inputs of its forward.
+        **kwargs: Keyword inputs of its forward.
+
+    >>> from torchvision.models import alexnet
+    >>> [unit.name for unit in find_units(alexnet(), torch.zeros(1, 3, 64, 64))][3:]
+    ['features.8', 'features.10', 'classifier.1', 'classifier.4']
+    """
+    anatomy = find_anatomy(model, *inputs, blocks=None, **kwargs)
+    return anatomy.blocks if anatomy.is_chosen else []
 
 
 def find_anatomy(
     model: nn.Module, *inputs: object, blocks: Sequence[str] | None = None, **kwargs: object
 ) -> Anatomy:
-    """As `find_blocks`, with the parameters of each block."""
+    """As `find_blocks`, with the parameters of each block; without additions, of units."""
     finder = _Finder()
     tracer = Tracer(model, finder, lambda: True, match_modules(model, blocks))
     try:

@@ -131,6 +131,11 @@ class Call:
         return getattr(self.function, "__name__", "") in NORMALISATIONS
 
     @property
+    def is_after(self) -> bool:
+        """Whether it may end a block: an activation or a normalisation."""
+        return self.is_activation or self.is_normalisation
+
+    @property
     def is_transform(self) -> bool:
         """Whether it mixes positions or channels: a convolution, a linear map, attention, ..."""
         return _is_transform(self.name)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from resdiag.watch.blocks import describe_units
 from resdiag.watch.passes import Passes
 from resdiag.watch.state import State
 
@@ -68,7 +69,10 @@ class Checks:
                 f"training goes on: {self._recorder.failure}"
             )
             return
-        if not self._recorder.anatomy.blocks:
+        anatomy = self._recorder.anatomy
+        if anatomy.is_chosen:
+            self._notes.say(f"{describe_units(anatomy.blocks)}; blocks=[...] names others")
+        if not anatomy.blocks:
             self._notes.say("no residual addition was found: name modules with blocks=[...]")
         elif not self._recorder.seen_backward and not self._now.compiled:
             self._notes.say("a recorded step had no backward pass through the blocks")

@@ -2,7 +2,7 @@
 
 import heapq
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -187,6 +187,53 @@ class Lineage:
             _Node(None, descent.parents, call, parameters=parameters, features=features)
         )
         return len(self._nodes) - 1
+
+    def features(self, number: int) -> int | None:
+        """The channel dimension of a tensor, if known."""
+        return self._nodes[number].features
+
+    def is_linear(self, number: int | None) -> bool:
+        """Whether a tensor is what a linear layer returned."""
+        call = None if number is None else self._nodes[number].call
+        return call is not None and call.name == "linear"
+
+    def calls(self, start: int, end: int) -> tuple[Call, ...]:
+        """The operations that made the tensors from one number to another, in order."""
+        made = (node.call for node in self._nodes[start : end + 1])
+        return tuple(call for call in made if call is not None)
+
+    def parameters(self, number: int) -> tuple[nn.Parameter, ...]:
+        """Parameters that took part in making a tensor."""
+        return self._nodes[number].parameters
+
+    def ancestors(self, number: int) -> set[int]:
+        """All that a tensor was made from, itself included."""
+        return set(self._walk({number: _LEFT}, 0))
+
+    def users(self) -> dict[int, list[int]]:
+        """By tensor, those that were made from it."""
+        users: dict[int, list[int]] = {}
+        for user, node in enumerate(self._nodes):
+            for parent in set(node.parents):
+                users.setdefault(parent, []).append(user)
+        return users
+
+    def tail(self, number: int, users: Mapping[int, Sequence[int]]) -> list[int]:
+        """The normalisations and activations that alone take a tensor, one after the other."""
+        tail: list[int] = []
+        while len(then := users.get(number, ())) == 1:
+            node, number = self._nodes[then[0]], then[0]
+            known = node.call is not None and (
+                node.call.is_activation or node.call.is_normalisation
+            )
+            if not known or len(node.parents) != 1:
+                break
+            tail.append(number)
+        return tail
+
+    def call(self, number: int) -> Call | None:
+        """What made a tensor."""
+        return self._nodes[number].call
 
     def descends(self, number: int, ancestor: int) -> bool:
         """Whether a tensor was made from another."""

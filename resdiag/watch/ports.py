@@ -18,6 +18,7 @@ from resdiag.watch.blocks import Anatomy, _evaluating
 from resdiag.watch.calls import Call
 from resdiag.watch.metrics import channel_dimension
 from resdiag.watch.tracer import Addition, Tracer, _tensors, is_question
+from resdiag.watch.units import Unit
 
 Key = tuple[int, int]
 """A tensor as it was at one time: identity and version."""
@@ -177,6 +178,7 @@ class _Walk(TorchFunctionMode):
         self._passages: dict[tuple[Key, Key], Port] = {}
         self._gates: list[tuple[tuple[str, ...], Call, Trail]] = []
         self._keys: dict[int, tuple[Key, Key]] = {}
+        self._passed: dict[int, Trail] = {}
         self._head: tuple[Trail | None, Trail | None] = (None, None)
         self._last: Trail | None = None
 
@@ -316,12 +318,21 @@ class _Walk(TorchFunctionMode):
         row = self.anatomy.rows[addition.owner, addition.ordinal]
         self.anatomy.finish(row, addition.after, addition.parameters)
 
-    def unit(self, owner: str, ordinal: int, x: Tensor, output: Tensor, module: nn.Module) -> None:
-        """A named module without an addition."""
-        row = self.anatomy.add_unit(owner, ordinal, x, output)
-        self.anatomy.finish(row, (), list(module.parameters()))
-        route = Route(None, self._time, self._trail(x), output=self._trail(output))
-        route.gates = [(call, trail) for owners, call, trail in self._gates if owner in owners]
+    def passing(self, number: int, x: Tensor, features: int | None) -> None:
+        """A tensor that may be a unit's input or output."""
+        self._passed[number] = self._trail(x)
+
+    def dismiss(self) -> None:
+        """There are no units."""
+        self._passed.clear()
+
+    def unit(self, unit: Unit) -> None:
+        """A module without an addition."""
+        self.anatomy.add_unit(unit)
+        entry = None if unit.input is None else self._passed.get(unit.input)
+        route = Route(None, self._time, entry, output=self._passed[unit.output])
+        inside = {id(call) for call in unit.activations}
+        route.gates = [(call, trail) for _, call, trail in self._gates if id(call) in inside]
         self._last = route.output
         self._routes.append(route)
 

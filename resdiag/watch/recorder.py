@@ -9,10 +9,11 @@ import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Concatenate, ParamSpec
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from resdiag.watch import metrics
@@ -25,6 +26,7 @@ from resdiag.watch.pool import HEAD as HEAD_ROW
 from resdiag.watch.pool import Pool
 from resdiag.watch.skip import COLUMNS, SkipPath
 from resdiag.watch.tracer import Addition
+from resdiag.watch.units import Unit
 
 _SITE_COLUMNS = {site: tuple(f"{site}_{name}" for name in metrics.STATISTICS) for site in SITES}
 _OUTPUT_GRADIENT = ("grad_output", "grad_nonfinite", "elasticity")
@@ -34,7 +36,14 @@ _NO_ADDITION = (
     "shortcut_share",
     *COLUMNS,
 )
+_WITHOUT = {
+    "grad_sum": ("grad_sum", *_OUTPUT_GRADIENT, "shortcut_share"),
+    "grad_output": _OUTPUT_GRADIENT,
+    "grad_input": ("grad_input", "shortcut_share"),
+}
+"""What is missing where there is no gradient to hook."""
 
+_NOT_ASKED = "no gradient is asked for at this tensor"
 _NOT_CORE = "not in the core set: attach(metrics='full') records it"
 
 P = ParamSpec("P")
@@ -59,6 +68,29 @@ def _guarded(method: Callable[Concatenate["Recorder", P], None]) -> Callable[...
 
 class _Pass:
     """One forward pass: alive as long as its graph is, which keeps the hooks that hold it."""
+
+
+@dataclass(eq=False)
+class _Passed:
+    """A tensor that was measured before it is known whose it is.
+
+    Attributes:
+        device: Where it is.
+        tensor: The tensor, and its version then.
+        sums: What was read of it; None where it had been measured before.
+        place: Row and site where it was written first.
+        gradient: The cell in which its gradient is written.
+        handle: The hook that reads the gradient; None if none is asked for.
+        own: Own metrics by site.
+    """
+
+    device: torch.device
+    tensor: tuple[weakref.ref[Tensor], int]
+    sums: metrics.Sums | None = None
+    place: tuple[int, str] | None = None
+    gradient: Key | None = None
+    handle: RemovableHandle | None = None
+    own: dict[str, list[tuple[str, Tensor]]] = field(default_factory=dict)
 
 
 class Recorder:
@@ -148,6 +180,7 @@ class Recorder:
         self._gates: list[tuple[tuple[str, ...], Call, Tensor]] = []
         self._hooked: set[Key] = set()
         self._ran: set[int] = set()
+        self._passed: dict[int, _Passed] = {}
         self._sum_hooks: dict[int, RemovableHandle] = {}
         self._written: set[Key] = set()
 
@@ -224,27 +257,54 @@ class Recorder:
             self._inside.append((row, [gate for _, call, gate in self._gates if id(call) in calls]))
 
     @_guarded
-    def unit(self, owner: str, ordinal: int, x: Tensor, output: Tensor, module: nn.Module) -> None:
+    def passing(self, number: int, x: Tensor, features: int | None) -> None:
+        """Measure what may be a unit's input or output, and listen for its gradient."""
+        if number in self._passed:
+            return
+        passed = self._passed[number] = _Passed(x.device, (weakref.ref(x), x._version))
+        if self._fixed:  # else most of what passes is no unit's: no business of somebody's function
+            for site in self._own_sites & {"input", "output"}:
+                self._compute_own_of(passed, site, x)
+        passed.place = self._find(x)
+        if passed.place is not None:  # measured as a tensor of a residual block before
+            passed.gradient = passed.place[0], self._grad_column(*passed.place)
+            return
+        passed.sums = metrics.reduce_normalised(x) or metrics.reduce(x, None, features)
+        if x.requires_grad:
+            begun, slot = self._begun, self._cells.slot
+            passed.handle = x.register_hook(lambda g: self._pass_back(begun, slot, passed, g))
+
+    @_guarded
+    def dismiss(self) -> None:
+        """What passed is no unit's."""
+        for passed in self._passed.values():
+            if passed.handle is not None:
+                passed.handle.remove()
+        self._passed.clear()
+
+    @_guarded
+    def unit(self, unit: Unit) -> None:
         """Measure a module that is a block without an addition: input and output only."""
-        key = (owner, ordinal)
+        key = (unit.owner, unit.ordinal)
         if key not in self.anatomy.rows:
             if self._fixed:
                 self.strangers += 1
                 return
-            row = self.anatomy.add_unit(owner, ordinal, x, output)
-            self.anatomy.finish(row, (), list(module.parameters()))
-            self._cells.reserve(row + 1, output.device)
+            row = self.anatomy.add_unit(unit)
+            self._cells.reserve(row + 1, self._passed[unit.output].device)
         row = self.anatomy.rows[key]
-        self._measure(row, "output", output)
         self._ran.add(row)
-        self._hook(output, row, "grad_output")
         self.miss(row, _NO_ADDITION, "the block has no residual addition")
-        if self._core:
-            return
-        self._measure(row, "input", x)
-        self._watch_input(row, x)
-        inside = [gate for owners, _, gate in self._gates if owner in owners]
-        self._inside.append((row, inside))
+        entry = None if unit.input is None else self._passed.get(unit.input)
+        if not self._core:
+            if entry is None:
+                missing = (*_SITE_COLUMNS["input"], "grad_input")
+                self.miss(row, missing, "the module has no floating-point input")
+            else:
+                self._settle(row, "input", entry)
+            calls = {id(call) for call in unit.activations}
+            self._inside.append((row, [gate for _, call, gate in self._gates if id(call) in calls]))
+        self._settle(row, "output", self._passed[unit.output])
 
     @_guarded
     def same(self, old: Tensor, new: Tensor) -> None:
@@ -296,6 +356,47 @@ class Recorder:
             row = self.anatomy.add_block(addition)
             self._cells.reserve(row + 1, addition.branch.device)
         return row
+
+    def _settle(self, row: int, site: str, passed: _Passed) -> None:
+        """A tensor that passed is a unit's: write what was measured, or say where it is."""
+        self._settle_own(row, site, passed)
+        cell, width = (row, f"{site}_mean"), len(metrics.STATISTICS)
+        if passed.place is not None:
+            self._cells.alias(*cell, (passed.place[0], f"{passed.place[1]}_mean"), width)
+        elif passed.sums is not None:
+            self._sites.append((cell, passed.sums))
+            passed.place = row, site
+            x = passed.tensor[0]()
+            if x is not None:
+                self._known[id(x)] = (*passed.tensor, row, site)
+        column = f"grad_{site}"
+        if passed.gradient in self._hooked:
+            self._cells.alias(row, column, passed.gradient)
+            self._children[passed.gradient].append(row)
+        elif passed.handle is not None:
+            passed.gradient = row, column
+            self._hooked.add(passed.gradient)
+        else:
+            self.miss(row, _WITHOUT[column], _NOT_ASKED)
+
+    def _settle_own(self, row: int, site: str, passed: _Passed) -> None:
+        x, version = passed.tensor[0](), passed.tensor[1]
+        if site in self._own_sites and site not in passed.own:
+            if x is None or x._version != version:
+                reason = "overwritten before it was known to be a unit's; later steps have it"
+                return self.miss(row, tuple(self._own.at((site,))), reason)
+            self._compute_own_of(passed, site, x)
+        for name, value in passed.own.get(site, ()):
+            self._cells.put(self._cells.slot, row, name, value)
+        return None
+
+    def _compute_own_of(self, passed: _Passed, site: str, x: Tensor) -> None:
+        values = passed.own[site] = list[tuple[str, Tensor]]()
+        self._own.compute(site, x, lambda name, value: values.append((name, value)))
+
+    def _pass_back(self, begun: "_Pass | None", slot: int, passed: _Passed, g: Tensor) -> None:
+        if begun is not None and passed.gradient is not None:
+            self._gradient(begun, slot, *passed.gradient, g)
 
     def _extend(self, row: int, branch: Tensor) -> None:
         """A parallel branch joins the unit: its branch and its sum are measured again."""
@@ -426,12 +527,7 @@ class Recorder:
 
     def _hook(self, x: Tensor, row: int, column: str) -> None:
         if not x.requires_grad:
-            missing = {
-                "grad_sum": ("grad_sum", *_OUTPUT_GRADIENT, "shortcut_share"),
-                "grad_output": _OUTPUT_GRADIENT,
-                "grad_input": ("grad_input", "shortcut_share"),
-            }
-            self.miss(row, missing[column], "no gradient is asked for at this tensor")
+            self.miss(row, _WITHOUT[column], _NOT_ASKED)
             return
         begun, slot = self._begun, self._cells.slot
         self._hooked.add((row, column))

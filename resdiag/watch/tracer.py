@@ -26,6 +26,7 @@ from resdiag.watch.calls import Call
 from resdiag.watch.dynamo import is_running_compiled, never_alone, plain
 from resdiag.watch.lineage import Descent, Lineage, Meeting, Scope
 from resdiag.watch.sums import ADDITIONS, Operand, Sum, read_sum
+from resdiag.watch.units import Search, Unit
 
 
 @dataclass(eq=False)
@@ -102,8 +103,14 @@ class Listener(Protocol):
     def closed(self, addition: Addition, output: Tensor) -> None:
         """The block has ended: `addition.after` turned the sum into `output`."""
 
-    def unit(self, owner: str, ordinal: int, x: Tensor, output: Tensor, module: nn.Module) -> None:
-        """A module that was named as a block ended without a residual addition."""
+    def passing(self, number: int, x: Tensor, features: int | None) -> None:
+        """A tensor that may be the input or the output of a unit, before it can be overwritten."""
+
+    def dismiss(self) -> None:
+        """No unit will be made of the tensors that passed."""
+
+    def unit(self, unit: Unit) -> None:
+        """A module without a residual addition stands for a block; its tensors have passed."""
 
     def same(self, old: Tensor, new: Tensor) -> None:
         """A tensor was replaced by an equal one behind the back of torch functions."""
@@ -116,6 +123,15 @@ class Listener(Protocol):
 
 
 @dataclass(eq=False)
+class _Trailing:
+    """A unit whose module has ended, while the activations after it are still to come."""
+
+    unit: Unit
+    tail: Tensor
+    missing: int
+
+
+@dataclass(eq=False)
 class _Frame:
     """One module whose forward is running."""
 
@@ -123,6 +139,8 @@ class _Frame:
     module: nn.Module
     entry: Tensor | None
     scope: Scope
+    number: int | None
+    gate: int
     open: Addition | None = None
     tail: Tensor | None = None
     chain: tuple[Call, ...] = ()
@@ -154,7 +172,8 @@ class Tracer(TorchFunctionMode):
         listener: Told about additions, blocks, activations and the head.
         wanted: Asked once per forward pass of the root whether to trace it.
         units: Names of modules that are blocks even without a residual addition; if given,
-            additions elsewhere are not blocks.
+            additions elsewhere are not blocks. Without, a network whose first pass has no residual
+            addition has the units that `choose_units` finds in it.
     """
 
     _busy: ClassVar[bool] = False  # of all tracers: what one listener computes is no one's model
@@ -176,6 +195,12 @@ class Tracer(TorchFunctionMode):
         self._counts: dict[str, int] = {}
         self._head: tuple[Tensor | None, Tensor | None] = (None, None)
         self._on, self._thread = False, 0
+        # a unit's name, and how many activations and normalisations after it belong to it
+        self._tails = dict.fromkeys(units or (), 0)
+        self._searching = units is None
+        self._search: Search | None = None
+        self._trailing: list[_Trailing] = []
+        self._gates: list[Call] = []
         self.seen = Seen()
         self._mode = ExitStack()
         self._handles = list(self._install(model))
@@ -202,12 +227,12 @@ class Tracer(TorchFunctionMode):
         """Hooks on the root first: its pre-hook switches the others on."""
         for module, name in self._names.items():
             root = module is model
-            if not root and not _can_add(module) and name not in (self._units or ()):
-                continue
-            yield module.register_forward_pre_hook(
-                self._enter(name, module, root), with_kwargs=True
-            )
-            yield module.register_forward_hook(self._leave(name, module, root), always_call=root)
+            if root or _can_add(module) or name in self._tails:
+                yield from self._install_on(name, module, root=root)
+
+    def _install_on(self, name: str, module: nn.Module, *, root: bool) -> Iterator[RemovableHandle]:
+        yield module.register_forward_pre_hook(self._enter(name, module, root), with_kwargs=True)
+        yield module.register_forward_hook(self._leave(name, module, root), always_call=root)
 
     def _enter(self, name: str, owner: nn.Module, root: bool) -> Callable[..., None]:
         seen = self.seen
@@ -223,7 +248,10 @@ class Tracer(TorchFunctionMode):
             if root:
                 self._begin(compiled=is_running_compiled())
             if self._on and get_ident() == self._thread:
-                self._push(name, module, [*_tensors(args), *_tensors(kwargs)])
+                inputs = [*_tensors(args), *_tensors(kwargs)]
+                if root and self._search is not None:
+                    self._search.enter(name, module, _first_floating(inputs))
+                self._push(name, module, inputs)
 
         return hook
 
@@ -239,6 +267,7 @@ class Tracer(TorchFunctionMode):
                 return
             self._pop(module, output)
             if root:
+                self._choose(module, output)
                 features, logits = self._head
                 self._quietly(self._listener.finished, features, logits)
                 self._stop()
@@ -260,6 +289,49 @@ class Tracer(TorchFunctionMode):
         if self._makers is not None:
             handle = nn.modules.module.register_module_forward_hook(self._remember)
             self._mode.callback(handle.remove)
+
+        if self._searching:
+            self._search = Search(self._lineage, self._gates, self._tell_passing)
+            for module, name in list(self._names.items())[1:]:  # the root has hooks of its own
+                for handle in self._follow(name, module):
+                    self._mode.callback(handle.remove)
+
+    def _follow(self, name: str, owner: nn.Module) -> Iterator[RemovableHandle]:
+        """Hooks that show one module's calls to the search for units."""
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._search is not None and module is owner and get_ident() == self._thread:
+                inputs = [*_tensors(args), *_tensors(kwargs)]
+                self._search.enter(name, module, _first_floating(inputs))
+
+        def leave(module: nn.Module, args: object, output: object) -> None:
+            if self._search is not None and module is owner and get_ident() == self._thread:
+                self._search.leave(module, _first_floating(_tensors(output)))
+
+        yield owner.register_forward_pre_hook(enter, with_kwargs=True)
+        yield owner.register_forward_hook(leave)
+
+    def _choose(self, root: nn.Module, output: object) -> None:
+        """The first pass ends without a residual addition: its modules are the units."""
+        if self._search is None:
+            return
+        self._search.leave(root, _first_floating(_tensors(output)))
+        for unit in self._search.units():
+            self._tails[unit.owner] = len(unit.after)
+            self._quietly(self._listener.unit, unit)
+        self._searching, self._search = False, None
+        for module, name in self._names.items():
+            if name in self._tails and module is not root and not _can_add(module):
+                self._handles.extend(self._install_on(name, module, root=False))
+
+    def _dismiss(self) -> None:
+        """A residual addition has come: the network is divided into blocks."""
+        if self._search is not None:
+            self._searching, self._search = False, None
+            self._quietly(self._listener.dismiss)
+
+    def _tell_passing(self, number: int, x: Tensor) -> None:
+        self._quietly(self._listener.passing, number, x, self._lineage.features(number))
 
     def _remember(self, module: nn.Module, args: object, output: object) -> None:
         """Which module made a tensor; the outermost one of those that hand it on."""
@@ -283,6 +355,9 @@ class Tracer(TorchFunctionMode):
         if self._makers is not None:
             self._makers.clear()
         self._counts.clear()
+        self._gates.clear()
+        self._trailing.clear()
+        self._search = None
         self._head = (None, None)
 
     def _quietly(self, tell: Callable[..., None], *args: object) -> None:
@@ -298,10 +373,13 @@ class Tracer(TorchFunctionMode):
     # -- frames --------------------------------------------------------------------------------
 
     def _push(self, name: str, module: nn.Module, inputs: list[Tensor]) -> None:
-        entry = next((t for t in inputs if t.is_floating_point()), None)
+        entry = _first_floating(inputs)
         start = len(self._lineage)
         scope = Scope(frozenset(self._lineage.enter(tensor) for tensor in inputs), start)
-        self._frames.append(_Frame(name, module, entry, scope))
+        number = None if entry is None else self._lineage.number(entry)
+        self._frames.append(_Frame(name, module, entry, scope, number, len(self._gates)))
+        if name in self._tails and entry is not None and number is not None:
+            self._tell_passing(number, entry)
 
     def _pop(self, module: nn.Module, output: object) -> None:
         frame = self._frames.pop()
@@ -313,12 +391,56 @@ class Tracer(TorchFunctionMode):
         self._heal(frame, outputs)
         if frame.open is not None:
             self._close(frame, first)
-        named = self._units is not None and frame.name in self._units
-        if named and not frame.additions and frame.entry is not None and first is not None:
-            ordinal = self._ordinal(frame.name)
-            self._quietly(
-                self._listener.unit, frame.name, ordinal, frame.entry, first, frame.module
-            )
+        if frame.name in self._tails and not frame.additions and first is not None:
+            self._begin_unit(frame, first)
+
+    def _begin_unit(self, frame: _Frame, output: Tensor) -> None:
+        """A module that is a unit has ended; as many activations as the first time may follow."""
+        number, entry = self._lineage.enter(output), frame.entry
+        begun = Unit(
+            owner=frame.name,
+            ordinal=self._ordinal(frame.name),
+            input=frame.number,
+            output=number,
+            entered=None if entry is None else entry.shape,
+            shape=output.shape,
+            dtype=output.dtype,
+            features=self._lineage.features(number),
+            after=(),
+            calls=self._lineage.calls(frame.scope.start, number),
+            activations=self._gates[frame.gate :],
+            parameters=list(frame.module.parameters()),
+            chosen=self._units is None,
+        )
+        missing = self._tails[frame.name]
+        if missing:
+            self._trailing.append(_Trailing(begun, output, missing))
+        else:
+            self._end_unit(begun, output)
+
+    def _end_unit(self, unit: Unit, output: Tensor) -> None:
+        self._tell_passing(unit.output, output)
+        self._quietly(self._listener.unit, unit)
+
+    def _trail(self, first: Tensor | None, call: Call, number: int, result: Tensor) -> None:
+        """An activation or a normalisation right after a unit's module is part of the unit."""
+        for trailing in self._trailing:
+            if trailing.tail is first and (call.is_after):
+                break
+        else:
+            return
+        unit = trailing.unit
+        trailing.unit = replace(
+            unit,
+            output=number,
+            after=(*unit.after, call),
+            activations=[*unit.activations, *([call] if call.is_activation else [])],
+            parameters=[*unit.parameters, *self._lineage.parameters(number)],
+        )
+        trailing.tail, trailing.missing = result, trailing.missing - 1
+        if not trailing.missing:
+            self._trailing.remove(trailing)
+            self._end_unit(trailing.unit, result)
 
     def _heal(self, frame: _Frame, outputs: list[Tensor]) -> None:
         """Go on after an operation that no torch function shows, e.g. an autograd.Function."""
@@ -378,6 +500,7 @@ class Tracer(TorchFunctionMode):
         call = Call(func, args[1:], kwargs)
         if call.is_activation and args and isinstance(args[0], Tensor):
             owners = tuple(frame.name for frame in self._frames)
+            self._gates.append(call)
             self._quietly(self._listener.activation, owners, call, args[0])
         inputs = [*_tensors(args), *_tensors(kwargs)]
         alone = len(inputs) == 1
@@ -429,6 +552,10 @@ class Tracer(TorchFunctionMode):
         first = args[0] if args and isinstance(args[0], Tensor) else None
         owner = self._owner_of(first, call, result)
         number = self._lineage.mark(result, descent, call, alone=alone, piece=piece)
+        if number is not None and self._trailing:
+            self._trail(first, call, number, result)
+        if number is not None and self._search is not None:
+            self._search.operation(call, descent.parents, number, result)
         if addition is not None and number is not None:
             addition.sum = result
             frame.open, frame.tail = addition, result
@@ -443,7 +570,7 @@ class Tracer(TorchFunctionMode):
 
     def _owner_of(self, first: Tensor | None, call: Call, result: Tensor) -> _Frame | None:
         """The frame whose open block's sum (or its tail) this call turns into the output."""
-        if first is None or not (call.is_activation or call.is_normalisation):
+        if first is None or not (call.is_after):
             return None
         for frame in reversed(self._frames):
             if frame.open is not None and frame.tail is first and result.shape == first.shape:
@@ -490,6 +617,7 @@ class Tracer(TorchFunctionMode):
             self._maker(f),
             self._maker(h),
         )
+        self._dismiss()
         self._quietly(self._listener.operands, addition)
         return addition
 
@@ -562,6 +690,10 @@ def _piece(call: Call, index: int, count: int) -> str:
     if call.name in ("getitem", "narrow", "select") and not any(True for _ in _tensors(call.args)):
         return f"{call.name} {call.args}"
     return ""
+
+
+def _first_floating(tensors: Iterable[Tensor]) -> Tensor | None:
+    return next((x for x in tensors if x.is_floating_point()), None)
 
 
 def _spread(branch: Tensor, shortcut: Tensor) -> Tensor:

@@ -1,0 +1,239 @@
+"""Networks without residual additions: which modules are their units.
+
+Seen as a tree of module calls, such a network is walked from the root down. A call is divided into
+the calls inside it where those form a chain, each made of the one before, and where it is a
+container (`Sequential`, `ModuleList`, `ModuleDict`) or holds more than a quarter of the network; it
+is a unit where it holds a single parameterised layer or is not divided: a convolution of VGG, a
+Fire module of SqueezeNet, an Inception module, a dense layer, an LSTM. What does not lead to the
+network's first output, e.g. an auxiliary classifier, is no unit; nor is a linear map that makes
+that output: that is the head, as in a residual network.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from resdiag.watch.calls import Call
+from resdiag.watch.lineage import Lineage
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_LARGE = 0.25
+"""Share of all parameterised layers above which a module is too coarse a unit."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Unit:
+    """A module call that stands for a block, with the activations right after it.
+
+    Attributes:
+        owner: The module's name.
+        ordinal: Number of its calls before in this pass.
+        input: Number of its first floating-point input (of a list, the first tensor), None if it
+            has none.
+        output: Number of its output, after `after`.
+        entered: Shape of the input, None without.
+        shape: Shape of the output.
+        dtype: Type of its elements.
+        features: The channel dimension of the output, if known.
+        after: Normalisations and activations that directly follow the module.
+        calls: The operations inside the module, in order.
+        activations: Activations inside the module and after it.
+        parameters: Parameters of the module and of what follows it.
+        chosen: Whether it was chosen here rather than named by the user.
+    """
+
+    owner: str
+    ordinal: int
+    input: int | None
+    output: int
+    entered: torch.Size | None
+    shape: torch.Size
+    dtype: torch.dtype
+    features: int | None
+    after: tuple[Call, ...]
+    calls: tuple[Call, ...]
+    activations: list[Call]
+    parameters: list[nn.Parameter]
+    chosen: bool
+
+
+@dataclass(eq=False)
+class Visit:
+    """One call of a module in a pass.
+
+    Attributes:
+        name: The module's name, "" for the root.
+        module: The module.
+        ordinal: Number of its calls before.
+        input: Number of its first floating-point input, None if it has none.
+        entered: Shape of that.
+        start: Tensors of the pass numbered below this were there before it began.
+        gate: Number of activations before it began.
+        layers: Parameterised transforming operations that ran inside.
+        inner: The calls inside, in order.
+        output: Number of its first floating-point output.
+        shape: Shape of that.
+        dtype: Type of its elements.
+        gates: Number of activations when it had ended.
+    """
+
+    name: str
+    module: nn.Module
+    ordinal: int
+    input: int | None
+    entered: torch.Size | None
+    start: int
+    gate: int
+    layers: int = 0
+    inner: "list[Visit]" = field(default_factory=list)
+    output: int | None = None
+    shape: torch.Size | None = None
+    dtype: torch.dtype = torch.float32
+    gates: int = 0
+
+    @property
+    def is_container(self) -> bool:
+        """Whether it only puts other modules together."""
+        return isinstance(self.module, _CONTAINERS)
+
+
+class Search:
+    """Follows the module calls of one pass and chooses units at its end.
+
+    Args:
+        lineage: The tensors of the pass.
+        gates: The activations of the pass so far.
+        passing: Told of every tensor that may become the input or the output of a unit.
+    """
+
+    def __init__(
+        self, lineage: Lineage, gates: list[Call], passing: Callable[[int, Tensor], None]
+    ) -> None:
+        self._lineage, self._gates, self._passing = lineage, gates, passing
+        self._root: Visit | None = None
+        self._open: list[Visit] = []
+        self._counts: Counter[str] = Counter()
+        self._passed: set[int] = set()
+
+    def enter(self, name: str, module: nn.Module, x: Tensor | None) -> None:
+        """A module's forward begins on `x`, its first floating-point input."""
+        start, number = len(self._lineage), None
+        if x is not None:
+            number = self._lineage.enter(x)
+            if next(module.parameters(), None) is not None:
+                self._pass(number, x)
+        shape = None if x is None else x.shape
+        gate, ordinal = len(self._gates), self._counts[name]
+        visit = Visit(name, module, ordinal, number, shape, start, gate)
+        self._counts[name] += 1
+        if self._open:
+            self._open[-1].inner.append(visit)
+        else:
+            self._root = visit
+        self._open.append(visit)
+
+    def leave(self, module: nn.Module, y: Tensor | None) -> None:
+        """It returns `y`, its first floating-point output; inner calls that failed end as well."""
+        while self._open:
+            visit = self._open.pop()
+            if visit.module is module:
+                break
+        else:
+            return
+        number = None if y is None else self._lineage.number(y)
+        if visit.layers and y is not None and number is not None:
+            visit.output, visit.shape, visit.dtype = number, y.shape, y.dtype
+            visit.gates = len(self._gates)
+            self._pass(number, y)
+
+    def operation(self, call: Call, parents: Sequence[int], number: int, result: Tensor) -> None:
+        """An operation of the pass made a tensor of others."""
+        if call.is_transform and self._lineage.parameters(number):
+            for visit in self._open:
+                visit.layers += 1
+        elif call.is_after and not self._passed.isdisjoint(parents):
+            self._pass(number, result)
+
+    def units(self) -> list[Unit]:
+        """The units of the pass that has ended."""
+        if self._root is None:
+            return []
+        users = self._lineage.users()
+        return [self._unit(visit, users) for visit in choose_units(self._root, self._lineage)]
+
+    def _pass(self, number: int, x: Tensor) -> None:
+        self._passed.add(number)
+        self._passing(number, x)
+
+    def _unit(self, visit: Visit, users: Mapping[int, Sequence[int]]) -> Unit:
+        lineage, output = self._lineage, visit.output
+        assert output is not None
+        assert visit.shape is not None
+        tail = lineage.tail(output, users)
+        after = tuple(call for n in tail if (call := lineage.call(n)) is not None)
+        later = [p for n in tail for p in lineage.parameters(n)]
+        return Unit(
+            owner=visit.name,
+            ordinal=visit.ordinal,
+            input=visit.input,
+            output=tail[-1] if tail else output,
+            entered=visit.entered,
+            shape=visit.shape,
+            dtype=visit.dtype,
+            features=lineage.features(output),
+            after=after,
+            calls=lineage.calls(visit.start, output),
+            activations=[*self._gates[visit.gate : visit.gates], *_activations(after)],
+            parameters=[*visit.module.parameters(), *later],
+            chosen=True,
+        )
+
+
+def _activations(calls: Iterable[Call]) -> list[Call]:
+    return [call for call in calls if call.is_activation]
+
+
+def choose_units(root: Visit, lineage: Lineage) -> list[Visit]:
+    """The calls that are the units of a network, in the order of their outputs.
+
+    Empty if nothing in it has a parameterised layer.
+    """
+    if not root.layers or root.output is None:
+        return []
+    way = lineage.ancestors(root.output)
+    units = list(_divide(root, root.layers, way, lineage))
+    while len(units) == 1 and (inner := _inner(units[0], way)) and len(inner) > 1:
+        units = [unit for call in inner for unit in _divide(call, root.layers, way, lineage)]
+    if len(units) > 1 and lineage.is_linear(units[-1].output) and units[-1].output == root.output:
+        units.pop()
+    return units
+
+
+def _inner(visit: Visit, way: set[int]) -> list[Visit]:
+    """The calls inside that have layers and lead to the output; none unless all layers do so."""
+    inner = [call for call in visit.inner if call.layers and call.output in way]
+    return inner if sum(call.layers for call in visit.inner) == visit.layers else []
+
+
+def _divide(visit: Visit, total: int, way: set[int], lineage: Lineage) -> Iterator[Visit]:
+    inner = _inner(visit, way)
+    if visit.layers < 2 or not inner:
+        yield visit
+        return
+    root = not visit.name
+    divisible = visit.is_container or visit.layers > _LARGE * total
+    if root or (divisible and _is_chain(inner, lineage)):
+        for call in inner:
+            yield from _divide(call, total, way, lineage)
+    else:
+        yield visit
+
+
+def _is_chain(calls: list[Visit], lineage: Lineage) -> bool:
+    """Whether each call was made of the one before."""
+    pairs = itertools.pairwise(calls)
+    return all(lineage.descends(late.output or 0, early.output or 0) for early, late in pairs)
