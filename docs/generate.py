@@ -5,7 +5,7 @@ The pages are committed, so that they can be read without building anything; a t
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, get_args, get_type_hints
 
@@ -14,6 +14,7 @@ from typer.main import get_command
 import resdiag
 from resdiag.cli import app
 from resdiag.models.variants import VARIANTS
+from resdiag.report import committed
 from resdiag.show.kinds import KINDS
 from resdiag.training.recipe import RECIPES
 from resdiag.watch.catalog import METRICS, POINTS, SITES, Metric
@@ -307,7 +308,44 @@ _MEASURED = (
     "<!-- end of measured -->",
 )
 
-PAGES = {
+RESULTS = ROOT / "studies" / "results"
+_FIGURES = HERE.parent / "studies" / "figures"
+
+
+def study_pages() -> dict[str, Callable[[], str]]:
+    """Pages of the studies with committed results, and the digests of their figures' data."""
+    pages: dict[str, Callable[[], str]] = {
+        "../studies/index.md": lambda: _head_of("studies/results", committed.index_page(RESULTS))
+    }
+    for name in committed.committed_studies(RESULTS):
+        source = f"studies/results/{name}"
+        pages[f"../studies/{name}.md"] = lambda name=name, source=source: _head_of(
+            source, committed.study_page(RESULTS, name)
+        )
+        pages[f"../studies/figures/{name}.json"] = lambda name=name: (
+            json.dumps(committed.digests(RESULTS, name), indent=1) + "\n"
+        )
+    return pages
+
+
+def _head_of(source: str, text: str) -> str:
+    return f"{_NOTE.format(source=source)}\n{text}"
+
+
+def draw_studies() -> None:
+    """Draw the figures whose data have changed since they were drawn."""
+    for name in committed.committed_studies(RESULTS):
+        known, page = _FIGURES / f"{name}.json", PAGES[f"../studies/figures/{name}.json"]()
+        drawn = {path.stem for path in (_FIGURES / name).glob("*.svg")}
+        old = known.read_text("utf-8") if known.exists() else ""
+        if set(json.loads(page)) != drawn or old != page:
+            for path in (_FIGURES / name).glob("*.svg"):
+                path.unlink()
+            committed.write_figures(RESULTS, name, _FIGURES / name)
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    **study_pages(),
     "cli.md": cli_page,
     "metrics.md": metrics_page,
     "variants.md": variants_page,
@@ -400,8 +438,9 @@ def main() -> int:
         if old:
             print(f"out of date: {', '.join(old)}; run `make pages`", file=sys.stderr)
         return int(bool(old))
-    HERE.mkdir(exist_ok=True)
+    draw_studies()
     for name, page in PAGES.items():
+        (HERE / name).parent.mkdir(parents=True, exist_ok=True)
         (HERE / name).write_text(page(), "utf-8")
     return 0
 

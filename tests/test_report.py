@@ -264,12 +264,12 @@ def test_a_file_follows_the_scheme_of_who_shows_it(pictures):
 def test_a_crowd_of_lines_is_split_by_depth():
     study = make_study(GRID.replace('"elu_pre"]', '"elu_pre", "original", "plain", "no_relu"]'))
     assert len(study.cells) > 2 * MOST_LINES - 1
-    found = list(draw_figures(make_results(study, broken=lambda r: None), drawn=False))
+    found = list(draw_figures(make_results(study, broken=lambda r: None), only=()))
     assert [picture.name for picture in found][:2] == ["01-gradnorms", "02-curves"]
     study = make_study(
         GRID.replace("depth = [20, 56]\n[[f", "depth = [8, 14, 20, 26, 32, 56]\n[[f")
     )
-    found = list(draw_figures(make_results(study, broken=lambda r: None), drawn=False))
+    found = list(draw_figures(make_results(study, broken=lambda r: None), only=()))
     assert [picture.name for picture in found][:2] == [
         "01-gradnorms-depth-8",
         "01-gradnorms-depth-14",
@@ -281,7 +281,7 @@ def test_growth_at_the_start_does_not_repeat_what_only_acts_later():
     study = make_study(
         text.replace('"gradnorms"', '"growth"').replace("depth = 56 }", "depth = 20 }")
     )
-    growth = next(draw_figures(make_results(study, broken=lambda r: None), drawn=False))
+    growth = next(draw_figures(make_results(study, broken=lambda r: None), only=()))
     lines = {row["line"] for row in csv.DictReader(io.StringIO(growth.csv))}
     assert lines == {"elu (d)", "elu_pre (b)"}
 

@@ -4,7 +4,7 @@ import io
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,6 @@ from resdiag.report.results import CellResult, Results
 from resdiag.report.svg import refine
 from resdiag.report.words import number, settings_words
 from resdiag.show.kinds import KINDS, PlotKind
-from resdiag.study.spec import Figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -82,12 +81,12 @@ class Picture:
         return refine(self.svg, prefix="f", title=self.title, description=self.description())
 
 
-def draw_figures(results: Results, *, drawn: bool = True) -> Iterator[Picture]:
+def draw_figures(results: Results, *, only: Collection[str] | None = None) -> Iterator[Picture]:
     """The figures of a study, in its order.
 
     Args:
         results: What came out.
-        drawn: Whether to draw them; else they have their data and tables only.
+        only: Names of those to draw; the others have their data and tables only. None draws all.
     """
     for place, figure in enumerate(results.study.file.figure, start=1):
         members = [item for item in results.select(figure.cells.given) if _has_records(item)]
@@ -105,7 +104,7 @@ def draw_figures(results: Results, *, drawn: bool = True) -> Iterator[Picture]:
         for where, some in _facets(results, members):
             name = re.sub(r"[^a-z0-9.]+", "-", f"{stem} {where}".lower()).strip("-")
             full = f"{title}: {where}" if where else title
-            yield _draw(place, name, full, kind, figure, some, drawn)
+            yield _draw(place, name, full, kind, some, only is None or name in only)
 
 
 def _has_records(item: CellResult) -> bool:
@@ -152,7 +151,7 @@ def _most_lines(results: Results, members: Sequence[CellResult], split: Sequence
 
 
 def _draw(
-    place: int, name: str, title: str, kind: PlotKind, figure: Figure,
+    place: int, name: str, title: str, kind: PlotKind,
     members: Sequence[CellResult], drawn: bool,
 ) -> Picture:  # fmt: skip
     from resdiag.show.opening import open_view
@@ -168,7 +167,7 @@ def _draw(
             return replace(blank, svg=b"", **data)  # type: ignore[arg-type]
         from resdiag.show.plots import draw
 
-        drawing = draw(figure.plot, runs)
+        drawing = draw(kind.name, runs)
         return replace(blank, svg=_render(drawing, "svg"), pdf=_render(drawing, "pdf"), **data)  # type: ignore[arg-type]
     except ResdiagError as error:
         return replace(blank, reason=error.message)

@@ -8,22 +8,25 @@ from resdiag.report.parts import Bullets, Code, Image, Page, Part, Table, Text
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|$~^&])")
 
 
-def to_markdown(page: Page, *, figures: str = "figures", folded: bool = True) -> str:
+def to_markdown(
+    page: Page, *, title: str = "", figures: str = "figures", bulky: bool = True
+) -> str:
     """Write a page as Markdown.
 
     Args:
         page: The report.
+        title: Instead of the question.
         figures: Folder of the figures, as seen from the file.
-        folded: Whether what the page folds away is written too.
+        bulky: Whether long tables are written: verdicts of all cells, numbers of figures.
     """
-    lines = [f"# {escape(page.question)}", "", f"**{escape(page.headline)}**", ""]
+    lines = [f"# {escape(title or page.question)}", "", f"**{escape(page.headline)}**", ""]
     lines += [f"- {escape(line)}" for line in page.found]
     lines += ["", "How sure:", "", *(f"- {escape(line)}" for line in page.sure), ""]
     for term, words in page.claim:
         lines += [f"{escape(term)}: {escape(words)}", ""]
     for section in page.sections:
-        lines += [f"## {escape(section.title)}", ""]
-        lines += _parts(section.parts, figures, folded)
+        if parts := list(_parts(section.parts, figures, bulky)):
+            lines += [f"## {escape(section.title)}", "", *parts]
     if page.made:
         lines += [escape(page.made), ""]
     return "\n".join(lines).rstrip() + "\n"
@@ -37,10 +40,10 @@ def escape(text: str) -> str:
     """
     line = " ".join(text.split())
     line = _SPECIAL.sub(r"\\\1", line)
-    return re.sub(r"^([-+=]|\d+[.)])", r"\\\1", line)
+    return re.sub(r"^(\d*)([-+=.)])(?=\s|$)", r"\1\\\2", line)
 
 
-def _parts(parts: Sequence[Part], figures: str, folded: bool) -> Iterator[str]:
+def _parts(parts: Sequence[Part], figures: str, bulky: bool) -> Iterator[str]:
     for part in parts:
         if isinstance(part, Text):
             yield from (escape(part.text), "")
@@ -52,9 +55,9 @@ def _parts(parts: Sequence[Part], figures: str, folded: bool) -> Iterator[str]:
         elif isinstance(part, Table):
             yield from _table(part)
         elif isinstance(part, Image):
-            yield from _image(part, figures, folded)
-        elif folded:
-            yield from _parts(part.parts, figures, folded)
+            yield from _image(part, figures, bulky)
+        elif bulky or not part.bulky:
+            yield from _parts(part.parts, figures, bulky)
 
 
 def _table(table: Table) -> Iterator[str]:
@@ -71,9 +74,9 @@ def _row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _image(image: Image, figures: str, folded: bool) -> Iterator[str]:
+def _image(image: Image, figures: str, bulky: bool) -> Iterator[str]:
     picture = image.picture
     yield from (f"![{escape(picture.title)}]({figures}/{picture.name}.svg)", "")
     yield from (escape(f"{picture.title}. Read: {picture.reading}"), "")
-    if folded and image.table:
+    if bulky and image.table:
         yield from _table(image.table)

@@ -76,10 +76,17 @@ class Code:
 
 @dataclass(frozen=True)
 class Folded:
-    """Parts that are shown when they are asked for."""
+    """Parts that are shown when they are asked for.
+
+    Attributes:
+        title: What is asked for.
+        parts: What is shown.
+        bulky: Whether a short form of the page leaves them out.
+    """
 
     title: str
     parts: "Sequence[Part]"
+    bulky: bool = False
 
 
 @dataclass(frozen=True)

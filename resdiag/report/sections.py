@@ -282,7 +282,7 @@ def _cells(results: Results) -> Section:
         table = Table(
             caption="Verdict per cell", header=header, rows=list(map(_verdict_row, ended))
         )
-        parts.append(Folded(f"Verdicts of {count(len(ended), 'cell')}", [table]))
+        parts.append(Folded(f"Verdicts of {count(len(ended), 'cell')}", [table], True))
     return Section(id="cells", title="Cells", parts=parts)
 
 
@@ -329,5 +329,5 @@ def _remake(results: Results) -> Section:
     return Section(
         id="remake",
         title="How to remake it",
-        parts=[Code(commands), Folded("The study as it was run", [Code(document, "json")])],
+        parts=[Code(commands), Folded("The study as it was run", [Code(document, "json")], True)],
     )

@@ -36,8 +36,8 @@ def measure_words(measure: str, step: int | None = None, block: int | None = Non
 def number(value: Outcome, measure: str = "") -> str:
     """A number with three digits, an error in percent, a word as it is, a dash for none.
 
-    >>> number(0.0838, "best_test_error"), number(4.5e9), number(27.13), number(math.nan)
-    ('8.38 %', '4.50e9', '27.1', '-')
+    >>> number(0.0838, "best_test_error"), number(4.5e9), number(27.0), number(math.nan)
+    ('8.38 %', '4.50e9', '27.0', '-')
     """
     if isinstance(value, str):
         return value
@@ -51,7 +51,7 @@ def number(value: Outcome, measure: str = "") -> str:
         return f"{value:g}"
     if value != 0 and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.2e}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")
-    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:#.3g}" if abs(value) < 99.95 else f"{value:,.0f}"
 
 
 def settings_words(settings: Mapping[str, Any]) -> str:

@@ -1,0 +1,94 @@
+"""Pages of the documentation from results that are committed: text, and figures by their data.
+
+A page is compared as text. Figures are compared by the SHA-256 of their data: drawings differ in
+their last digits between releases of matplotlib.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from resdiag.report.answer import answer
+from resdiag.report.figures import Picture, draw_figures
+from resdiag.report.frozen import RESULTS, thaw
+from resdiag.report.judged import judge_all
+from resdiag.report.markdown import escape, to_markdown
+from resdiag.report.results import Results
+from resdiag.report.sections import write_page
+from resdiag.runs.files import make_folder, write_file
+
+
+def committed_studies(root: Path) -> list[str]:
+    """Names of the studies whose frozen results lie below `root`."""
+    return sorted(path.parent.name for path in root.glob(f"*/{RESULTS}"))
+
+
+def study_page(root: Path, name: str) -> str:
+    """The page of a study, with one drawing of each of its figures."""
+    page = write_page(_thaw(root / name), _chosen(root / name))
+    again = (
+        f"\nMade from `studies/results/{name}`; this draws every figure and lists every verdict:\n"
+        f"\n```sh\nresdiag study report studies/results/{name}\n```\n"
+    )
+    title = f"{name}: {page.question}"
+    return to_markdown(page, title=title, figures=f"figures/{name}", bulky=False) + again
+
+
+def index_page(root: Path) -> str:
+    """A table of the studies with results: question, answer, data."""
+    names = committed_studies(root)
+    rows = []
+    for name in names:
+        results = _thaw(root / name)
+        said = answer(results, judge_all(results))
+        data = ", ".join(dict.fromkeys(item.data for item in results.cells if item.run))
+        question = escape(results.study.file.question)
+        rows.append(f"| [{name}]({name}.md) | {question} | {escape(said.headline)} | {data} |")
+    table = ["| study | question | answer | data |", "| --- | --- | --- | --- |", *rows, ""]
+    toc = ["```{toctree}", ":hidden:", "", *names, "```", ""]
+    about = (
+        "Each page is made from results in `studies/results`, by rule: no number and no sentence "
+        "of an answer is written by hand. `resdiag study run NAME` runs a study again.\n"
+    )
+    nothing = "No study has committed results yet.\n"
+    body = [*table, *toc] if names else [nothing]
+    return "\n".join(["# Studies\n", about, *body])
+
+
+def digests(root: Path, name: str) -> dict[str, str]:
+    """SHA-256 of the data of each figure on a study's page."""
+    return {
+        picture.name: hashlib.sha256(picture.csv.encode()).hexdigest()
+        for picture in _chosen(root / name)
+        if picture.csv
+    }
+
+
+def write_figures(root: Path, name: str, folder: Path) -> list[Path]:
+    """Draw the figures of a study's page.
+
+    Returns:
+        The files.
+    """
+    wanted = set(digests(root, name))
+    make_folder(folder)
+    files = []
+    for picture in draw_figures(_thaw(root / name), only=wanted):
+        if picture.svg:
+            path = folder / f"{picture.name}.svg"
+            write_file(path, picture.file().encode())
+            files.append(path)
+    return files
+
+
+@lru_cache(maxsize=8)
+def _thaw(folder: Path) -> Results:
+    return thaw(folder)
+
+
+@lru_cache(maxsize=8)
+def _chosen(folder: Path) -> Sequence[Picture]:
+    """Of the drawings of a figure the last one, which is the deepest; not drawn yet."""
+    last = {picture.number: picture for picture in draw_figures(_thaw(folder), only=())}
+    return list(last.values())
