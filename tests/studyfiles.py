@@ -71,7 +71,15 @@ def _eat():
         held.append(bytearray(2**28))
 
 
+def _fill_disk():
+    """No file may grow beyond 20 kB from now on: the checkpoint does not fit."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
 _FAULTS = {
+    "full": _fill_disk,
     "segfault": lambda: os.kill(os.getpid(), signal.SIGSEGV),
     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "hang": _hang,

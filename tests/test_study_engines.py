@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -24,6 +25,8 @@ from tiny_training import digest
 
 from resdiag.cli import app
 from resdiag.runs.lock import Lock
+from resdiag.study.engines import attempts
+from resdiag.study.engines.job import Job
 from resdiag.study.engines.local import find_slots
 from resdiag.study.ledger import read_entry, read_ledger
 from resdiag.study.study import load_study
@@ -127,21 +130,23 @@ def test_cells_end_alike_whatever_the_number_of_slots(undisturbed, tmp_path):
 
 @pytest.mark.slow
 def test_a_fault_of_one_cell_does_not_disturb_the_others(undisturbed, tmp_path):
-    """Killed and crashed for good, hung for good, out of memory, and one that recovers."""
-    text = TINY.replace("seeds = [0, 1]", "seeds = [0, 1, 2]") + PATIENT
+    """Killed and crashed for good, hung for good, without memory or disk, some that recover."""
+    text = TINY.replace("seeds = [0, 1]", "seeds = [0, 1, 2, 3]") + PATIENT
     faults = {
         "elu-d8-s0": "segfault", "elu-d8-s1": "killed once", "elu_pre-d8-s0": "hang",
-        "elu_pre-d8-s2": "eat", "elu-d8-s2": "stop once",
+        "elu_pre-d8-s2": "eat", "elu-d8-s2": "stop once", "elu-d8-s3": "full",
+        "elu_pre-d8-s3": "exit",
     }  # fmt: skip
     job, said = run_local(tmp_path, text, target="studyfiles:faulty", faults=faults)
     found = {id[: id.rindex("-")]: state for id, state in states(job).items()}
     assert found == {
         "elu-d8-s0": "failed", "elu-d8-s1": "done", "elu-d8-s2": "done",
-        "elu_pre-d8-s0": "failed", "elu_pre-d8-s1": "done", "elu_pre-d8-s2": "failed",
+        "elu-d8-s3": "failed", "elu_pre-d8-s0": "failed", "elu_pre-d8-s1": "done",
+        "elu_pre-d8-s2": "failed", "elu_pre-d8-s3": "failed",
     }  # fmt: skip
-    messages = {entry.id: entry.message for entry in read_ledger(job.study, job.runs)}
-    assert any("SIGSEGV" in message for message in messages.values())
-    assert any("no progress for 10 s" in message for message in messages.values())
+    messages = " ".join(entry.message for entry in read_ledger(job.study, job.runs))
+    for words in ("SIGSEGV", "no progress for 10 s", "MemoryError", "File too large", "code 7"):
+        assert words in messages, words
     assert sum("started again" in line for line in said) == 4
     undamaged = digests(job)
     assert {id: undamaged[id] for id in digests(undisturbed) if id in undamaged}.items() <= digests(
@@ -152,6 +157,85 @@ def test_a_fault_of_one_cell_does_not_disturb_the_others(undisturbed, tmp_path):
             words = ["study", "retry", str(tmp_path / "tiny.toml"), cell, "--slots", "1"]
             assert app.run([*words, "--runs", str(job.runs), "--device", "cpu", "-q"]) == 3
             assert digest(read_entry(job.folder(cell)).run) == expected
+    words = ["study", "retry", str(tmp_path / "tiny.toml"), "--failed", "--runs", str(job.runs)]
+    assert app.run([*words, "--device", "cpu", "-q"]) == 0
+    assert set(states(job).values()) == {"done"}
+    assert digests(undisturbed).items() <= digests(job).items()
+
+
+@pytest.mark.slow
+def test_two_drivers_at_once_run_each_cell_once(undisturbed, tmp_path):
+    text = TINY.replace("steps = 6", "steps = 60")
+    path = write_study(tmp_path, text)
+    both = [driver(tmp_path, path) for _ in range(2)]
+    assert [process.wait(280) for process in both] == [0, 0]
+    study = load_study(str(path))
+    ended_once(study, tmp_path / "runs")
+    logs = [(entry.folder / "log.txt").read_text() for entry in
+            read_ledger(study, tmp_path / "runs")]  # fmt: skip
+    assert all("continues at step" not in log for log in logs)
+    (tmp_path / "calm").mkdir()
+    calm, _ = run_local(tmp_path / "calm", text)
+    assert {e.id: digest(e.run) for e in read_ledger(study, tmp_path / "runs")} == digests(calm)
+
+
+def test_a_machine_that_slept_has_no_hung_cells(tmp_path, monkeypatch):
+    """Patience is counted in looks: an hour in which nobody looked is one look."""
+    study = load_study(str(write_study(tmp_path, TINY + PATIENT)))
+    clock, said = [0.0], []
+    monkeypatch.setattr(attempts.time, "monotonic", lambda: clock[0])
+    job = Job(study=study, plan=tmp_path, cells=(), runs=tmp_path, say=said.append)
+    watched, cell = attempts.Attempts(job), study.cells[0].id
+    watched.begin(cell)
+    clock[0] += 3600
+    assert watched.find_hung() == []
+    hung = []
+    for _ in range(12):
+        clock[0] += 1
+        hung += watched.find_hung()
+    assert hung == [cell]  # ten seconds, five of them the hour, and said once
+    assert watched.end(cell, -9) == 0.0
+    assert said == [f"{cell}: no progress for 10 s, and killed for it; started again"]
+    watched.begin(cell, queued=True)  # waits for a machine: no sign of life is expected
+    clock[0] += 5
+    assert watched.find_hung() == []
+    for _ in range(60):
+        clock[0] += 1
+        assert watched.find_hung() == []
+
+
+@pytest.mark.parametrize("jump", [-3600.0, 3600.0 * 24 * 365])
+def test_a_clock_that_jumps_neither_frees_a_cell_nor_keeps_it(jump, tmp_path):
+    """What another host's clock says of a beat does not count, only whether beats arrive."""
+    from resdiag.errors import BusyError
+    from resdiag.study.heartbeat import Heartbeat
+
+    owner = Lock.take(tmp_path)
+    owner.path.write_bytes(owner.path.read_bytes().replace(b'"host": "', b'"host": "other-'))
+    beaten = [time.time() - jump]
+
+    def beat():
+        beaten[0] += 1
+        os.utime(owner.path, (beaten[0], beaten[0]))
+
+    with Heartbeat(beat, every=0.05), pytest.raises(BusyError, match="is being written"):
+        Lock.take(tmp_path, patience=2.0)
+    Lock.take(tmp_path, patience=0.3).check()
+
+
+def test_an_owner_that_dies_is_not_waited_for(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from resdiag.runs.lock import Lock\n"
+        "Lock.take(Path(sys.argv[1])); print('has it', flush=True); time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "has it\n"
+        timer = threading.Timer(0.5, process.kill)
+        timer.start()
+        begin = time.monotonic()
+        Lock.take(tmp_path, patience=60.0).check()
+        assert time.monotonic() - begin < 30
 
 
 def test_a_diverging_cell_is_a_result_and_a_mistake_of_the_cell_is_said(tmp_path, capsys):
@@ -250,6 +334,25 @@ def test_slots_follow_the_device_and_the_resources(undisturbed, monkeypatch):
 
 
 # -- other engines ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_lines_of_a_plan_are_commands_for_xargs(undisturbed, tmp_path, capfd):
+    place = tmp_path / "a place"  # whose name a shell must not split
+    place.mkdir()
+    path = write_study(place)
+    command = tmp_path / "resdiag"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} {HERE.parent / "cli.py"} "$@"\n')
+    command.chmod(0o755)
+    words = ["study", "plan", str(path), "--runs", str(place / "runs"), "--device", "cpu"]
+    assert app.run(words) == 0
+    plan = capfd.readouterr().out
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    line = ["xargs", "-d", "\n", "-P", "2", "-I", "{}", "sh", "-c", "{}"]
+    subprocess.run(line, input=plan, text=True, check=True, env=environment, timeout=280)
+    study = load_study(str(path))
+    found = {e.id: digest(e.run) for e in read_ledger(study, place / "runs")}
+    assert found == digests(undisturbed)
 
 
 def test_a_plan_of_commands_ends_like_the_engine(undisturbed, tmp_path, capsys):

@@ -60,11 +60,16 @@ def list_studies(as_json: Json = False) -> None:
     from resdiag.study.shipped import shipped_studies
     from resdiag.study.study import load_study
 
-    rows = []
-    for name in shipped_studies():
-        study = load_study(name)
-        rows.append((name, study.file.question, str(len(study.cells)), study.file.cost))
-    print_table(("study", "question", "cells", "cost"), rows, as_json)
+    studies = [load_study(name) for name in shipped_studies()]
+    if as_json:
+        said = [
+            {"study": s.name, "question": s.file.question, "cells": len(s.cells),
+             "cost": s.file.cost} for s in studies
+        ]  # fmt: skip
+        print(json.dumps(said))
+        return
+    rows = [(s.name, s.file.question, str(len(s.cells)), s.file.cost) for s in studies]
+    print_table(("study", "question", "cells", "cost"), rows, False)
 
 
 @study_app.command("init")
@@ -333,6 +338,7 @@ def _run(study: "Study", chosen: _Choice, how: _How, as_json: bool) -> int:
     if as_json or not how.quiet:
         _print_status(study, entries, as_json)
     if stopped:
+        talk("stopped; the same command goes on")
         return _STOPPED[stopped]
     return _FAILED if any(entry.state == "failed" for entry in entries) else 0
 

@@ -7,7 +7,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,9 +154,10 @@ def _refuse_living(path: Path, patience: float | None = None) -> bool:
     if owner is None:
         return True
     host, pid, start = owner
-    if host == socket.gethostname() and not _alive(pid, start):
+    here = host == socket.gethostname()
+    if here and not _alive(pid, start):
         return True
-    if patience is not None and _is_silent(path, patience):
+    if patience is not None and _is_silent(path, patience, lambda: here and not _alive(pid, start)):
         return False
     try:
         age = max(0.0, time.time() - path.stat().st_mtime)
@@ -168,7 +169,7 @@ def _refuse_living(path: Path, patience: float | None = None) -> bool:
     )
 
 
-def _is_silent(path: Path, patience: float) -> bool:
+def _is_silent(path: Path, patience: float, is_dead: Callable[[], bool]) -> bool:
     """Watch a lock for beats; this process's own clock counts, whatever the others' say."""
 
     def last_beat() -> int | None:
@@ -181,6 +182,8 @@ def _is_silent(path: Path, patience: float) -> bool:
     while time.monotonic() < deadline:
         if last_beat() != first:
             return False
+        if is_dead():
+            return True
         time.sleep(min(1.0, patience / 10))
     return last_beat() == first
 

@@ -82,9 +82,18 @@ def describe(left: Estimate) -> str:
     """
     if left.seconds is None or left.bytes is None:
         return f"unknown: {left.unknown} cells with data whose size is not known here"
-    words = f"about {describe_time(left.seconds)} in one slot, {left.bytes / 1e6:.1f} MB"
+    words = f"about {describe_time(left.seconds)} in one slot, {_describe_bytes(left.bytes)}"
     more = f", without {left.unknown} cells of unknown size" if left.unknown else ""
     return f"{words} ({left.basis}{more})"
+
+
+def _describe_bytes(count: float) -> str:
+    """A size with its unit.
+
+    >>> _describe_bytes(11.9e6), _describe_bytes(2.16e9)
+    ('11.9 MB', '2.2 GB')
+    """
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
 
 
 def describe_time(seconds: float) -> str:
