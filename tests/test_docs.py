@@ -57,6 +57,7 @@ def _commands():
         for body in _blocks(page, "sh"):
             for line in body.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
+                words = words[: words.index("|")] if "|" in words else words
                 if words[:1] == ["resdiag"]:
                     yield pytest.param(words[1:], id=f"{_named(page)}: {' '.join(words)}")
 

@@ -1,6 +1,7 @@
 """Ray, really started: several raylets on this machine; workers, raylets and drivers are killed."""
 
 import contextlib
+import re
 import signal
 import time
 
@@ -57,7 +58,7 @@ def begin(root, address, text=LONG, *more):
     path = write_study(root, text)
     study, runs = load_study(str(path)), root / "runs"
     process = driver(root, path, "--engine", "ray", "--address", address, *more)
-    wait_for(lambda: find_committed(study, runs), 120)
+    wait_for(lambda: find_committed(study, runs), 240)
     return study, runs, process, find_committed(study, runs)
 
 
@@ -78,6 +79,26 @@ def came_out(study, runs):
 
 def logs(study, runs):
     return "\n".join(path.read_text() for path in study.folder(runs).glob("*/log.txt"))
+
+
+def ray_processes():
+    """What Ray has running on this machine."""
+    listed = psutil.process_iter(["cmdline"])
+    return [
+        one for one in listed if re.match(r"ray::|.*/ray/", " ".join(one.info["cmdline"] or []))
+    ]
+
+
+@pytest.mark.slow
+def test_a_cluster_of_its_own_leaves_no_process_and_an_absent_one_is_named(tmp_path):
+    before = set(psutil.pids())
+    path = write_study(tmp_path, SHORT)
+    assert driver(tmp_path, path, "--engine", "ray", "--slots", "2").wait(280) == 0
+    ended_once(load_study(str(path)), tmp_path / "runs")
+    wait_for(lambda: not [one for one in ray_processes() if one.pid not in before], 20)
+    more = ["--engine", "ray", "--address", "127.0.0.1:1"]
+    assert driver(tmp_path, write_study(tmp_path, SHORT, "other"), *more).wait(120) == 1
+    assert "no Ray cluster at '127.0.0.1:1'" in (tmp_path / "driver.txt").read_text()
 
 
 def test_a_killed_worker_is_replaced_and_the_digest_is_that_of_the_local_engine(cluster, tmp_path):
@@ -185,16 +206,3 @@ def test_a_cell_that_no_node_can_hold_is_said_to_wait(cluster, tmp_path):
     wait_for(lambda: "no node has 8 CPUs and 0 GPUs for a cell" in said.read_text(), 60)
     process.terminate()
     assert process.wait(60) == 75
-
-
-@pytest.mark.slow
-def test_a_cluster_of_its_own_leaves_no_process_and_an_absent_one_is_named(tmp_path):
-    before = {process.pid for process in psutil.process_iter()}
-    path = write_study(tmp_path, SHORT)
-    assert driver(tmp_path, path, "--engine", "ray", "--slots", "2").wait(280) == 0
-    ended_once(load_study(str(path)), tmp_path / "runs")
-    left = [p for p in psutil.process_iter(["name", "cmdline"]) if p.pid not in before]
-    assert not [p for p in left if "ray" in " ".join(p.info["cmdline"] or [])]
-    more = ["--engine", "ray", "--address", "127.0.0.1:1"]
-    assert driver(tmp_path, write_study(tmp_path, SHORT, "other"), *more).wait(120) == 1
-    assert "no Ray cluster at '127.0.0.1:1'" in (tmp_path / "driver.txt").read_text()

@@ -195,7 +195,7 @@ def begin(cluster, monkeypatch, root, text=LONG):
     path = write_study(root, text)
     study, runs = load_study(str(path)), root / "runs"
     process = driver(root, path, "--engine", "slurm")
-    wait_for(lambda: find_committed(study, runs), 120)
+    wait_for(lambda: find_committed(study, runs), 240)
     return study, runs, process
 
 
