@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, special
+from scipy import special
 
 Array: TypeAlias = NDArray[np.float64]
 Moment: TypeAlias = Callable[[ArrayLike], Array]
@@ -52,6 +52,8 @@ class Activation:
         1.0
         """
         # q/2 <= E[phi(z)^2] <= q for ReLU and ELU
+        from scipy import optimize  # a quarter of a second that few need
+
         low, high = 0.5 * second_moment, 2.5 * second_moment
 
         def excess(q: float) -> float:

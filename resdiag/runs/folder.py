@@ -5,7 +5,7 @@ pandas and pyarrow are imported with the first table, so that a wrong path is an
 
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +14,7 @@ from resdiag.errors import UsageError
 from resdiag.runs.commit import BLOCKS, COMMIT, PREVIOUS, RUN, VERDICT, Commit
 from resdiag.runs.files import Damaged, from_json, read_file
 from resdiag.runs.watched import Config, WatchedConfig, read_config
-from resdiag.watch.catalog import METRICS, derive
+from resdiag.watch.catalog import METRICS, derive, inputs_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,17 +63,24 @@ class Run:
     curve_frame: "pd.DataFrame | None" = None
     commit: Commit | None = None
 
-    def metrics(self) -> "pd.DataFrame":
+    def metrics(self, names: Collection[str] | None = None) -> "pd.DataFrame":
         """Recorded and derived metrics, one row per (step, block).
+
+        Args:
+            names: Those to read, recorded, derived or own; unknown ones are left out. None for all.
 
         Raises:
             UsageError: A segment is damaged; the message names it.
         """
         import pandas as pd
 
-        frame = self._read("metrics") if self.metrics_frame is None else self.metrics_frame
-        columns = _columns(frame)
-        columns |= derive(columns)
+        recorded = None if names is None else set().union(*map(inputs_of, names))
+        frame = self.metrics_frame
+        columns = _columns(self._read("metrics", recorded) if frame is None else frame)
+        columns |= derive(columns, names=names)
+        if names is not None:
+            kept = {"step", "block", *names}
+            columns = {name: values for name, values in columns.items() if name in kept}
         order = ["step", "block", *(name for name in METRICS if name in columns)]
         return pd.DataFrame({name: columns[name] for name in dict.fromkeys([*order, *columns])})
 
@@ -96,14 +103,14 @@ class Run:
         depth = "" if isinstance(self.config, WatchedConfig) else f"-{self.config.depth}"
         return f"{self.config.model}{depth}{seed}"
 
-    def _read(self, table: str) -> "pd.DataFrame":
+    def _read(self, table: str, names: Collection[str] | None = None) -> "pd.DataFrame":
         """The segments that the commit names; those of a newer commit if they were replaced."""
         from resdiag.runs.segments import decode
 
         def read(commit: Commit | None) -> "pd.DataFrame":
-            names = commit.parts(table) if commit else []
-            parts = [(self.path / n, commit.read_file(self.path, n)) for n in names if commit]
-            frame: pd.DataFrame = decode(table, parts).to_pandas()
+            files = commit.parts(table) if commit else []
+            parts = [(self.path / n, commit.read_file(self.path, n)) for n in files if commit]
+            frame: pd.DataFrame = decode(table, parts, names).to_pandas()
             return frame
 
         return _consistently(self.path, self.commit, read)

@@ -1,6 +1,6 @@
 """Parquet segments: the two tables of a run, sealed piece by piece."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +77,6 @@ def _with_own(schema: pa.Schema, table: str, names: Iterable[str]) -> pa.Schema:
     return pa.schema([*schema, *((name, pa.float32()) for name in own)])
 
 
-def _own_names(path: Path, data: bytes) -> list[str]:
-    """The own metrics that a segment says it has."""
-    try:
-        schema = pq.ParquetFile(pa.BufferReader(data)).schema_arrow
-        listed = (schema.metadata or {}).get(OWN.encode(), b"").decode("ascii", "replace")
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise Damaged(f"{path} is damaged: not a segment ({type(error).__name__})") from error
-    return [name for name in listed.split(",") if name in schema.names]
-
-
 def _array(columns: Mapping[str, Any], field: pa.Field, rows: int) -> pa.Array:
     """One column in its type; a value beyond float32 becomes infinite, which is how it looks."""
     if field.name not in columns and not pa.types.is_floating(field.type):
@@ -99,36 +89,66 @@ def _array(columns: Mapping[str, Any], field: pa.Field, rows: int) -> pa.Array:
         return pa.array(array.astype(field.type.to_pandas_dtype()))
 
 
-def decode(table: str, parts: Sequence[tuple[Path, bytes]]) -> pa.Table:
+def decode(
+    table: str, parts: Sequence[tuple[Path, bytes]], names: Collection[str] | None = None
+) -> pa.Table:
     """The rows of some segments; float columns that an older one lacks are NaN.
+
+    Args:
+        table: "metrics" or "curve".
+        parts: Path and content of each.
+        names: Columns to read besides `step` and `block`, those that there are; None for all.
 
     Raises:
         Damaged: A segment is not a Parquet file of this table.
     """
-    names = dict.fromkeys(name for path, data in parts for name in _own_names(path, data))
-    schema = _with_own(SCHEMAS[table], table, names)
-    tables = [_decode_part(schema, path, data) for path, data in parts]
+    files = [(path, _open(path, data)) for path, data in parts]
+    own = dict.fromkeys(name for _, file in files for name in _own_names(file))
+    schema = _with_own(SCHEMAS[table], table, own)
+    if names is not None:
+        schema = pa.schema([field for field in schema if field.name in {"step", "block", *names}])
+    tables = [_decode_part(schema, path, file) for path, file in files]
     return pa.concat_tables(tables) if tables else schema.empty_table()
 
 
-def _decode_part(schema: pa.Schema, path: Path, data: bytes) -> pa.Table:
-    """One segment, cut to its table's columns; nothing else in the file is interpreted."""
+def _open(path: Path, data: bytes) -> pq.ParquetFile:
+    """A segment, its footer read."""
     try:
         # ParquetFile, not read_table: no pandas metadata, no paths, no partitions
-        file = pq.ParquetFile(pa.BufferReader(data))
-        known = [name for name in schema.names if name in file.schema_arrow.names]
-        found = file.read(columns=known)
+        return pq.ParquetFile(pa.BufferReader(data))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _own_names(file: pq.ParquetFile) -> list[str]:
+    """The own metrics that a segment says it has."""
+    listed = (file.metadata.metadata or {}).get(OWN.encode(), b"").decode("ascii", "replace")
+    return [name for name in listed.split(",") if name in file.schema.names] if listed else []
+
+
+def _decode_part(schema: pa.Schema, path: Path, file: pq.ParquetFile) -> pa.Table:
+    """One segment, cut to its table's columns; nothing else in the file is interpreted."""
+    try:
+        there = set(file.schema.names)
+        known = [name for name in schema.names if name in there]
+        found = file.read(columns=known, use_threads=False)
         columns = [_decode_column(found, field) for field in schema]
         return pa.Table.from_arrays(columns, schema=schema)
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{path} is damaged: not a segment ({type(error).__name__})") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> Damaged:
+    return Damaged(f"{path} is damaged: not a segment ({type(error).__name__})")
 
 
 def _decode_column(found: pa.Table, field: pa.Field) -> pa.Array:
     """One column in its type, without gaps."""
     if field.name not in found.column_names and pa.types.is_floating(field.type):
         return pa.array(np.full(found.num_rows, np.nan, field.type.to_pandas_dtype()))
-    column = found.column(field.name).cast(field.type)
+    column = found.column(field.name)
+    if column.type != field.type:
+        column = column.cast(field.type)
     if column.null_count:
         raise ValueError("a value is missing")
     return column

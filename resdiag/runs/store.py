@@ -26,8 +26,9 @@ from resdiag.runs.commit import (
 )
 from resdiag.runs.files import from_json, make_folder, remove_file, to_json, write_file
 from resdiag.runs.lock import Lock
+from resdiag.runs.merging import merge
 from resdiag.runs.resume import check_same, recover
-from resdiag.runs.segments import OWN, encode
+from resdiag.runs.segments import OWN, SCHEMAS, encode
 from resdiag.runs.watched import Config
 
 
@@ -160,7 +161,7 @@ class RunWriter:
         step: int,
         metrics: Mapping[str, Any],
         curve: Mapping[str, Any],
-        tensors: Mapping[str, torch.Tensor] | None,
+        tensors: Mapping[str, torch.Tensor] | bytes | None,
         state: Mapping[str, Any] | None,
         status: str = "running",
     ) -> None:
@@ -171,7 +172,8 @@ class RunWriter:
             metrics: Rows since the last commit, one array of shape (rows,) per column; may be
                 empty.
             curve: The same for the step-level table.
-            tensors: The checkpoint; copied to the CPU here. None for a run that cannot resume.
+            tensors: The checkpoint, copied to the CPU here, or what `checkpoint.pack` made of it.
+                None for a run that cannot resume.
             state: JSON data.
             status: "running", or the status with which the run ends.
 
@@ -185,11 +187,14 @@ class RunWriter:
         files = dict(self._lasting)
         for table, columns in (("metrics", metrics), ("curve", curve)):
             if len(columns.get("step", ())):
-                part = encode(table, columns, self._keys)
-                self._write(files, part_name(table, step), part)
+                rows, merged = merge(self.folder, self._commit, table, columns)
+                for name in merged:
+                    del files[name]
+                self._write(files, part_name(table, step), self._encode(table, rows, columns))
         lasting = dict(files)
         if tensors is not None:
-            self._write(files, tensors_name(step), pack(tensors))
+            packed = tensors if isinstance(tensors, bytes) else pack(tensors)
+            self._write(files, tensors_name(step), packed)
             self._write(files, state_name(step), to_json(dict(state or {})))
         self._publish(Commit(step, status, files, self._drift))
         self._lasting = lasting
@@ -228,6 +233,14 @@ class RunWriter:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _encode(self, table: str, rows: Mapping[str, Any], new: Mapping[str, Any]) -> bytes:
+        """A segment; merged rows may have own metrics that are not recorded any more."""
+        old = [name for name in rows if name not in new and name not in SCHEMAS[table].names]
+        if not old:
+            return encode(table, rows, self._keys)
+        own = dict.fromkeys([*filter(None, self._keys.get(OWN, "").split(",")), *old])
+        return encode(table, rows, {**self._keys, OWN: ",".join(own)})
 
     def _write(self, files: dict[str, str], name: str, data: bytes) -> None:
         """Write one file and note its hash."""

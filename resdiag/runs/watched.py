@@ -163,9 +163,10 @@ def as_run(
 
 def opened(run: "Run | Monitor") -> "Run":
     """A run as it is, or what a monitor holds as a run."""
-    from resdiag.watch.monitor import Monitor
+    from resdiag.runs.folder import Run
 
-    return as_run(run) if isinstance(run, Monitor) else run
+    # not the other way round: a monitor's class is not to be had without PyTorch
+    return run if isinstance(run, Run) else as_run(run)
 
 
 def write_run(

@@ -11,6 +11,7 @@ from resdiag.show.style import ALARM, MAGNITUDES, NONFINITE
 from resdiag.show.view import Bools, Floats, Record
 
 _HATCH, _MISSING = "xxxx", "0.85"
+_COLUMNS = 700  # a figure 7 inches wide has about 900 pixels for them
 
 
 def draw_heat(
@@ -18,6 +19,8 @@ def draw_heat(
     log: bool = True, limits: tuple[float, float] | None = None, palette: str = MAGNITUDES,
 ) -> None:  # fmt: skip
     """Draw `values` (block, step): block 0 at the bottom, one column per recorded step.
+
+    Of more steps than there are pixels every n-th is drawn, and every non-finite cell.
 
     Args:
         axes: Where.
@@ -31,6 +34,9 @@ def draw_heat(
     """
     finite = np.isfinite(values) & ~broken
     low, high = limits or _limits(values[finite], log=log)
+    stride = -(-values.shape[1] // _COLUMNS)
+    values, broken = values[:, ::stride], _any_of(broken, stride)
+    finite = np.isfinite(values) & ~broken
     shown = np.where(finite, np.clip(values, low, high), np.nan)
     norm = LogNorm(low, high) if log else Normalize(low, high)
     # a mesh cannot be hatched cell by cell: the background is, and holes show it
@@ -53,7 +59,15 @@ def draw_heat(
             scale.ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             scale.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             scale.ax.yaxis.set_minor_formatter(NullFormatter())
-    _label_cells(axes, record)
+    _label_cells(axes, record, stride)
+
+
+def _any_of(cells: Bools, stride: int) -> Bools:
+    """Whether any of `stride` columns in a row is true: what broke once must be seen."""
+    columns = -(-cells.shape[1] // stride)
+    padded = np.zeros((len(cells), columns * stride), dtype=bool)
+    padded[:, : cells.shape[1]] = cells
+    return padded.reshape(len(cells), columns, stride).any(axis=2)
 
 
 def _limits(values: Floats, *, log: bool) -> tuple[float, float]:
@@ -67,15 +81,16 @@ def _limits(values: Floats, *, log: bool) -> tuple[float, float]:
     return low, high
 
 
-def _label_cells(axes: Axes, record: Record) -> None:
+def _label_cells(axes: Axes, record: Record, stride: int) -> None:
     """Ticks at the middle of cells, stage boundaries as white lines."""
-    count = len(record.steps)
-    places = np.arange(0, count, -(-count // 14))
-    axes.set_xticks(places + 0.5, [str(record.steps[place]) for place in places], rotation=0)
+    steps = record.steps[::stride]
+    places = np.arange(0, len(steps), -(-len(steps) // 14))
+    axes.set_xticks(places + 0.5, [str(steps[place]) for place in places], rotation=0)
     every = max(1, record.n_blocks // 6)
     blocks = np.arange(0, record.n_blocks, every)
     axes.set_yticks(blocks + 0.5, [str(block) for block in blocks], rotation=0)
-    axes.set(xlabel="recorded step", ylabel="block")
+    often = f" (one in {stride} drawn; a non-finite one always)" if stride > 1 else ""
+    axes.set(xlabel=f"recorded step{often}", ylabel="block")
     axes.grid(False)
     axes.tick_params(labelsize=7, length=2)
     for edge in record.boundaries:

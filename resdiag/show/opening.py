@@ -7,6 +7,7 @@ from resdiag.errors import UsageError
 from resdiag.show.grouping import group_runs
 from resdiag.show.kinds import PlotKind
 from resdiag.show.view import Record, View
+from resdiag.watch.catalog import METRICS
 
 if TYPE_CHECKING:
     from resdiag.runs.folder import Run
@@ -18,12 +19,22 @@ def open_view(kind: PlotKind, runs: "Sequence[Run]", *, step: int | None, theory
     Raises:
         UsageError: A run without records, or without a metric that the plot needs.
     """
-    records = [Record(run, run.metrics(), run.curve()) for run in runs]
+    records = [Record(run, run.metrics(_read_for(kind)), run.curve()) for run in runs]
     for record in records:
         _check(kind, record)
         if step is not None:
             record.place(step)
     return View(kind, tuple(group_runs(records)), step, theory)
+
+
+_START = ("input_mean", "input_second_moment", "grad_output")  # what theory starts from
+
+
+def _read_for(kind: PlotKind) -> set[str]:
+    """The metrics that a plot looks at: reading all of a long run takes longer than drawing it."""
+    health = {name for name in METRICS if name.endswith("_nonfinite")}
+    sides = {f"{name}_{q}" for name in kind.needs for q in ("q10", "q50", "q90")}
+    return {*kind.needs, *sides, *health, *_START, "output_second_moment"}
 
 
 def _check(kind: PlotKind, record: Record) -> None:

@@ -81,7 +81,11 @@ def render(figure: "Figure", file_format: str) -> bytes:
     """
     if file_format not in FORMATS:
         raise unknown("format", file_format, FORMATS)
-    from resdiag.show.style import look
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    from resdiag.show.style import PIXELS_PER_INCH, look
 
     title = str(figure.get_label())
     metadata: dict[str, dict[str, str | None]] = {
@@ -90,8 +94,20 @@ def render(figure: "Figure", file_format: str) -> bytes:
         "pdf": {"CreationDate": None, "Title": title},
     }
     buffer = io.BytesIO()
+    # not `savefig`, which draws twice: once to lay out, and the layout is frozen
+    about = metadata[file_format]
+    before = figure.dpi
     with look():
-        figure.savefig(buffer, format=file_format, metadata=metadata[file_format])
+        try:
+            figure.dpi = PIXELS_PER_INCH
+            if file_format == "svg":
+                FigureCanvasSVG(figure).print_svg(buffer, metadata=about)
+            elif file_format == "pdf":
+                FigureCanvasPdf(figure).print_pdf(buffer, metadata=about)
+            else:
+                FigureCanvasAgg(figure).print_png(buffer, metadata=about)
+        finally:
+            figure.dpi = before
     return buffer.getvalue()
 
 

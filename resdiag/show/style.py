@@ -15,6 +15,9 @@ from cycler import cycler
 WIDTH = 7.0
 """Width of every figure in inches: the text width of a page."""
 
+PIXELS_PER_INCH = 150
+"""Of pictures, and of what is a picture inside an SVG."""
+
 GREY, PALE, ALARM = "0.35", "0.82", "#D55E00"
 """Theory and notes; stage boundaries and missing cells; non-finite values."""
 
@@ -88,7 +91,7 @@ _RC = {
     "lines.markersize": 3.4,
     "hatch.linewidth": 0.6,
     "figure.dpi": 100,
-    "savefig.dpi": 150,
+    "savefig.dpi": PIXELS_PER_INCH,
     "savefig.bbox": None,
     "svg.hashsalt": "resdiag",
     "svg.fonttype": "path",

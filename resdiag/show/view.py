@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from resdiag.errors import UsageError
 from resdiag.show.kinds import PlotKind
 from resdiag.show.style import Look, step_looks
-from resdiag.watch.catalog import METRICS
+from resdiag.watch.catalog import inputs_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,28 +20,6 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
-
-
-class _Asked(dict[str, float]):
-    """Stands for a frame's columns and remembers which ones a formula reads."""
-
-    def __missing__(self, key: str) -> float:
-        self[key] = 1.0
-        return 1.0
-
-
-def inputs_of(metric: str) -> set[str]:
-    """The recorded metrics that `metric` is computed from, itself if recorded.
-
-    >>> sorted(inputs_of("grad_growth"))
-    ['grad_input', 'grad_output']
-    """
-    entry = METRICS.get(metric)
-    if entry is None or entry.derive is None:
-        return {metric}
-    asked: Any = _Asked()
-    entry.derive(asked)
-    return set().union(*(inputs_of(name) for name in asked))
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +33,21 @@ class Record:
     @cached_property
     def steps(self) -> NDArray[np.int64]:
         """Recorded steps, rising."""
-        return np.unique(self.metrics["step"].to_numpy(dtype=np.int64))
+        steps = self.metrics["step"].to_numpy(dtype=np.int64)
+        return steps[:: self.n_blocks].copy() if self._whole else np.unique(steps)
+
+    @cached_property
+    def _whole(self) -> bool:
+        """Whether the rows are all blocks of one step after the other: no search is needed then."""
+        step, block = (self.metrics[name].to_numpy() for name in ("step", "block"))
+        if not self.n_blocks or not len(step) or len(step) % self.n_blocks:
+            return False
+        steps, blocks = step.reshape(-1, self.n_blocks), block.reshape(-1, self.n_blocks)
+        return bool(
+            (blocks == np.arange(self.n_blocks)).all()
+            and (steps == steps[:, :1]).all()
+            and (np.diff(steps[:, 0]) > 0).all()
+        )
 
     @property
     def n_blocks(self) -> int:
@@ -68,13 +60,28 @@ class Record:
         stages = [block.get("stage", 0) for block in self.run.blocks]
         return [i for i in range(1, len(stages)) if stages[i] != stages[i - 1]]
 
+    @cached_property
+    def _grids(self) -> dict[str, Floats]:
+        return {}
+
     def grid(self, metric: str) -> Floats:
-        """Values by (block, step); NaN where the frame has no row or no column."""
-        out = np.full((self.n_blocks, len(self.steps)), np.nan)
-        if metric in self.metrics:
-            rows = self.metrics["block"].to_numpy(dtype=np.int64)
-            columns = np.searchsorted(self.steps, self.metrics["step"].to_numpy(dtype=np.int64))
-            out[rows, columns] = self.metrics[metric].to_numpy(dtype=np.float64)
+        """Values by (block, step), not to be written to; NaN where the frame has none."""
+        if metric not in self._grids:
+            grid = self._grids[metric] = self._spread(metric)
+            grid.flags.writeable = False
+        return self._grids[metric]
+
+    def _spread(self, metric: str) -> Floats:
+        shape = self.n_blocks, len(self.steps)
+        if metric not in self.metrics:
+            return np.full(shape, np.nan)
+        values = self.metrics[metric].to_numpy()
+        if self._whole:
+            return np.array(values.reshape(shape[::-1]).T, dtype=np.float64)
+        out = np.full(shape, np.nan)
+        rows = self.metrics["block"].to_numpy(dtype=np.int64)
+        columns = np.searchsorted(self.steps, self.metrics["step"].to_numpy(dtype=np.int64))
+        out[rows, columns] = values
         return out
 
     def unavailable(self, metric: str) -> list[dict[str, Any]]:
@@ -100,7 +107,8 @@ class Record:
             known |= ~np.isnan(share)
             out |= share > 0
         for name in map(str, self.metrics.columns):
-            out |= np.isinf(self.grid(name))
+            if np.isinf(self.metrics[name].to_numpy()).any():
+                out |= np.isinf(self.grid(name))
         return out | ~known
 
     def broken(self, metric: str) -> Bools:

@@ -22,8 +22,10 @@ _SOURCE = "one core of a 2025 server, float32"
 _IMAGES_PER_S = 300.0
 """Training speed of depth 20 at full width on `_SOURCE`: half of what two threads reach together,
 612 images/s (channels_last, PyTorch 2.15)."""
-_PER_CELL_S = 1.5
-"""Opening the data, finding the blocks, judging: CPU time of a cell of six steps, from twelve."""
+_START_S = 0.6
+"""What a cell costs besides its images, on `_SOURCE`: start in a process that was forked, data,
+tracing of the first recorded step, commits and verdict; measured at depth 20 (0.7 s of a processor
+that others used too). It grows with depth: 2 to 3 s at depth 110."""
 _PACKED = 0.9  # zstd on float32 metrics
 _TEST_SHARE = 1 / 3  # a forward pass is a third of a training step
 
@@ -67,7 +69,7 @@ def estimate(cells: Sequence[Cell], entries: Sequence[Entry]) -> Estimate:
     unknown = len(missing) - len(known)
     if not known:
         return Estimate(0.0 if not missing else None, 0.0 if not missing else None, basis, unknown)
-    seconds = sum(_work(cell.request) / speed + _PER_CELL_S for cell in known)
+    seconds = sum(_work(cell.request) / speed + _start(cell.request) for cell in known)
     return Estimate(seconds, sum(_bytes(cell.request) for cell in known), basis, unknown)
 
 
@@ -82,6 +84,11 @@ def _measured(cells: Sequence[Cell], entries: Sequence[Entry]) -> Iterable[float
 def _weight(request: Request) -> float:
     """Arithmetic of one image, depth 20 at full width being 1: linear in depth, square in width."""
     return (request.depth - 2) / 18 * request.width**2
+
+
+def _start(request: Request) -> float:
+    """Seconds before and after the steps: the network is traced, judged and written by block."""
+    return _START_S * max(1.0, (request.depth - 2) / 18 * 0.75)
 
 
 def _work(request: Request) -> float:

@@ -49,6 +49,7 @@ def preload() -> None:
     """Import what every cell needs, so that processes forked after it have it."""
     import pandas  # noqa: F401
     import pyarrow.parquet  # noqa: F401
+    import torch._dynamo  # noqa: F401  the first optimizer of a process imports it: 1.5 s
 
     import resdiag.study.cell  # noqa: F401
 

@@ -3,9 +3,9 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,19 +16,18 @@ from torch.optim import SGD
 
 from resdiag.models.resnet import build_model
 from resdiag.models.variants import VARIANTS
+from resdiag.runs.checkpoint import pack
 from resdiag.runs.config import RunConfig
 from resdiag.runs.store import RunWriter
 from resdiag.training import checkpoint
 from resdiag.training.augment import Augmenter
+from resdiag.training.committer import Committer, Piece, Table
 from resdiag.training.curve import Curve
 from resdiag.training.data import ImageData
 from resdiag.training.display import Display, Standing
 from resdiag.training.interrupt import Interrupt
 from resdiag.training.recipe import learning_rate
 from resdiag.watch.monitor import Monitor, attach
-
-Table: TypeAlias = Mapping[str, NDArray[Any]]
-"""Rows of a run's table: one array of shape (rows,) per column."""
 
 _EVALUATION_BATCH = 256
 _REPORT_EVERY_S = 0.5
@@ -68,7 +67,8 @@ class Training:
         writer: RunWriter,
         tell: Callable[[Table, Table], object] | None = None,
     ) -> None:
-        self.config, self._writer, self._tell = config, writer, tell
+        self.config, self._writer = config, writer
+        self._committer = Committer(writer, tell)
         self._device = torch.device(config.device)
         # convolutions on the CPU are a fifth faster in this layout
         layout: dict[str, Any] = {"memory_format": torch.channels_last}
@@ -114,7 +114,7 @@ class Training:
         """
         status = self._writer.status
         done = self._resume()
-        with self.monitor:
+        with self.monitor, self._committer:
             while status not in ("done", "diverged") and done < self.config.steps:
                 self._train_step(done)
                 done += 1
@@ -269,6 +269,7 @@ class Training:
 
     def _commit(self, done: int, status: str) -> None:
         self._drain()
+        self._committer.wait()
         if self.monitor.blocks:
             self._writer.describe(
                 [block.to_dict() for block in self.monitor.blocks],
@@ -276,17 +277,16 @@ class Training:
                 self.monitor.point,
                 own=self.monitor.own,
             )
-        metrics, curve = _join(self._metrics), self._curve.take()
-        self._writer.commit(
-            done,
-            metrics,
-            curve,
-            checkpoint.pack(self.model, self._optimizer),
-            asdict(self._tally),
-            status,
+        self._committer.commit(
+            Piece(
+                step=done,
+                metrics=_join(self._metrics),
+                curve=self._curve.take(),
+                tensors=pack(checkpoint.pack(self.model, self._optimizer)),
+                state=asdict(self._tally),
+                status=status,
+            )
         )
-        if self._tell is not None:  # after the commit: steps that are done again are told once
-            self._tell(metrics, curve)
         self._metrics = []
         self._clock = time.perf_counter()
 

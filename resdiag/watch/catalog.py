@@ -5,10 +5,10 @@ the after-add; g = dL/dH, L the mean loss over a batch of B samples; mu_c, sigma
 variance of channel c over batch and positions. No torch here: plots and tables do not need it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     import numpy as np
@@ -475,7 +475,34 @@ RECORDED_PER_STEP = ("lr", "grad_norm", "head_mean", "head_bias", "head_kick")
 """What a Monitor records once per step; training adds loss, error and speed."""
 
 
-def derive(columns: Mapping[str, "ArrayLike"], *, per_step: bool = False) -> dict[str, Column]:
+class _Asked(dict[str, float]):
+    """Stands for a frame's columns and remembers which ones a formula reads."""
+
+    def __missing__(self, key: str) -> float:
+        self[key] = 1.0
+        return 1.0
+
+
+def inputs_of(metric: str) -> set[str]:
+    """The recorded metrics that `metric` is computed from, itself if recorded.
+
+    >>> sorted(inputs_of("grad_growth"))
+    ['grad_input', 'grad_output']
+    """
+    entry = METRICS.get(metric)
+    if entry is None or entry.derive is None:
+        return {metric}
+    asked: Any = _Asked()
+    entry.derive(asked)
+    return set().union(*(inputs_of(name) for name in asked))
+
+
+def derive(
+    columns: Mapping[str, "ArrayLike"],
+    *,
+    per_step: bool = False,
+    names: Collection[str] | None = None,
+) -> dict[str, Column]:
     """Compute the derived metrics from recorded columns (numpy arrays or pandas Series).
 
     Columns are cast to float64 first: squares of finite float32 values then stay finite. Division
@@ -484,10 +511,17 @@ def derive(columns: Mapping[str, "ArrayLike"], *, per_step: bool = False) -> dic
     Args:
         columns: Recorded columns by id; derived ones whose inputs are missing are left out.
         per_step: Derive the `site == "run"` metrics instead of the per-block ones.
+        names: Those to compute, and what they are made of; None for all.
     """
     import numpy as np
 
-    known = {name: np.asarray(values, dtype=np.float64) for name, values in columns.items()}
+    wanted = None if names is None else _with_intermediate(names)
+    read = None if wanted is None else set().union(*(inputs_of(name) for name in wanted), [])
+    known = {
+        name: np.asarray(values, dtype=np.float64)
+        for name, values in columns.items()
+        if read is None or name in read
+    }
     out: dict[str, Column] = {}
     # moments first: forward growth is made of them
     order = sorted(METRICS.values(), key=lambda metric: metric.id == "forward_growth")
@@ -495,8 +529,22 @@ def derive(columns: Mapping[str, "ArrayLike"], *, per_step: bool = False) -> dic
         for metric in order:
             if metric.derive is None or (metric.site == "run") != per_step:
                 continue
+            if wanted is not None and metric.id not in wanted:
+                continue
             try:
                 out[metric.id] = metric.derive({**known, **out})
             except KeyError:
                 continue
+    return out
+
+
+def _with_intermediate(names: Collection[str]) -> set[str]:
+    """Derived metrics among `names`, and derived ones that those are made of."""
+    out: set[str] = set()
+    for name in names:
+        entry = METRICS.get(name)
+        if entry is not None and entry.derive is not None:
+            asked: Any = _Asked()
+            entry.derive(asked)
+            out |= {name} | _with_intermediate(asked)
     return out
