@@ -67,7 +67,8 @@ def _any_of(cells: Bools, stride: int) -> Bools:
     columns = -(-cells.shape[1] // stride)
     padded = np.zeros((len(cells), columns * stride), dtype=bool)
     padded[:, : cells.shape[1]] = cells
-    return padded.reshape(len(cells), columns, stride).any(axis=2)
+    seen: Bools = padded.reshape(len(cells), columns, stride).any(axis=2)  # type: ignore[assignment]
+    return seen
 
 
 def _limits(values: Floats, *, log: bool) -> tuple[float, float]:

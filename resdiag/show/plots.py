@@ -101,11 +101,11 @@ def render(figure: "Figure", file_format: str) -> bytes:
         try:
             figure.dpi = PIXELS_PER_INCH
             if file_format == "svg":
-                FigureCanvasSVG(figure).print_svg(buffer, metadata=about)
+                FigureCanvasSVG(figure).print_svg(buffer, metadata=about)  # type: ignore[no-untyped-call]
             elif file_format == "pdf":
-                FigureCanvasPdf(figure).print_pdf(buffer, metadata=about)
+                FigureCanvasPdf(figure).print_pdf(buffer, metadata=about)  # type: ignore[no-untyped-call]
             else:
-                FigureCanvasAgg(figure).print_png(buffer, metadata=about)
+                FigureCanvasAgg(figure).print_png(buffer, metadata=about)  # type: ignore[no-untyped-call]
         finally:
             figure.dpi = before
     return buffer.getvalue()
