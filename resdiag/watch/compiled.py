@@ -9,7 +9,8 @@ are gathered when the step ends, outside of the graph.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from torch.utils.hooks import RemovableHandle
 
 from resdiag.watch import metrics
 from resdiag.watch.buffer import Buffer
-from resdiag.watch.dynamo import never_alone, plain
+from resdiag.watch.dynamo import never_alone
+from resdiag.watch.operations import Frame, Operations, Where
 from resdiag.watch.ports import Map, Port, Route, Trail
 from resdiag.watch.recorder import (
     _NO_ADDITION,
@@ -28,193 +30,19 @@ from resdiag.watch.recorder import (
     _saturated,
 )
 from resdiag.watch.skip import COLUMNS, SkipPath
+from resdiag.watch.taps import Hook, Switch, Tap
 
-HIDDEN = "no module takes or returns this tensor, so that a compiled pass hides it"
-SPLIT = "it is used beside the module that takes it: no module sees its whole gradient"
+HIDDEN = (
+    "no module takes or returns this tensor, nor does an operation that can be told in a compiled "
+    "pass"
+)
+SPLIT = "its gradient comes together where no module or operation can be told in a compiled pass"
 OWN = "own metrics are not computed in passes that torch.compile runs"
-FUNCTIONAL = "a compiled pass hides activations that are functions, not modules"
-
-
-class Tap:
-    """What is written at one port; each part is a tensor made beforehand, or None.
-
-    Attributes:
-        moments: Channel means, second moment and non-finite fraction, float64 (C + 2,).
-        head: The first samples of the tensor.
-        norm: G2 and the non-finite fraction of the gradient, float64 (2,).
-        tail: The first samples of the gradient.
-        gap: Largest entry of the gradient's sum over the batch, float64 (1,).
-    """
-
-    def __init__(self) -> None:
-        self.moments: Tensor | None = None
-        self.head: Tensor | None = None
-        self.norm: Tensor | None = None
-        self.tail: Tensor | None = None
-        self.gap: Tensor | None = None
-
-    def tensors(self) -> list[Tensor]:
-        """All parts that are there."""
-        parts = (self.moments, self.head, self.norm, self.tail, self.gap)
-        return [part for part in parts if part is not None]
-
-
-class _Switch:
-    """What all hooks look at; guarded by torch.compile, so that each state is one graph.
-
-    Attributes:
-        on: Whether passes write.
-        eager: Whether hooks that run outside of every graph write too.
-    """
-
-    def __init__(self) -> None:
-        self.on, self.eager = True, False
-
-
-class _Gradient(torch.autograd.Function):
-    """The identity, whose backward writes what the gradient is."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,  # noqa: ANN401
-        x: Tensor,
-        norm: Tensor | None,
-        tail: Tensor | None,
-        gap: Tensor | None,
-    ) -> Tensor:
-        """A copy, which the compiler drops: an in-place operation may not overwrite a view."""
-        ctx.norm, ctx.tail, ctx.gap = norm, tail, gap
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
-        """Write into the parts."""
-        _write_gradient(ctx.norm, ctx.tail, ctx.gap, g)
-        return g, None, None, None
-
-
-class _Hook:
-    """The forward hooks of one module.
-
-    Args:
-        switch: Whether to write.
-        taps: Per direction and number of the call, places and their taps.
-        repeated: Whether the module is called several times in a pass.
-    """
-
-    def __init__(
-        self,
-        switch: _Switch,
-        taps: dict[tuple[bool, int], list[tuple[int | str | None, Tap]]],
-        *,
-        repeated: bool,
-    ) -> None:
-        self.switch, self.taps, self.repeated = switch, taps, repeated
-        self.calls = 0
-
-    @never_alone
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
-        """Tap arguments."""
-        if torch.compiler.is_compiling():
-            taps = self.taps.get((False, self.calls)) if self.switch.on else None
-            if taps is None or not torch.is_grad_enabled():
-                return None
-            changed, named = list(args), dict(kwargs)
-            for place, tap in taps:
-                if isinstance(place, str):
-                    named[place] = _traced(tap, named[place])
-                else:
-                    changed[place] = _traced(tap, changed[place])  # type: ignore[index]
-            return tuple(changed), named
-        if self.switch.eager:
-            for place, tap in self.taps.get((False, self.calls), ()):
-                _eager(tap, kwargs[place] if isinstance(place, str) else args[place])  # type: ignore[index]
-        return None
-
-    @never_alone
-    def after(self, module: nn.Module, args: object, output: Any) -> Any:  # noqa: ANN401
-        """Tap results, and count the call."""
-        call = self.calls
-        if self.repeated:
-            self.calls = call + 1
-        if torch.compiler.is_compiling():
-            taps = self.taps.get((True, call)) if self.switch.on else None
-            if taps is None or not torch.is_grad_enabled():
-                return None
-            for place, tap in taps:
-                if place is None:
-                    output = _traced(tap, output)
-                elif isinstance(output, dict):
-                    output = {**output, place: _traced(tap, output[place])}
-                else:
-                    parts = [*output]
-                    parts[place] = _traced(tap, parts[place])  # type: ignore[index]
-                    output = type(output)(parts)
-            return output
-        if self.switch.eager:
-            for place, tap in self.taps.get((True, call), ()):
-                _eager(tap, output if place is None else output[place])
-        return None
-
-
-def _traced(tap: Tap, x: Tensor) -> Tensor:
-    """Write what is to be written of `x`; return it with the gradient's tap behind it."""
-    _write_forward(tap, x.detach())
-    if x.requires_grad and not (tap.norm is None and tap.tail is None and tap.gap is None):
-        tapped: Tensor = _Gradient.apply(x, tap.norm, tap.tail, tap.gap)
-        return tapped
-    return x
-
-
-@plain
-def _eager(tap: Tap, x: Tensor) -> None:
-    """The same for a hook outside of every graph: a tensor hook leaves the tensor as it is."""
-    with torch.no_grad():
-        _write_forward(tap, x.detach())
-    if x.requires_grad and not (tap.norm is None and tap.tail is None and tap.gap is None):
-        x.register_hook(lambda g: _write_gradient(tap.norm, tap.tail, tap.gap, g.detach()))
-
-
-def _write_forward(tap: Tap, x: Tensor) -> None:
-    if tap.moments is not None:
-        values = _moments(x)
-        if values.shape == tap.moments.shape:
-            tap.moments.copy_(values)
-    if tap.head is not None:
-        _write_head(tap.head, x)
-
-
-def _write_gradient(
-    norm: Tensor | None, tail: Tensor | None, gap: Tensor | None, g: Tensor
-) -> None:
-    if norm is not None:
-        norm.copy_(_gradient(g))
-    if tail is not None:
-        _write_head(tail, g)
-    if gap is not None:
-        gap.copy_(g.reshape(-1, g.shape[-1]).sum(0).abs().amax().double().reshape(1))
-
-
-def _write_head(target: Tensor, x: Tensor) -> None:
-    head = x[: target.shape[0]]
-    if head.shape == target.shape:
-        target.copy_(head)
-
-
-def _moments(x: Tensor) -> Tensor:
-    """Channel means, second moment, non-finite fraction: no look at a value, float64 throughout."""
-    x = x if x.dim() > 1 else x.reshape(1, -1)
-    channel = metrics.channel_dimension(x.dim())
-    wide = x.double()
-    mean = wide.mean([d for d in range(x.dim()) if d != channel])
-    rest = torch.stack([wide.square().mean(), x.isfinite().logical_not().double().mean()])
-    return torch.cat([mean, rest])
-
-
-def _gradient(g: Tensor) -> Tensor:
-    """G2 and non-finite fraction, see `metrics.gradient`."""
-    size = g.double().square().sum().sqrt() * math.sqrt(g.shape[0] if g.dim() else 1)
-    return torch.stack([size, g.isfinite().logical_not().double().mean()])
+INSIDE = (
+    "a compiled function around the model hides operations that are no modules: compile the model"
+)
+CHANGED = "the compiled pass did other operations than the pass over example_inputs"
+UNREACHED = "in the compiled pass no gradient came to this tensor"
 
 
 class Taps:
@@ -241,13 +69,17 @@ class Taps:
         self._found, self._recorder, self._samples = found, recorder, samples
         self._cells, self._head = cells, head
         self._blocks = found.anatomy.blocks
-        self._switch = _Switch()
-        self._at: dict[Port, Tap] = defaultdict(Tap)
+        self._switch = Switch()
+        self._at: dict[Port, Tap] = {}
         self._values: dict[int, Tap] = {}
+        self._users: list[tuple[int, tuple[str, ...], Tap]] = []
+        self._was_entered = False
         self._gradients: list[tuple[int, str, Tap, float]] = []
         self._place()
         self._parts = [part for tap in self._at.values() for part in tap.tensors()]
-        self._hooks: list[_Hook] = []
+        self._hooks: list[Hook] = []
+        self._frames: list[Frame] = []
+        self._operations, self._entered = Operations(), ExitStack()
         self._handles = list(self._install(model))
 
     def begin(self, *, on: bool) -> None:
@@ -256,6 +88,13 @@ class Taps:
         for hook in self._hooks:
             if hook.repeated:
                 hook.calls = 0
+        for frame in self._frames:
+            if frame.repeated:
+                frame.calls = 0
+        self._leave()
+        if on and self._frames:
+            self._entered.enter_context(self._operations)
+            self._was_entered = True
 
     def arm(self, *, on: bool) -> None:
         """The same for a pass whose beginning Python does not see."""
@@ -263,6 +102,7 @@ class Taps:
 
     def close(self) -> None:
         """Remove the hooks; graphs made with them are not used any more."""
+        self._leave()
         self._switch.on = self._switch.eager = False
         for handle in self._handles:
             handle.remove()
@@ -287,13 +127,16 @@ class Taps:
             self._place_share(row, route)
         self._place_classifier()
 
+    def _tap_at(self, port: Port) -> Tap:
+        return self._at.setdefault(port, Tap(port))
+
     def _tap(self, trail: Trail) -> Tap | None:
         """The tap that reads a tensor's values, one for all sites that it is."""
         if id(trail) not in self._values:
             port = trail.gradient_port() or trail.value_port()
             if port is None:
                 return None
-            self._values[id(trail)] = self._at[port]
+            self._values[id(trail)] = self._tap_at(port)
         return self._values[id(trail)]
 
     def _place_values(self, row: int, site: str, trail: Trail | None) -> None:
@@ -302,17 +145,30 @@ class Taps:
         tap = self._tap(trail)
         if tap is None:
             self._recorder.miss(row, _SITE_COLUMNS[site], HIDDEN)
-        elif tap.moments is None:
-            tap.moments = _numbers(trail.channels + 2, trail)
+            return
+        self._users.append((row, _SITE_COLUMNS[site], tap))
+        if tap.moments is None:
+            self._place_moments(tap, trail, self._channel(row, trail))
 
-    def _place_head(self, trail: Trail | None) -> Tensor | None:
-        """Keep the first samples of a tensor; None where it cannot be seen."""
+    def _place_moments(self, tap: Tap, trail: Trail, channel: int) -> None:
+        tap.channel = channel
+        tap.moments = _numbers(trail.shape[channel] + 2, trail)
+
+    def _channel(self, row: int, trail: Trail) -> int:
+        """The dimension of the channels in a tensor of a block."""
+        block, dims = self._blocks[row], len(trail.shape)
+        known = block.features if dims == len(block.shape) + 1 else None
+        return metrics.channel_dimension(dims, known)
+
+    def _place_head(self, row: int, columns: tuple[str, ...], trail: Trail | None) -> bool:
+        """Keep the first samples of a tensor; whether it can be seen."""
         tap = None if trail is None else self._tap(trail)
         if tap is None or trail is None:
-            return None
+            return False
+        self._users.append((row, columns, tap))
         if tap.head is None:
             tap.head = self._samples_of(trail)
-        return tap.head
+        return True
 
     def _samples_of(self, trail: Trail) -> Tensor:
         count = trail.shape[0] if self._samples is None else self._samples
@@ -332,6 +188,7 @@ class Taps:
             else:
                 tap.norm = _numbers(2, trail) if tap.norm is None else tap.norm
                 self._gradients.append((row, f"grad_{column}", tap, factor))
+                self._users.append((row, _lost(column, ends is None), tap))
 
     def _gradient_tap(self, row: int, route: Route, trail: Trail) -> tuple[Tap | None, float]:
         """Where the whole gradient of a tensor passes, and what to multiply it with.
@@ -340,7 +197,7 @@ class Taps:
         """
         port = trail.gradient_port()
         if port is not None:
-            return self._at[port], 1.0
+            return self._tap_at(port), 1.0
         for other in self._found.routes[: row + 1]:
             if other.sum is trail and other.addition is not None:
                 operands = (
@@ -350,27 +207,29 @@ class Taps:
                 for operand, scale in operands:
                     port = None if operand is None else operand.operand_port(other.begin)
                     if port is not None and scale:
-                        return self._at[port], 1 / scale
-        return None, 1.0
+                        return self._tap_at(port), 1 / scale
+        port = trail.gradient_port(operations=True)
+        return (None if port is None else self._tap_at(port)), 1.0
 
     def _place_skip(self, row: int, route: Route) -> None:
         """Keep first samples of the shortcut and the sum, and of what else the skip path needs."""
         if route.addition is None:
             return
-        heads = [self._place_head(route.shortcut), self._place_head(route.sum)]
+        trails = [route.shortcut, route.sum]
         if route.addition.path:
-            heads.append(self._place_head(route.input))
+            trails.append(route.input)
         if not all(call.is_activation for call in route.addition.after):
-            heads.append(self._place_head(route.output))
-        if any(head is None for head in heads):
-            self._recorder.miss(row, (*COLUMNS[:5], *COLUMNS[6:]), HIDDEN)
+            trails.append(route.output)
+        columns = (*COLUMNS[:5], *COLUMNS[6:])
+        if not all(self._place_head(row, columns, trail) for trail in trails):
+            self._recorder.miss(row, columns, HIDDEN)
 
     def _place_gates(self, row: int, route: Route) -> None:
         columns = ("saturated_fraction", "dead_fraction")
         if not route.gates:
             self._recorder.miss(row, columns, "no known activation inside the block")
-        elif any(self._place_head(trail) is None for _, trail in route.gates):
-            self._recorder.miss(row, columns, FUNCTIONAL)
+        elif not all(self._place_head(row, columns, trail) for _, trail in route.gates):
+            self._recorder.miss(row, columns, HIDDEN)
 
     def _place_share(self, row: int, route: Route) -> None:
         """Keep first samples of dL/dx and of what came to it through the shortcut."""
@@ -382,6 +241,7 @@ class Taps:
             self._recorder.miss(row, ("shortcut_share",), HIDDEN if via is None else SPLIT)
             return
         for tap in (total, via):
+            self._users.append((row, ("shortcut_share",), tap))
             tap.tail = self._samples_of(route.input) if tap.tail is None else tap.tail
 
     def _via(self, row: int, route: Route) -> tuple[Tap | None, float]:
@@ -391,32 +251,80 @@ class Taps:
         if route.shortcut is route.input:
             tap, factor = self._gradient_tap(row, route, route.sum)
             return tap, factor * route.addition.shortcut_scale
-        return (None if route.projection is None else self._at[route.projection]), 1.0
+        return (None if route.projection is None else self._tap_at(route.projection)), 1.0
 
     def _place_classifier(self) -> None:
         features, logits = self._found.features, self._found.logits
         seen = None if features is None else self._tap(features)
-        port = None if logits is None else logits.gradient_port()
+        port = None if logits is None else _whole(logits)
         if features is None or logits is None or seen is None or port is None:
             self._recorder._miss_head("head_mean", "head_bias", "head_kick")
             return
         if seen.moments is None:
-            seen.moments = _numbers(features.channels + 2, features)
-        self._at[port].gap = _numbers(1, logits)
+            dims = len(features.shape)
+            self._place_moments(seen, features, metrics.channel_dimension(dims))
+        self._tap_at(port).gap = _numbers(1, logits)
 
     def _install(self, model: nn.Module) -> Iterator[RemovableHandle]:
         places: dict[str, dict[tuple[bool, int], list[tuple[int | str | None, Tap]]]]
         places = defaultdict(lambda: defaultdict(list))
+        inside: dict[str, list[tuple[Port, Tap]]] = defaultdict(list)
         for port, tap in self._at.items():
-            if tap.tensors():
+            if tap.tensors() and port.operation:
+                inside[port.module].append((port, tap))
+            elif tap.tensors():
                 places[port.module][port.is_output, port.call].append((port.place, tap))
         for name, taps in places.items():
             module = model.get_submodule(name)
-            hook = _Hook(self._switch, dict(taps), repeated=self._found.calls[name] > 1)
+            hook = Hook(self._switch, dict(taps), repeated=self._found.calls[name] > 1)
             self._hooks.append(hook)
             # both on every module: the call is counted when it ends
             yield module.register_forward_pre_hook(hook.before, with_kwargs=True)
             yield module.register_forward_hook(hook.after)
+        yield from self._install_frames(model, inside)
+
+    def _install_frames(
+        self, model: nn.Module, inside: dict[str, list[tuple[Port, Tap]]]
+    ) -> Iterator[RemovableHandle]:
+        """Frames of modules with tapped operations, and of all modules that they call."""
+        if not inside:
+            return
+        for name, module in model.named_modules():
+            if any(not owner or f"{name}.".startswith(f"{owner}.") for owner in inside):
+                frame = self._frame(name, inside.get(name, ()))
+                self._frames.append(frame)
+                yield module.register_forward_pre_hook(frame.before)
+                yield module.register_forward_hook(frame.after)
+        yield model.register_forward_hook(self._end, always_call=True)
+
+    def _frame(self, name: str, taps: Iterable[tuple[Port, Tap]]) -> Frame:
+        operands: dict[Where, list[tuple[int | str, Tap]]] = defaultdict(list)
+        results: dict[Where, list[Tap]] = defaultdict(list)
+        for port, tap in taps:
+            where = port.call, port.operation, port.ordinal
+            if port.place is None:
+                results[where].append(tap)
+            else:
+                operands[where].append((port.place, tap))
+        done = self._found.operations
+        expected = {
+            call: tuple(done.get((name, call), {}).items()) for call in range(self._calls(name))
+        }
+        running = self._operations.running
+        return Frame(name, self._switch, running, operands, results, expected)
+
+    def _calls(self, name: str) -> int:
+        return self._found.calls.get(name, 0)
+
+    @never_alone
+    def _end(self, module: nn.Module, args: object, output: object) -> None:
+        """The model's forward has ended; where it is a part of somebody's graph, nothing began."""
+        if not torch.compiler.is_compiling():
+            self._leave()
+
+    def _leave(self) -> None:
+        self._entered.close()
+        self._operations.running.clear()
 
     # -- what was written ----------------------------------------------------------------------
 
@@ -424,6 +332,7 @@ class Taps:
         """Write the pass that has ended into the buffers' open slots, and wipe the taps."""
         for one in self._recorder._own.metrics:
             self._recorder.reasons[one.entry.id].setdefault(OWN, set())
+        self._drop_unseen()
         self._collect_moments()
         self._collect_gradients()
         self._collect_skip()
@@ -432,6 +341,19 @@ class Taps:
         self._cells.settle()  # before what was put is wiped
         if self._parts:
             torch._foreach_mul_(self._parts, math.nan)
+
+    def _drop_unseen(self) -> None:
+        """Say what was not written as it should have been, and make it NaN."""
+        changed = {frame.name for frame in self._frames if frame.has_changed}
+        for row, columns, tap in self._users:
+            if tap.port.operation and not (self._was_entered and tap.port.module not in changed):
+                self._recorder.miss(row, columns, CHANGED if self._was_entered else INSIDE)
+                torch._foreach_mul_(tap.tensors(), math.nan)
+            elif tap.norm is not None and metrics.on_host(tap.norm.device):
+                gradients = tuple(c for c in columns if c.startswith("grad_"))
+                if gradients and tap.norm[0].isnan() and not tap.norm[1].isfinite():
+                    self._recorder.miss(row, columns, UNREACHED)
+        self._was_entered = False
 
     def _collect_moments(self) -> None:
         first: dict[int, tuple[int, str]] = {}
@@ -515,7 +437,9 @@ class Taps:
             gates = [_closed(call, x) for call, x in heads if x is not None]
             if not gates or len(gates) < len(heads):
                 continue
-            counts = [gate.sum(_others(gate.dim())) for gate in gates]
+            channels = [self._channel(row, trail) for _, trail in route.gates]
+            pairs = zip(gates, channels, strict=True)
+            counts = [gate.sum(_others(gate.dim(), channel)) for gate, channel in pairs]
             sizes = [gate.numel() // len(count) for gate, count in zip(gates, counts, strict=True)]
             dead = [(count == size) + 0 * count for count, size in zip(counts, sizes, strict=True)]
             closed = torch.cat(counts).sum() / sum(gate.numel() for gate in gates)
@@ -525,10 +449,10 @@ class Taps:
     def _collect_classifier(self) -> None:
         features, logits = self._found.features, self._found.logits
         seen = None if features is None else self._values.get(id(features))
-        port = None if logits is None else logits.gradient_port()
+        port = None if logits is None else _whole(logits)
         if features is None or seen is None or seen.moments is None or port is None:
             return
-        slot, gap = self._head.slot, self._at[port].gap
+        slot, gap = self._head.slot, self._tap_at(port).gap
         if gap is None:
             return
         self._head.reserve(1, gap.device)
@@ -536,6 +460,11 @@ class Taps:
         size = torch.full((), features.shape[-1], dtype=torch.float64, device=gap.device)
         self._head.write(slot, 0, "head_size", size)
         self._head.write(slot, 0, "head_gap", gap)
+
+
+def _whole(trail: Trail) -> Port | None:
+    """Where the whole gradient of a tensor passes."""
+    return trail.gradient_port() or trail.gradient_port(operations=True)
 
 
 def _numbers(count: int, trail: Trail) -> Tensor:
@@ -577,6 +506,6 @@ def _lost(site: str, without_after: bool) -> tuple[str, ...]:
     return ("grad_sum", *_OUTPUT_GRADIENT) if without_after else ("grad_sum",)
 
 
-def _others(dims: int) -> tuple[int, ...]:
+def _others(dims: int, channel: int) -> tuple[int, ...]:
     """All dimensions but that of the channels."""
-    return tuple(d for d in range(dims) if d != metrics.channel_dimension(dims))
+    return tuple(d for d in range(dims) if d != channel)

@@ -26,13 +26,14 @@ from resdiag.watch.own import own_metrics
 from resdiag.watch.ownvalues import OwnValues
 from resdiag.watch.passes import Passes
 from resdiag.watch.pool import Pool
-from resdiag.watch.ports import example, find_ports
+from resdiag.watch.ports import example
 from resdiag.watch.record import Listener, Record
 from resdiag.watch.recorder import Recorder
 from resdiag.watch.shards import Shards, is_sharded
 from resdiag.watch.state import State
 from resdiag.watch.step import Step
 from resdiag.watch.tracer import Tracer
+from resdiag.watch.walk import find_ports
 
 if TYPE_CHECKING:
     import pandas as pd
