@@ -179,6 +179,21 @@ def test_what_is_missing_and_what_disagrees_is_said():
     assert any("disagree on how it ended in 2 of 3" in x for x in found.sure)
 
 
+def test_the_least_rate_that_broke_is_told_by_the_rest():
+    text = GRID.replace("depth = [20, 56]\n[[f", "depth = [20, 56]\nlr = [0.1, 0.01, 0.001]\n[[f")
+    limits = {("elu_pre", 20): 0.05, ("elu_pre", 56): 1e-9}
+
+    def broken(request):
+        return 3 if request.lr > limits.get((request.variant, request.depth), 1) else None
+
+    (line,) = [x for x in said(make_results(make_study(text), broken=broken)).found if "Least" in x]
+    assert line == (
+        "Least learning rate at which a seed diverged: elu (d), depth 20: none up to 0.1; "
+        "elu (d), depth 56: none up to 0.1; elu_pre (b), depth 20: 0.1 (none at 0.01); "
+        "elu_pre (b), depth 56: 0.001, the least tried."
+    )
+
+
 def test_without_a_result_there_is_no_answer():
     study = make_study()
     found = said(make_results(study, missing=range(len(study.cells))))

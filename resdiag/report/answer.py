@@ -5,7 +5,7 @@ No sentence here is written for one study: each is a count or a comparison with 
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,9 @@ from resdiag.show.grouping import variant_words
 
 _EPOCHS = 1.0
 """Epochs below which a test error says nothing about learning."""
+
+_MOST_RANKS = 8
+"""Settings whose variants are ranked on the first screen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +47,8 @@ def answer(results: Results, judged: Sequence[Judged]) -> Answer:
             found=(),
             sure=[_missing(results)],
         )
-    found = [*_not_met(judged), *_broken(results), *_ranked(results), *_verdicts(results)]
+    found = [*_not_met(judged), *_thresholds(results), *_broken(results)]
+    found += [*_ranked(results), *_verdicts(results)]
     return Answer(headline=_headline(results, judged), found=found, sure=_sure(results))
 
 
@@ -98,6 +102,34 @@ def _broken(results: Results) -> list[str]:
     return [f"Diverged: {total} of {sum(ended.values())} cells: {', '.join(by_variant)}{rest}."]
 
 
+def _thresholds(results: Results) -> list[str]:
+    """Where the learning rate varies: the least one at which a cell diverged, by the rest."""
+    if "lr" not in results.telling:
+        return []
+    rest = [name for name in results.telling if name != "lr"]
+    places: dict[str, dict[float, bool]] = {}
+    for group in results.groups:
+        if group.ended and group.settings["lr"] is not None:
+            where = settings_words({name: group.settings[name] for name in rest})
+            lost = any(member.state == "diverged" for member in group.ended)
+            places.setdefault(where, {})[group.settings["lr"]] = lost
+    words = [_threshold(where, rates) for where, rates in places.items() if len(rates) > 1]
+    return [f"Least learning rate at which a seed diverged: {'; '.join(words)}."] if words else []
+
+
+def _threshold(where: str, rates: Mapping[float, bool]) -> str:
+    lost = [rate for rate, diverged in rates.items() if diverged]
+    kept = [rate for rate, diverged in rates.items() if not diverged]
+    if not lost:
+        return f"{where}: none up to {max(kept):g}"
+    below = [rate for rate in kept if rate < min(lost)]
+    words = f"{where}: {min(lost):g}" + (
+        f" (none at {max(below):g})" if below else ", the least tried"
+    )
+    above = [rate for rate in kept if rate > min(lost)]
+    return f"{words}, yet none at {listing([f'{rate:g}' for rate in above])}" if above else words
+
+
 def _ranked(results: Results) -> list[str]:
     """Per setting but the variant, the variants by mean final test error."""
     fields = [name for name in results.telling if name != "variant"]
@@ -106,7 +138,10 @@ def _ranked(results: Results) -> list[str]:
         if _epochs(group) >= _EPOCHS and _errors(group).n:
             where = settings_words({name: group.settings[name] for name in fields})
             places.setdefault(where, []).append(group)
-    return [_rank(where, groups) for where, groups in places.items() if len(groups) > 1]
+    lines = [_rank(where, groups) for where, groups in places.items() if len(groups) > 1]
+    more = len(lines) - _MOST_RANKS
+    rest = [f"{count(more, 'more setting')}: see the numbers by setting."] if more > 0 else []
+    return [*lines[:_MOST_RANKS], *rest]
 
 
 def _rank(where: str, groups: Sequence[Group]) -> str:

@@ -89,6 +89,10 @@ def _thaw(folder: Path) -> Results:
 
 @lru_cache(maxsize=8)
 def _chosen(folder: Path) -> Sequence[Picture]:
-    """Of the drawings of a figure the last one, which is the deepest; not drawn yet."""
-    last = {picture.number: picture for picture in draw_figures(_thaw(folder), only=())}
-    return list(last.values())
+    """Of the drawings of a figure the first of the deepest networks; not drawn yet."""
+    found = list(draw_figures(_thaw(folder), only=()))
+    numbers = dict.fromkeys(picture.number for picture in found)
+    return [
+        max((p for p in found if p.number == number), key=lambda picture: picture.depth)
+        for number in numbers
+    ]

@@ -47,6 +47,7 @@ class Picture:
         csv: Its data.
         table: A few of its numbers, for who cannot see it.
         reason: Why it could not be drawn.
+        depth: Of the deepest network in it.
     """
 
     number: int
@@ -59,6 +60,7 @@ class Picture:
     csv: str = ""
     table: Table | None = None
     reason: str = ""
+    depth: int = 0
 
     def description(self) -> str:
         """What a figure shows, for who cannot see it."""
@@ -158,8 +160,9 @@ def _draw(
 
     runs = [item.run for item in members if item.run is not None]
     blank = Picture(
-        number=place, name=name, title=title, question=kind.question, reading=kind.reading
-    )
+        number=place, name=name, title=title, question=kind.question, reading=kind.reading,
+        depth=max(item.cell.request.depth for item in members),
+    )  # fmt: skip
     try:
         view = open_view(kind, runs, step=None, theory=True)
         data = {"csv": to_csv(view), "table": to_table(view, title)}
