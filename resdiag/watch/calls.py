@@ -1,7 +1,7 @@
 """Which torch functions the tracer knows by role, and one call that can be applied again."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,6 +172,11 @@ class Call:
         named = getattr(self.function, "__name__", "")
         return bool(self.kwargs.get("inplace")) or (named.endswith("_") and named[:2] != "__")
 
+    def without_tensors(self, kept: Container[int]) -> "Call":
+        """The same call without its further operands but those whose `id` is in `kept`."""
+        args = tuple(_bare(value, kept) for value in self.args)
+        return Call(self.function, args, {k: _bare(v, kept) for k, v in self.kwargs.items()})
+
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the function to another tensor; never in place."""
         kwargs = {k: v for k, v in self.kwargs.items() if k != "inplace"}
@@ -181,6 +186,15 @@ class Call:
             function = getattr(F, named[:-1], None) or getattr(torch, named[:-1])
         out: Tensor = function(x, *self.args, **kwargs)
         return out
+
+
+def _bare(value: object, kept: Container[int]) -> object:
+    if isinstance(value, Tensor):
+        return value if id(value) in kept else None
+    if type(value) in (list, tuple):
+        items = [_bare(item, kept) for item in value]  # type: ignore[attr-defined]
+        return items if type(value) is list else tuple(items)
+    return value
 
 
 def compose(calls: tuple[Call, ...]) -> Callable[[Tensor], Tensor]:

@@ -2,8 +2,8 @@
 
 import heapq
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 from torch import Tensor, nn
@@ -117,6 +117,37 @@ class Lineage:
         self._nodes.clear()
         self._at.clear()
         self._weights.clear()
+
+    def without_tensors(self, kept: Container[int]) -> "Lineage":
+        """A copy that holds on to no tensor but those whose `id` is in `kept`."""
+        bare = Lineage()
+        for node in self._nodes:
+            call = None if node.call is None else node.call.without_tensors(kept)
+            bare._nodes.append(replace(node, tensor=None, call=call))
+        return bare
+
+    def resume(
+        self,
+        known: "Lineage",
+        count: int,
+        tensors: Iterable[tuple[Tensor, int | tuple[nn.Parameter, ...]]],
+    ) -> None:
+        """Stand where a pass like this one stood, which `known` was taken from.
+
+        Args:
+            known: Its lineage, without tensors.
+            count: How many of its nodes this pass has made.
+            tensors: This pass's tensors, in order, with their numbers or, for what is made of
+                parameters alone, these.
+        """
+        self._nodes = [replace(node) for node in known._nodes[:count]]
+        for tensor, number in tensors:
+            reference = weakref.ref(tensor)
+            if isinstance(number, int):
+                self._nodes[number].tensor = reference
+                self._at[id(tensor)] = number
+            else:
+                self._weights[id(tensor)] = (reference, number)
 
     def number(self, tensor: Tensor) -> int | None:
         """The number of a tensor that has been seen."""

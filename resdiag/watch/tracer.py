@@ -25,6 +25,8 @@ from torch.utils.hooks import RemovableHandle
 from resdiag.watch.calls import Call
 from resdiag.watch.dynamo import is_running_compiled, never_alone, plain
 from resdiag.watch.lineage import Descent, Lineage, Meeting, Scope
+from resdiag.watch.repeat import Repeat
+from resdiag.watch.routine import Learner, Routine
 from resdiag.watch.sums import ADDITIONS, Operand, Sum, read_sum
 from resdiag.watch.units import Search, Unit
 
@@ -161,6 +163,37 @@ class Seen:
     in_graph: bool = False
 
 
+@dataclass(eq=False)
+class _Memory:
+    """The pass that the next one is expected to repeat.
+
+    Attributes:
+        routine: It, or None before one was learned.
+        can_learn: Whether passes repeat often enough to be worth remembering.
+    """
+
+    routine: Routine | None = None
+    can_learn: bool = True
+    _repeats: int = 0
+    _others: int = 0
+
+    def recognised(self) -> None:
+        """A pass was what was expected."""
+        self._repeats += 1
+
+    def strayed(self) -> None:
+        """A pass was something else: the next one is learned anew, if that is ever of use."""
+        self.routine = None
+        self._others += 1
+        self.can_learn = self._others <= 2 + self._repeats
+
+    def learn(self, routine: Routine | None) -> None:
+        """A pass was followed; None if it cannot be recognised."""
+        self.routine = routine
+        if routine is None:
+            self.strayed()
+
+
 class Tracer(TorchFunctionMode):
     """Traces the forward passes of one model while switched on, and tells a listener.
 
@@ -189,6 +222,9 @@ class Tracer(TorchFunctionMode):
         self._listener, self._wanted, self._units = listener, wanted, units
         self._frames: list[_Frame] = []
         self._lineage = Lineage()
+        self._model, self._memory = model, _Memory(can_learn=units is None)
+        self._learner: Learner | None = None
+        self._repeat: Repeat | None = None
         self._stacks: dict[int, tuple[weakref.ref[Tensor], list[weakref.ref[Tensor]], int]] = {}
         self._names = {module: name for name, module in model.named_modules()}
         self._makers: dict[int, tuple[weakref.ref[Tensor], str]] | None = {}
@@ -214,7 +250,11 @@ class Tracer(TorchFunctionMode):
 
     def same(self, old: Tensor, new: Tensor) -> None:
         """Follow on with `new` where a wrapper of the module's hands on `old` as another tensor."""
-        if self._on and get_ident() == self._thread and self._lineage.number(old) is not None:
+        if not self._on or get_ident() != self._thread:
+            return
+        if self._learner is not None:
+            self._learner.spoil()
+        if self._lineage.number(old) is not None:
             descent = self._lineage.descend([old])
             self._lineage.mark(new, descent, None, alone=True)
             if self._makers is not None:
@@ -248,10 +288,7 @@ class Tracer(TorchFunctionMode):
             if root:
                 self._begin(compiled=is_running_compiled())
             if self._on and get_ident() == self._thread:
-                inputs = [*_tensors(args), *_tensors(kwargs)]
-                if root and self._search is not None:
-                    self._search.enter(name, module, _first_floating(inputs))
-                self._push(name, module, inputs)
+                self._come(name, module, args, kwargs)
 
         return hook
 
@@ -262,18 +299,30 @@ class Tracer(TorchFunctionMode):
                 return
             if not self._on or get_ident() != self._thread:
                 return
-            if root and (len(self._frames) != 1 or output is None):  # an exception passed
+            if root and (self._depth != 1 or output is None):  # an exception passed
                 self._stop()
                 return
-            self._pop(module, output)
+            self._go(name, module, output)
             if root:
-                self._choose(module, output)
-                features, logits = self._head
-                self._quietly(self._listener.finished, features, logits)
-                self._stop()
-                self._makers = None  # names are asked for once
+                self._finish(module, output)
 
         return hook
+
+    def _finish(self, root: nn.Module, output: object) -> None:
+        """The pass has ended as it should."""
+        self._choose(root, output)
+        repeated = self._repeat is not None and not self._repeat.lost
+        features, logits = (
+            self._repeat.head if self._repeat is not None and repeated else self._head
+        )
+        self._quietly(self._listener.finished, features, logits)
+        if repeated:
+            self._memory.recognised()
+        elif self._learner is not None:  # a repeat tells nothing of units
+            routine = None if self._tails else self._learner.finish(self._lineage)
+            self._memory.learn(routine)
+        self._stop()
+        self._makers = None  # names are asked for once
 
     @plain
     def _begin(self, *, compiled: bool) -> None:
@@ -285,7 +334,12 @@ class Tracer(TorchFunctionMode):
     def _start(self) -> None:
         # replicas of the model in other threads (DataParallel) are not followed
         self._on, self._thread = True, get_ident()
-        self._mode.enter_context(self)
+        routine = self._memory.routine
+        if routine is not None:
+            self._repeat = Repeat(routine, self._listener, self)
+        elif self._memory.can_learn:
+            self._learner = Learner([*self._model.parameters(), *self._model.buffers()])
+        self._mode.enter_context(self._repeat or self)
         if self._makers is not None:
             handle = nn.modules.module.register_module_forward_hook(self._remember)
             self._mode.callback(handle.remove)
@@ -349,6 +403,7 @@ class Tracer(TorchFunctionMode):
         if self._on:
             self._on = False
             self._mode.close()
+        self._repeat = self._learner = None
         self._frames.clear()
         self._lineage.clear()
         self._stacks.clear()
@@ -370,14 +425,70 @@ class Tracer(TorchFunctionMode):
         finally:
             Tracer._busy = False
 
+    # -- a pass like the one before ------------------------------------------------------------
+
+    def tell(self, what: Callable[..., None], *args: object) -> None:
+        """Tell the listener without watching what it computes."""
+        self._quietly(what, *args)
+
+    def passes(self, function: Callable[..., Any]) -> bool:
+        """Whether a call is no part of the pass: it asks about a tensor, or a listener runs."""
+        return Tracer._busy or is_question(function)
+
+    def take_over(self, repeat: Repeat) -> None:
+        """Follow a pass on from where it has left the routine of an earlier one."""
+        self._memory.strayed()
+        self._lineage.resume(repeat.routine.lineage, repeat.nodes, repeat.known())
+        self._counts, self._head = repeat.ordinals, repeat.head
+        for turn, joint in repeat.frames:
+            assert turn.scope is not None
+            frame = _Frame(turn.name, turn.module, None, turn.scope, None, 0)
+            block = repeat.open.get(id(joint))
+            if joint is not None and block is not None:
+                frame.open, frame.tail, frame.chain = block.addition, block.tail, tuple(block.chain)
+                added = joint.parameters[: len(block.chain)]
+                frame.chain_parameters = tuple(p for parameters in added for p in parameters)
+            self._frames.append(frame)
+
+    @property
+    def _depth(self) -> int:
+        """How many watched modules are running."""
+        repeating = self._repeat is not None and not self._repeat.lost
+        return len(self._repeat.frames if self._repeat is not None and repeating else self._frames)
+
     # -- frames --------------------------------------------------------------------------------
+
+    def _come(self, name: str, module: nn.Module, args: object, kwargs: object) -> None:
+        """A module's forward begins."""
+        repeat = self._repeat
+        if repeat is not None and not repeat.lost:
+            known = repeat.frames or repeat.begin([*_tensors(args), *_tensors(kwargs)])
+            if known and repeat.enter(name, module):
+                return
+        inputs = [*_tensors(args), *_tensors(kwargs)]
+        if self._search is not None and not self._frames:
+            self._search.enter(name, module, _first_floating(inputs))
+        self._push(name, module, inputs)
+
+    def _go(self, name: str, module: nn.Module, output: object) -> None:
+        """A module's forward has ended."""
+        repeat = self._repeat
+        if (
+            repeat is None
+            or repeat.lost
+            or not repeat.leave(name, module, next(_tensors(output), None))
+        ):
+            self._pop(module, output)
 
     def _push(self, name: str, module: nn.Module, inputs: list[Tensor]) -> None:
         entry = _first_floating(inputs)
         start = len(self._lineage)
-        scope = Scope(frozenset(self._lineage.enter(tensor) for tensor in inputs), start)
+        numbers = [self._lineage.enter(tensor) for tensor in inputs]
+        scope = Scope(frozenset(numbers), start)
         number = None if entry is None else self._lineage.number(entry)
         self._frames.append(_Frame(name, module, entry, scope, number, len(self._gates)))
+        if self._learner is not None:
+            self._learner.enter(name, module, inputs, numbers, scope, len(self._lineage))
         if name in self._tails and entry is not None and number is not None:
             self._tell_passing(number, entry)
 
@@ -386,11 +497,15 @@ class Tracer(TorchFunctionMode):
         if frame.module is not module:  # an inner exception was caught by the model's own code
             while self._frames and frame.module is not module:
                 frame = self._frames.pop()
+            if self._learner is not None:
+                self._learner.spoil()
         outputs = list(_tensors(output))
         first = outputs[0] if outputs else None
         self._heal(frame, outputs)
         if frame.open is not None:
             self._close(frame, first)
+        if self._learner is not None:
+            self._learner.leave(frame.name, module, first, len(self._lineage))
         if frame.name in self._tails and not frame.additions and first is not None:
             self._begin_unit(frame, first)
 
@@ -448,6 +563,8 @@ class Tracer(TorchFunctionMode):
         entries = frame.scope.entries
         if unseen and entries:
             parameters = tuple(frame.module.parameters())
+            if self._learner is not None:
+                self._learner.spoil()
             descent = Descent(tuple(sorted(entries)), parameters, bool(parameters), born=False)
             for tensor in unseen:
                 self._lineage.mark(tensor, descent, _UNSEEN, alone=False)
@@ -458,12 +575,15 @@ class Tracer(TorchFunctionMode):
         assert addition is not None
         assert addition.sum is not None
         tail, output = frame.tail, addition.sum
-        if frame.chain and tail is not None and returned is not None and tail is returned:
+        is_tail = bool(frame.chain) and tail is not None and returned is tail
+        if is_tail and tail is not None:
             output = tail
             addition.after = frame.chain
             addition.parameters.extend(frame.chain_parameters)
             addition.activations.extend(call for call in frame.chain if call.is_activation)
         addition.returned = returned is output
+        if self._learner is not None:
+            self._learner.close(addition, is_tail=is_tail)
         frame.tail, frame.chain, frame.chain_parameters = None, (), ()
         self._quietly(self._listener.closed, addition, output)
 
@@ -491,36 +611,68 @@ class Tracer(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
-        """See one torch function: trace it unless it only reads an attribute."""
-        kwargs = dict(kwargs or {})
+        """See one torch function: follow it unless it only reads an attribute."""
+        return self.watch(func, args, dict(kwargs or {}))
+
+    def watch(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+        """Run a call and follow it."""
         if Tracer._busy or not self._frames or is_question(func):
             return func(*args, **kwargs)
+        made = self.look(func, args, kwargs)
+        result = func(*args, **kwargs)
+        made(result)
+        return result
+
+    def look(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Callable[[Any], None]:
+        """See a call that is about to run; what it returns is to be called with the result."""
+        if self._learner is not None:
+            self._learner.begin(func)
         spelled = read_sum(func, args, kwargs) if func in ADDITIONS else self._stacked(func, args)
         addition = None if spelled is None else self._residual(spelled)
         call = Call(func, args[1:], kwargs)
         if call.is_activation and args and isinstance(args[0], Tensor):
             owners = tuple(frame.name for frame in self._frames)
             self._gates.append(call)
+            if self._learner is not None:
+                self._learner.activate(owners)
             self._quietly(self._listener.activation, owners, call, args[0])
         inputs = [*_tensors(args), *_tensors(kwargs)]
         alone = len(inputs) == 1
         if call.takes_shape_only or call.is_blank:
             inputs = inputs[: not call.is_blank]
         descent = self._lineage.descend(inputs)
-        result = func(*args, **kwargs)
-        results = list(_tensors(result))
-        for index, tensor in enumerate(results):
-            piece = _piece(call, index, len(results))
-            self._after(call, args, tensor, addition, descent, alone=alone, piece=piece)
-        if call.name == "stack" and results:
-            self._stack(args, kwargs, results[0])
-        return result
+
+        def made(result: object) -> None:
+            results = list(_tensors(result))
+            numbers = [
+                self._after(
+                    call,
+                    args,
+                    tensor,
+                    addition,
+                    descent,
+                    alone=alone,
+                    piece=_piece(call, index, len(results)),
+                )
+                for index, tensor in enumerate(results)
+            ]
+            if call.name == "stack" and results:
+                self._stack(args, kwargs, results[0])
+            if self._learner is not None:
+                nodes = len(self._lineage)
+                self._learner.end(call, args, kwargs, results, numbers, descent, nodes)
+
+        return made
 
     def _stack(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> None:
         """Remember two stacked tensors: their sum may be a residual one."""
         tensors = list(_tensors(args[:1]))
         dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % result.dim()
         if len(tensors) == 2:
+            if self._learner is not None:
+                self._learner.spoil()
             kept = [weakref.ref(tensor) for tensor in tensors]
             self._stacks[id(result)] = (weakref.ref(result), kept, dim)
 
@@ -546,7 +698,7 @@ class Tracer(TorchFunctionMode):
         *,
         alone: bool,
         piece: str,
-    ) -> None:
+    ) -> int | None:
         """Number a result; follow the sum; remember the head."""
         frame = self._frames[-1]
         first = args[0] if args and isinstance(args[0], Tensor) else None
@@ -565,8 +717,13 @@ class Tracer(TorchFunctionMode):
         elif owner is not None:
             owner.tail, owner.chain = result, (*owner.chain, call)
             owner.chain_parameters += descent.parameters
+            if self._learner is not None and owner.open is not None:
+                self._learner.chain(owner.open, descent.parameters)
         elif call.name == "linear" and descent.weighted and first is not None:
             self._head = (first, result)
+            if self._learner is not None:
+                self._learner.head()
+        return number
 
     def _owner_of(self, first: Tensor | None, call: Call, result: Tensor) -> _Frame | None:
         """The frame whose open block's sum (or its tail) this call turns into the output."""
@@ -584,6 +741,8 @@ class Tracer(TorchFunctionMode):
             return None
         parallel = self._parallel(frame, spelled)
         if parallel is not None:
+            if self._learner is not None:
+                self._learner.spoil()
             self._quietly(self._listener.operands, parallel)
             return parallel
         meeting = self._meet(spelled)
@@ -617,6 +776,8 @@ class Tracer(TorchFunctionMode):
             self._maker(f),
             self._maker(h),
         )
+        if self._learner is not None:
+            self._learner.join(addition, swapped=meeting.swapped)
         self._dismiss()
         self._quietly(self._listener.operands, addition)
         return addition
