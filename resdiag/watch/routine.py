@@ -334,17 +334,19 @@ class Learner:
                 return value
         if type(value) in (list, tuple):
             items = [self._pattern(item) for item in value]  # type: ignore[attr-defined]
+            if type(value) is tuple and not _has_tensors(items):
+                return value  # a module hands on the same one each time
             return items if type(value) is list else tuple(items)
         raise Unlike
 
 
 def agrees(value: object, pattern: object, made: Sequence[weakref.ref[Tensor]]) -> bool:
     """Whether a value is what a pattern says."""
+    if value is pattern:
+        return True
     if isinstance(pattern, Made):
         return made[pattern.place]() is value
-    if isinstance(pattern, Tensor) or pattern is None:
-        return value is pattern
-    if type(value) is not type(pattern):
+    if isinstance(pattern, Tensor) or type(value) is not type(pattern):
         return False
     if isinstance(value, list | tuple) and isinstance(pattern, list | tuple):
         pairs = zip(value, pattern, strict=False)
