@@ -269,7 +269,7 @@ def test_the_moments_of_a_normalised_tensor_need_not_be_read(eps, shift, memory)
     torch.manual_seed(3)
     x = (draw(6, 5, 4, 4) * 3 + 2).to(memory_format=memory)
     y = normalise(x, torch.tensor([1.0, 0.0, -2.0, 1e-3, 30.0]), shift + torch.randn(5), eps)
-    known, read = metrics.reduce_normalised(y), metrics.reduce(y)
+    known, read = metrics.normalised(y).sums(), metrics.reduce(y)
     assert known is not None
     np.testing.assert_allclose(
         metrics.combine([known]).numpy(), metrics.combine([read]).numpy(), rtol=2e-4, atol=1e-6
@@ -281,26 +281,44 @@ def test_the_moments_of_a_normalised_tensor_need_not_be_read(eps, shift, memory)
 
 def test_only_what_a_batch_norm_in_training_returned_is_taken_for_it():
     x, one, zero = draw(6, 5, 4, 4), torch.ones(5), torch.zeros(5)
-    assert metrics.reduce_normalised(x) is None
-    assert metrics.reduce_normalised(x.requires_grad_() * 2) is None
+    assert metrics.normalised(x) is None
+    assert metrics.normalised(x.requires_grad_() * 2) is None
     y = normalise(x.detach(), one, zero)
-    assert metrics.reduce_normalised(y) is not None
-    assert metrics.reduce_normalised(y * 1) is None
-    assert metrics.reduce_normalised(y.add_(1)) is None
+    assert metrics.normalised(y) is not None
+    assert metrics.normalised(y * 1) is None
+    assert metrics.normalised(y.add_(1)) is None
     layer = torch.nn.BatchNorm2d(5, affine=False)
-    assert metrics.reduce_normalised(layer(x)) is None
+    assert metrics.normalised(layer(x)) is None
     layer = torch.nn.BatchNorm2d(5).eval()
-    assert metrics.reduce_normalised(layer(x)) is None
+    assert metrics.normalised(layer(x)) is None
     layer = torch.nn.BatchNorm2d(5)
     layer.bias.requires_grad_(False)
-    assert metrics.reduce_normalised(layer(x)) is None
-    for factor in (math.inf, math.nan, 1e25):  # 1e25: the variance overflows, the output does not
-        assert metrics.reduce_normalised(normalise(draw(6, 5, 4, 4) * factor, one, zero)) is None
-    for gamma in (math.nan, math.inf, 1e30):
-        y = normalise(draw(6, 5, 4, 4), gamma * one, zero)
-        assert metrics.reduce_normalised(y) is None
+    assert metrics.normalised(layer(x)) is None
+    # the variance overflows, the output does not; then an output that float32 squares cannot hold
+    for y in (
+        normalise(draw(6, 5, 4, 4) * 1e25, one, zero),
+        normalise(x.detach(), one * 1e30, zero),
+    ):
+        assert metrics.normalised(y).sums() is None
+        assert metrics.normalised(y).tensor() is y
+        waiting = metrics.normalised(y)
+        y.add_(1)
+        assert waiting.tensor() is None
     with torch.autograd.graph.save_on_cpu():  # reading what is saved would run these hooks
-        assert metrics.reduce_normalised(normalise(draw(6, 5, 4, 4), one, zero)) is None
+        assert metrics.normalised(normalise(draw(6, 5, 4, 4), one, zero)) is None
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("where", ["input", "gamma", "beta"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_a_normalised_tensor_that_is_not_finite_is_known_without_reading_it(where, value):
+    x, gamma, beta = draw(6, 5, 4, 4), torch.ones(5), torch.zeros(5)
+    {"input": x[1, :, 0, 0], "gamma": gamma, "beta": beta}[where][2] = value
+    y = normalise(x, gamma, beta)
+    known, wanted = metrics.normalised(y).sums(), reference.statistics(y)
+    assert known.broken == pytest.approx(wanted["nonfinite"]) == 0.2
+    got = metrics.combine([known])[0].tolist()
+    assert all(math.isnan(number) for number in got[:-1])
 
 
 @pytest.mark.parametrize("name", ["relu", "elu", "celu", "gelu"])

@@ -6,7 +6,7 @@ of their own. Nothing here imports `torch._dynamo`, which takes longer than all 
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -42,14 +42,28 @@ def compiled_parts(model: nn.Module) -> list[str]:
     """Names of the modules inside a model, or the model itself (""), that are compiled."""
     if "torch._dynamo" not in sys.modules:
         return []
+    if not any(map(_is_compiled, _modules(model))):  # names cost more, and every pass asks
+        return []
     return [name for name, module in model.named_modules() if _is_compiled(module)]
+
+
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    """A model and its modules, each once."""
+    waiting: list[nn.Module | None] = [model]
+    seen = set[int]()
+    while waiting:
+        module = waiting.pop()
+        if module is not None and id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            waiting.extend(module._modules.values())
 
 
 def _is_compiled(module: nn.Module) -> bool:
     return (
-        isinstance(module, sys.modules["torch._dynamo"].OptimizedModule)
-        or getattr(module, "_compiled_call_impl", None) is not None
+        module.__dict__.get("_compiled_call_impl") is not None
         or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+        or isinstance(module, sys.modules["torch._dynamo"].OptimizedModule)
     )
 
 

@@ -10,6 +10,7 @@ arithmetic on 0-d tensors costs more than many a measurement, and stays a tensor
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -172,69 +173,117 @@ def reduce(x: Tensor, per_channel: Tensor | None = None, features: int | None = 
     second = size * size / x.numel()
     if not isinstance(second, float) or not math.isfinite(second):
         return Sums(sums, count, second, None, nonfinite_fraction(x))
-    squared = _look(torch.dot(sums, sums)) / (channels * count**2)
+    along = sums.numpy()
+    squared = float(np.dot(along, along)) / (channels * count**2)
     cancelled = second - squared < _CANCELLED * second
     return Sums(sums, count, second, _centred_second_moment(x, at) if cancelled else None, 0.0)
 
 
-def reduce_normalised(x: Tensor) -> Sums | None:
-    """`reduce` of what a BatchNorm in training has just returned, without reading it.
+class Normalised(NamedTuple):
+    """What a BatchNorm in training has just returned: its moments need not be read off it.
 
     Its channel means are beta_c, its variances gamma_c^2 sigma_c^2 / (sigma_c^2 + eps), and sigma_c
-    is among the few numbers that the layer keeps for its backward pass.
-
-    Returns:
-        None where `x` is not the untouched output of such a layer on the CPU, and where a batch
-        variance over- or underflowed.
+    is among the few numbers that the layer keeps for its backward pass. They can wait until the
+    forward pass has ended: a dozen small operations cost a tenth there of what they cost between
+    two convolutions, which leave nothing of them in the caches.
 
     References:
         Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1.
     """
-    node = x.grad_fn
-    if node is None or not _is_fast(x) or node.name() != "NativeBatchNormBackward0":
+
+    node: Node
+    reference: "weakref.ref[Tensor]"
+    version: int
+    numel: int
+
+    @property
+    def per_channel(self) -> Tensor:
+        """Sums over batch and positions (C,), float64."""
+        shift = self.node.next_functions[2][0].variable.detach().numpy()  # type: ignore[union-attr]
+        return torch.from_numpy(np.multiply(shift, self.numel // len(shift), dtype=np.float64))
+
+    def tensor(self) -> Tensor | None:
+        """The tensor itself, if it is still there as the layer returned it."""
+        x = self.reference()
+        return x if x is not None and x._version == self.version else None
+
+    def sums(self) -> Sums | None:
+        """What `reduce` would have read; None where a batch variance over- or underflowed."""
+        gamma, beta, inverse, eps = _affine(self.node)
+        channels, count = len(beta), self.numel // len(beta)
+        square = inverse * inverse
+        broken = ~np.isfinite(gamma + beta) | np.isnan(square)
+        if broken.any():  # a variance is NaN where a mean was not finite: so is every element then
+            lost = torch.from_numpy(np.where(broken, math.nan, beta * count))
+            return Sums(lost, count, math.nan, None, float(broken.mean()))
+        if np.count_nonzero(square) < channels or not math.isfinite(square.sum()):
+            return None
+        squared = float(np.dot(beta, beta)) / channels
+        spread = float(np.dot(gamma * gamma, np.maximum(0, 1 - eps * square))) / channels
+        second = squared + spread
+        if not math.isfinite(second) or math.sqrt(second * self.numel) >= _TRUSTED[1]:
+            return None
+        cancelled = spread < _CANCELLED * second
+        per_channel = torch.from_numpy(beta * count)
+        return Sums(per_channel, count, second, spread if cancelled else None, 0.0)
+
+
+def normalised(x: Tensor) -> Normalised | None:
+    """The moments of `x` without reading it; None where `x` is not a BatchNorm's on the CPU."""
+    node = x.grad_fn if _is_fast(x) else None
+    if node is None or node.name() != "NativeBatchNormBackward0":
         return None
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None  # reading what is saved would run somebody's unpacking
-    known = _affine(node)
-    if known is None:
-        return None
-    scale, shift, inverse, eps = known
-    if not (inverse.min() > 0 and inverse.max() < math.inf and np.isfinite(scale + shift).all()):
-        return None
-    second = float((shift**2 + scale**2 * np.maximum(0, 1 - eps * inverse**2)).mean())
-    spread = second - float((shift**2).mean())
-    count = x.numel() // len(shift)
-    cancelled = spread < _CANCELLED * second
-    if not math.isfinite(second) or math.sqrt(second * x.numel()) >= _TRUSTED[1]:
-        return None
-    per_channel = torch.from_numpy(shift * count)
-    return Sums(per_channel, count, second, spread if cancelled else None, 0.0)
-
-
-def _affine(node: Node) -> _Affine | None:
-    """A BatchNorm node's scale, shift, 1 / sqrt(sigma^2 + eps) and eps, float64 (C,)."""
     functions = node.next_functions
     if not getattr(node, "_saved_training", False) or len(functions) != 3:
         return None
-    inverse = getattr(node, "_saved_result2", None)
-    scale, shift = (getattr(before, "variable", None) for before, _ in functions[1:])
-    if inverse is None or scale is None or shift is None:  # frozen, or without affine parameters
-        return None
+    if any(getattr(before, "variable", None) is None for before, _ in functions[1:]):
+        return None  # frozen, or without affine parameters
+    return Normalised(node, weakref.ref(x), x._version, x.numel())
+
+
+def _affine(node: Node) -> _Affine:
+    """A BatchNorm node's scale, shift, 1 / sqrt(sigma^2 + eps) and eps, float64 (C,)."""
+    scale, shift = (before.variable for before, _ in node.next_functions[1:])  # type: ignore[union-attr]
+    inverse = node._saved_result2  # type: ignore[attr-defined]
     gamma, beta, inverse = (t.detach().numpy().astype(np.float64) for t in (scale, shift, inverse))
-    return gamma, beta, inverse, float(getattr(node, "_saved_eps", 0.0))
+    return gamma, beta, inverse, float(node._saved_eps)  # type: ignore[attr-defined]
 
 
 def combine(parts: Sequence[Sums]) -> Tensor:
     """`statistics` of several tensors of equally many channels, in a few kernels: (n, 7)."""
+    device = parts[0].per_channel.device
+    if on_host(device):
+        return torch.from_numpy(_combine_on_host(parts))
     mu = torch.stack([part.per_channel.double() / part.size for part in parts])
-    second = stack([part.second for part in parts], mu.device)
+    second = stack([part.second for part in parts], device)
     squared = mu.square().mean(1)
     spread = (second - squared).clamp_min(0)
     for index, part in enumerate(parts):
         if part.spread is not None:
             spread[index] = part.spread
-    broken = stack([part.broken for part in parts], mu.device)
+    broken = stack([part.broken for part in parts], device)
     return describe(mu, squared, spread, broken)
+
+
+def _combine_on_host(parts: Sequence[Sums]) -> NDArray[np.float64]:
+    """`combine` by NumPy: on a few hundred numbers a call of PyTorch costs several of its own."""
+    with np.errstate(all="ignore"):
+        sizes = np.array([[part.size] for part in parts], dtype=np.float64)
+        mu = np.array([part.per_channel.numpy() for part in parts], dtype=np.float64) / sizes
+        squared = np.square(mu).mean(1)
+        spread = np.maximum([part.second for part in parts] - squared, 0)
+        for index, part in enumerate(parts):
+            if part.spread is not None:
+                spread[index] = part.spread
+        low, high, weight = _quantile_places(mu.shape[1])
+        ordered = np.sort(mu, 1)
+        quantiles = ordered[:, low] + weight * (ordered[:, high] - ordered[:, low])
+        quantiles += 0 * mu.sum(1, keepdims=True)  # NaN if a channel mean is not finite
+        moments = [mu.mean(1), np.sqrt(squared), np.sqrt(spread), *quantiles.T]
+        table: NDArray[np.float64] = np.array([*moments, [part.broken for part in parts]]).T
+    return table
 
 
 def describe(mu: Tensor, squared: Tensor, spread: Tensor, broken: Tensor) -> Tensor:
@@ -351,19 +400,27 @@ def channel_dimension(dims: int, known: int | None = None) -> int:
 
 def _is_fast(x: Tensor) -> bool:
     """Whether a float32 reduction is worth trying: on the CPU, where its result can be checked."""
-    return on_host(x.device) and x.dtype == torch.float32
+    return x.is_cpu and x.dtype == torch.float32
 
 
 def _norm_by_pieces(x: Tensor) -> float:
     """Norm from float32 norms of pieces: one float32 sum over 1e7 squares is off by 1e-3."""
-    kept = next((d for d in range(x.dim()) if math.prod(x.shape[d:]) <= _PIECE), x.dim())
-    if not kept:
-        return _look(torch.linalg.vector_norm(x))
-    if kept == x.dim():
+    inside = _inside_pieces(x.shape)
+    if inside is None:
         return _look(torch.linalg.vector_norm(x, dtype=torch.float64))
-    rows: Tensor = torch.linalg.vector_norm(x, dim=tuple(range(kept, x.dim())))
+    if len(inside) == x.dim():
+        return _look(torch.linalg.vector_norm(x))
+    rows: Tensor = torch.linalg.vector_norm(x, dim=inside)
     wide = rows.numpy().reshape(-1).astype(np.float64)
     return math.sqrt(np.dot(wide, wide))
+
+
+@functools.lru_cache(maxsize=1024)
+def _inside_pieces(shape: torch.Size) -> tuple[int, ...] | None:
+    """The last dimensions that one float32 sum may take together; None if one is too many."""
+    dims = len(shape)
+    kept = next((d for d in range(dims) if math.prod(shape[d:]) <= _PIECE), dims)
+    return tuple(range(kept, dims)) if kept < dims or not dims else None
 
 
 def _dot(a: Tensor, b: Tensor) -> float:
@@ -413,7 +470,15 @@ def _quantiles(mu: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _quantile_positions(count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    at = torch.tensor([q * (count - 1) for q in QUANTILES], dtype=torch.float64)
-    low = at.floor().long()
-    high = (low + 1).clamp_max(count - 1)
-    return low.to(device), high.to(device), (at - low).to(device)
+    low, high, weight = (torch.from_numpy(numbers) for numbers in _quantile_places(count))
+    return low.to(device), high.to(device), weight.to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _quantile_places(
+    count: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Between which two of so many sorted numbers each quantile lies, and where."""
+    at = np.array(QUANTILES) * (count - 1)
+    low = np.floor(at).astype(np.int64)
+    return low, np.minimum(low + 1, count - 1), at - low

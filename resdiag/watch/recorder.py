@@ -10,7 +10,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Concatenate, ParamSpec
+from typing import Concatenate, ParamSpec, TypeAlias
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ _NOT_ASKED = "no gradient is asked for at this tensor"
 _NOT_CORE = "not in the core set: attach(metrics='full') records it"
 
 P = ParamSpec("P")
+
+_Part: TypeAlias = metrics.Sums | metrics.Normalised
 
 HEAD = ("head_mean", "head_channel_mean_rms", "head_channel_std", "head_gap", "head_size")
 
@@ -86,7 +88,7 @@ class _Passed:
 
     device: torch.device
     tensor: tuple[weakref.ref[Tensor], int]
-    sums: metrics.Sums | None = None
+    sums: metrics.Sums | metrics.Normalised | None = None
     place: tuple[int, str] | None = None
     gradient: Key | None = None
     handle: RemovableHandle | None = None
@@ -174,8 +176,8 @@ class Recorder:
         self._children: dict[Key, list[int]] = defaultdict(list)
         self._via: dict[int, Tensor] = {}
         self._scales: dict[int, float] = {}
-        self._sites: list[tuple[Key, metrics.Sums]] = []
-        self._reduced: dict[Key, metrics.Sums] = {}
+        self._sites: list[tuple[Key, _Part]] = []
+        self._reduced: dict[Key, _Part] = {}
         self._inside: list[tuple[int, list[Tensor]]] = []
         self._gates: list[tuple[tuple[str, ...], Call, Tensor]] = []
         self._hooked: set[Key] = set()
@@ -269,7 +271,7 @@ class Recorder:
         if passed.place is not None:  # measured as a tensor of a residual block before
             passed.gradient = passed.place[0], self._grad_column(*passed.place)
             return
-        passed.sums = metrics.reduce_normalised(x) or metrics.reduce(x, None, features)
+        passed.sums = metrics.normalised(x) or metrics.reduce(x, None, features)
         if x.requires_grad:
             begun, slot = self._begun, self._cells.slot
             passed.handle = x.register_hook(lambda g: self._pass_back(begun, slot, passed, g))
@@ -316,7 +318,7 @@ class Recorder:
     @_guarded
     def activation(self, owners: tuple[str, ...], call: Call, x: Tensor) -> None:
         """Remember which units of an activation are saturated, for the block it is in."""
-        if x.is_floating_point() and x.numel() and not self._core:
+        if not self._core and x.is_floating_point() and x.numel():
             self._gates.append((owners, call, _saturated(call, self._skip.head(x))))
 
     @_guarded
@@ -439,14 +441,14 @@ class Recorder:
             if site in self._own_sites:
                 self._compute_own(place, site, g)
 
-    def _reduce(self, row: int, site: str, x: Tensor) -> metrics.Sums:
+    def _reduce(self, row: int, site: str, x: Tensor) -> _Part:
         """Read as little of a site's tensor as its statistics need."""
         if site == "sum":  # a channel's sum over h + F is that over h plus that over F
             branch, shortcut = self._reduced[row, "branch"], self._reduced[row, "shortcut"]
             if branch.per_channel.shape == shortcut.per_channel.shape:
                 known = branch.per_channel + shortcut.per_channel
                 return metrics.reduce(x, known, self._features(row, x))
-        return metrics.reduce_normalised(x) or metrics.reduce(x, None, self._features(row, x))
+        return metrics.normalised(x) or metrics.reduce(x, None, self._features(row, x))
 
     def _features(self, row: int, x: Tensor) -> int | None:
         """The dimension of the channels in a tensor of a block, None if nothing said it."""
@@ -467,7 +469,8 @@ class Recorder:
 
     def _write_sites(self) -> None:
         """Complete the statistics of all sites, those of equally many channels at once."""
-        sites, self._sites, self._reduced = self._sites, [], {}
+        waiting, self._sites, self._reduced = self._sites, [], {}
+        sites = [(key, self._sums_of(key, part)) for key, part in waiting]
         if self._pool is not None:
             self._pool.sites(sites)
             return
@@ -476,6 +479,21 @@ class Recorder:
             same = [(key, part) for key, part in sites if part.per_channel.numel() == count]
             values = metrics.combine([part for _, part in same])
             self._cells.write_rows(self._cells.slot, [key for key, _ in same], values)
+
+    def _sums_of(self, key: Key, part: _Part) -> metrics.Sums:
+        """The sums of a site, those of a BatchNorm by its closed form where that can be trusted."""
+        if isinstance(part, metrics.Sums):
+            return part
+        known = part.sums()
+        if known is None:
+            x = part.tensor()
+            if x is not None:
+                return metrics.reduce(x, None, 1)
+            columns = _SITE_COLUMNS[key[1].removesuffix("_mean")]
+            self.miss(key[0], columns, "it was overwritten, and its batch variance overflowed")
+            nan = torch.full_like(part.per_channel, math.nan)
+            return metrics.Sums(nan, 1, math.nan, None, math.nan)
+        return known
 
     def _write_skip(self) -> None:
         """Measure the skip path of the pass that has ended."""
@@ -639,7 +657,7 @@ class Recorder:
         self._see_backward()
         sums = g.detach().reshape(-1, g.shape[-1]).sum(0)
         if self._pool is None:
-            self._head.write(slot, 0, "head_gap", sums.abs().amax().double())
+            self._head.write(slot, 0, "head_gap", torch.linalg.vector_norm(sums, math.inf))
         else:
             self._pool.gap(sums.double())
 
