@@ -400,7 +400,7 @@ def channel_dimension(dims: int, known: int | None = None) -> int:
 
 def _is_fast(x: Tensor) -> bool:
     """Whether a float32 reduction is worth trying: on the CPU, where its result can be checked."""
-    return x.is_cpu and x.dtype == torch.float32
+    return on_host(x.device) and x.dtype == torch.float32
 
 
 def _norm_by_pieces(x: Tensor) -> float:
