@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from resdiag.runs.folder import open_run as open_run
     from resdiag.show.plots import draw as draw
     from resdiag.study.saving import save as save
+    from resdiag.study.surgery import lesion as lesion
     from resdiag.watch.blocks import Block as Block
     from resdiag.watch.blocks import find_blocks as find_blocks
     from resdiag.watch.catalog import METRICS as METRICS
@@ -41,6 +42,8 @@ _HOMES = {
     "build_model": "resdiag.models.resnet",
     "Variant": "resdiag.models.variants",
     "VARIANTS": "resdiag.models.variants",
+    # changing one thing
+    "lesion": "resdiag.study.surgery",
     # runs on disk, and what they mean
     "load": "resdiag.runs.folder",
     "open_run": "resdiag.runs.folder",

@@ -6,6 +6,7 @@ from resdiag.commands.data import data_app
 from resdiag.commands.explain import explain
 from resdiag.commands.export import export
 from resdiag.commands.inspect import inspect
+from resdiag.commands.lesion import lesion
 from resdiag.commands.plot import plot
 from resdiag.commands.predict import predict
 from resdiag.commands.probe import probe
@@ -30,7 +31,9 @@ app = App(
     add_completion=True,
 )
 app.callback()(print_help)
-for command in (run, plot, explain, inspect, export, predict, probe, variants, metrics, version):
+for command in (
+    run, plot, explain, lesion, inspect, export, predict, probe, variants, metrics, version,
+):  # fmt: skip
     app.command()(command)
 study_app.command("report")(report_study)
 study_app.command("freeze")(freeze_study)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from resdiag.cli import app
 from resdiag.errors import UsageError
 from resdiag.explain.theory import predict
 from resdiag.models.variants import VARIANTS
-from resdiag.study.lesions import LESIONS, check_lesion, run_arm, run_lesions
+from resdiag.study.arm import last_checkpoint, run_arm
+from resdiag.study.effect import run_lesions, try_lesions
+from resdiag.study.lesions import LESIONS, Lesion, check_lesion
 
 
 def config(variant, depth=20, **changes):
@@ -30,15 +33,89 @@ def test_the_control_arm_is_the_plain_run_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("variant", ["elu_nobn", "elu_pre"])
 def test_normalisation_before_the_addition_removes_the_explosion(variant):
-    (effect,) = run_lesions(config(variant), tiny_data(), ["bn_before_add"], seeds=2, steps=6)
+    (effect,) = run_lesions(
+        config(variant), tiny_data(), ["bn_before_add"], claim="exploded_at_init", seeds=2, steps=6
+    )
     for old, new in zip(effect.control, effect.changed, strict=True):
         assert not old.survived
         assert new.survived
+        assert "exploded_at_init" in old.findings
+        assert "exploded_at_init" not in new.findings
         # BatchNorm's branch adds 1 to E[H^2]: the theory of d, whatever the branch was
         assert new.growth < old.growth
         assert new.batches[: len(old.batches)] == old.batches
     assert effect.confirmed
-    assert "confirmed" in effect.describe(0.1)
+    assert effect.describe(0.1).endswith("confirmed")
+
+
+def test_what_is_survived_is_not_thereby_cured():
+    # a tenth of a tenth: b lives, and its signal grows as before
+    gentle = config("elu_pre", lr=0.01)
+    lesions = {"tenth": LESIONS["lower_lr"]}
+    (effect,) = try_lesions(
+        gentle, tiny_data(), lesions, claim="exploded_at_init", seeds=1, steps=3
+    )
+    assert all(arm.survived for arm in effect.changed)
+    assert effect.changed[0].growth == effect.control[0].growth
+    assert not effect.confirmed
+    assert "still 'exploded_at_init'" in effect.reason
+
+
+@pytest.mark.parametrize("claim", ["", "exploded_at_init", "exploded"])
+def test_a_useless_remedy_is_not_confirmed(claim):
+    useless = {"nothing": Lesion(words="doing nothing")}
+    (effect,) = try_lesions(config("elu_pre"), tiny_data(), useless, claim=claim, seeds=1, steps=5)
+    assert effect.changed[0].losses == effect.control[0].losses
+    assert not effect.confirmed
+    assert "not confirmed (1 of 1 changed arms died)" in effect.describe(0.1)
+
+
+def test_a_claim_that_the_control_does_not_show_is_not_cured():
+    (effect,) = run_lesions(
+        config("elu", depth=8), tiny_data(), ["lower_lr"], claim="exploded", seeds=1, steps=2
+    )
+    assert not effect.shown
+    assert not effect.confirmed
+
+
+def test_from_a_checkpoint_the_control_goes_on_as_the_run_did(tmp_path):
+    long, _, _ = train(tmp_path / "long", steps=8)
+    _, _, run = train(tmp_path / "short", steps=5)
+    start = last_checkpoint(run)
+    assert start.step == 5
+    arm = run_arm(tiny_config(steps=8), tiny_data(), steps=3, start=start)
+    trained = long.model.state_dict()
+    assert all(torch.equal(trained[name], value) for name, value in arm.weights.items())
+
+
+def test_from_a_checkpoint_the_changed_network_keeps_its_layers_and_momenta(tmp_path):
+    _, _, run = train(tmp_path, variant="elu_after", steps=5)
+    start = last_checkpoint(run)
+    small = tiny_config(variant="elu_after")
+    for name, lesion in LESIONS.items():
+        if lesion.row(VARIANTS["elu_after"]) is None:
+            continue
+        if lesion.initial:
+            with pytest.raises(UsageError, match="nothing of trained weights"):
+                run_arm(small, tiny_data(), lesion, steps=1, start=start)
+            continue
+        control = run_arm(small, tiny_data(), steps=1, start=start)
+        arm = run_arm(small, tiny_data(), lesion, steps=1, start=start)
+        assert arm.batches == control.batches
+        if name in ("lower_lr", "freeze"):  # the same function until the first update
+            assert arm.losses == control.losses
+    # weights alone are not the start: momentum is
+    bare = replace(start, tensors={k: v for k, v in start.tensors.items() if "momentum" not in k})
+    without = run_arm(small, tiny_data(), steps=2, start=bare)
+    assert without.losses[0] == pytest.approx(control.losses[0])
+    assert without.losses[1] != run_arm(small, tiny_data(), steps=2, start=start).losses[1]
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused(tmp_path):
+    _, status, run = train(tmp_path, variant="elu_nobn", depth=20, width=1.0, lr=0.1, steps=8)
+    assert status == "diverged"
+    with pytest.raises(UsageError, match="not finite"):
+        last_checkpoint(run)
 
 
 def test_removing_the_after_add_activation_of_c_restores_the_skip_path():
@@ -71,7 +148,7 @@ def test_a_remedy_that_does_not_work_is_not_confirmed():
     (effect,) = run_lesions(config("elu_pre"), tiny_data(), ["warmup"], seeds=1, steps=12)
     assert not effect.control[0].survived
     assert not effect.confirmed
-    assert effect.describe(0.1).endswith("not confirmed")
+    assert effect.describe(0.1).endswith("not confirmed (1 of 1 changed arms died)")
 
 
 def test_unknown_lesions_are_refused():

@@ -8,7 +8,7 @@ import typer
 
 from resdiag.commands.opening import open_runs
 from resdiag.commands.options import DataRoot, Json, RunsRoot
-from resdiag.errors import UsageError
+from resdiag.errors import UsageError, unknown
 
 
 def explain(
@@ -21,6 +21,9 @@ def explain(
         bool, typer.Option("--lesion", help="Prove the cause: change one thing, run a few steps.")
     ] = False,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Seeds of each lesion.")] = 3,
+    start: Annotated[
+        str, typer.Option("--from", help="Of --lesion: init, or checkpoint, the run's last one.")
+    ] = "init",
     lesion_steps: Annotated[int, typer.Option(min=1, help="Steps of each arm.")] = 10,
     data: Annotated[str, typer.Option(help="Images for --lesion, if not the run's name.")] = "",
     data_root: DataRoot = None,
@@ -30,6 +33,8 @@ def explain(
     """Say what happened in a run: verdict, why, evidence, and what to look at next."""
     if names and not lesion:
         raise UsageError(f"one run at a time: '{names[0]}'", "or lesions, with --lesion")
+    if start not in ("init", "checkpoint"):
+        raise unknown("start of --lesion", start, ["init", "checkpoint"])
     opened = open_runs([path] if path else None, runs)
     if len(opened) > 1:
         raise UsageError(f"{path} holds {len(opened)} runs", f"name one, e.g. {opened[0].path}")
@@ -39,12 +44,13 @@ def explain(
     verdict = judge(opened[0])
     effects = []
     if lesion:
-        from resdiag.study.lesions import open_images, prove
+        from resdiag.study.effect import open_images, prove
 
         images = open_images(opened[0], data, data_root)
         effects = prove(
-            opened[0], verdict.name, names or [], images, seeds=seeds, steps=lesion_steps
-        )
+            opened[0], verdict.name, names or [], images, seeds=seeds, steps=lesion_steps,
+            from_checkpoint=start == "checkpoint",
+        )  # fmt: skip
     if as_json:
         document = {"schema": 1, "run": str(opened[0].path), "verdict": verdict.to_dict()}
         if lesion:

@@ -17,13 +17,11 @@ from resdiag.explain.theory import CRITICAL, critical_lr, predict
 from resdiag.models.resnet import ResNet, build_model
 from resdiag.models.variants import find_variant
 from resdiag.runs.watched import WatchedConfig, as_run
+from resdiag.study.firststep import RISE, critical_rate
 from resdiag.training.augment import Augmenter
 from resdiag.training.data import open_data
 from resdiag.watch.curvature import largest_curvature
 from resdiag.watch.monitor import attach
-
-SURE_DEATH = 1.07
-"""lr ||g_0|| from which on every one of 28 runs of a and b died."""
 
 _PRODUCTS = 6
 
@@ -112,7 +110,11 @@ def forecast(
         variances=_stem_variances(model, images),
     )  # fmt: skip
     norm = seen.scalar("grad_norm", 0)
-    fate, why = _fate(row.norm, lr, norm)
+    critical = _critical(
+        model, images, labels, row.norm,
+        gradient_norm(theory, images.shape[-1], len(found.classes)),
+    )  # fmt: skip
+    fate, why = _fate(row.norm, lr, norm, critical.measured)
     return Forecast(
         growth_per_block=Pair(
             theory=theory.growth_per_block,
@@ -124,10 +126,7 @@ def forecast(
             measured=seen.gradient_ratio(0),
             note="||g_0|| / ||g_L||",
         ),
-        critical_lr=_critical(
-            model, images, labels, row.norm, norm,
-            gradient_norm(theory, images.shape[-1], len(found.classes)),
-        ),
+        critical_lr=critical,
         fate=fate,
         why=why,
         basis=theory.basis,
@@ -157,16 +156,19 @@ def _stem_variances(model: ResNet, images: torch.Tensor) -> list[float]:
 
 
 def _critical(
-    model: ResNet, images: torch.Tensor, labels: torch.Tensor, normed: bool, norm: float,
+    model: ResNet, images: torch.Tensor, labels: torch.Tensor, normed: bool,
     predicted: float | None,
 ) -> Pair:  # fmt: skip
-    """0.6 / ||g_0|| without normalisation, 2 / lambda_max with it."""
+    """What the first step does to the loss without normalisation, 2 / lambda_max with it."""
     if not normed:
-        words = f"{CRITICAL} / ||g_0||, {CRITICAL} observed on runs of a and b, not derived"
+        words = (
+            f"measured: the first step multiplies its batch's loss by {RISE}; theory: {CRITICAL} / "
+            "||g_0||; both constants observed on runs of a and b, not derived"
+        )
         if predicted is None:
             words += "; theory has no law for the parameter gradients here"
         theory = math.nan if predicted is None else critical_lr(predicted)
-        return Pair(theory=theory, measured=critical_lr(norm), note=words)
+        return Pair(theory=theory, measured=critical_rate(model, images, labels), note=words)
     curve = largest_curvature(
         F.cross_entropy(model(images), labels), list(model.parameters()), steps=_PRODUCTS
     )
@@ -177,25 +179,18 @@ def _critical(
     return Pair(theory=math.nan, measured=curve.critical_lr, note=curve.reason or words)
 
 
-def _fate(normed: bool, lr: float, norm: float) -> tuple[str, str]:
-    """What the first steps at this learning rate do, from lr ||g_0||."""
+def _fate(normed: bool, lr: float, norm: float, critical: float) -> tuple[str, str]:
+    """What the first steps at this learning rate do."""
     if not math.isfinite(norm):
         return "non_finite", "loss or gradient is not finite before the first step."
-    size = lr * norm
-    words = f"lr x ||g_0|| = {size:.3g}"
-    if size <= CRITICAL:
-        return (
-            "survives",
-            f"{words}, up to {CRITICAL} every run of a and b survived its first steps.",
-        )
     if normed:
-        return (
-            "at_risk",
-            f"{words}, above {CRITICAL}; BatchNorm usually survives, with a rough start.",
-        )
-    if size < SURE_DEATH:
-        return (
-            "at_risk",
-            f"{words}, between {CRITICAL} and {SURE_DEATH}, where no run was observed.",
-        )
-    return "dies", f"{words}, from {SURE_DEATH} on every run of a and b died."
+        words = f"lr x ||g_0|| = {lr * norm:.3g}"
+        if lr * norm <= CRITICAL:
+            return "survives", f"{words}, at most {CRITICAL}."
+        return "at_risk", f"{words}, above {CRITICAL}; BatchNorm usually survives, roughly."
+    words = f"lr is {lr / critical:.3g} times the measured critical_lr"
+    if lr <= critical / 2:
+        return "survives", f"{words}; up to half of it every run of a and b survived its start."
+    if lr < 2 * critical:
+        return "at_risk", f"{words}; between half of it and double, runs of a and b did both."
+    return "dies", f"{words}; from double on every run of a and b died."

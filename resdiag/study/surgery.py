@@ -1,0 +1,357 @@
+"""Lesions of any model: its residual additions changed in place, without an edit of the model.
+
+The blocks are found as everywhere (`resdiag.find_blocks`). Each residual addition is then known by
+its place among the additions of equal shapes of one forward pass, and a function mode that is
+switched on for each pass changes what enters it: the branch or the shortcut times a number. A pass
+that takes another way than the one in which the blocks were found is refused, not guessed at.
+Passes under torch.compile are refused too.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from resdiag.errors import UsageError, unknown
+from resdiag.watch.blocks import Anatomy, Block, _evaluating
+from resdiag.watch.calls import Call
+from resdiag.watch.sums import ADDITIONS, read_sum
+from resdiag.watch.tracer import Addition, Tracer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    """What a lesion does to every chosen residual addition.
+
+    Attributes:
+        words: What it is.
+        branch: Factor on the branch, a function of the number of blocks.
+        shortcut: Factor on the shortcut.
+        learned: Whether the branch's factor is a parameter per block.
+        after_add: False removes the activation or normalisation that follows the sum.
+    """
+
+    words: str
+    branch: Callable[[int], float] = lambda blocks: 1.0
+    shortcut: float = 1.0
+    learned: bool = False
+    after_add: bool = True
+
+
+CUTS: Mapping[str, Cut] = MappingProxyType(
+    {
+        "no_shortcut": Cut(words="deleting the skip", shortcut=0.0),
+        "drop_block": Cut(words="dropping the block's branch", branch=lambda blocks: 0.0),
+        "half_branch": Cut(words="halving the branch", branch=lambda blocks: 0.5),
+        "sqrt_depth": Cut(
+            words="scaling the branch by 1/sqrt(L)", branch=lambda blocks: max(1, blocks) ** -0.5
+        ),
+        "skipinit": Cut(
+            words="scaling the branch by a learned 0 (SkipInit)",
+            branch=lambda blocks: 0.0,
+            learned=True,
+        ),
+        "no_after_add": Cut(words="removing what follows the addition", after_add=False),
+    }
+)
+"""Every lesion that any model's blocks can have, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One residual addition in the order of a pass.
+
+    Attributes:
+        block: The block that it makes.
+        ordinal: Its place among the additions of two floating tensors of equal shapes.
+        branch_first: Whether the branch is the left operand.
+    """
+
+    block: Block
+    ordinal: int
+    branch_first: bool
+
+
+class Lesion:
+    """A lesion in force, until `remove()` or the end of a `with`.
+
+    Attach a monitor before it, so that the monitor sees the changed additions.
+
+    Attributes:
+        name: Of `CUTS`.
+        words: What was changed.
+        blocks: The blocks that it changes.
+        parameters: Learned factors, for the optimizer; empty unless the lesion learns.
+    """
+
+    def __init__(
+        self, model: nn.Module, name: str, cut: Cut, sites: Sequence[Site], depth: int
+    ) -> None:
+        self.name, self.words = name, cut.words
+        self.blocks = [site.block for site in sites]
+        self._cut, self._sites = cut, {site.ordinal: site for site in sites}
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        scale = cut.branch(depth)
+        self.parameters = [
+            nn.Parameter(torch.tensor(scale, device=device)) for _ in sites if cut.learned
+        ]
+        self._scales: dict[int, float | Tensor] = dict.fromkeys(self._sites, scale)
+        self._scales |= dict(zip(self._sites, self.parameters, strict=False))
+        self._count, self._met = 0, 0
+        self._last: Tensor | None = None
+        self._mode = ExitStack()
+        self._handles = [
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._end, always_call=True, prepend=True),
+        ]
+
+    def remove(self) -> None:
+        """Give the model back as it was; safe to call twice."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> "Lesion":
+        """The lesion itself: it is in force since it was made."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove it."""
+        self.remove()
+
+    def _begin(self, module: nn.Module, args: object) -> None:
+        if torch.compiler.is_compiling():
+            raise UsageError("a lesion cannot be compiled", "lesion the model before torch.compile")
+        self._count = self._met = 0
+        self._last = None
+        self._mode.enter_context(_Pass(self))
+
+    def _end(self, module: nn.Module, args: object, output: object) -> None:
+        self._mode.close()
+        self._last = None
+        if output is not None and self._met != len(self._sites):
+            raise UsageError(
+                f"{self._met} of {len(self._sites)} additions were met: this pass took another way "
+                "than the one in which the blocks were found"
+            )
+
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+        """One torch call of the pass, changed if it is one of the additions or follows one."""
+        if self._last is not None and args and args[0] is self._last:
+            call = Call(func, args[1:], kwargs)
+            if call.is_activation or call.is_normalisation:
+                self._last = None
+                return args[0]
+        operands = _equal_operands(func, args, kwargs)
+        if operands is None:
+            return func(*args, **kwargs)
+        ordinal, self._count = self._count, self._count + 1
+        site = self._sites.get(ordinal)
+        if site is None:
+            return func(*args, **kwargs)
+        if tuple(operands[0].shape[1:]) != site.block.shape and operands[0].dim() > 1:
+            shape = tuple(operands[0].shape[1:])
+            raise UsageError(f"block {site.block.name}: found {site.block.shape}, met {shape}")
+        self._met += 1
+        result = self._add(func, operands, kwargs, site)
+        self._last = None if self._cut.after_add else result
+        return result
+
+    def _add(
+        self,
+        func: Callable[..., Any],
+        operands: tuple[Tensor, Tensor],
+        kwargs: dict[str, Any],
+        site: Site,
+    ) -> Tensor:
+        scales = [self._scales[site.ordinal], self._cut.shortcut]
+        left, right = scales if site.branch_first else reversed(scales)
+        first, second = operands
+        alpha = kwargs.get("alpha", 1)
+        second = second if right == 1 and isinstance(right, float) else second * right
+        if func is not Tensor.add_:
+            first = first if left == 1 and isinstance(left, float) else first * left
+            return torch.add(first, second, alpha=alpha)
+        if isinstance(left, Tensor) or isinstance(right, Tensor):
+            raise UsageError(f"block {site.block.name} adds in place: its factor cannot be learned")
+        return first.mul_(left).add_(second, alpha=alpha)
+
+
+class _Pass(TorchFunctionMode):
+    """Hands the calls of one pass to a lesion; what the lesion itself computes is not handed on."""
+
+    def __init__(self, lesion: Lesion) -> None:
+        super().__init__()
+        self._lesion = lesion
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Every torch call of the pass."""
+        return self._lesion.call(func, args, dict(kwargs or {}))
+
+
+def lesion(
+    model: nn.Module,
+    name: str,
+    *inputs: object,
+    blocks: Sequence[int | str] | None = None,
+    **kwargs: object,
+) -> Lesion:
+    """Change one thing about a model's residual blocks, and give it back afterwards.
+
+    Args:
+        model: Any module; its blocks are found with one pass over the inputs, in evaluation mode.
+        name: Of `CUTS`: no_shortcut, drop_block, half_branch, sqrt_depth, skipinit, no_after_add.
+        *inputs: Example inputs of its forward.
+        blocks: Indices or names of the blocks to change; None changes all.
+        **kwargs: Keyword inputs of its forward.
+
+    Returns:
+        A handle with `remove()`, and a context manager. `parameters` are to be trained with the
+        model's own where the lesion learns.
+
+    Raises:
+        UsageError: Unknown lesion or block, or one that a block cannot have: no addition that two
+            tensors enter, or nothing after it.
+
+    >>> from torchvision.models import resnet18
+    >>> model, x = resnet18(), torch.zeros(2, 3, 64, 64)
+    >>> with lesion(model, "no_after_add", x, blocks=["layer4.1"]) as cut:
+    ...     len(cut.blocks), bool((model(x) < 0).any())
+    (1, True)
+    """
+    if name not in CUTS:
+        raise unknown("lesion", name, CUTS)
+    found, sites = find_sites(model, *inputs, **kwargs)
+    chosen = _choose(found, blocks)
+    cut, able = CUTS[name], {site.block.index: site for site in sites}
+    for block in chosen:
+        if block.index not in able:
+            raise UsageError(f"block {block.name} has no addition of two tensors to change")
+        if not cut.after_add and block.after_add == "none":
+            if blocks is not None:
+                raise UsageError(f"block {block.name} has nothing after its addition")
+            del able[block.index]
+    picked = [able[block.index] for block in chosen if block.index in able]
+    if not picked:
+        raise UsageError(f"lesion '{name}' has nothing to change in {type(model).__name__}")
+    return Lesion(model, name, cut, picked, len(found))
+
+
+def find_sites(
+    model: nn.Module, *inputs: object, **kwargs: object
+) -> tuple[list[Block], list[Site]]:
+    """The blocks of a model, and the additions that can be changed; at most one a block."""
+    finder = _Sites()
+    tracer = Tracer(model, finder, lambda: True, None)
+    try:
+        with _evaluating(model), torch.no_grad(), finder:
+            model(*inputs, **kwargs)
+    finally:
+        tracer.close()
+    blocks = finder.anatomy.blocks
+    return blocks, [
+        Site(block=blocks[row], ordinal=ordinal, branch_first=first)
+        for row, (ordinal, first) in sorted(finder.found.items())
+        if row not in finder.parallel
+    ]
+
+
+class _Sites(TorchFunctionMode):
+    """Counts additions below a tracer, which says which of them are residual ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anatomy = Anatomy()
+        self.found: dict[int, tuple[int, bool]] = {}
+        self.parallel: set[int] = set()
+        self._count = 0
+        self._next: Addition | None = None
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Every torch call, after the tracer has seen it."""
+        operands = _equal_operands(func, args, dict(kwargs or {}))
+        addition, self._next = (self._next, None) if operands else (None, self._next)
+        if addition is not None and operands is not None and not addition.extends:
+            row = self.anatomy.rows[addition.owner, addition.ordinal]
+            self.found[row] = (self._count, addition.branch is operands[0])
+        self._count += operands is not None
+        return func(*args, **(kwargs or {}))
+
+    def operands(self, addition: Addition) -> None:
+        """A residual addition is about to be computed."""
+        self._next = addition
+        if addition.extends:
+            self.parallel.add(len(self.anatomy.blocks) - 1)
+        else:
+            self.anatomy.add_block(addition)
+
+    def added(self, addition: Addition) -> None:
+        """It is done; if it was no addition of two tensors, it cannot be changed."""
+        self._next = None
+
+    def closed(self, addition: Addition, output: Tensor) -> None:
+        """The block has ended."""
+        row = self.anatomy.rows[addition.owner, addition.ordinal]
+        self.anatomy.finish(row, addition.after, addition.parameters)
+
+    def unit(self, owner: str, ordinal: int, x: Tensor, output: Tensor, module: nn.Module) -> None:
+        """No units are named."""
+
+    def same(self, old: Tensor, new: Tensor) -> None:
+        """Nothing is known by its identity."""
+
+    def activation(self, owners: tuple[str, ...], call: Call, x: Tensor) -> None:
+        """Nothing to count."""
+
+    def finished(self, features: Tensor | None, logits: Tensor | None) -> None:
+        """Nothing to do."""
+
+
+def _choose(found: Sequence[Block], wanted: Sequence[int | str] | None) -> list[Block]:
+    if not found:
+        raise UsageError("the model has no residual addition")
+    if wanted is None:
+        return list(found)
+    by_key: dict[int | str, Block] = {block.index: block for block in found}
+    by_key |= {block.name: block for block in found}
+    for key in wanted:
+        if key not in by_key:
+            raise unknown("block", str(key), [block.name for block in found])
+    return [by_key[key] for key in wanted]
+
+
+def _equal_operands(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Tensor, Tensor] | None:
+    """Both tensors of a plain addition of equal shapes; a counter of BatchNorm is none."""
+    spelled = read_sum(func, args, kwargs) if func in ADDITIONS else None
+    if spelled is None or spelled.left.call or spelled.right.call or spelled.is_difference:
+        return None
+    if spelled.left.scale != 1 or func.__name__.startswith("lerp"):
+        return None
+    left, right = spelled.left.inputs[0], spelled.right.inputs[0]
+    if left.shape != right.shape or not left.dim() or not left.is_floating_point():
+        return None
+    return left, right
