@@ -68,11 +68,10 @@ def test_gradient_of_b_has_the_predicted_exponent():
 
 
 @pytest.mark.parametrize("variant", ["a", "b"])
-def test_critical_rate_of_theory_has_the_size_of_the_measured_one(variant):
-    # theory is 0.6 / ||g_0||, measured is where one step raises the loss: a number of their own
+def test_critical_rate_of_theory_is_on_the_safe_side_by_less_than_a_factor_30(variant):
     for depth in (20, 32):
         pair = digits(variant, depth).critical_lr
-        assert 1 / 10 <= pair.theory / pair.measured <= 3
+        assert 1 / 30 <= pair.theory / pair.measured <= 1
 
 
 @pytest.mark.parametrize("variant", ["a", "b"])

@@ -1,6 +1,6 @@
 """Measures what the four stories tell: one JSON file per question, beside this one.
 
-    python studies/stories/measure.py --data folder:cifar10-jpeg.tar.gz [initialisation steps lesions]
+    python studies/stories/measure.py --data folder:cifar10-jpeg.tar.gz [QUESTION]...
 
 Initialisation and first steps only, on a CPU; about ten minutes on one idle core.
 """
