@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from resdiag.errors import UsageError, unknown
-from resdiag.watch.blocks import Anatomy, Block, _evaluating
+from resdiag.watch.blocks import Block, _evaluating, _Finder
 from resdiag.watch.calls import Call
 from resdiag.watch.sums import ADDITIONS, read_sum
 from resdiag.watch.tracer import Addition, Tracer
@@ -257,31 +257,59 @@ def find_sites(
     model: nn.Module, *inputs: object, **kwargs: object
 ) -> tuple[list[Block], list[Site]]:
     """The blocks of a model, and the additions that can be changed; at most one a block."""
-    finder = _Sites()
+    finder = _Residual()
     tracer = Tracer(model, finder, lambda: True, None)
     try:
-        with _evaluating(model), torch.no_grad(), finder:
+        with _evaluating(model), torch.no_grad(), _Counter(finder):
             model(*inputs, **kwargs)
     finally:
         tracer.close()
-    blocks = finder.anatomy.blocks
-    return blocks, [
-        Site(block=blocks[row], ordinal=ordinal, branch_first=first)
+    every = finder.anatomy.blocks
+    return [block for block in every if block.shortcut != "none"], [
+        Site(block=every[row], ordinal=ordinal, branch_first=first)
         for row, (ordinal, first) in sorted(finder.found.items())
         if row not in finder.parallel
     ]
 
 
-class _Sites(TorchFunctionMode):
-    """Counts additions below a tracer, which says which of them are residual ones."""
+class _Residual(_Finder):
+    """Learns from the tracer which addition of the pass is a residual one.
+
+    Attributes:
+        next: A residual addition that is about to be computed.
+        met: Its place among the additions, and whether the branch is on the left.
+        found: `met` by the block's row.
+        parallel: Rows of blocks to which more branches are added.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.anatomy = Anatomy()
+        self.next: Addition | None = None
+        self.met: tuple[int, bool] | None = None
         self.found: dict[int, tuple[int, bool]] = {}
         self.parallel: set[int] = set()
-        self._count = 0
-        self._next: Addition | None = None
+
+    def operands(self, addition: Addition) -> None:
+        """A residual addition is about to be computed."""
+        self.next, self.met = addition, None
+
+    def added(self, addition: Addition) -> None:
+        """It is done; if it was no addition of two tensors, it cannot be changed."""
+        super().added(addition)
+        if addition.extends:
+            self.parallel.add(len(self.anatomy.blocks) - 1)
+        elif self.met is not None:
+            row = self.anatomy.rows[addition.owner, addition.ordinal]
+            self.found[row] = self.met
+        self.next = self.met = None
+
+
+class _Counter(TorchFunctionMode):
+    """Counts additions below a tracer."""
+
+    def __init__(self, finder: _Residual) -> None:
+        super().__init__()
+        self._finder, self._count = finder, 0
 
     def __torch_function__(
         self,
@@ -292,41 +320,12 @@ class _Sites(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401
         """Every torch call, after the tracer has seen it."""
         operands = _equal_operands(func, args, dict(kwargs or {}))
-        addition, self._next = (self._next, None) if operands else (None, self._next)
-        if addition is not None and operands is not None and not addition.extends:
-            row = self.anatomy.rows[addition.owner, addition.ordinal]
-            self.found[row] = (self._count, addition.branch is operands[0])
-        self._count += operands is not None
+        if operands is not None:
+            addition = self._finder.next
+            if addition is not None:
+                self._finder.met = self._count, addition.branch is operands[0]
+            self._count += 1
         return func(*args, **(kwargs or {}))
-
-    def operands(self, addition: Addition) -> None:
-        """A residual addition is about to be computed."""
-        self._next = addition
-        if addition.extends:
-            self.parallel.add(len(self.anatomy.blocks) - 1)
-        else:
-            self.anatomy.add_block(addition)
-
-    def added(self, addition: Addition) -> None:
-        """It is done; if it was no addition of two tensors, it cannot be changed."""
-        self._next = None
-
-    def closed(self, addition: Addition, output: Tensor) -> None:
-        """The block has ended."""
-        row = self.anatomy.rows[addition.owner, addition.ordinal]
-        self.anatomy.finish(row, addition.after, addition.parameters)
-
-    def unit(self, owner: str, ordinal: int, x: Tensor, output: Tensor, module: nn.Module) -> None:
-        """No units are named."""
-
-    def same(self, old: Tensor, new: Tensor) -> None:
-        """Nothing is known by its identity."""
-
-    def activation(self, owners: tuple[str, ...], call: Call, x: Tensor) -> None:
-        """Nothing to count."""
-
-    def finished(self, features: Tensor | None, logits: Tensor | None) -> None:
-        """Nothing to do."""
 
 
 def _choose(found: Sequence[Block], wanted: Sequence[int | str] | None) -> list[Block]:
