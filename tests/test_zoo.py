@@ -73,12 +73,6 @@ _CODED = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 3, "num_mel_bins
 _CODED |= dict.fromkeys(["encoder_attention_heads", "decoder_attention_heads"], 2)
 _CODED |= {"max_source_positions": 50, "pad_token_id": 0, "decoder_start_token_id": 1}
 
-# model type: why its count is wrong today
-UNSEEN = {
-    "mobilebert": "the attention's shortcut is a projection made outside of the module that adds",
-    "mpnet": "one position bias for all layers: that of layer 1 looks like a shortcut from layer 0",
-}
-
 # model type: (configuration, blocks, why that many)
 TRANSFORMERS = {
     "bert": (_TWO, 2 * 2, "2 layers: attention, MLP; three embeddings are added up"),
@@ -143,14 +137,7 @@ def test_the_blocks_of_torchvision_s_networks(name):
     assert len(built.blocks) == TORCHVISION[name][0], TORCHVISION[name][1]
 
 
-def _row(name):
-    if name not in UNSEEN:
-        return name
-    mark = pytest.mark.xfail(strict=True, raises=AssertionError, reason=UNSEEN[name])
-    return pytest.param(name, marks=mark)
-
-
-@pytest.mark.parametrize("name", [_row(name) for name in TRANSFORMERS])
+@pytest.mark.parametrize("name", TRANSFORMERS)
 def test_the_blocks_of_transformers_networks(name):
     pytest.importorskip("transformers")
     config, count, reason = TRANSFORMERS[name]

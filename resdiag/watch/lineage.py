@@ -4,7 +4,7 @@ import heapq
 import weakref
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import TypeAlias, cast
 
 from torch import Tensor, nn
 
@@ -12,6 +12,11 @@ from resdiag.watch.calls import Call
 from resdiag.watch.features import features_after
 
 _LEFT, _RIGHT = 1, 2
+
+Depth: TypeAlias = tuple[int, int, int]
+"""Of a way: parameterised transforming operations, other transforming ones, other parameterised."""
+
+_NONE: Depth = (0, 0, 0)
 
 
 @dataclass(eq=False)
@@ -27,6 +32,7 @@ class _Node:
         piece: Which piece of its parent it is ("" for the whole): a split gives unlike pieces.
         features: The dimension that parameterised operations treated as channels, if known.
         discrete: It has no floating point: nothing descends from it through gradients.
+        stream: Of a residual sum, the operand that is the shortcut.
     """
 
     tensor: "weakref.ref[Tensor] | None"
@@ -37,6 +43,7 @@ class _Node:
     piece: str = ""
     features: int | None = None
     discrete: bool = False
+    stream: int | None = None
 
     @property
     def is_opaque(self) -> bool:
@@ -44,9 +51,19 @@ class _Node:
         return self.call is not None and self.call.is_opaque(len(set(self.parents)))
 
     @property
-    def depth(self) -> tuple[int, int]:
-        """Transforming and parameterised operations that it adds to a way."""
-        return int(self.call is not None and self.call.is_transform), int(bool(self.parameters))
+    def depth(self) -> Depth:
+        """What it adds to a way."""
+        transforms, learned = self.is_transform, bool(self.parameters)
+        return (
+            int(transforms and learned),
+            int(transforms and not learned),
+            int(learned and not transforms),
+        )
+
+    @property
+    def is_transform(self) -> bool:
+        """Whether it mixes positions or channels."""
+        return self.call is not None and self.call.is_transform
 
 
 @dataclass(frozen=True)
@@ -69,6 +86,7 @@ class Meeting:
     Attributes:
         swapped: Whether the right operand is the shortcut.
         origin: That tensor: the block's input; None if it is gone.
+        shortcut: The shortcut's number.
         shortcut_count: Parameterised calls between it and the shortcut.
         path: The calls that lead from it to the shortcut if they can be repeated, else None.
         parameters: Parameters used on the way to either operand.
@@ -81,6 +99,7 @@ class Meeting:
 
     swapped: bool
     origin: Tensor | None
+    shortcut: int
     shortcut_count: int
     path: tuple[Call, ...] | None
     parameters: list[nn.Parameter]
@@ -207,6 +226,10 @@ class Lineage:
         )
         return self._add(result, node)
 
+    def set_stream(self, number: int, shortcut: int) -> None:
+        """A tensor is a residual sum."""
+        self._nodes[number].stream = shortcut
+
     def imagine(self, inputs: Sequence[Tensor], call: Call) -> int | None:
         """Number an operand that a fused call computes and never writes out."""
         descent = self.descend(inputs)
@@ -283,13 +306,16 @@ class Lineage:
         """What the two operands of an addition have in common, if that makes it residual.
 
         Walk back from both, latest tensor first, to the first one on both ways: x. Of the two ways
-        from there the shorter one, in transforming and then in parameterised operations, is the
-        shortcut. The addition is residual if
+        from there the shorter one, in parameterised and then in other transforming operations, is
+        the shortcut. The addition is residual if
 
-        - the branch transforms at all (convolution, linear map, attention, pooling, ...),
+        - the branch transforms at all (convolution, linear map, attention, pooling, ...), and more
+          often than the shortcut does: else they are parallel branches,
         - the shortcut does not but for linear maps: no product of two tensors of the pass, no
           activation between two maps,
         - they are not different pieces of x, as in Res2Net's hierarchy of splits,
+        - no residual sum on the branch has a shortcut that passes x by: else x is only added to
+          somebody else's stream again and again, as a position bias is,
         - the shortcut begins inside the module whose forward runs the addition, or at its input.
         """
         ways = {left: _LEFT}
@@ -305,18 +331,20 @@ class Lineage:
             return None
         depths = self._depths(origin, reversed(between))
         one, other = depths[left], depths[right]
-        if one == other:
+        if one[:2] == other[:2]:
             return None
         swapped = other < one
         shortcut, branch = (right, left) if swapped else (left, right)
         short, long = (_RIGHT, _LEFT) if swapped else (_LEFT, _RIGHT)
         on_shortcut = [n for n in reversed(between) if ways[n] == short]
         on_branch = [n for n in reversed(between) if ways[n] == long and n in depths]
-        if depths[branch][0] == 0 or not self._is_shortcut(on_shortcut):
+        if depths[branch][:2] == (0, 0) or not self._is_shortcut(on_shortcut):
             return None
         if self._are_pieces(origin, on_shortcut, on_branch):
             return None
-        if not _is_inside(scope, on_shortcut, on_branch, identity=depths[shortcut] == (0, 0)):
+        if any((s := self._nodes[n].stream) is not None and s not in depths for n in on_branch):
+            return None
+        if not _is_inside(scope, origin, on_shortcut, on_branch, depths[shortcut] == _NONE):
             return None
         inside = [n for n in between if n in depths or n >= scope.start]
         return self._meeting(swapped, origin, shortcut, branch, on_shortcut, on_branch, inside)
@@ -338,6 +366,7 @@ class Lineage:
         return Meeting(
             swapped=swapped,
             origin=None if reference is None else reference(),
+            shortcut=shortcut,
             shortcut_count=sum(bool(nodes[n].parameters) for n in on_shortcut),
             path=self._path(shortcut, origin),
             parameters=[p for n in inside for p in nodes[n].parameters],
@@ -345,7 +374,7 @@ class Lineage:
             activations=[
                 call for n in inside if (call := nodes[n].call) is not None and call.is_activation
             ],
-            is_learned=any(nodes[n].depth == (1, 1) for n in on_branch),
+            is_learned=any(nodes[n].depth[0] for n in on_branch),
             begins_activated=at.call is not None
             and (at.call.is_activation or at.call.is_normalisation),
             features=next((f for f in found if f is not None), None),
@@ -365,25 +394,27 @@ class Lineage:
                     heapq.heappush(queue, -parent)
                 ways[parent] = ways.get(parent, 0) | ways[number]
 
-    def _depths(self, origin: int, numbers: Iterable[int]) -> dict[int, tuple[int, int]]:
+    def _depths(self, origin: int, numbers: Iterable[int]) -> dict[int, Depth]:
         """The longest way from the origin to each tensor that descends from it."""
-        depths = {origin: (0, 0)}
+        depths = {origin: _NONE}
         for number in numbers:
             node = self._nodes[number]
             before = [depths[parent] for parent in node.parents if parent in depths]
             if before:
-                transforms, parameterised = max(before)
-                depths[number] = (transforms + node.depth[0], parameterised + node.depth[1])
+                (a, b, c), (d, e, f) = max(before), node.depth
+                depths[number] = (a + d, b + e, c + f)
         return depths
 
     def _is_shortcut(self, numbers: list[int]) -> bool:
-        """Whether a way is the identity or a linear map, activated at its end at most."""
-        activated = False
+        """Whether a way is the identity or a linear map, activated at its ends at most."""
+        mapped = activated = False
         for number in numbers:
             node = self._nodes[number]
-            if node.is_opaque or (activated and node.depth[0]):
+            if node.is_opaque or (mapped and activated and node.is_transform):
                 return False
-            activated = activated or (node.call is not None and node.call.is_activation)
+            mapped = mapped or node.is_transform
+            acts = node.call is not None and node.call.is_activation
+            activated = mapped and (activated or acts)
         return True
 
     def _are_pieces(self, origin: int, on_shortcut: list[int], on_branch: list[int]) -> bool:
@@ -430,15 +461,17 @@ class Lineage:
 
 
 def _is_inside(
-    scope: Scope, on_shortcut: list[int], on_branch: list[int], *, identity: bool
+    scope: Scope, origin: int, on_shortcut: list[int], on_branch: list[int], identity: bool
 ) -> bool:
     """Whether the shortcut begins inside the module or at its input.
 
     A branch may come from outside if the shortcut is the module's very input, as where a module
-    gets x and F(x) and adds them.
+    gets x and F(x) and adds them; a shortcut may where the module gets x and h(x).
     """
     if any(number in scope.entries for number in on_shortcut):
-        return False
+        handed = on_shortcut[-1] in scope.entries and origin in scope.entries
+        if not handed:
+            return False
     return identity or not any(number in scope.entries for number in on_branch)
 
 

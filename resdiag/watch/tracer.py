@@ -52,6 +52,7 @@ class Addition:
         features: The channel dimension of the sum, None if no operation says it.
         branch_module: The module whose output the branch is, "" if it is none's.
         shortcut_module: The same for the shortcut.
+        stream: Number of the shortcut in the lineage.
         extends: Whether it adds a parallel branch to the unit that the addition before it began;
             then `branch` is the sum of the branches.
         sum: y = h + F, set once it is computed.
@@ -75,6 +76,7 @@ class Addition:
     features: int | None = None
     branch_module: str = ""
     shortcut_module: str = ""
+    stream: int = 0
     extends: bool = False
     sum: Tensor | None = None
     after: tuple[Call, ...] = ()
@@ -710,6 +712,7 @@ class Tracer(TorchFunctionMode):
             self._search.operation(call, descent.parents, number, result)
         if addition is not None and number is not None:
             addition.sum = result
+            self._lineage.set_stream(number, addition.stream)
             frame.open, frame.tail = addition, result
             frame.chain, frame.chain_parameters = (), ()
             frame.additions += 1
@@ -775,6 +778,7 @@ class Tracer(TorchFunctionMode):
             meeting.features,
             self._maker(f),
             self._maker(h),
+            meeting.shortcut,
         )
         if self._learner is not None:
             self._learner.join(addition, swapped=meeting.swapped)
@@ -794,9 +798,13 @@ class Tracer(TorchFunctionMode):
             return None  # the call itself will say what is wrong
         for frame in reversed(self._frames):
             # a module that does nothing but add its inputs stands for the one that called it
-            if not {left, right} <= frame.scope.entries:
-                return self._lineage.meet(left, right, frame.scope)
-        return self._lineage.meet(left, right, self._frames[0].scope)
+            if {left, right} <= frame.scope.entries and frame is not self._frames[0]:
+                continue
+            meeting = self._lineage.meet(left, right, frame.scope)
+            # where the shortcut was handed in and the branch half done, it may as well
+            if meeting is not None or not {left, right} & frame.scope.entries:
+                return meeting
+        return None
 
     def _number(self, side: Operand) -> int | None:
         if side.call is not None:
