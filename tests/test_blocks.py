@@ -479,3 +479,80 @@ class Flattening(torch.nn.Module):
 def test_a_view_of_the_same_channels_begins_no_stage():
     blocks = find_blocks(Flattening(), torch.randn(2, 3, 4))
     assert [(b.stage, b.transition, b.channels) for b in blocks] == [(0, False, 4), (0, False, 4)]
+
+
+class _Joined(nn.Module):
+    """Gets x and a projection of x that its caller made, as a tree of DLA and MobileBERT do."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(6, 6)
+
+    def forward(self, x, shortcut):
+        return self.f(F.relu(self.f(x))) + shortcut
+
+
+class _Awkward(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.f, self.g, self.h = (nn.Linear(6, 6) for _ in range(3))
+        self.norm, self.joined = nn.LayerNorm(6), _Joined()
+        self.gamma = nn.Parameter(torch.full((6,), 0.1))
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def _experts(m, x):
+    """Every sample goes to one of two experts."""
+    out, first = torch.zeros_like(x), x[:, 0] > 0
+    for expert, chosen in ((m.f, first), (m.g, ~first)):
+        out[chosen] = expert(x[chosen])
+    return x + out
+
+
+def _biased(m, x):
+    """One learned bias of the first layer's kind added in every layer: no stream of its own."""
+    bias = m.h(torch.ones_like(x).cumsum(1))
+    for f in (m.f, m.g):
+        x = x + F.relu(f(x) + bias)
+    return x
+
+
+AWKWARD = {
+    "in place": (lambda m, x: m.f(x).add_(x), ["identity"]),
+    "alpha": (lambda m, x: torch.add(x, m.f(x), alpha=0.5), ["identity"]),
+    "+= of the shortcut": (lambda m, x: _add_in_place(x, m.f(x)), ["identity"]),
+    "layer scale": (lambda m, x: x + m.gamma * m.f(x), ["identity"]),
+    "drop path": (lambda m, x: x + m.f(x) * torch.bernoulli(torch.full((4, 1), 0.5)), ["identity"]),
+    "parallel": (lambda m, x: x + m.f(m.norm(x)) + m.g(m.norm(x)), ["identity"]),
+    "parallel maps, then the identity": (lambda m, x: m.norm(m.f(x)) + m.g(x) + x, ["identity"]),
+    "parallel maps that differ in a norm": (lambda m, x: m.norm(m.f(x)) + m.g(x), []),
+    "nested": (lambda m, x: x + m.h(_inner(m, x)), ["identity", "identity"]),
+    "projection made by the caller": (lambda m, x: m.joined(x, m.g(x)), ["projection"]),
+    "projection of an activation": (lambda m, x: m.g(F.relu(x)) + m.h(F.relu(m.f(x))),
+                                    ["projection"]),
+    "experts": (_experts, ["identity"]),
+    "a bias in every layer": (_biased, ["identity", "identity"]),
+    "gated unit": (lambda m, x: torch.sigmoid(m.f(x)) * x + m.g(x) * m.h(x), []),
+    "two towers": (lambda m, x: F.relu(m.f(x)) + F.relu(m.g(x)), []),
+}  # fmt: skip
+
+
+def _add_in_place(x, f):
+    x = x.clone()
+    x += f
+    return x
+
+
+def _inner(m, x):
+    y = m.f(x)
+    return y + F.relu(m.g(y))
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_awkward_networks(name):
+    function, shortcuts = AWKWARD[name]
+    found = find_blocks(_Awkward(function), torch.randn(4, 6))
+    assert [block.shortcut for block in found] == shortcuts

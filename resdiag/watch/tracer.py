@@ -648,6 +648,10 @@ class Tracer(TorchFunctionMode):
 
         def made(result: object) -> None:
             results = list(_tensors(result))
+            if call.name == "setitem":  # returns nothing, and makes the whole what it is
+                results = list(_tensors(args[:1]))
+                if self._learner is not None:
+                    self._learner.spoil()
             numbers = [
                 self._after(
                     call,
