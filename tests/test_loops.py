@@ -1105,8 +1105,8 @@ def test_recomputed_blocks_are_counted_once_in_a_whole_training():
     np.testing.assert_array_equal(plain_frame, frame)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_language_model_that_returns_its_loss_is_recorded(recompute):
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_a_language_model_that_returns_its_loss_is_recorded(reentrant):
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
         n_layer=2, n_head=2, n_embd=8, vocab_size=16, n_positions=8,
@@ -1116,8 +1116,8 @@ def test_a_language_model_that_returns_its_loss_is_recorded(recompute):
     for watched in (False, True):
         torch.manual_seed(0)
         model = transformers.GPT2LMHeadModel(config).train()
-        if recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         tokens = torch.randint(16, (2, 8), generator=torch.Generator().manual_seed(0))
         with attach(model) if watched else nullcontext(Unwatched()) as monitor:
             model(input_ids=tokens, labels=tokens).loss.backward()

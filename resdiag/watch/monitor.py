@@ -208,7 +208,7 @@ class Monitor:
         self._assembly: Assembly | None = None
         if ranks is not None and pool is not None:
             self._assembly = Assembly(ranks, pool, state, self._gradients)
-        self._tracer = Tracer(model, self._recorder, self._passes.wanted, units)
+        self._tracer = Tracer(model, self._recorder, self._passes.wanted, units, self._passes.again)
         self._passes.seen = self._tracer.seen
         self._steps = OptimizerSteps(model, optimizers, self._before_update, self._after_update)
 
@@ -444,6 +444,7 @@ class Monitor:
             self._passes.collect()
         self._gradients.finish()
         self._checks.backward()
+        self._recorder.conclude()
         self._recorder.end()
         self._now.recorded += 1
 

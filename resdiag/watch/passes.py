@@ -1,6 +1,6 @@
 """Which of a loop's forward passes are recorded."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -9,6 +9,7 @@ from resdiag.watch.compiled import Taps
 from resdiag.watch.dynamo import compiled_parts, is_capturing
 from resdiag.watch.gradients import Gradients
 from resdiag.watch.lossscale import casts_to_half
+from resdiag.watch.replay import Replay
 from resdiag.watch.state import State
 from resdiag.watch.tracer import Seen
 
@@ -87,6 +88,13 @@ class Passes:
         self._step.forward, self.demanded, self._step.foreign = True, False, False
         self._recorder.begin()
         return True
+
+    def again(self, name: str, called: Mapping[str, int]) -> Replay | None:
+        """What listens to a module that runs outside of a pass: see `Replay`."""
+        if not self._recorder.awaits(name) or not torch.is_grad_enabled():
+            return None
+        in_backward = torch._C._current_graph_task_id() != -1
+        return Replay(self._recorder, called) if in_backward else None
 
     def adopt_hidden(self) -> None:
         """Count a pass whose beginning no hook saw: inside somebody's graph, or a replayed one."""

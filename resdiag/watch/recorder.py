@@ -44,6 +44,10 @@ _WITHOUT = {
 """What is missing where there is no gradient to hook."""
 
 _NOT_ASKED = "no gradient is asked for at this tensor"
+_NO_GRADIENTS = (
+    "its forward ran without gradients, and no module that was called once ran again in the "
+    "backward pass"
+)
 _NOT_CORE = "not in the core set: attach(metrics='full') records it"
 
 P = ParamSpec("P")
@@ -185,6 +189,7 @@ class Recorder:
         self._passed: dict[int, _Passed] = {}
         self._sum_hooks: dict[int, RemovableHandle] = {}
         self._written: set[Key] = set()
+        self._postponed: set[Key] = set()
 
     def close(self) -> None:
         """Let go of everything; nothing comes any more."""
@@ -541,9 +546,46 @@ class Recorder:
         for column in columns:
             self.reasons[column][reason].add(row)
 
+    # -- forward again -------------------------------------------------------------------------
+
+    def awaits(self, module: str) -> bool:
+        """Whether blocks inside a module ran without gradients in the pass that is recorded."""
+        if not self._postponed or not self._live or self.failure:
+            return False
+        owners = (self.anatomy.blocks[row].owner for row, _ in self._postponed)
+        return any(f"{owner}.".startswith(f"{module}.") for owner in owners)
+
+    @_guarded
+    def hook_operands(self, row: int, addition: Addition) -> None:
+        """Hook the input of a block that runs again, and what leads to its shortcut."""
+        self._begun = self._pass()
+        if (row, "grad_input") in self._postponed and addition.origin is not None:
+            self._watch_input(row, addition.origin)
+        if not self._core:
+            self._watch_shortcut(row, addition)
+        self._begun = None
+
+    @_guarded
+    def hook_again(self, row: int, site: str, x: Tensor) -> None:
+        """Hook a tensor of a block that runs again."""
+        self._begun = self._pass()
+        if self._find(x) is None and not (self._core and site == "sum"):
+            self._known[id(x)] = (weakref.ref(x), x._version, row, site)
+        if (row, f"grad_{site}") in self._postponed:
+            self._hook(x, row, f"grad_{site}")
+        self._begun = None
+
+    def conclude(self) -> None:
+        """Say of which tensors no gradient came because they have none."""
+        for row, column in self._postponed - self._hooked:
+            self.miss(row, _WITHOUT[column], _NO_GRADIENTS)
+
     # -- backward ------------------------------------------------------------------------------
 
     def _hook(self, x: Tensor, row: int, column: str) -> None:
+        if not x.requires_grad and not torch.is_grad_enabled():
+            self._postponed.add((row, column))  # it may run again in the backward pass
+            return
         if not x.requires_grad:
             self.miss(row, _WITHOUT[column], _NOT_ASKED)
             return
@@ -614,7 +656,7 @@ class Recorder:
             self._scales[row] = addition.shortcut_scale
             return
         entries = list(_entries(h, x))
-        if not entries:
+        if not entries and torch.is_grad_enabled():
             reason = "no gradient leads from the shortcut back to the block's input"
             self.miss(row, ("shortcut_share",), reason)
         begun = self._begun

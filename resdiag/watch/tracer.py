@@ -11,6 +11,7 @@ to the unit that the first one began, however the terms are put in order.
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -209,6 +210,8 @@ class Tracer(TorchFunctionMode):
         units: Names of modules that are blocks even without a residual addition; if given,
             additions elsewhere are not blocks. Without, a network whose first pass has no residual
             addition has the units that `choose_units` finds in it.
+        again: Asked at the call of a module outside of a pass, with how often modules were called
+            in the last one, for a listener to tell of that module's run; None not to follow it.
     """
 
     _busy: ClassVar[bool] = False  # of all tracers: what one listener computes is no one's model
@@ -219,6 +222,7 @@ class Tracer(TorchFunctionMode):
         listener: Listener,
         wanted: Callable[[], bool],
         units: frozenset[str] | None = None,
+        again: Callable[[str, Mapping[str, int]], Listener | None] = lambda name, called: None,
     ) -> None:
         super().__init__()
         self._listener, self._wanted, self._units = listener, wanted, units
@@ -233,6 +237,8 @@ class Tracer(TorchFunctionMode):
         self._counts: dict[str, int] = {}
         self._head: tuple[Tensor | None, Tensor | None] = (None, None)
         self._on, self._thread = False, 0
+        self._first, self._again = listener, again
+        self._called: Counter[str] = Counter()
         # a unit's name, and how many activations and normalisations after it belong to it
         self._tails = dict.fromkeys(units or (), 0)
         self._searching = units is None
@@ -289,6 +295,8 @@ class Tracer(TorchFunctionMode):
                 return
             if root:
                 self._begin(compiled=is_running_compiled())
+            elif not self._on:
+                self._begin_again(name)
             if self._on and get_ident() == self._thread:
                 self._come(name, module, args, kwargs)
 
@@ -305,6 +313,8 @@ class Tracer(TorchFunctionMode):
                 self._stop()
                 return
             self._go(name, module, output)
+            if not root and not self._depth:
+                self._stop()
             if root:
                 self._finish(module, output)
 
@@ -331,15 +341,25 @@ class Tracer(TorchFunctionMode):
         self._stop()  # an interrupt (no Exception) leaves a pass open
         self.seen.compiled = compiled
         if self._wanted():
+            self._called.clear()
+            self._start()
+
+    @plain
+    def _begin_again(self, name: str) -> None:
+        """A module outside of a pass: one that runs once more in the backward pass is followed."""
+        listener = self._again(name, self._called)
+        if listener is not None:
+            self._stop()
+            self._listener = listener
             self._start()
 
     def _start(self) -> None:
         # replicas of the model in other threads (DataParallel) are not followed
         self._on, self._thread = True, get_ident()
-        routine = self._memory.routine
-        if routine is not None:
+        routine, first = self._memory.routine, self._listener is self._first
+        if routine is not None and first:
             self._repeat = Repeat(routine, self._listener, self)
-        elif self._memory.can_learn:
+        elif self._memory.can_learn and first:
             self._learner = Learner([*self._model.parameters(), *self._model.buffers()])
         self._mode.enter_context(self._repeat or self)
         if self._makers is not None:
@@ -416,6 +436,7 @@ class Tracer(TorchFunctionMode):
         self._trailing.clear()
         self._search = None
         self._head = (None, None)
+        self._listener = self._first
 
     def _quietly(self, tell: Callable[..., None], *args: object) -> None:
         """Tell the listener without tracing what it computes."""
@@ -462,6 +483,8 @@ class Tracer(TorchFunctionMode):
 
     def _come(self, name: str, module: nn.Module, args: object, kwargs: object) -> None:
         """A module's forward begins."""
+        if self._listener is self._first:
+            self._called[name] += 1
         repeat = self._repeat
         if repeat is not None and not repeat.lost:
             known = repeat.frames or repeat.begin([*_tensors(args), *_tensors(kwargs)])
