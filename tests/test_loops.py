@@ -1126,5 +1126,10 @@ def test_a_language_model_that_returns_its_loss_is_recorded(reentrant):
     assert all(map(torch.equal, *ends))
     assert not monitor.notes
     assert len(monitor.blocks) == 4
-    assert monitor.to_frame()[["grad_param", "grad_output", "output_mean"]].notna().all(axis=None)
+    frame = monitor.to_frame()
+    assert frame[["grad_param", "output_mean"]].notna().all(axis=None)
+    assert frame.grad_output.isna().all() == bool(reentrant)  # runs `forward` again, no module
+    hidden = [e for e in monitor.unavailable if e["metric"] == "grad_output"]
+    assert [e["blocks"] for e in hidden] == ([[0, 1, 2, 3]] if reentrant else [])
+    assert all("use_reentrant=False" in e["reason"] for e in hidden)
     assert per_step(monitor, "grad_norm")[0] == close(norm(ends[0]))

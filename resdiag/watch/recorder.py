@@ -46,7 +46,7 @@ _WITHOUT = {
 _NOT_ASKED = "no gradient is asked for at this tensor"
 _NO_GRADIENTS = (
     "its forward ran without gradients, and no module that was called once ran again in the "
-    "backward pass"
+    "backward pass: where that is activation checkpointing, use_reentrant=False shows them"
 )
 _NOT_CORE = "not in the core set: attach(metrics='full') records it"
 
