@@ -401,10 +401,8 @@ def _print_status(study: "Study", entries: "list[Entry]", as_json: bool) -> None
         return
     from resdiag.study.live import sum_up
 
-    rows = [
-        (e.id, e.state, f"{e.step}/{e.steps}" if e.steps else "", e.message, str(e.run or ""))
-        for e in entries
-    ]
-    print_table(("cell", "state", "steps", "message", "run"), rows, False)
+    rows = [(e.id, e.state, f"{e.step}/{e.steps}" if e.steps else "", e.message) for e in entries]
+    print_table(("cell", "state", "steps", "message"), rows, False)
+    print(f"cells in {entries[0].folder.parent}")
     print(sum_up(study, entries))
     sys.stdout.flush()

@@ -140,7 +140,7 @@ def _share(norms: Sequence[float]) -> list[float]:
 
 
 def _strip_of(entry: Entry) -> str:
-    """The strip of the last recorded step that is committed."""
+    """The strip of the last recorded step that is committed and has a gradient."""
     if entry.run is None:
         return ""
     try:
@@ -155,14 +155,14 @@ def _strip_of(entry: Entry) -> str:
 
 @lru_cache(maxsize=1024)
 def _last_norms(run: Path, part: str, sha256: str) -> tuple[float, ...]:
-    """Gradient norm at each block's output, from the last step of a segment."""
+    """Gradient norm at each block's output, from the last step of a segment that has any."""
     import pyarrow.parquet as pq
 
     columns = pq.read_table(run / part, columns=["step", "block", "grad_output"]).to_pydict()
-    last = max(columns["step"], default=-1)
-    rows = zip(columns["step"], columns["block"], columns["grad_output"], strict=True)
-    found = sorted((block, value) for step, block, value in rows if step == last)
-    return tuple(math.nan if value is None else float(value) for _, value in found)
+    values = [math.nan if value is None else float(value) for value in columns["grad_output"]]
+    rows = list(zip(columns["step"], columns["block"], values, strict=True))
+    last = max((step for step, _, value in rows if not math.isnan(value)), default=-1)
+    return tuple(value for step, _, value in sorted(rows, key=lambda r: r[1]) if step == last)
 
 
 def _number(value: object, form: str) -> str:

@@ -209,7 +209,7 @@ def submit(job: Job, executor: Any, cells: Iterable[str]) -> dict[str, Any]:  # 
             jobs = [executor.submit(CellJob(job.task(cell), job.log(cell))) for cell in cells]
     except (OSError, RuntimeError, submitit.core.utils.FailedJobError) as error:
         words = [line for line in str(error).splitlines() if "error:" in line]
-        reason = words[-1].split("error:")[-1].strip() if words else str(error).split("\n")[0]
+        reason = words[0].split("error:")[-1].strip() if words else str(error).split("\n")[0]
         hint = "--device cpu asks for no GPU, --partition names another partition"
         raise ResdiagError(f"Slurm refused the jobs: {reason}", hint) from error
     return dict(zip(cells, jobs, strict=True))
