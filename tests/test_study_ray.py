@@ -11,6 +11,7 @@ from study_runs import digests, driver, ended_once, run_local, wait_for
 from studyfiles import TINY, write_study
 from tiny_training import digest
 
+from resdiag.cli import app
 from resdiag.runs.lock import find_holder
 from resdiag.study.ledger import find_run, read_ledger
 from resdiag.study.study import load_study
@@ -90,15 +91,30 @@ def ray_processes():
 
 
 @pytest.mark.slow
-def test_a_cluster_of_its_own_leaves_no_process_and_an_absent_one_is_named(tmp_path):
+def test_a_cluster_of_its_own_leaves_no_process(tmp_path):
     before = set(psutil.pids())
     path = write_study(tmp_path, SHORT)
     assert driver(tmp_path, path, "--engine", "ray", "--slots", "2").wait(280) == 0
     ended_once(load_study(str(path)), tmp_path / "runs")
     wait_for(lambda: not [one for one in ray_processes() if one.pid not in before], 20)
-    more = ["--engine", "ray", "--address", "127.0.0.1:1"]
-    assert driver(tmp_path, write_study(tmp_path, SHORT, "other"), *more).wait(120) == 1
-    assert "no Ray cluster at '127.0.0.1:1'" in (tmp_path / "driver.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("address", "code", "words"),
+    [
+        ("127.0.0.1:1", 1, "no Ray cluster at '127.0.0.1:1': [Errno 111] Connection refused"),
+        ("127.0.0.1:99999", 1, "no Ray cluster at '127.0.0.1:99999'"),
+        ("somewhere", 2, "--address 'somewhere' is neither HOST:PORT nor auto"),
+        ("auto", 1, "no Ray cluster at 'auto'"),
+    ],
+)
+def test_a_cluster_that_is_not_there_is_named_at_once(
+    address, code, words, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    line = ["study", "run", str(write_study(tmp_path, SHORT)), "--runs", str(tmp_path / "runs")]
+    assert app.run([*line, "--engine", "ray", "--address", address]) == code
+    assert words in capsys.readouterr().err
 
 
 def test_a_killed_worker_is_replaced_and_the_digest_is_that_of_the_local_engine(cluster, tmp_path):

@@ -18,6 +18,7 @@ from resdiag.training.interrupt import Interrupt
 _LOOK_S = 1.0
 _GRACE_S = 30.0
 """Seconds for a task that was asked to end before it is no longer waited for."""
+_ANSWER_S = 10.0
 _STORE_BYTES = 80 * 2**20
 """Ray's object store, which cells do not use: near the least that it takes."""
 
@@ -34,7 +35,7 @@ def run_on_ray(job: Job, address: str, slots: int | None) -> int:
         The signal that stopped it, or 0.
 
     Raises:
-        UsageError: Ray is not installed.
+        UsageError: Ray is not installed, or `address` is none.
         ResdiagError: There is no cluster at `address`.
     """
     if ":" in job.device:
@@ -197,6 +198,7 @@ def _cluster(job: Job, address: str, slots: int | None) -> Iterator[None]:
 def _find_cluster(job: Job, address: str, slots: int | None) -> dict[str, Any]:
     """The cluster at an address, or a new one with room for at least one cell."""
     if address:
+        _check_address(address)
         return {"address": address}
     threads = job.study.file.resources.threads
     return {
@@ -206,6 +208,25 @@ def _find_cluster(job: Job, address: str, slots: int | None) -> dict[str, Any]:
         "num_cpus": max(len(os.sched_getaffinity(0)), threads * (slots or 1)),
         "num_gpus": 0 if job.device == "cpu" else len(find_gpus()),
     }
+
+
+def _check_address(address: str) -> None:
+    """Refuse an address where nobody listens, to which Ray would try to connect for ever.
+
+    Raises:
+        UsageError: It is neither HOST:PORT nor "auto".
+        ResdiagError: Nobody listens there.
+    """
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isascii() or not port.isdecimal():
+        raise UsageError(f"--address {address!r} is neither HOST:PORT nor auto")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        message = f"no Ray cluster at '{address}': {error}"
+        raise ResdiagError(message, "ray start --head starts one") from error
 
 
 def _first_line(error: Exception) -> str:
