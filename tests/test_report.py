@@ -94,6 +94,16 @@ def test_a_factor_is_judged_by_the_geometric_mean():
     assert judged(BLOCKS, (math.nan,) * 3).reason == "never reached"
 
 
+def test_final_and_best_error_stand_beside_a_published_one():
+    results = make_results(broken=lambda request: None)
+    (item, *_) = [j for j in judge_all(results) if j.expected.measure == "test_error"]
+    members = [c for c in results.cells if c.cell.matches({"variant": ["elu"], "depth": [20]})]
+    for name in ("test_error", "best_test_error"):
+        assert item.errors[name].mean == np.mean([m.outcomes[name] for m in members])
+    html = page_of(results)
+    assert "best epoch" in html
+
+
 def test_what_diverged_has_not_met_an_error():
     found = judged(ERROR, (0.1, 0.1, math.nan), states=("done", "done", "diverged"))
     assert (found.outcome, found.reason) == (NOT_MET, "1 of 3 diverged")

@@ -73,14 +73,17 @@ def _headline(results: Results, judged: Sequence[Judged]) -> str:
 
 
 def _not_met(judged: Sequence[Judged]) -> list[str]:
-    """The expected values that did not come out, by what was expected."""
+    """The expected values that did not come out, by measure; of words, by the word."""
     missed: dict[str, list[str]] = {}
     for item in judged:
         if item.outcome == NOT_MET:
             want = item.expected
-            value = number(want.value, want.measure)
-            claim = f"{measure_words(want.measure, want.step, want.block)} {value}"
-            found = item.reason or f"{number(item.numbers.mean, want.measure)}, n = {item.ended}"
+            claim = measure_words(want.measure, want.step, want.block)
+            if isinstance(want.value, str):
+                claim, found = f"{claim} {want.value}", item.reason
+            else:
+                mean = item.reason or number(item.numbers.mean, want.measure)
+                found = f"{mean}, expected {number(want.value, want.measure)}"
             missed.setdefault(claim, []).append(f"{settings_words(item.settings)} ({found})")
     return [f"Not met: {claim}: {listing(where, 8)}." for claim, where in missed.items()]
 

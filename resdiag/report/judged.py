@@ -46,6 +46,7 @@ class Judged:
         outcome: MET, NOT_MET or OPEN.
         reason: Why it is open, or what was found instead.
         numbers: What came out, if it is a number.
+        errors: Final and best test error beside it, if an error is expected.
         words: How often each word came out, if it is a word.
         ended: Cells that ended.
         cells: Cells that there are.
@@ -57,6 +58,7 @@ class Judged:
     outcome: str
     reason: str
     numbers: Summary
+    errors: Mapping[str, Summary]
     words: Mapping[str, int]
     ended: int
     cells: int
@@ -115,11 +117,20 @@ def _judge(item: Expected, group: Group, changed: Sequence[str]) -> Judged:
         outcome=outcome,
         reason=reason,
         numbers=summary,
+        errors=_errors(ended) if item.measure in ERRORS else {},
         words={word: words.count(word) for word in dict.fromkeys(words)},
         ended=len(ended),
         cells=len(group.members),
         data=tuple(dict.fromkeys(member.data for member in group.members)),
     )
+
+
+def _errors(ended: Sequence[CellResult]) -> dict[str, Summary]:
+    found = {}
+    for name in ("test_error", "best_test_error"):
+        values = [member.outcomes.get(name, math.nan) for member in ended]
+        found[name] = summarise([value for value in values if not isinstance(value, str)])
+    return found
 
 
 def _incomparable(ended: Sequence[CellResult], changed: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from resdiag.report.answer import answer
 from resdiag.report.figures import Picture
-from resdiag.report.judged import MET, NOT_MET, Judged, judge_all, summarise
+from resdiag.report.judged import MET, NOT_MET, Judged, Summary, judge_all, summarise
 from resdiag.report.origin import list_sources, remake_commands
 from resdiag.report.parts import (
     Code,
@@ -36,6 +36,7 @@ from resdiag.report.words import (
 from resdiag.study.spec import WORDS
 
 _KINDS = {MET: "good", NOT_MET: "bad"}
+_MOST_COLUMNS = 12
 _STATES = {"done": "plain", "diverged": "bad", "failed": "bad"}
 
 
@@ -105,7 +106,10 @@ def _expected_table(source: str, items: Sequence[Judged]) -> Table:
             caption=source, header=[*first, "came out", "n", "data"], rows=rows, numeric=(5,)
         )
     header = [*first, "mean", "spread (sd)", "least to most", "n", "data"]
-    return Table(caption=source, header=header, rows=rows, numeric=(3, 4, 5, 6, 7))
+    if any(item.errors for item in items):
+        header += ["final", "best epoch"]
+        rows = [[*row, *_final_and_best(item)] for row, item in zip(rows, items, strict=True)]
+    return Table(caption=source, header=header, rows=rows, numeric=(3, 4, 5, 6, 7, 9, 10))
 
 
 def _judgement(item: Judged) -> Mark:
@@ -141,6 +145,12 @@ def _number_row(item: Judged) -> list[Entry]:
     ]  # fmt: skip
 
 
+def _final_and_best(item: Judged) -> list[Entry]:
+    """Both errors: the best one is chosen on the test images, and flatters."""
+    found = (item.errors.get(name) for name in ("test_error", "best_test_error"))
+    return [_spread_words(one, "test_error") if one else "-" for one in found]
+
+
 def _plain(tolerance: float | None, measure: str) -> str:
     return number(tolerance or 0.0, measure)
 
@@ -161,9 +171,11 @@ def _outcomes(results: Results) -> Section:
 
 def _matrix(results: Results, caption: str, words: Callable[[Group], Entry]) -> Table:
     """Settings against the last telling one: the learning rate, the warm-up, or the depth."""
-    *rows, column = results.telling
-    if len(rows) > 1 and len(_values(results, column)) > 9:
-        rows, column = [*results.telling[:1], *results.telling[2:]], results.telling[1]
+    numeric = [name for name in results.telling if _are_numbers(_values(results, name))]
+    column = numeric[-1] if numeric else results.telling[-1]
+    if len(_values(results, column)) > _MOST_COLUMNS:
+        column = results.telling[-1]
+    rows = [name for name in results.telling if name != column]
     columns = _values(results, column)
     cells: dict[str, dict[str, Entry]] = {}
     for group in results.groups:
@@ -179,7 +191,11 @@ def _matrix(results: Results, caption: str, words: Callable[[Group], Entry]) -> 
 def _values(results: Results, name: str) -> list[Any]:
     found = {repr(group.settings[name]): group.settings[name] for group in results.groups}
     values = list(found.values())
-    return sorted(values) if all(isinstance(v, int | float) for v in values) else values
+    return sorted(values) if _are_numbers(values) else values
+
+
+def _are_numbers(values: Sequence[Any]) -> bool:
+    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
 
 
 def _ended_words(group: Group) -> Entry:
@@ -218,15 +234,15 @@ def _numbers(results: Results) -> Table:
 
 def _mean(group: Group, name: str) -> str:
     values = [member.outcomes.get(name, math.nan) for member in group.ended]
-    found = summarise([value for value in values if not isinstance(value, str)])
-    if not found.n:
-        return "-"
-    if found.n == 1:
+    return _spread_words(summarise([v for v in values if not isinstance(v, str)]), name)
+
+
+def _spread_words(found: Summary, name: str) -> str:
+    """`8.38 ± 0.12 %`; without the spread if there is one number only."""
+    if found.n < 2:
         return number(found.mean, name)
-    spread = number(found.deviation, name).removesuffix(" %")
-    return f"{number(found.mean, name).removesuffix(' %')} ± {spread}" + (
-        " %" if name in ERRORS else ""
-    )
+    mean, spread = (number(v, name).removesuffix(" %") for v in (found.mean, found.deviation))
+    return f"{mean} ± {spread}" + (" %" if name in ERRORS else "")
 
 
 # -- figures ---------------------------------------------------------------------------------------
