@@ -231,6 +231,123 @@ def other_tools_page() -> str:
     )
 
 
+def performance_page() -> str:
+    """The performance page with the tables of what was measured in their places."""
+    page = (HERE.parent / "explanation" / "performance.md").read_text("utf-8")
+    results = json.loads((ROOT / "benchmarks" / "results" / "performance.json").read_text("utf-8"))
+    for part, make in _PERFORMANCE.items():
+        begin, end = f"<!-- {part}: written by docs/generate.py -->\n", f"<!-- end of {part} -->\n"
+        before, rest = page.split(begin)
+        where = "\nNot measured yet.\n\n"
+        if part in results:
+            there = results[part]["where"]
+            where = (
+                f"\nMeasured {there['date']}: {there['machine']}, Python {there['python']}, torch "
+                f"{there['torch']}, load {there['load_before']} before it began.\n\n"
+            ) + make(results[part]["result"])
+        page = before + begin + where + end + rest.split(end)[1]
+    return page
+
+
+def _overhead_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A row per network and arm."""
+    header = ("network", "batch", "arm", "every", "step time", "processor time", "n")
+    return _table(
+        header,
+        [
+            (
+                f"{r['variant']}-{r['depth']}",
+                str(r["batch_size"]),
+                f"`{r['name']}`",
+                str(r["every"] or "-"),
+                f"{r['ratio']:.3f} [{r['q25']:.3f} {r['q75']:.3f}]",
+                f"{r['cpu']:.3f}",
+                str(r["n"]),
+            )
+            for r in rows
+        ],
+    )
+
+
+def _growth_table(result: Mapping[str, Any]) -> str:
+    """A row per depth and batch, and a sentence about the long run."""
+    rows = [
+        (
+            str(r["depth"]),
+            str(r["blocks"]),
+            str(r["batch_size"]),
+            r["metrics"],
+            f"{r['ms']:.1f}",
+            f"{1000 * r['ms'] / r['blocks']:.0f}",
+            f"{r['step_ms']:.0f}",
+            str(r["n"]),
+        )
+        for r in result["rows"]
+    ]
+    header = ("depth", "blocks", "batch", "set", "ms a step", "us a block", "idle step, ms", "n")
+    long = result["steps"]
+    return _table(header, rows) + (
+        f"\nA run of {long['steps']:,} recorded steps of {long['blocks']} blocks that nobody "
+        "drains: "
+        f"{long['first_ms']:.2f} ms a step among the first 200, {long['last_ms']:.2f} among the "
+        f"last 200; it holds {long['bytes_per_step']:.0f} bytes a step.\n\n"
+    )
+
+
+def _storage_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A row per form."""
+    header = ("form", "us a recorded step", "processor's", "us a value", "bytes a value", "steps")
+    cells = [
+        (r["form"], "not installed", "-", "-", "-", "-")
+        if "missing" in r
+        else (
+            r["form"],
+            f"{r['us_per_step']:,.0f}",
+            f"{r['cpu_us_per_step']:,.0f}",
+            f"{r['us_per_value']:.3f}",
+            f"{r['bytes_per_value']:.2f}",
+            str(r["steps"]),
+        )
+        for r in rows
+    ]
+    return _table(header, cells)
+
+
+def _steps_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A row per kind of operation, two columns per network."""
+    header = ["ms a step"]
+    for r in rows:
+        header += [f"ResNet-{r['depth']}", f"ResNet-{r['depth']}, full set recorded"]
+
+    def line(name: str, plain: str, recorded: str | None) -> tuple[str, ...]:
+        cells = [f"{r[k]:.0f}" if k else "-" for r in rows for k in (plain, recorded)]
+        return (name, *cells)
+
+    body = [
+        (kind, *(f"{r[k][kind]:.1f}" for r in rows for k in ("kinds", "kinds_recorded")))
+        for kind in rows[0]["kinds"]
+    ]
+    body += [
+        line("**the step, on the clock**", "step_ms", "recorded_ms"),
+        line("floor by arithmetic", "arithmetic_floor_ms", None),
+        line("floor by traffic", "traffic_floor_ms", None),
+    ]
+    about = "; ".join(
+        f"ResNet-{r['depth']}: {r['gflop']:.0f} GFLOP at {r['gflop_per_s']:.0f} GFLOP/s, "
+        f"{r['gbyte']:.1f} GB at {r['gbyte_per_s']:.0f} GB/s"
+        for r in rows
+    )
+    return _table(header, body) + f"\nThe floors, batch {rows[0]['batch_size']}: {about}.\n\n"
+
+
+_PERFORMANCE: Mapping[str, Any] = {
+    "overhead": _overhead_table,
+    "growth": _growth_table,
+    "storage": _storage_table,
+    "steps": _steps_table,
+}
+
+
 def peers_table(results: Mapping[str, Any]) -> str:
     """What `benchmarks/peers.py` measured, a row per tool."""
     rows = [_peer(tool) for tool in results["tools"] if tool["name"] != "nothing"]
@@ -352,6 +469,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "plots.md": plots_page,
     "api.md": api_page,
     "../explanation/other-tools.md": other_tools_page,
+    "../explanation/performance.md": performance_page,
 }
 """The generated pages and what makes them."""
 

@@ -26,6 +26,14 @@ def test_ratios_are_medians_of_one_repetition_over_the_plain_step_of_the_same():
     assert all(row["n"] == 3 and row["q25"] <= row["ratio"] <= row["q75"] for row in rows.values())
 
 
+def test_the_processor_s_time_stands_beside_the_clock_s():
+    names = ("plain", "null", "naive", "core", "full", "idle")
+    clock, busy = ({name: [1.0] * 3 for name in names} for _ in range(2))
+    busy["core"] = [1.25, 1.5, 1.0]
+    rows = {(row["name"], row["every"]): row for row in summarise(clock, busy)}
+    assert (rows["core", 1]["ratio"], rows["core", 1]["cpu"]) == (1.0, 1.25)
+
+
 def test_the_command_prints_its_rows_as_json(capsys):
     words = ["bench", "overhead", "--depth", "8", "--batch-size", "2", "--threads", "1"]
     assert app.run([*words, "--repetitions", "2", "--json"]) == 0
@@ -33,6 +41,7 @@ def test_the_command_prints_its_rows_as_json(capsys):
     names = {(row["name"], row["every"]) for row in printed["rows"]}
     assert names >= {("null", 0), ("naive", 1), ("core", 1), ("full", 1), ("full", 10)}
     assert all(row["n"] == 2 and row["ratio"] > 0 for row in printed["rows"])
+    assert all(row["cpu"] > 0 for row in printed["rows"])
     assert printed["plain_s"] > 0
 
 

@@ -24,7 +24,10 @@ def overhead(
     repetitions: Annotated[int, typer.Option(min=2, help="Steps of every arm.")] = 12,
     as_json: Json = False,
 ) -> None:
-    """Step time with a monitor over step time without, interleaved; `null` is the noise."""
+    """Step time with a monitor over step time without, interleaved; `null` is the noise.
+
+    `ratio` is that of the clock with its quartiles, `cpu` that of the processor's time.
+    """
     row = find_variant(variant)
     count_blocks(depth)
     if not row.shortcut:
@@ -38,8 +41,10 @@ def overhead(
     torch.set_num_threads(threads)
     with Progress(console=Console(stderr=True), disable=as_json, transient=True) as progress:
         task = progress.add_task("repetitions", total=repetitions)
-        times = measure(row.id, depth, batch_size, repetitions, lambda: progress.advance(task))
-    rows = summarise(times)
+        times, busy = measure(
+            row.id, depth, batch_size, repetitions, lambda: progress.advance(task)
+        )
+    rows = summarise(times, busy)
     if as_json:
         setting = {"variant": row.id, "depth": depth, "batch_size": batch_size}
         plain = statistics.median(times["plain"])
@@ -47,6 +52,6 @@ def overhead(
         return
     say(f"{row.id}-{depth}, batch {batch_size}, {machine()}")
     say(f"plain step: {statistics.median(times['plain']):.3f} s")
-    header = ("name", "every", "ratio", "q25", "q75", "n")
-    cells = [[format(r[k], ".3f") if k[0] in "rq" else str(r[k]) for k in header] for r in rows]
+    header = ("name", "every", "ratio", "q25", "q75", "cpu", "n")
+    cells = [[format(r[k], ".3f") if k[0] in "rqc" else str(r[k]) for k in header] for r in rows]
     print_table(header, cells, as_json)

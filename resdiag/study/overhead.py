@@ -3,7 +3,9 @@
 Each repetition runs one training step of every arm in random order; a ratio is the median over
 repetitions of arm / plain of the same repetition. `null` is a second unwatched model: its distance
 from 1 is what the numbers can carry. Recording every 10th and 50th step is put together from a
-recorded and 9 or 49 idle steps of the same repetition.
+recorded and 9 or 49 idle steps of the same repetition. Beside the time on the clock stands the time
+of the processor: on a machine that does other things too it is the steadier of the two, with one
+thread; threads that wait for each other count as busy.
 """
 
 import os
@@ -12,7 +14,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ from resdiag.watch.monitor import Monitor, attach
 
 STRIDES = (10, 50)
 Arm = Callable[[], None]
+Times: TypeAlias = dict[str, list[float]]
 
 
 def measure(
@@ -31,8 +34,11 @@ def measure(
     batch_size: int,
     repetitions: int,
     tick: Callable[[], None] = lambda: None,
-) -> dict[str, list[float]]:
-    """Seconds per step of every arm, aligned by repetition; `tick` is called after each."""
+) -> tuple[Times, Times]:
+    """Seconds per step of every arm on the clock and on the processor, aligned by repetition.
+
+    `tick` is called after each repetition.
+    """
     torch.manual_seed(0)
     images = torch.randn(batch_size, 3, 32, 32)
     labels = torch.randint(0, 10, (batch_size,))
@@ -46,14 +52,16 @@ def measure(
     }
     for arm in arms.values():
         arm()
-    times: dict[str, list[float]] = {name: [] for name in arms}
+    times: Times = {name: [] for name in arms}
+    busy: Times = {name: [] for name in arms}
     for _ in range(repetitions):
         for name in random.sample(list(arms), len(arms)):
-            start = time.perf_counter()
+            begun, start = time.process_time(), time.perf_counter()
             arms[name]()
             times[name].append(time.perf_counter() - start)
+            busy[name].append(time.process_time() - begun)
         tick()
-    return times
+    return times, busy
 
 
 def make_arm(
@@ -108,8 +116,9 @@ def train_step(
     optimizer.step()
 
 
-def summarise(times: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """Median ratio and quartiles per arm."""
+def summarise(times: Times, busy: Times | None = None) -> list[dict[str, Any]]:
+    """Median ratio and quartiles per arm; `cpu` is the median ratio of `busy`, where given."""
+    cpu = {(row["name"], row["every"]): row["ratio"] for row in summarise(busy)} if busy else {}
     plain = times["plain"]
     ratios = {
         name: [a / b for a, b in zip(values, plain, strict=True)]
@@ -137,6 +146,7 @@ def summarise(times: dict[str, list[float]]) -> list[dict[str, Any]]:
                 "q75": q75,
                 "n": len(values),
             }
+            | ({"cpu": cpu[name, every]} if cpu else {})
         )
     return rows
 
