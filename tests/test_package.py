@@ -69,6 +69,7 @@ def test_a_public_name_is_imported_when_it_is_used():
         ["study", "list"],
         ["study", "run", "paper", "--dry-run"],
         ["study", "status", "smoke"],
+        ["study", "report", "smoek"],
         ["study", "cell", "smoke", "elu"],
     ],
     ids=" ".join,
@@ -132,6 +133,7 @@ def test_wheel_has_the_data_and_the_types_and_no_tests(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"resdiag/training/digits.npz", "resdiag/py.typed", "resdiag/cli.py"} <= names
     assert "resdiag/training/digits.LICENSE.md" in names
+    assert {f"resdiag/report/templates/report.{kind}" for kind in ("html", "css")} <= names
     assert {name.split("/")[0] for name in names} == {"resdiag", "resdiag-0.1.0.dist-info"}
     assert not [name for name in names if "test" in name or name.endswith((".pyc", ".md.orig"))]
 

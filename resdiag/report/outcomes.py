@@ -35,7 +35,8 @@ def measure(run: "Run", expected: Iterable[Expected]) -> dict[str, Outcome]:
     found["verdict"] = str((run.verdict or {}).get("name", ""))
     found |= {name: _over(run, curve, name) for name in OUTCOMES if name not in found}
     wanted = {key_of(item): item for item in expected if item.measure not in OUTCOMES}
-    frame = run.metrics() if any(item.block is not None for item in wanted.values()) else None
+    by_block = {item.measure for item in wanted.values() if item.block is not None}
+    frame = run.metrics(by_block) if by_block else None
     for key, item in wanted.items():
         found[key] = _at(curve, frame, item, len(run.blocks))
     return found

@@ -41,11 +41,10 @@ def thin(
     Returns:
         The smaller run, and the number of steps that a row of its curve stands for.
     """
-    metrics = run.metrics()
+    metrics = run.metrics(columns)
     kept = keep_steps(metrics, steps, wanted)
-    names = [name for name in metrics if name in {"step", "block", *columns}]
     curve, size = _thin_curve(run.curve(), kept)
-    frame = metrics.loc[metrics["step"].isin(kept), names].reset_index(drop=True)
+    frame = metrics[metrics["step"].isin(kept)].reset_index(drop=True)
     return replace(run, metrics_frame=frame, curve_frame=curve), size
 
 
