@@ -1,6 +1,7 @@
 """Small networks of every family, really run: numbers against plain hooks, and nothing changed."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -317,3 +318,81 @@ def test_an_encoder_s_fused_evaluation_hides_no_block_and_is_not_recorded(norm_f
             torch.testing.assert_close(model(x), fused)
     assert monitor.blocks == found
     assert len(monitor.to_frame()) == 4
+
+
+class Mixer(nn.Module):
+    """Tolstikhin et al. 2021: one MLP mixes tokens, one channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.out = nn.Conv2d(3, 6, 8, 8), nn.Linear(6, 10)
+        self.norm, self.tokens, self.channels = nn.LayerNorm(6), nn.Linear(16, 16), nn.Linear(6, 6)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = x + F.gelu(self.tokens(self.norm(x).transpose(1, 2))).transpose(1, 2)
+        self.mixed = x
+        return self.out((x + F.gelu(self.channels(x))).mean(1))
+
+
+def mixer_outputs(model, x):
+    model(x)
+    return {0: model.mixed}
+
+
+def last_of(model, names):
+    """Outputs of modules, which are those of blocks."""
+
+    def outputs(x):
+        kept, handles = {}, []
+        for at, name in names.items():
+            keep = functools.partial(lambda at, m, i, out: kept.update({at: out}), at)
+            handles.append(model.get_submodule(name).register_forward_hook(keep))
+        model(x)
+        for handle in handles:
+            handle.remove()
+        return kept
+
+    return outputs
+
+
+def still_swin():
+    sizes = {"patch_size": [4, 4], "embed_dim": 8, "window_size": [2, 2], "num_classes": 10}
+    return models.SwinTransformer(
+        depths=[1, 2], num_heads=[1, 2], stochastic_depth_prob=0.0, **sizes
+    )
+
+
+def still_convnext():
+    widths = [CNBlockConfig(8, 16, 1), CNBlockConfig(16, None, 2)]
+    return models.ConvNeXt(widths, stochastic_depth_prob=0.0, num_classes=10)
+
+
+CHANNELS = {  # model, outputs of blocks by row, dimension of the channels
+    "swin": (still_swin, lambda m: last_of(m, {1: "features.1.0", 3: "features.3.0"}), -1),
+    "convnext": (still_convnext, lambda m: last_of(m, {0: "features.1.0", 2: "features.3.1"}), 1),
+    "vit": (lambda: models.VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=10),
+            lambda m: last_of(m, {1: "encoder.layers.encoder_layer_0"}), -1),
+    "mixer": (Mixer, lambda m: lambda x: mixer_outputs(m, x), -1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_channels_are_where_the_network_has_them(name):
+    """B1, B2 and the channel moments against a direct computation over the right dimension."""
+    torch.manual_seed(0)
+    make, outputs, at = CHANNELS[name]
+    model, x = make(), torch.randn(6, 3, 32, 32)
+    expected = outputs(model)(x)
+    with attach(model, samples=None) as monitor:
+        model(x).square().mean().backward()
+        monitor.step()
+    frame = monitor.to_frame().set_index("block")
+    for row, y in expected.items():
+        per_channel = y.detach().double().movedim(at, 0).flatten(1)
+        mean, variance = per_channel.mean(1), per_channel.var(1, unbiased=False)
+        assert monitor.blocks[row].channels == len(mean)
+        bias = (mean.square().mean() / variance.mean()).sqrt().item()
+        assert frame.output_bias[row] == pytest.approx(bias, rel=1e-4)
+        median = mean.quantile(0.5).item()
+        assert frame.output_mean_q50[row] == pytest.approx(median, rel=1e-3, abs=1e-6)

@@ -362,7 +362,8 @@ class Lineage:
         nodes = self._nodes
         calls = tuple(call for n in on_branch if (call := nodes[n].call) is not None)
         at, reference = nodes[origin], nodes[origin].tensor
-        found = (nodes[n].features for n in (branch, shortcut, origin))
+        # the stream's own: a branch that mixes tokens, turned, has its features where they are
+        found = (nodes[n].features for n in (shortcut, origin, branch))
         return Meeting(
             swapped=swapped,
             origin=None if reference is None else reference(),
