@@ -130,6 +130,8 @@ def run(model, x, y, how="eager", steps=2):
                 model.get_submodule(owner).compile(backend="aot_eager", fullgraph=True)
         elif how == "inside":
             call = torch.compile(lambda x: model(x), backend="aot_eager", fullgraph=True)
+        elif callable(how):
+            call = how(model)
         elif how != "eager":
             call = torch.compile(model, backend=how, fullgraph=True)
         for _ in range(steps):
@@ -214,3 +216,24 @@ def test_a_gradient_that_comes_to_no_tap_is_nan_with_a_reason():
     assert "grad_sum" in lost
     assert seen.to_frame().grad_sum.isna().all()
     assert_same(seen, wanted, missing=lost | missing(seen, HIDDEN))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"mode": "reduce-overhead"}], ids=["default", "overhead"])
+def test_inductor_gives_the_numbers_of_eager(options):
+    # on the CPU reduce-overhead captures no graph: it must make no difference
+    x, y = batch("functional")
+    seen = run(build("functional"), x, y, lambda m: torch.compile(m, fullgraph=True, **options))
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert_same(seen, run(build("functional"), x, y))
+
+
+def test_reduce_overhead_records_inside_cuda_graphs():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    x, y = (part.cuda() for part in batch("functional"))
+    call = lambda model: torch.compile(model, fullgraph=True, mode="reduce-overhead")  # noqa: E731
+    seen = run(build("functional").cuda(), x, y, call, steps=4)
+    wanted = run(build("functional").cuda(), x, y, steps=4)
+    assert_same(seen, wanted, rtol=1e-3)  # TF32 and other kernels
