@@ -484,6 +484,16 @@ def test_a_template_is_a_study(tmp_path, capsys):
     assert len(build("\n".join(lines)).file.expected) == 1  # what is commented out is right too
 
 
+def test_a_folder_without_a_plan_does_not_hide_a_shipped_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smoke" / "smoke").mkdir(parents=True)  # as `--runs smoke` leaves it
+    (tmp_path / "other").mkdir()
+
+    assert load_study("smoke").name == "smoke"
+    with pytest.raises(UsageError, match="no study in other"):
+        load_study("other")
+
+
 def test_a_plan_is_the_study_and_cannot_be_altered(tmp_path):
     for mini in (False, True):
         study = load_study(str(write_study(tmp_path)), ["fixed.lr=0.05"], mini=mini)

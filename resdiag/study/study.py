@@ -13,7 +13,7 @@ from resdiag.errors import UsageError, unknown
 from resdiag.runs.files import from_json, list_folder, make_folder, to_json, write_file
 from resdiag.study.grid import Cell, expand
 from resdiag.study.mini import shrink
-from resdiag.study.shipped import find_study
+from resdiag.study.shipped import find_study, shipped_studies
 from resdiag.study.spec import StudyError, StudyFile, check_document, override, read_document
 
 SCHEMA = 1
@@ -91,10 +91,13 @@ def load_study(where: str, settings: Sequence[str] = (), *, mini: bool = False) 
         UsageError: There is no such file.
     """
     path = Path(where)
-    if not path.suffix and len(path.parts) == 1 and not path.is_dir():
-        path = find_study(where)
-    elif path.is_dir():
-        path = _latest_plan(path)
+    plans = _plans(path) if path.is_dir() else []
+    if plans:
+        path = max(plans, key=lambda plan: plan.stat().st_mtime_ns)
+    elif path.is_dir() and where not in shipped_studies():
+        raise UsageError(f"no study in {path}", _HINT)
+    elif not path.suffix and len(path.parts) == 1:
+        path = find_study(where)  # also where `--runs` left a folder of the study's name
     if path.suffix == ".json":
         return _read_plan(path, settings, mini)
     name = path.stem
@@ -162,12 +165,9 @@ def _read_plan(path: Path, settings: Sequence[str], mini: bool) -> Study:
     return study
 
 
-def _latest_plan(folder: Path) -> Path:
-    """The plan that was written last into a study's folder."""
-    plans = [folder / name for name in list_folder(folder) if _PLAN.fullmatch(name)]
-    if not plans:
-        raise UsageError(f"no study in {folder}", _HINT)
-    return max(plans, key=lambda path: path.stat().st_mtime_ns)
+def _plans(folder: Path) -> list[Path]:
+    """The plans in a study's folder."""
+    return [folder / name for name in list_folder(folder) if _PLAN.fullmatch(name)]
 
 
 __all__ = ["Study", "StudyError", "build_study", "load_study"]
