@@ -53,6 +53,9 @@ def run(
     commit_every: Annotated[int | None, typer.Option(help="Steps between commits.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 by autocast.")] = "float32",
+    engine: Annotated[
+        str, typer.Option(help="eager, fast (an own ELU on the CPU), compile or auto.")
+    ] = "eager",
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="CPU threads of PyTorch.")
     ] = None,

@@ -54,6 +54,7 @@ class RunConfig:
         commit_every: Steps between commits.
         dtype: Of the arithmetic, "float32".
         device: "cpu", "cuda", ...
+        engine: How the passes are executed: "eager", "fast" or "compile".
         stop_after_explosion: Steps to go on after loss or gradients became non-finite.
 
     Raises:
@@ -84,6 +85,7 @@ class RunConfig:
     commit_every: int
     dtype: str = "float32"
     device: str = "cpu"
+    engine: str = "eager"
     stop_after_explosion: int = 3
 
     def __post_init__(self) -> None:
@@ -114,8 +116,14 @@ class RunConfig:
         return cls(**document)
 
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON: equal configs have equal digests."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        """SHA-256 of the canonical JSON: equal configs have equal digests.
+
+        The eager engine is left out: it is what runs had before there were others.
+        """
+        plain = self.to_dict()
+        if plain["engine"] == "eager":
+            del plain["engine"]
+        text = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property

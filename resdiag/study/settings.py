@@ -22,7 +22,7 @@ _KINDS: Mapping[str, Any] = {
     "variant": str, "depth": int, "recipe": str, "data": str, "width": float, "stem_bn": bool,
     "steps": int, "epochs": int, "batch_size": int, "lr": float, "warmup": int,
     "momentum": float, "nesterov": bool, "weight_decay": float, "augment": bool,
-    "record_first": int, "every": int, "commit_every": int, "dtype": str,
+    "record_first": int, "every": int, "commit_every": int, "dtype": str, "engine": str,
 }  # fmt: skip
 SETTINGS = tuple(_KINDS)
 """What `[fixed]` and `[grid]` may name: all of a `Request` but the seed and the device."""

@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,7 +26,9 @@ from resdiag.training.committer import Committer, Piece, Table
 from resdiag.training.curve import Curve
 from resdiag.training.data import ImageData
 from resdiag.training.display import Display, Standing
+from resdiag.training.fastelu import FastElu
 from resdiag.training.interrupt import Interrupt
+from resdiag.training.pages import keep_pages
 from resdiag.training.recipe import learning_rate
 from resdiag.watch.monitor import Monitor, attach
 
@@ -96,6 +99,9 @@ class Training:
             channels_last=True,
         )
         self.monitor = self._attach()
+        self._compiled: Callable[[Tensor], Tensor] | None = None
+        if config.engine == "compile":  # after attach: hooks set later would not be in the graph
+            self._compiled = torch.compile(self.model, dynamic=False)
         self._curve, self._tally = Curve(), Tally()
         self._metrics: list[dict[str, NDArray[Any]]] = []
         self._base: tuple[int, NDArray[Any]] | None = None
@@ -114,9 +120,9 @@ class Training:
         """
         status = self._writer.status
         done = self._resume()
-        with self.monitor, self._committer:
+        with self.engine(), self.monitor, self._committer:
             while status not in ("done", "diverged") and done < self.config.steps:
-                self._train_step(done)
+                self.train_step(done)
                 done += 1
                 self._report(display, done)
                 status = self._status(done, interrupt)
@@ -128,13 +134,14 @@ class Training:
 
     # -- one step ------------------------------------------------------------------------------
 
-    def _train_step(self, step: int) -> None:
+    def train_step(self, step: int) -> None:
+        """Do update `step`, and the evaluation after it if one is due."""
         lr = learning_rate(self.config, step)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         images, labels = self._batches.batch(step)
         self._optimizer.zero_grad()
-        results = self._forward_backward(images, labels)
+        results = self._forward_backward(images, labels, self._model_for(len(labels)))
         self._count(step, len(labels), lr, results)
         if self._tally.exploded == step and not self.monitor.is_recording:
             self._record_again(images, labels)
@@ -142,18 +149,25 @@ class Training:
         self.monitor.step()
         self._evaluate(step + 1)
 
-    def _forward_backward(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _forward_backward(
+        self, images: Tensor, labels: Tensor, model: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         """Leave gradients in the parameters; loss and number of wrong predictions, float64 (2,)."""
-        logits = self._predict(images)
+        logits = self._predict(images, model)
         loss = F.cross_entropy(logits, labels)
         torch.autograd.backward(loss)
         wrong = (logits.detach().argmax(1) != labels).sum()
         return torch.stack([loss.detach().double(), wrong.double()])
 
-    def _predict(self, images: Tensor) -> Tensor:
+    def _model_for(self, size: int) -> Callable[[Tensor], Tensor]:
+        """What runs a training pass: an epoch's smaller last batch is not worth another graph."""
+        whole = size == self.config.batch_size
+        return self._compiled if self._compiled is not None and whole else self.model
+
+    def _predict(self, images: Tensor, model: Callable[[Tensor], Tensor]) -> Tensor:
         half = self.config.dtype == "bfloat16"
         with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
-            logits: Tensor = self.model(images)
+            logits = model(images)
         return logits.float()
 
     def _record_again(self, images: Tensor, labels: Tensor) -> None:
@@ -161,7 +175,7 @@ class Training:
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         self.monitor.demand()
         self._optimizer.zero_grad()
-        self._forward_backward(images, labels)
+        self._forward_backward(images, labels, self.model)
         for buffer, before in buffers:  # running statistics count the batch once
             buffer.copy_(before)
 
@@ -221,7 +235,7 @@ class Training:
         totals = torch.zeros(2, dtype=torch.float64, device=self._device)
         count = 0
         for images, labels in self._batches.test_batches(_EVALUATION_BATCH):
-            logits = self._predict(images)
+            logits = self._predict(images, self.model)
             loss = F.cross_entropy(logits, labels, reduction="sum")
             wrong = (logits.argmax(1) != labels).sum()
             totals += torch.stack([loss.double(), wrong.double()])
@@ -302,13 +316,21 @@ class Training:
 
     def _attach(self) -> Monitor:
         plain = not VARIANTS[self.config.variant].shortcut
+        compiled = self.config.engine == "compile"
         return attach(
             self.model,
             optimizer=self._optimizer,
             blocks=self.model.unit_names if plain else None,
             every=self.config.every or sys.maxsize,
             record_first=self.config.record_first,
+            example_inputs=(self._batches.batch(0)[0],) if compiled else None,
         )
+
+    def engine(self) -> AbstractContextManager[object]:
+        """What the steps run under."""
+        if self._device.type == "cpu":
+            keep_pages()
+        return FastElu() if self.config.engine == "fast" else nullcontext()
 
 
 def _join(parts: list[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:

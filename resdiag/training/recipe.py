@@ -12,6 +12,13 @@ from resdiag.models.variants import count_blocks, find_variant
 from resdiag.runs.config import RunConfig
 
 DTYPES = ("float32", "bfloat16")
+ENGINES = ("auto", "eager", "fast", "compile")
+"""What `--engine` accepts.
+
+`eager` is PyTorch as it is; `fast` is the same with an own ELU on the CPU, other bits in the last
+places; `compile` is torch.compile, the recorder inside the graph; `auto` is the fastest of the
+first two.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,13 +105,14 @@ class Request:
     commit_every: int | None = None
     device: str = "cpu"
     dtype: str = "float32"
+    engine: str = "eager"
 
     def check(self) -> None:
         """Refuse what can be refused without reading the data.
 
         Raises:
-            UsageError: Unknown variant, recipe or dtype, a depth other than 6n+2, a number out of
-                range, or both steps and epochs.
+            UsageError: Unknown variant, recipe, dtype or engine, a depth other than 6n+2, a number
+                out of range, or both steps and epochs.
         """
         find_variant(self.variant)
         count_blocks(self.depth)
@@ -112,6 +120,10 @@ class Request:
             raise unknown("recipe", self.recipe, RECIPES)
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
+        if self.engine not in ENGINES:
+            raise unknown("engine", self.engine, ENGINES)
+        if self.engine == "fast" and not self.device.startswith(("cpu", "auto")):
+            raise UsageError(f"engine 'fast' is for the CPU, not {self.device}", "--engine eager")
         if self.steps is not None and self.epochs is not None:
             raise UsageError("--steps and --epochs exclude each other")
         if not 0 < self.width <= _WIDEST:
@@ -179,8 +191,18 @@ def resolve(request: Request, *, data_name: str, train_size: int) -> RunConfig:
         every=every,
         eval_every=per_epoch if recipe.evaluate else 0,
         commit_every=request.commit_every or min(per_epoch, 100),
+        engine=_engine(request),
         **{name: value for name, value in asdict(request).items() if name in taken},
     )
+
+
+def _engine(request: Request) -> str:
+    """The engine that `auto` means: what is measured to be faster and computes the same."""
+    if request.engine != "auto":
+        return request.engine
+    row = find_variant(request.variant)
+    has_elu = "elu" in f"{row.branch}-{row.after_add}-{row.stem}-{row.head}".split("-")
+    return "fast" if has_elu and request.device == "cpu" else "eager"
 
 
 def learning_rate(config: RunConfig, step: int) -> float:

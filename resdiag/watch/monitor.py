@@ -311,6 +311,7 @@ class Monitor:
     def start_at(self, step: int) -> None:
         """Count on from `step`, for a resumed training."""
         self._now.number = step
+        self._passes.arm()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
