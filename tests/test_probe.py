@@ -15,6 +15,7 @@ from resdiag.errors import UsageError
 from resdiag.explain.theory import predict
 from resdiag.models.example import Example
 from resdiag.models.source import build_source
+from resdiag.study.batch import open_batch
 from resdiag.study.probe import choose_loss, load_weights, probe_model
 from resdiag.watch.curvature import largest_curvature
 
@@ -201,6 +202,26 @@ def test_real_images_are_taken_with_their_labels_and_resized(call):
     assert document["critical_lr"]["reason"] == "not asked for"
 
 
+def test_a_text_is_taken_as_bytes_modulo_the_vocabulary(call, tmp_path):
+    pytest.importorskip("transformers")
+    data = bytes(range(256)) * 2
+    (tmp_path / "text.txt").write_bytes(data)
+    words = ["probe", "transformers:gpt2", *TINY_GPT2, "--data", "text:text.txt", "--batch-size",
+             "3", "--no-curvature", "--json"]  # fmt: skip
+    code, out, _ = call(*words)
+    assert code == 0
+    document = json.loads(out)
+    assert document["batch"] == "input_ids int64 3x32"
+    assert document["loss"]["name"] == "next-token cross-entropy of the bytes of text.txt"
+    arguments = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 50}
+    built = build_source("transformers:gpt2", arguments)
+    example, labels, name = open_batch(built, "text:text.txt", None, 3, None, 0)
+    assert (labels, name) == (None, "text:text.txt")
+    folded = [byte % 50 for byte in data]
+    windows = {tuple(folded[start : start + 32]) for start in range(len(folded) - 31)}
+    assert {tuple(row) for row in example.kwargs["input_ids"].tolist()} <= windows
+
+
 def test_a_model_without_additions_is_probed_by_its_units(call):
     code, out, err = call("probe", "torchvision:squeezenet1_1", "--input-shape", "3,64,64",
                           "--batch-size", "2", "--no-curvature", "--json")  # fmt: skip
@@ -249,9 +270,28 @@ def test_a_model_beyond_the_memory_is_narrowed_at_its_depth_or_refused(monkeypat
         (["resdiag:d-8", "--data", "digit"], "unknown data 'digit'"),
         (["resdiag:d-8", "--weights", "none.pt"], "no such file"),
         (["torchvision:fasterrcnn_resnet50_fpn"], "does not run on"),
+        (["resdiag:d-8", "--data", "text:none.txt"], "no such file: none.txt"),
+        (["resdiag:d-8", "--data", "text:empty.txt"], "empty.txt is empty"),
+        (
+            ["resdiag:d-8", "--data", "text:short.txt"],
+            "--data text: gives tokens; resdiag:d-8 takes float32 8x3x32x32 (images, e.g.",
+        ),
+        (
+            ["transformers:gpt2", *TINY_GPT2, "--data", "digits"],
+            "--data gives images; transformers:gpt2 takes input_ids int64 8x32 (--data text:FILE",
+        ),
+        (
+            ["transformers:gpt2", *TINY_GPT2, "--data", "text:short.txt"],
+            "short.txt has 5 bytes, a sample takes 32 (a longer file, or --input-shape 5)",
+        ),
+        (["resdiag:d-8", "--seed", "-1"], "seed"),
     ],
 )
-def test_mistakes_are_one_line_with_exit_code_2(call, words, said):
+def test_mistakes_are_one_line_with_exit_code_2(call, words, said, tmp_path):
+    if "transformers:gpt2" in words:
+        pytest.importorskip("transformers")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_bytes(b"bytes")
     code, out, err = call("probe", *words)
     assert (code, out) == (2, "")
     assert said in err

@@ -18,7 +18,8 @@ def probe(
     model: Model,
     arg: Argument = None,
     data: Annotated[
-        str, typer.Option(help="Images for the batch, as of `resdiag run`; generated if none.")
+        str,
+        typer.Option(help="As of `resdiag run`, or text:FILE for tokens; else generated."),
     ] = "",
     weights: Annotated[
         Path | None, typer.Option(help="state_dict to probe: .safetensors, or of torch.save.")
@@ -43,7 +44,11 @@ def probe(
     shape = parse_shape(input_shape)
     if loss not in ("auto", "cross-entropy", "mean-square"):
         raise unknown("loss", loss, ["auto", "cross-entropy", "mean-square"])
-    if data:
+    if data.startswith("text:"):
+        from resdiag.study.batch import check_text
+
+        check_text(data)
+    elif data:
         from resdiag.training.spec import check_data
 
         check_data(data)

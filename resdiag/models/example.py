@@ -23,10 +23,12 @@ class Example:
     Attributes:
         args: Positional arguments.
         kwargs: Keyword arguments.
+        tokens: What its token ids are, in words.
     """
 
     args: tuple[object, ...] = ()
     kwargs: dict[str, object]
+    tokens: str = "random tokens"
 
     @property
     def tensors(self) -> dict[str, Tensor]:

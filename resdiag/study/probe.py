@@ -17,12 +17,13 @@ from resdiag.errors import ResdiagError, UsageError
 from resdiag.explain.finding import plain
 from resdiag.explain.theory import critical_lr
 from resdiag.explain.verdict import Verdict, judge
-from resdiag.models.example import Example, example_batch
+from resdiag.models.example import Example
 from resdiag.models.inspection import check_memory, count_parameters, free_memory, words_of
 from resdiag.models.source import Built, build_source
 from resdiag.runs.environment import environment
 from resdiag.runs.folder import Run, open_run
 from resdiag.runs.watched import WatchedConfig, as_run, write_run
+from resdiag.study.batch import open_batch
 from resdiag.watch.curvature import Curvature, largest_curvature
 from resdiag.watch.monitor import Monitor, WatchWarning, attach
 
@@ -181,7 +182,8 @@ def probe_model(
         arguments: Of its factory or configuration.
         shape: Shape of one sample of the generated batch.
         batch_size: Samples.
-        data: Image data instead of a generated batch, as `resdiag run --data`.
+        data: Instead of a generated batch images, as `resdiag run --data`, or "text:FILE" for a
+            model that takes token ids.
         data_root: Folder of downloaded data sets.
         weights: A state_dict, of torch.save or safetensors; None probes the initialisation.
         loss: One of `LOSSES`.
@@ -198,7 +200,7 @@ def probe_model(
     if weights is not None:
         load_weights(built.model, weights)
         notes.append(f"weights of {weights}")
-    example, labels, source = _batch(built, data, data_root, batch_size, shape, seed)
+    example, labels, source = open_batch(built, data, data_root, batch_size, shape, seed)
     config = WatchedConfig(
         model=name, kind="probe", variant="" if weights else built.variant,
         depth=0 if weights else built.depth, data=source, batch_size=batch_size, steps=1, seed=seed,
@@ -309,30 +311,6 @@ def _narrow(config: Any) -> dict[str, int] | None:  # noqa: ANN401
     return sizes
 
 
-def _batch(
-    built: Built, data: str, root: Path | None, size: int, shape: Sequence[int] | None, seed: int
-) -> tuple[Example, Tensor | None, str]:
-    """Inputs, labels if there are any, and the name of where they come from."""
-    if not data:
-        example = example_batch(built, batch_size=size, shape=shape, seed=seed)
-        return example, None, "generated"
-    from resdiag.training.augment import Augmenter
-    from resdiag.training.data import open_data
-
-    form = example_batch(built, batch_size=1, shape=shape)
-    wanted = next(iter(form.tensors.values()))
-    if wanted.dim() != 4 or wanted.shape[1] != 3 or len(form.tensors) != 1:
-        raise UsageError(f"--data gives images; {built.name} takes {form.describe()}")
-    found = open_data(data, root)
-    images, labels = Augmenter(found, size, seed, augment=False).batch(0)
-    if images.shape[2:] != wanted.shape[2:]:
-        images = F.interpolate(images, tuple(wanted.shape[2:]), mode="bilinear", antialias=True)
-    key = next(iter(form.kwargs), "")
-    if key:
-        return Example(kwargs={key: images}), labels, found.name
-    return Example(args=(images,), kwargs={}), labels, found.name
-
-
 def _check_folder(folder: Path) -> None:
     """Refuse to write over a run that is no probe."""
     if (folder / "run.json").exists():
@@ -413,7 +391,7 @@ def choose_loss(
     if classes < 2 or logits.dim() < 2:
         raise UsageError(f"cross-entropy needs logits; the output is {tuple(logits.shape)}")
     if tokens and isinstance(ids, Tensor) and ids.shape[1] == logits.shape[1] and ids.shape[1] > 1:
-        name = "next-token cross-entropy of random tokens"
+        name = f"next-token cross-entropy of {example.tokens}"
         pairs = logits[:, :-1].reshape(-1, classes), ids[:, 1:].reshape(-1)
     else:
         generator = torch.Generator().manual_seed(seed)
