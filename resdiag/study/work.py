@@ -113,17 +113,24 @@ def work(task: Task, say: Callable[[str], None] = print) -> int:
     study, runs = load_study(task.study), Path(task.runs)
     cell = study.cell(task.cell)
     folder = study.folder(runs) / cell.id
-    entry = read_entry(folder)
-    if entry.state in ENDED:
-        say(f"{cell.id} is {entry.state} already")
+    if _has_ended(folder, say):
         return 0
     make_folder(folder)
     lock = Lock.take(folder, LEASE_S)
     try:
+        if _has_ended(folder, say):  # by whoever had it while we waited
+            return 0
         with Heartbeat(lock.beat):
             return _work_alone(study, task, folder, lock, say)
     finally:
         lock.release()
+
+
+def _has_ended(folder: Path, say: Callable[[str], None]) -> bool:
+    state = read_entry(folder).state
+    if state in ENDED:
+        say(f"{folder.name} is {state} already")
+    return state in ENDED
 
 
 def _work_alone(

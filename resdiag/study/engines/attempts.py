@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 
 from resdiag.study.engines.job import Job
-from resdiag.study.failure import LOG, name_signal, read_failure, write_failure
+from resdiag.study.failure import LOG, name_signal, read_failure, read_log, write_failure
 from resdiag.study.ledger import find_run
 from resdiag.study.work import STOPPED
 
@@ -12,6 +12,7 @@ AGAIN_S = 5.0
 """Seconds before a cell that somebody else has is asked for again."""
 _GLANCE_S = 5.0
 _SIGINT = 130
+_LINE = 200
 
 
 @dataclass
@@ -91,8 +92,7 @@ class Attempts:
         if code in (STOPPED, _SIGINT):  # stopped by us, or somebody else's
             return AGAIN_S
         if code > 0:
-            words = words or f"ended with exit code {code} and gave no reason"
-            self._fail(cell, "error", words)
+            self._fail(cell, "error", words or f"ended with exit code {code}{self._last(cell)}")
             return None
         return self._strike(cell, attempt, words or _describe(code))
 
@@ -115,6 +115,12 @@ class Attempts:
         if kind != "error" or read_failure(folder) is None:
             write_failure(folder, kind, words, f"see {LOG} in its folder")
         self._job.say(f"{cell}: failed; see {folder / LOG}")
+
+    def _last(self, cell: str) -> str:
+        """The last line that a cell printed, which tells more than a number."""
+        lines = read_log(self._job.folder(cell)).split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        return f"; its last words: {last[:_LINE]}" if last else " and no word"
 
     def _committed(self, cell: str) -> int:
         _, commit = find_run(self._job.folder(cell))
