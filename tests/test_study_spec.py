@@ -508,6 +508,25 @@ def test_a_plan_is_the_study_and_cannot_be_altered(tmp_path):
         load_study(str(plan), ["fixed.lr=1.0"])
 
 
+def test_two_processes_that_write_one_plan_leave_each_other_alone(tmp_path, monkeypatch):
+    """While one has its temporary file, another writes the whole plan; then the first renames."""
+    from resdiag.runs import files
+
+    study = load_study(str(write_study(tmp_path)))
+    rename, here = files.system.rename, os.getpid()
+
+    def rename_after_the_other(source, target):
+        monkeypatch.setattr(files.system, "rename", rename)
+        monkeypatch.setattr(files.os, "getpid", lambda: here + 1)
+        study.write_plan(tmp_path / "runs")
+        rename(source, target)
+
+    monkeypatch.setattr(files.system, "rename", rename_after_the_other)
+    plan = study.write_plan(tmp_path / "runs")
+    assert load_study(str(plan)) == study
+    assert [path.name for path in plan.parent.iterdir()] == [plan.name]
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": 1}', "[" * 100_000, "\x00"])
 def test_a_file_that_is_no_plan_is_refused(content, tmp_path):
     path = tmp_path / "plan-00000000.json"

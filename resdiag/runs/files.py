@@ -46,7 +46,8 @@ def write_file(path: Path, data: bytes) -> str:
     Raises:
         StorageError: The disk is full, read-only or failing; the temporary file is removed.
     """
-    tmp = path.with_name(f".{path.name}.tmp")
+    # of this process: two drivers that write the same plan do not take each other's file away
+    tmp = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}.tmp")
     try:
         _write_synced(tmp, data)
         try:
