@@ -100,7 +100,6 @@ def assert_same(seen, wanted, missing=(), rtol=1e-4):
         "original",
         "elu",
         "elu_pre",
-        "resnet18",
         "bottleneck",
         pytest.param("resnet50", marks=pytest.mark.slow),
     ],
@@ -112,7 +111,7 @@ def test_a_compiled_model_is_one_graph_with_the_numbers_of_eager(name):
     wanted = record(build(name))
     assert seen.blocks == wanted.blocks
     assert seen.notes == []
-    assert_same(seen, wanted, rtol=1e-3 if name in ("resnet50", "bottleneck") else 1e-4)
+    assert_same(seen, wanted, rtol=1e-3 if name == "resnet50" else 1e-4)
 
 
 @pytest.mark.parametrize("name", ["original", "elu_pre", "resnet18"])

@@ -16,7 +16,7 @@ from resdiag.watch.monitor import attach
 
 STEPS, BATCH = 2, 6
 MODELS = ("elu_pre", "relu_nobn", "vit")
-SPLITS = {"even": (3, 3), "uneven": (4, 2), "one": (6,)}
+SPLITS = {"even": (3, 3), "uneven": (4, 2), "one": (6,), "three": (3, 1, 2)}
 
 
 def make_model(name, seed=3):
@@ -93,13 +93,13 @@ def mesh_of(shape=(2,)):
     return init_device_mesh("cpu", shape, mesh_dim_names=("copies", "shards")[-len(shape) :])
 
 
-def shard(model, mesh=None):
+def shard(model, mesh=None, **policy):
     from torch.distributed.fsdp import fully_shard
 
     for module in list(model.modules()):
         if type(module).__name__ in ("Block", "EncoderBlock"):
-            fully_shard(module, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+            fully_shard(module, mesh=mesh, **policy)
+    return fully_shard(model, mesh=mesh, **policy)
 
 
 def many_ranks(
@@ -292,6 +292,24 @@ def own(rank):
     return out
 
 
+def mixed(rank):
+    """Shards whose passes run in bfloat16; watched and not."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+    def run(**options):
+        model = shard(make_model("elu_pre").float(), mesh_of(), mp_policy=policy)
+
+        def loss(step):
+            images, labels = (t.split(3)[rank] for t in make_batch(step))
+            F.cross_entropy(model(images.float()).float(), labels).backward()
+
+        return train(model, loss, **options)
+
+    return {"watched": run(), "plain": run(monitored=False)}
+
+
 def broken(rank):
     """One NaN in rank 1's images."""
     ddp = DistributedDataParallel(make_model("elu_pre"))
@@ -317,11 +335,19 @@ CASES = {
     ("elu_pre", "ddp", "unwatched"): (many_ranks, "elu_pre", "ddp", {"monitored": False}),
     ("vit", "fsdp", "unwatched"): (many_ranks, "vit", "fsdp", {"monitored": False}),
     **{case.__name__: (case,) for case in (absent, unreduced, strangers, stages, joined, refused)},
-    **{case.__name__: (case,) for case in (collectives, own, broken, points, late, lonely)},
+    **{case.__name__: (case,) for case in (collectives, own, mixed, broken, points, late, lonely)},
 }
 
 
-def main(rank, folder):
+THREE = {
+    ("elu_pre", "ddp", "three"): (many_ranks, "elu_pre", "ddp", {"split": "three"}),
+    ("elu_pre", "ddp", "parts"): (many_ranks, "elu_pre", "ddp", {"split": "three", "parts": 2}),
+    ("vit", "fsdp", "three"): (many_ranks, "vit", "fsdp", {"split": "three", "shape": (3,)}),
+}
+"""What three ranks do, each with another number of samples."""
+
+
+def main(rank, folder, size=2):
     """Run every case; results go to a file per rank."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -329,11 +355,11 @@ def main(rank, folder):
         "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
-        world_size=2,
+        world_size=size,
         timeout=timedelta(seconds=60),
     )
     results = {}
-    for key, (case, *rest) in CASES.items():
+    for key, (case, *rest) in (CASES if size == 2 else THREE).items():
         options = rest.pop() if rest else {}
         results[key] = case(rank, *rest, **options)
     torch.save(results, f"{folder}/{rank}.pt")
