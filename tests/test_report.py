@@ -301,6 +301,20 @@ def test_a_crowd_of_lines_is_split_by_depth():
     ]
 
 
+def test_lines_of_a_drawing_are_told_apart():
+    from resdiag.show.kinds import KINDS
+    from resdiag.show.opening import open_view
+
+    results = make_results(load_study("paper", ["seeds=[0]"]))
+    curves = [p for p in draw_figures(results, only=()) if p.number == 1]
+    assert [p.name for p in curves] == [f"01-curves-depth-{d}" for d in (20, 32, 44, 56, 110)]
+    runs = [c.run for c in results.cells if c.cell.request.depth == 110 and "10" in c.data[-2:]]
+    looks = [
+        series.look for series in open_view(KINDS["curves"], runs, step=None, theory=True).series
+    ]
+    assert len(set(looks)) == len(looks) == 5
+
+
 def test_growth_at_the_start_does_not_repeat_what_only_acts_later():
     text = GRID.replace("depth = [20, 56]\n[[f", "depth = [20]\nlr = [0.1, 0.01]\n[[f")
     study = make_study(

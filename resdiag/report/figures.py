@@ -3,6 +3,7 @@
 import io
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 MOST_LINES = 10
 """Lines in a figure that can be told apart; of more, one figure per depth, and so on."""
+
+MOST_REPEATS = 4
+"""Lines of one variant beside others: `show.style` has so many line styles."""
 
 _INITIAL = ("growth",)
 """Plots of the first step only: settings that act later make no other line."""
@@ -129,7 +133,7 @@ def _facets(
     split: list[str] = []
     order = [name for name in results.telling if name != "variant"]
     order.sort(key=lambda name: name not in ("data", "depth"))
-    while order and _most_lines(results, members, split) > MOST_LINES:
+    while order and _is_crowded(results, members, split):
         split.append(order.pop(0))
     lots: dict[str, list[CellResult]] = {}
     for item in members:
@@ -143,12 +147,18 @@ def _facets(
             yield f"{where}{more}".strip(), part
 
 
-def _most_lines(results: Results, members: Sequence[CellResult], split: Sequence[str]) -> int:
+def _is_crowded(results: Results, members: Sequence[CellResult], split: Sequence[str]) -> bool:
+    """Whether a drawing would have lines that cannot be told apart."""
     lots: dict[str, list[CellResult]] = {}
     for item in members:
         key = repr([getattr(item.cell.request, name) for name in split])
         lots.setdefault(key, []).append(item)
-    return max(len(results.group(lot)) for lot in lots.values())
+    for lot in lots.values():
+        groups = results.group(lot)
+        repeats = Counter(group.members[0].cell.request.variant for group in groups)
+        if len(groups) > MOST_LINES or (len(repeats) > 1 and max(repeats.values()) > MOST_REPEATS):
+            return True
+    return False
 
 
 def _draw(
