@@ -56,7 +56,7 @@ def where(load: float, threads: int) -> dict[str, Any]:
     """Day, machine, versions, and what else the machine did."""
     return {
         "date": datetime.datetime.now(tz=datetime.UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {threads} threads used",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, threads used: {threads}",
         "python": platform.python_version(),
         "torch": torch.__version__.partition("+")[0],
         "load_before": round(load, 2),

@@ -243,7 +243,7 @@ def performance_page() -> str:
             there = results[part]["where"]
             where = (
                 f"\nMeasured {there['date']}: {there['machine']}, Python {there['python']}, torch "
-                f"{there['torch']}, load {there['load_before']} before it began.\n\n"
+                f"{there['torch']}, load average {there['load_before']} before it began.\n\n"
             ) + make(results[part]["result"])
         page = before + begin + where + end + rest.split(end)[1]
     return page
