@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from resdiag.models.variants import VARIANTS
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs" / "explanation" / "stories").glob("story-*.md"))
 PAPER = ROOT.parent / "shared" / "000_c7b69ce8e0983603.txt"
@@ -51,15 +53,33 @@ def test_quotations_are_the_papers_words(page):
         assert " ".join(quotation.split()) in paper
 
 
-@pytest.mark.parametrize(
-    "variant", ["elu_nobn", "elu_pre", "elu_after", "original", "elu", "no_relu"]
-)
-@pytest.mark.parametrize("depth", [20, 56, 110])
-def test_predictions_hold_on_photographs(variant, depth):
+def geometric_mean(name, variant, depth):
+    """Of measurement over theory, over the seeds."""
     found = tables.rows("initialisation", variant=variant, depth=depth)
-    for name, factor in (("growth_per_block", 1.1), ("gradient_ratio", 2.0)):
-        ratios = [np.log(row[name] / row["theory"][name]) for row in found]
-        assert abs(np.mean(ratios)) < np.log(factor), name
+    return np.exp(np.mean([np.log(row[name] / row["theory"][name]) for row in found]))
+
+
+OPEN = {("plain", 110): "0.13: 7 % per block", ("relu_nobn", 110): "2.02 over two seeds"}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("depth", [20, 56, 110])
+def test_growth_is_predicted_within_a_tenth_on_photographs(variant, depth):
+    assert 1 / 1.1 < geometric_mean("growth_per_block", variant, depth) < 1.1
+
+
+@pytest.mark.parametrize(
+    ("variant", "depth"),
+    [
+        pytest.param(v, d, marks=pytest.mark.xfail(strict=True, reason=OPEN[v, d]))
+        if (v, d) in OPEN
+        else (v, d)
+        for v in VARIANTS
+        for d in (20, 56, 110)
+    ],
+)
+def test_gradient_ratio_is_predicted_within_a_factor_two_on_photographs(variant, depth):
+    assert 0.5 < geometric_mean("gradient_ratio", variant, depth) < 2
 
 
 def test_b_is_milder_than_a_and_both_exploded_before_the_first_update():

@@ -13,7 +13,8 @@ from PIL import Image
 from scipy import integrate
 
 from resdiag.errors import UsageError
-from resdiag.explain import coherence, moments, products
+from resdiag.explain import coherence, moments, products, reflected
+from resdiag.explain.depthlaw import depth_law
 from resdiag.explain.geometry import block_shapes, padding_share
 from resdiag.explain.growth import grow
 from resdiag.explain.positions import Taps, uniform
@@ -196,6 +197,26 @@ def test_euler_the_gradient_along_a_homogeneous_signal_is_kept(variant):
         g = back(level, coherence._uncorrected(level, g))
         now = level.channels * level.shape.kept * (g.along * level.s + g.level * level.m).sum()
         assert float(now) == pytest.approx(kept, rel=2e-3)
+
+
+def test_euler_holds_for_the_reflected_walk_of_relu_without_norm():
+    # exact but for the branch's ReLU: H is any law that is not negative
+    h = np.array([0.0, 0.5, 3.0, 7.0])
+    masses = np.array([0.4, 0.3, 0.2, 0.1])
+    s, sigma = float(masses @ h**2), 2.0
+    for shape in block_shapes(20):
+        a, b, _ = reflected._through((h, masses), shape, sigma, 0.5, (1.3, 0.4, 1.0))
+        generator = np.random.default_rng(0)
+        kept = generator.random(400_000) < shape.kept
+        drawn = np.where(kept, generator.choice(h, 400_000, p=masses), 0.0)
+        after = np.maximum(drawn + sigma * generator.standard_normal(400_000), 0.0)
+        units = 2 if shape.transition else 1
+        before = units * (a * s + b * float(masses @ h))
+        expected = 1.3 * (after**2).mean() + 0.4 * after.mean()
+        # <g, F> returns as a multiple of H only where the branch's variance is that of the law
+        scale = shape.gain1 * shape.gain2 / 2 * s / sigma**2
+        shortcut = (np.where(after > 0, 1.3 * after + 0.4, 0.0) * drawn).mean()
+        assert before == pytest.approx(shortcut + (expected - shortcut) * scale, rel=0.02)
 
 
 @pytest.mark.parametrize(("size", "stride"), [(8, 1), (8, 2), (16, 2), (200, 1)])
@@ -460,3 +481,30 @@ def test_gradient_ratio_is_predicted_within_its_documented_bounds(variant, low, 
     theory = predict(variant, 20, s0=moment, m0=outputs[0].mean().item())
     ratio = (first.double().norm() / last.double().norm()).item() / theory.gradient_ratio
     assert low <= ratio <= high
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("variant", "kind"),
+    [("a", "geometric"), ("b", "geometric"), ("d", "additive"), ("no_relu", "additive")],
+)
+def test_the_depth_law_of_a_stage_is_told_from_its_branches(variant, kind, noise):
+    model = build_model(variant, 44, seed=0).train()
+    x, moments_, ratios = model.stem(noise[:16]), [], []
+    for block in model.stages[0]:
+        after = block(x)
+        moments_.append(after.double().square().mean().item())
+        ratios.append((block.branch(x).norm() / x.norm()).item())
+        x = after
+    law = depth_law(moments_, ratios)
+    assert law.kind == kind
+    deeper = predict(variant, 86)  # stages of 14 blocks, twice as long
+    expected = deeper.second_moment[13] / deeper.s0
+    rate = 14 if kind == "geometric" else 1
+    assert (law.growth_at_twice / expected) ** (1 / rate) == pytest.approx(1, rel=0.2)
+
+
+def test_no_depth_law_is_told_from_too_little():
+    assert depth_law([1.0, 2.0], [1.0, 1.0]).kind == "unknown"
+    assert depth_law([1.0] * 5, [0.0] * 5).kind == "unknown"
+    assert "less than" in depth_law([1.0, 1.01, 1.02, 1.03], [0.1] * 4).reason

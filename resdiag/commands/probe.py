@@ -1,7 +1,7 @@
 """`resdiag probe`: the diagnosis of any model at its weights as they are, without training."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -92,6 +92,7 @@ def _describe(found: "Probed") -> str:
         f"{found.run.path}: {found.batch}, loss {found.loss[1]:.4g} ({found.loss[0]})",
         f"signal    E[H^2] {signal['first']:.3g} at the first block, {signal['last']:.3g} at the "
         f"last: x{signal['growth_per_block']:.3g} per block",
+        _depth_law(numbers["depth_law"]),
         f"gradient  first block over last {gradient['ratio_first_to_last']:.3g}: squared "
         f"x{gradient['growth_per_block']:.3g} per block",
         f"bias      B2 {numbers['bias_shift']['first']:.3g} at the first block, "
@@ -111,3 +112,21 @@ def _describe(found: "Probed") -> str:
             f"the loss's largest curvature on this batch ({curve.steps} products{far})"
         )
     return "\n".join(lines) + "\n"
+
+
+def _depth_law(law: "dict[str, Any]") -> str:
+    """What the longest stage would do if it were deeper."""
+    if law["kind"] == "unknown":
+        return f"depth     no law of growth: {law['reason']}"
+    twice = f"; with twice the blocks its E[H^2] would grow by x{law['growth_at_twice']:.3g}"
+    return (
+        f"depth     the longest stage grows by {_WORDS[law['kind']]} (E[F^2] follows E[h^2] to the "
+        f"power {law['elasticity']:.2f}){twice if law['kind'] != 'between' else ''}"
+    )
+
+
+_WORDS = {
+    "geometric": "a factor per block",
+    "additive": "an amount per block",
+    "between": "neither a factor nor an amount per block",
+}

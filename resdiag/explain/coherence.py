@@ -165,7 +165,7 @@ def _head(variant: str, level: Level, classes: int, share: float) -> Gradient:
     s, channels = level.after_s, level.channels
     pre = variant == "elu_pre"
     pooled = float((elu_second_moment(s) if pre else s).mean())
-    pull, error = _pull(pooled / 3, classes)
+    pull, error = pull_of_logits(pooled / 3, classes)
     rest = np.full_like(s, error / 3)
     along = share * np.sqrt(pull) / (channels * pooled)
     if not pre:
@@ -179,7 +179,7 @@ def _head(variant: str, level: Level, classes: int, share: float) -> Gradient:
     )
 
 
-def _pull(variance: float, classes: int) -> tuple[float, float]:
+def pull_of_logits(variance: float, classes: int) -> tuple[float, float]:
     """E[((p - y) . z)^2] and E[|p - y|^2] for Gaussian logits z of this variance, by quadrature."""
     points = stats.qmc.Sobol(classes, scramble=False).random_base2(_LOG2_SAMPLES)
     z = special.ndtri((points + 0.5 / 2**_LOG2_SAMPLES) % 1.0) * np.sqrt(variance)

@@ -15,6 +15,7 @@ import numpy as np
 from resdiag.explain.geometry import BlockShape
 from resdiag.explain.moments import ACTIVATIONS, Array
 from resdiag.explain.normalised import branch_gain
+from resdiag.explain.reflected import grow_back_reflected
 from resdiag.models.variants import Variant
 
 _PANEL, _WEIGHTS = np.polynomial.legendre.leggauss(8)
@@ -79,7 +80,12 @@ def walk(row: Variant, shapes: Sequence[BlockShape], s0: float) -> dict[str, Arr
     pairs = zip(levels, levels[1:], shapes, sigmas, strict=False)
     rows = [_describe(row, *pair) for pair in pairs]
     columns = {name: np.array([entry[name] for entry in rows]) for name in rows[0]}
-    return {**columns, **_backward(row, levels, shapes, steps)}
+    columns |= _backward(row, levels, shapes, steps)
+    if not row.norm:
+        laws = [(_phi(row, level.nodes), level.law) for level in levels]
+        gates = columns["attenuation"] ** 2
+        columns["grad_growth"] = grow_back_reflected(laws, shapes, sigmas, gates)
+    return columns
 
 
 def skip_gain_from_zero(blocks: int) -> float:

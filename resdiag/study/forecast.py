@@ -107,7 +107,7 @@ def forecast(
     s0, m0 = seen.value("input_second_moment", 0, 0), seen.value("input_mean", 0, 0)
     theory = predict(
         row.id, depth, s0=s0, m0=m0, width_px=images.shape[-1],
-        variances=_stem_variances(model, images),
+        variances=stem_variances(model, images),
     )  # fmt: skip
     norm = seen.scalar("grad_norm", 0)
     critical = _critical(
@@ -148,7 +148,7 @@ def _measure(
 
 
 @torch.no_grad()
-def _stem_variances(model: ResNet, images: torch.Tensor) -> list[float]:
+def stem_variances(model: ResNet, images: torch.Tensor) -> list[float]:
     """Variance of each of the stem's channels, over batch and positions; the model unchanged."""
     stem = copy.deepcopy(model.stem)  # its BatchNorm would count the batch twice
     variances: list[float] = stem(images).double().var((0, 2, 3), unbiased=False).tolist()

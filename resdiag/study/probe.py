@@ -4,7 +4,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resdiag.errors import ResdiagError, UsageError
+from resdiag.explain.depthlaw import DepthLaw, depth_law
 from resdiag.explain.finding import plain
 from resdiag.explain.theory import critical_lr
 from resdiag.explain.verdict import Verdict, judge
@@ -116,6 +117,18 @@ class Probed:
         known = self.run.config.variant in ("elu_nobn", "elu_pre")
         return critical_lr(norm) if known and math.isfinite(norm) else math.nan
 
+    def depth_law(self) -> DepthLaw:
+        """How the longest stage grows: by a factor per block or by an amount."""
+        stages: dict[int, list[int]] = {}
+        for block in self.run.blocks:
+            stages.setdefault(block["stage"], []).append(block["index"])
+        longest = max(stages.values(), key=len, default=[])
+        frame = self.run.metrics().set_index("block")
+        names = ("output_second_moment", "branch_ratio")
+        if not longest or not {*names} <= {*frame.columns}:
+            return depth_law((), ())
+        return depth_law(*(frame[name].reindex(longest).tolist() for name in names))
+
     def summary(self) -> dict[str, Any]:
         """Signal, gradient, bias shift, skip path and critical learning rate in numbers."""
         frame = self.run.metrics()
@@ -146,6 +159,7 @@ class Probed:
             "bias_shift": {
                 "first": float(bias[0]), "last": float(bias[-1]), "largest": _largest(bias),
             },
+            "depth_law": asdict(self.depth_law()),
             "skip_gain": {"last": float(gain[-1])},
             "critical_lr": {
                 "value": self.curvature.critical_lr,

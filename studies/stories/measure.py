@@ -19,10 +19,11 @@ from resdiag.explain.finding import plain
 from resdiag.explain.observed import Observed
 from resdiag.explain.theory import predict
 from resdiag.models.resnet import build_model
-from resdiag.models.variants import find_variant
+from resdiag.models.variants import VARIANTS, find_variant
 from resdiag.runs.environment import environment
 from resdiag.runs.watched import WatchedConfig, as_run
 from resdiag.study.effect import run_lesions
+from resdiag.study.forecast import stem_variances
 from resdiag.training.augment import Augmenter
 from resdiag.training.data import ImageData, open_data
 from resdiag.training.recipe import Request, resolve
@@ -30,7 +31,7 @@ from resdiag.watch.monitor import attach
 
 HERE = Path(__file__).resolve().parent
 BATCH = 32
-VARIANTS = ("elu_nobn", "elu_pre", "relu_nobn", "elu_after", "original", "elu", "no_relu")
+ORDER = tuple(VARIANTS)
 DEPTHS = (20, 56, 110)
 LAST = (
     "output_second_moment", "output_mean", "output_bias", "perturbation", "identity_defect",
@@ -55,7 +56,9 @@ def train(
     rule = SGD(model.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
     batches = Augmenter(data, BATCH, seed, augment=True)
     losses = list[float]()
-    with attach(model, every=every, record_first=1) as monitor:
+    variances = stem_variances(model, batches.batch(0)[0])
+    units = None if VARIANTS[variant].shortcut else model.unit_names
+    with attach(model, blocks=units, every=every, record_first=1) as monitor:
         for step in range(steps):
             images, labels = batches.batch(step)
             rule.zero_grad()
@@ -69,7 +72,7 @@ def train(
     config = WatchedConfig(model=variant, variant=variant, depth=depth, lr=lr, steps=steps)
     seen = Observed(as_run(monitor, config=config, curve={"loss": losses}))
     s0, m0 = seen.value("input_second_moment", 0, 0), seen.value("input_mean", 0, 0)
-    theory = predict(variant, depth, s0=s0, m0=m0)
+    theory = predict(variant, depth, s0=s0, m0=m0, variances=variances)
     rows = []
     for step in seen.steps:
         rows.append({
@@ -94,7 +97,7 @@ def initialisation(data: ImageData) -> list[dict[str, Any]]:
     """Every variant of the stories at every depth, before the first update."""
     return [
         train(variant, depth, seed, data, 1, 0.1, 1)[0]
-        for variant in VARIANTS
+        for variant in ORDER
         for depth in DEPTHS
         for seed in range(3 if depth < 110 else 2)
     ]
