@@ -125,6 +125,29 @@ def test_lightning_records_what_the_plain_loop_records(tmp_path, capsys, accumul
     assert resdiag.open_run(tmp_path / "run").curve().loss.notna().all()
 
 
+def in_bfloat16(loss_of):
+    """The loss under autocast, as frameworks compute it."""
+
+    def loss(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss_of(model, batch)
+
+    return loss
+
+
+def test_lightning_in_mixed_precision_records_what_the_plain_loop_records():
+    pytest.importorskip("lightning")
+    from resdiag.integrations.lightning import ResdiagCallback
+
+    model = build_model("original", 8, width=0.25, seed=0)
+    twin, callback = copy.deepcopy(model), ResdiagCallback()
+    lightning_fit(model, 1, 0.05, callback, precision="bf16-mixed")
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    batches = list(DataLoader(Images(4 * STEPS), 4))
+    wanted = plain(twin, optimizer, batches, in_bfloat16(image_loss), 1, 0.05)
+    same(callback.monitor, wanted, model, twin, 0.05)
+
+
 def test_lightning_leaves_nothing_after_an_exception_and_names_a_module():
     pytest.importorskip("lightning")
     from resdiag.integrations.lightning import ResdiagCallback
@@ -223,6 +246,19 @@ def test_the_trainer_records_what_the_plain_loop_records(tmp_path, capsys, accum
     same(callback.monitor, wanted, model, twin, clip)
     assert Accelerator.unscale_gradients is method
     saved(tmp_path / "run", wanted, capsys)
+
+
+def test_the_trainer_in_mixed_precision_records_what_the_plain_loop_records(tmp_path):
+    pytest.importorskip("transformers")
+    from resdiag.integrations.transformers import ResdiagCallback
+
+    model, callback = gpt2(), ResdiagCallback()
+    twin = copy.deepcopy(model)
+    trainer_of(model, tmp_path, 1, 0.05, callback, bf16=True).train()
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    batches = list(DataLoader(Texts(4 * STEPS), 4))
+    wanted = plain(twin, optimizer, batches, in_bfloat16(text_loss(1)), 1, 0.05)
+    same(callback.monitor, wanted, model, twin, 0.05)
 
 
 def test_the_trainer_counts_on_from_a_checkpoint(tmp_path):
