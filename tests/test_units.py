@@ -11,6 +11,8 @@ from torch import nn
 from torchvision import models
 
 import resdiag
+from resdiag.explain.observed import Observed
+from resdiag.runs.watched import opened
 from resdiag.watch.blocks import find_blocks, find_units
 from resdiag.watch.monitor import WatchWarning, attach
 
@@ -343,6 +345,15 @@ def test_the_verdict_names_a_plain_network_that_explodes():
     assert resdiag.judge(exploding).name == "exploded_at_init"
     kept = watch(mlp(20, 64, 2.0), torch.randn(16, 64))
     assert resdiag.judge(kept).name == "healthy"
+
+
+def test_the_gradient_of_a_plain_network_is_compared_between_its_outer_units():
+    torch.manual_seed(0)
+    monitor = watch(mlp(20, 64, 1.0), torch.randn(16, 64))
+    frame = monitor.to_frame()
+    expected = frame.grad_output.iloc[0] / frame.grad_output.iloc[-1]
+    assert expected == pytest.approx(2 ** (-19 / 2), rel=0.5)  # Glorot's weights, a half per layer
+    assert Observed(opened(monitor)).gradient_ratio(0) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_compiled_plain_network_records_what_an_eager_one_does():

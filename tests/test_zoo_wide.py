@@ -287,3 +287,28 @@ def test_the_blocks_of_transformers_other_networks(name):
     pytest.importorskip("transformers")
     config, count, reason = TRANSFORMERS[name]
     assert len(inspect_model(f"transformers:{name}", config).blocks) == count, reason
+
+
+@pytest.mark.slow
+def test_the_blocks_of_diffusion_models_are_their_own_block_classes():
+    """Counted in the modules: a ResnetBlock2D or an Attention has one block, a transformer 3."""
+    diffusers = pytest.importorskip("diffusers")
+    x, step = torch.randn(1, 4, 16, 16), torch.tensor([3])
+    small = {"sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 2}
+    plain = diffusers.UNet2DModel(
+        in_channels=4, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"), **small,
+    )  # fmt: skip
+    guided = diffusers.UNet2DConditionModel(
+        cross_attention_dim=8, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), **small,
+    )  # fmt: skip
+    for model, inputs, each in (
+        (plain, (x, step), {"ResnetBlock2D": 1, "Attention": 1}),
+        (guided, (x, step, torch.randn(1, 5, 8)),
+         {"ResnetBlock2D": 1, "BasicTransformerBlock": 3, "Transformer2DModel": 1}),
+    ):  # fmt: skip
+        expected = sum(each.get(type(module).__name__, 0) for module in model.modules())
+        assert expected > 10
+        assert len(find_blocks(model, *inputs)) == expected

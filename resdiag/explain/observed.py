@@ -138,11 +138,17 @@ class Observed:
             return float(np.exp(logs.mean())) if len(logs) else math.nan
 
     def gradient_ratio(self, step: int) -> float:
-        """||dL/dx|| of the first block over ||dL/dH|| of the last."""
+        """||dL/dx|| of the first block over ||dL/dH|| of the last.
+
+        The first unit of a network without shortcuts takes the data, which have no gradient: there
+        it is ||dL/dH|| of the first unit.
+        """
         if not self.indices:
             return math.nan
         with np.errstate(all="ignore"):
             first = np.float64(self.value("grad_input", step, self.indices[0]))
+            if np.isnan(first) and self.run.blocks and self.run.blocks[0].get("shortcut") == "none":
+                first = np.float64(self.value("grad_output", step, self.indices[0]))
             return float(first / np.float64(self.value("grad_output", step, self.indices[-1])))
 
 
