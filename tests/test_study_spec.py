@@ -542,3 +542,11 @@ def test_a_study_that_is_not_there_is_named_with_the_nearest_one(tmp_path):
         load_study(str(tmp_path / "none.toml"))
     with pytest.raises(UsageError, match="no study in"):
         load_study(str(tmp_path))
+
+
+def test_the_eager_engine_leaves_the_ids_that_cells_had_before_there_were_others():
+    (cell, *_) = load_study("smoke").cells
+    (other, *_) = load_study("smoke", ['fixed.engine="fast"']).cells
+
+    assert cell.id == "original-d8-s0-141df718"
+    assert other.id != cell.id

@@ -165,6 +165,8 @@ def _name(request: Request) -> str:
     """The id of a cell; equal for equal work, whatever machine it is done on."""
     # the numbers of the recipe too: a later version may have changed them under the same name
     what = {**asdict(replace(request, device="any")), "numbers": asdict(RECIPES[request.recipe])}
+    if request.engine == "eager":  # as in `RunConfig.digest`: cells had it before there were others
+        del what["engine"]
     text = json.dumps(what, sort_keys=True, separators=(",", ":"), allow_nan=False)
     digest = hashlib.sha256(text.encode()).hexdigest()
     variant = re.sub(r"\W", "_", request.variant, flags=re.ASCII)
