@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from resdiag.runs.files import Damaged
-from resdiag.watch.catalog import RECORDED
+from resdiag.watch.catalog import RECORDED, RECORDED_PER_STEP
 
 METRICS = pa.schema(
     [("step", pa.int32()), ("block", pa.int16()), *((name, pa.float32()) for name in RECORDED)]
@@ -25,7 +25,7 @@ CURVE = pa.schema(
             for name in (
                 "epoch", "loss", "error", "lr", "images_per_s",
                 "train_loss", "train_error", "test_loss", "test_error",
-                "grad_norm", "head_mean", "head_bias", "head_kick",
+                *(name for name in RECORDED_PER_STEP if name != "lr"),
             )
         ),
     ]

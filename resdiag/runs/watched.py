@@ -123,7 +123,7 @@ def as_run(
         config: What the run is; None makes it from the monitor and the arguments below.
         model: The model's name; its class if empty.
         data: Name of the data.
-        classes: Classes of the loss, which some rules of the verdict need.
+        classes: Classes of the loss; as many as logits where a cross-entropy was recognised.
         curve: Columns of the step-level table that a monitor cannot see, such as loss: one value
             per step, from step 0 or at the steps in its column "step".
         seed: Seed of the training, for labels.
@@ -135,6 +135,7 @@ def as_run(
 
     about = monitor.about
     per_step = _curve_frame(monitor.to_frame(per="step"), curve)
+    classes = about["classes"] if classes is None else classes
     known = per_step["lr"].dropna()
     config = config or WatchedConfig(
         model=model or about["model"],
@@ -150,7 +151,7 @@ def as_run(
         config=config,
         blocks=[block.to_dict() for block in monitor.blocks],
         data={"name": data or "?", **({} if classes is None else {"classes": classes})},
-        status="diverged" if _is_lost(curve) else "done",
+        status="diverged" if _is_lost(curve) or monitor.lost else "done",
         steps=about["steps"],
         unavailable=monitor.unavailable,
         point=monitor.point,

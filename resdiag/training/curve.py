@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_MONITORED = ("grad_norm", "head_mean", "head_bias", "head_kick")
+from resdiag.watch.catalog import RECORDED_PER_STEP
+
+_MONITORED = tuple(name for name in RECORDED_PER_STEP if name != "lr")
 _EVALUATED = ("train_loss", "train_error", "test_loss", "test_error")
 COLUMNS = ("step", "epoch", "loss", "error", "lr", "images_per_s", *_EVALUATED, *_MONITORED)
 

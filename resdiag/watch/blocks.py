@@ -36,6 +36,8 @@ class Block:
         shortcut_module: The same for h(x).
         features: Dimension of the channels in the sum, batch dimension counted; None if nothing
             said it and the usual place is assumed.
+        dtype: Of the shortcut's elements; "" where there is none.
+        frozen_norm: Whether a BatchNorm on the branch ran on running statistics in training.
     """
 
     index: int
@@ -51,6 +53,8 @@ class Block:
     branch_module: str = ""
     shortcut_module: str = ""
     features: int | None = None
+    dtype: str = ""
+    frozen_norm: bool = False
 
     @property
     def channels(self) -> int:
@@ -100,6 +104,8 @@ class Anatomy:
             "branch_module": addition.branch_module,
             "shortcut_module": addition.shortcut_module,
             "features": addition.features,
+            "dtype": str(addition.shortcut.dtype).removeprefix("torch."),
+            "frozen_norm": torch.is_grad_enabled() and any(map(_is_frozen, addition.calls)),
         }
         x = addition.origin
         return self._add(
@@ -169,6 +175,12 @@ class Anatomy:
         return row
 
 
+def _is_frozen(call: Call) -> bool:
+    """Whether a call is a BatchNorm that normalises with running statistics."""
+    training = call.kwargs.get("training", call.args[4] if len(call.args) > 4 else False)
+    return call.name == "batch_norm" and not training
+
+
 def _order(calls: Sequence[Call], *, ends: bool = False) -> str:
     """Where activation or normalisation stands: "pre" before the first weights.
 
@@ -195,6 +207,9 @@ class _Finder:
 
     def __init__(self) -> None:
         self.anatomy = Anatomy()
+
+    def started(self, inputs: Sequence[Tensor]) -> None:
+        """Nothing to measure."""
 
     def operands(self, addition: Addition) -> None:
         """Nothing to measure."""

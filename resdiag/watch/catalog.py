@@ -442,6 +442,69 @@ _RUN = [
         source="first-order effect of one Nesterov step of a cross-entropy on the classifier",
         reading="B3; how far the first step moves a mean logit; grows with the head's mean",
     ),
+    Metric(
+        id="head_loss",
+        label="cross-entropy at the last linear layer",
+        formula="mean over rows of -log p_k; the label k is where dL/dlogits is least",
+        unit="nat",
+        site="run",
+        source="dL/dlogits = (p - y) / N",
+        reading="the loss, also where nobody told it; NaN if the gradient is no cross-entropy's",
+    ),
+    Metric(
+        id="label_share",
+        label="share of the most frequent label in the batch",
+        formula="max_k of the share of rows with label k",
+        unit="1",
+        site="run",
+        source="definition",
+        reading="1 in every batch: the labels are constant",
+    ),
+    Metric(
+        id="data_mean",
+        label="mean of the model's input",
+        formula="mean of the model's first floating-point input",
+        unit="input",
+        site="run",
+        source="LeCun et al. 1998, Efficient BackProp, section 4.3",
+        reading="far from 0 in units of the standard deviation: not normalised",
+    ),
+    Metric(
+        id="data_std",
+        label="standard deviation of the model's input",
+        formula="standard deviation of the model's first floating-point input",
+        unit="input",
+        site="run",
+        source="LeCun et al. 1998, Efficient BackProp, section 4.3",
+        reading="about 1 where the input is normalised; 0 if it is constant",
+    ),
+    Metric(
+        id="data_nonfinite",
+        label="non-finite fraction of the model's input",
+        formula="share of NaN and infinite elements of the model's first floating-point input",
+        unit="1",
+        site="run",
+        source="definition",
+        reading="above 0 the data are broken",
+    ),
+    Metric(
+        id="momentum",
+        label="momentum",
+        formula="of the optimizer's first group; 0 where it has no such setting",
+        unit="1",
+        site="run",
+        source="definition",
+        reading="the step is 1 / (1 - momentum) times as large in the long run",
+    ),
+    Metric(
+        id="weight_decay",
+        label="weight decay",
+        formula="the largest of the optimizer's groups",
+        unit="1",
+        site="run",
+        source="definition",
+        reading="times the learning rate: the share of the weights that a step takes away",
+    ),
 ]
 
 METRICS: Mapping[str, Metric] = MappingProxyType(
@@ -471,7 +534,10 @@ CORE = tuple(
 """The columns of `attach(metrics="core")`: gradient norms by parameter and by output, moments of
 branch, shortcut and output, branch over shortcut, and P1. The others are NaN."""
 
-RECORDED_PER_STEP = ("lr", "grad_norm", "head_mean", "head_bias", "head_kick")
+RECORDED_PER_STEP = (
+    *("lr", "grad_norm", "head_mean", "head_bias", "head_kick", "head_loss", "label_share"),
+    *("data_mean", "data_std", "data_nonfinite", "momentum", "weight_decay"),
+)
 """What a Monitor records once per step; training adds loss, error and speed."""
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from resdiag.watch import metrics
+from resdiag.watch.batch import DATA, HEAD_LOSS
 from resdiag.watch.buffer import Buffer
 from resdiag.watch.dynamo import never_alone
 from resdiag.watch.operations import Frame, Operations, Where
@@ -113,6 +114,8 @@ class Taps:
     def _place(self) -> None:
         """Decide which tensor is tapped where, and say what cannot be."""
         self._recorder.adopt(self._found.anatomy)
+        reason = "a compiled pass does not show its batch"
+        self._recorder._miss_head(*DATA, *HEAD_LOSS, reason=reason)
         sums = [route.output for route in self._found.routes if route.output is not None]
         if sums:
             self._cells.reserve(len(self._blocks), sums[0].device)

@@ -88,7 +88,7 @@ class Gradients:
         """An optimizer is about to make its first step: read the gradients that it will use."""
         inside = self._scale.inside(optimizer)
         self._reading(self._point_before_update()).take(owned, inside)
-        self.rated |= self._record.rate(optimizer.param_groups[0])
+        self.rated |= self._record.rate(optimizer.param_groups)
         skips = self._scale.skips(optimizer)
         if self._scale.is_used:
             self._write_head("skipped", torch.zeros(()) if skips is None else skips)

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from resdiag.errors import unknown
@@ -238,14 +238,26 @@ class Monitor:
         """Where gradients are read."""
         return self._gradients.point
 
-    def step(self) -> None:
+    @property
+    def lost(self) -> bool:
+        """Whether a loss was told that is not finite, as of the last flush."""
+        return self._record.told.lost
+
+    def step(self, loss: float | Tensor | None = None) -> None:
         """End a training step: after backward, and after the optimizer's step if there is one.
+
+        Args:
+            loss: The step's loss, for the verdict: a number or a tensor of one element, which is
+                read at the next flush. It is kept for every step, recorded or not.
 
         Raises:
             RuntimeError: The monitor is closed.
+            ValueError: The loss is not one number.
         """
         if not self._open:
             raise RuntimeError("the monitor is closed; attach again")
+        if loss is not None:
+            self._record.told.tell(self._now.number, loss)
         self._checks.order()
         self._passes.adopt_hidden()
         if self._now.forward:
@@ -355,7 +367,7 @@ class Monitor:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What is watched: names of model and optimizer, steps, device and dtype of the weights."""
+        """What is watched: names of model and optimizer, steps, device and dtype, classes."""
         first = next(self._model.parameters(), None)
         return {
             "model": type(self._model).__name__,
@@ -363,6 +375,7 @@ class Monitor:
             "steps": self._now.number,
             "device": "cpu" if first is None else str(first.device),
             "dtype": "float32" if first is None else str(first.dtype).removeprefix("torch."),
+            "classes": self._recorder.classes or None,
         }
 
     @property
@@ -380,7 +393,7 @@ class Monitor:
             missing.append({"metric": "update_ratio", "blocks": "all", "reason": reason})
         if not self._gradients.rated:
             reason = "no optimizer was seen to step in a recorded step"
-            for metric in ("head_kick", "lr"):
+            for metric in ("head_kick", "lr", "momentum", "weight_decay"):
                 missing.append({"metric": metric, "blocks": "all", "reason": reason})
         return missing
 

@@ -9,11 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from resdiag.watch.batch import DATA, HEAD_LOSS
 from resdiag.watch.blocks import Block
 from resdiag.watch.buffer import Buffer
 from resdiag.watch.catalog import RECORDED, RECORDED_PER_STEP
 from resdiag.watch.notes import Notes
 from resdiag.watch.recorder import HEAD
+from resdiag.watch.told import Told, join
 
 Columns: TypeAlias = dict[str, NDArray[Any]]
 Listener: TypeAlias = Callable[[Columns, Columns], object]
@@ -21,6 +23,7 @@ Listener: TypeAlias = Callable[[Columns, Columns], object]
 
 _STEP_COLUMNS = (*HEAD, "grad_norm", "grad_scale", "skipped")
 _SLOTS = 16
+_NO_RATES = (math.nan, math.nan, math.nan)
 
 
 class Record:
@@ -34,14 +37,16 @@ class Record:
         cells: Per-block buffer.
         head: Per-step buffer.
         listeners: Told what came to the host.
+        told: Losses that the loop tells.
     """
 
     def __init__(self, own: Sequence[str], notes: Notes) -> None:
         self.cells = Buffer((*RECORDED, *own), _SLOTS)
         self.head = Buffer(_STEP_COLUMNS, _SLOTS)
         self.listeners: list[Listener] = []
+        self.told = Told()
         self._notes = notes
-        self._rates: list[tuple[float, float]] = []
+        self._rates: list[tuple[float, float, float]] = []
         self._extra: list[tuple[int, str, Tensor, Tensor]] = []
         self._metrics: list[Columns] = []
         self._curve: list[Columns] = []
@@ -49,15 +54,18 @@ class Record:
     def begin(self, step: int, *, again: bool) -> None:
         """Open a slot for a pass; `again` if it takes the place of one of the same step."""
         if not again:
-            self._rates.append((math.nan, math.nan))
+            self._rates.append(_NO_RATES)
         self.cells.begin(step)
         self.head.begin(step)
 
-    def rate(self, group: Mapping[str, Any]) -> bool:
-        """Note learning rate and momentum of the open step; whether it had none."""
+    def rate(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Note learning rate and momentum of the open step's first group, and the largest weight
+        decay; whether it had none.
+        """
         if not math.isnan(self._rates[-1][0]):
             return False
-        self._rates[-1] = float(group["lr"]), float(group.get("momentum", 0.0))
+        decay = max(float(group.get("weight_decay", 0.0)) for group in groups)
+        self._rates[-1] = float(groups[0]["lr"]), float(groups[0].get("momentum", 0.0)), decay
         return True
 
     def write_head(self, name: str, value: Tensor, device: torch.device) -> None:
@@ -71,6 +79,12 @@ class Record:
 
     def flush(self, blocks: Sequence[Block], *, keep_open: bool) -> None:
         """Bring the used slots to the host and complete what the host computes."""
+        self._flush(blocks, keep_open=keep_open)
+        told = self.told.flush()
+        if told is not None:
+            self._curve.append(told)
+
+    def _flush(self, blocks: Sequence[Block], *, keep_open: bool) -> None:
         steps, values = self.cells.flush(keep_open=keep_open)
         head_steps, head = self.head.flush(keep_open=keep_open)
         rates, self._rates = self._rates[: len(steps)], self._rates[len(steps) :]
@@ -86,7 +100,7 @@ class Record:
 
     def columns(self) -> tuple[Columns, Columns]:
         """Per-block and per-step columns of what was flushed and not taken."""
-        return _concatenate(self._metrics), _concatenate(self._curve)
+        return _concatenate(self._metrics), join(_concatenate(self._curve))
 
     def take(self) -> tuple[Columns, Columns]:
         """The same, and forget them."""
@@ -145,12 +159,12 @@ def _block_columns(
 
 
 def _step_columns(
-    steps: list[int], head: NDArray[np.float64], rates: Sequence[tuple[float, float]]
+    steps: list[int], head: NDArray[np.float64], rates: Sequence[tuple[float, float, float]]
 ) -> Columns:
     """Per-step columns `catalog.RECORDED_PER_STEP`; B3 is put together here."""
     cells = dict(zip(_STEP_COLUMNS, head[:, 0].T, strict=True)) if head.shape[1] else {}
     nan = np.full(len(steps), np.nan)
-    lr, momentum = np.asarray(rates, dtype=np.float64).reshape(-1, 2).T
+    lr, momentum, decay = np.asarray(rates, dtype=np.float64).reshape(-1, 3).T
     get: Mapping[str, NDArray[np.float64]] = {name: cells.get(name, nan) for name in _STEP_COLUMNS}
     with np.errstate(all="ignore"):
         squared = get["head_size"] * get["head_channel_mean_rms"] ** 2
@@ -160,6 +174,9 @@ def _step_columns(
             "head_mean": get["head_mean"],
             "head_bias": get["head_channel_mean_rms"] / get["head_channel_std"],
             "head_kick": lr * (1 + momentum) * (squared + 1) * get["head_gap"],
+            **{name: get[name] for name in (*HEAD_LOSS, *DATA)},
+            "momentum": momentum,
+            "weight_decay": decay,
         }
     assert tuple(out) == RECORDED_PER_STEP
     if np.isfinite(get["skipped"]).any():

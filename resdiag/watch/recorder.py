@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from resdiag.watch import metrics
+from resdiag.watch.batch import DATA, HEAD_LOSS, Logits, describe_input
 from resdiag.watch.blocks import Anatomy
 from resdiag.watch.buffer import Buffer, Key
 from resdiag.watch.calls import Call
@@ -54,7 +55,11 @@ P = ParamSpec("P")
 
 _Part: TypeAlias = metrics.Sums | metrics.Normalised
 
-HEAD = ("head_mean", "head_channel_mean_rms", "head_channel_std", "head_gap", "head_size")
+HEAD = (
+    *("head_mean", "head_channel_mean_rms", "head_channel_std", "head_gap", "head_size"),
+    *DATA,
+    *HEAD_LOSS,
+)
 
 
 def _guarded(method: Callable[Concatenate["Recorder", P], None]) -> Callable[..., None]:
@@ -113,6 +118,7 @@ class Recorder:
     Attributes:
         failure: The error of ours after which nothing is watched any more, or "".
         skipped: Blocks of the first pass that the last one did not run.
+        classes: Width of the last linear layer; 0 while it is not known.
     """
 
     def __init__(
@@ -147,6 +153,8 @@ class Recorder:
         self._skip.weigh = None if pool is None else pool.skip
         self._fixed = False
         self._begun: _Pass | None = None
+        self._moments: Tensor | None = None
+        self.classes = 0
         self._pass = weakref.ref(_Pass())
         self.end()
 
@@ -197,6 +205,16 @@ class Recorder:
         self._skip.forget()
 
     # -- forward -------------------------------------------------------------------------------
+
+    @_guarded
+    def started(self, inputs: Sequence[Tensor]) -> None:
+        """Measure the batch that goes in."""
+        if self._pool is not None:
+            self._miss_head(*DATA, *HEAD_LOSS, reason="not added up over ranks")
+            return
+        self._moments = describe_input(inputs)
+        if self._moments is None:
+            self._miss_head(*DATA, reason="the model has no floating-point input")
 
     @_guarded
     def operands(self, addition: Addition) -> None:
@@ -336,8 +354,9 @@ class Recorder:
         self._write_skip()
         self._write_gates()
         begun, self._begun = self._begun, None  # from here on only the graph keeps it
+        self._write_moments(features)
         if features is None or logits is None:
-            self._miss_head("head_mean", "head_bias", "head_kick")
+            self._miss_head("head_mean", "head_bias", "head_kick", *HEAD_LOSS)
             return
         slot = self._head.slot
         self._head.reserve(1, features.device)
@@ -348,9 +367,10 @@ class Recorder:
         size = torch.full((), features.shape[-1], dtype=torch.float64, device=features.device)
         self._head.write(slot, 0, "head_size", size)
         if logits.requires_grad:
-            logits.register_hook(lambda g: self._gap(begun, slot, g))
+            kept = None if self._pool is not None else Logits(logits)
+            logits.register_hook(lambda g: self._gap(begun, slot, g, kept))
         else:
-            self._miss_head("head_kick")
+            self._miss_head("head_kick", *HEAD_LOSS)
 
     # -- measuring -----------------------------------------------------------------------------
 
@@ -536,10 +556,20 @@ class Recorder:
         self._inside.clear()
         self._gates.clear()
 
-    def _miss_head(self, *columns: str) -> None:
+    def _write_moments(self, features: Tensor | None) -> None:
+        """Write the input's moments, now that a tensor of the pass says where it runs."""
+        moments, self._moments = self._moments, None
+        if moments is not None:
+            self._head.reserve(1, (moments if features is None else features).device)
+            self._head.write(self._head.slot, 0, DATA[0], moments)
+
+    def _miss_head(
+        self,
+        *columns: str,
+        reason: str = "no linear layer with a gradient ends the forward pass",
+    ) -> None:
         for column in columns:
-            # no rows: it is not about a block
-            self.reasons[column]["no linear layer with a gradient ends the forward pass"] = set()
+            self.reasons[column][reason] = set()  # no rows: it is not about a block
 
     def miss(self, row: int, columns: tuple[str, ...], reason: str) -> None:
         """Note why columns are NaN for a block."""
@@ -692,7 +722,7 @@ class Recorder:
             self._pool.put(row, column, value, weight)
 
     @_guarded
-    def _gap(self, begun: "_Pass", slot: int, g: Tensor) -> None:
+    def _gap(self, begun: "_Pass", slot: int, g: Tensor, logits: Logits | None) -> None:
         """max_k |p_k - y_k|: the batch sum of dL/dlogits of a mean cross-entropy."""
         if not self._is_current(begun):
             return
@@ -702,6 +732,10 @@ class Recorder:
             self._head.write(slot, 0, "head_gap", torch.linalg.vector_norm(sums, math.inf))
         else:
             self._pool.gap(sums.double())
+        read = None if logits is None else logits.read(g)
+        if logits is not None and read is not None:
+            self.classes = logits.classes
+            self._head.write(slot, 0, HEAD_LOSS[0], read)
 
 
 def _entries(h: Tensor, x: Tensor) -> list[tuple[torch.autograd.graph.Node, int]]:

@@ -12,7 +12,7 @@ to the unit that the first one began, however the terms are put in order.
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, is_dataclass, replace
 from threading import get_ident
@@ -98,6 +98,9 @@ def is_question(func: Callable[..., Any]) -> bool:
 
 class Listener(Protocol):
     """What a tracer tells while the forward pass runs."""
+
+    def started(self, inputs: Sequence[Tensor]) -> None:
+        """The pass begins with these inputs."""
 
     def operands(self, addition: Addition) -> None:
         """Both operands are there; an in-place addition has not overwritten one yet."""
@@ -298,6 +301,9 @@ class Tracer(TorchFunctionMode):
             elif not self._on:
                 self._begin_again(name)
             if self._on and get_ident() == self._thread:
+                if root:
+                    inputs = [*_tensors(args), *_tensors(kwargs)]
+                    self._quietly(self._listener.started, inputs)
                 self._come(name, module, args, kwargs)
 
         return hook

@@ -219,6 +219,9 @@ class _Walk(TorchFunctionMode):
 
     # -- what the tracer tells -----------------------------------------------------------------
 
+    def started(self, inputs: Sequence[Tensor]) -> None:
+        """Nothing is tapped at the inputs."""
+
     def operands(self, addition: Addition) -> None:
         """Both operands, before an in-place addition."""
         origin = addition.origin
