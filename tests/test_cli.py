@@ -459,10 +459,13 @@ def test_explain_gives_the_verdict_again(call, finished):
     assert call("explain", "--runs", finished.parent)[1].strip()
 
 
-def test_explain_does_not_choose_among_several_runs(call, refused):
+def test_explain_of_several_runs_puts_them_together_and_a_lesion_needs_one(call, refused):
     for seed in (0, 1):
         assert call(*TINY, "--steps", "1", "--quiet", "--seed", seed)[0] == 0
-    assert "runs holds 2 runs" in refused("explain", "runs")
+    code, out, _ = call("explain", "runs")
+    assert (code, len(out.splitlines())) == (0, 3)
+    assert "elu: undecidable" in out.splitlines()[-1]
+    assert "runs holds 2 runs" in refused("explain", "runs", "--lesion")
 
 
 @pytest.mark.parametrize("command", [["plot", "gradnorms"], ["explain"]])

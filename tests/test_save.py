@@ -155,7 +155,7 @@ def test_a_loss_that_nobody_told_is_no_explosion_and_a_lost_one_is():
 def test_a_learning_rate_is_not_judged_by_a_rule_of_other_networks():
     monitor, _ = train(make_net(), steps=1, lr=100.0, optimizer=torch.optim.AdamW)
     verdict = resdiag.judge(monitor)
-    assert verdict.name == "healthy"
+    assert "at_risk" not in [finding.name for finding in verdict.findings]
     assert any(line.startswith("at_risk: observed on CIFAR") for line in verdict.not_judged)
 
 

@@ -1,8 +1,9 @@
-"""`resdiag explain`: say what happened in a run."""
+"""`resdiag explain`: say what happened in a run, or what several show together."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,12 +11,18 @@ from resdiag.commands.opening import open_runs
 from resdiag.commands.options import DataRoot, Json, RunsRoot
 from resdiag.errors import UsageError, unknown
 
+if TYPE_CHECKING:
+    from resdiag.runs.folder import Run
+
 
 def explain(
     path: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Latest if none.")] = None,
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[LESION]...", help="With --lesion: which, else those proposed."),
+        typer.Argument(
+            metavar="[RUN|LESION]...",
+            help="More runs: does the error grow with depth? With --lesion: which lesions.",
+        ),
     ] = None,
     lesion: Annotated[
         bool, typer.Option("--lesion", help="Prove the cause: change one thing, run a few steps.")
@@ -31,13 +38,15 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Say what happened in a run: verdict, why, evidence, and what to look at next."""
-    if names and not lesion:
-        raise UsageError(f"one run at a time: '{names[0]}'", "or lesions, with --lesion")
     if start not in ("init", "checkpoint"):
         raise unknown("start of --lesion", start, ["init", "checkpoint"])
-    opened = open_runs([path] if path else None, runs)
-    if len(opened) > 1:
+    more = [] if lesion else [Path(name) for name in names or []]
+    opened = open_runs([path, *more] if path else None, runs)
+    if len(opened) > 1 and lesion:
         raise UsageError(f"{path} holds {len(opened)} runs", f"name one, e.g. {opened[0].path}")
+    if len(opened) > 1:
+        _explain_together(opened, as_json=as_json)
+        return
     from resdiag.explain.finding import plain
     from resdiag.explain.verdict import judge, render
 
@@ -52,7 +61,9 @@ def explain(
             from_checkpoint=start == "checkpoint",
         )  # fmt: skip
     if as_json:
-        document = {"schema": 1, "run": str(opened[0].path), "verdict": verdict.to_dict()}
+        said = verdict.to_dict()
+        document = {"schema": 1, "run": str(opened[0].path), "verdict": said}
+        document["findings"] = said["findings"]
         if lesion:
             document["lesions"] = [plain(effect.to_dict()) for effect in effects]
         print(json.dumps(document))
@@ -61,3 +72,25 @@ def explain(
     lines = [effect.describe(float(opened[0].config.lr or 0)) for effect in effects]
     for line in lines if effects or not lesion else [f"none proposed for '{verdict.name}'"]:
         print(f"Lesion    {line}")
+
+
+def _explain_together(runs: "Sequence[Run]", *, as_json: bool) -> None:
+    """A line per run, and per network whether its error grows with depth."""
+    from resdiag.explain.degraded import compare
+    from resdiag.explain.verdict import judge
+
+    verdicts = [judge(run) for run in runs]
+    comparisons = compare(runs)
+    if as_json:
+        each = [
+            {"run": str(run.path), "verdict": verdict.to_dict()}
+            for run, verdict in zip(runs, verdicts, strict=True)
+        ]
+        together = [comparison.to_dict() for comparison in comparisons]
+        print(json.dumps({"schema": 1, "runs": each, "comparisons": together}))
+        return
+    for run, verdict in zip(runs, verdicts, strict=True):
+        where = "" if verdict.block is None else f" (block {verdict.block})"
+        print(f"{run.path}: {verdict.name}{where}")
+    for comparison in comparisons:
+        print(f"{comparison.model}: {comparison.name}. {comparison.summary}")

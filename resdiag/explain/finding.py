@@ -4,7 +4,9 @@ JSON has no NaN and no infinity: `plain` writes NaN as null and the infinities a
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import TypeAlias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,8 @@ class Finding:
         why: One or two sentences: the mechanism, theory beside measurement.
         evidence: The numbers.
         next: Commands to run next.
+        cause: The cause in a few words, for tables and programs.
+        confidence: 0.5 at a threshold, towards 1 far beyond it, see `confidence`; no probability.
     """
 
     name: str
@@ -55,10 +59,40 @@ class Finding:
     why: str
     evidence: tuple[Evidence, ...]
     next: tuple[str, ...] = ()
+    cause: str = ""
+    confidence: float = 0.9
 
     def to_dict(self) -> dict[str, object]:
         """The fields as JSON-safe values, see `plain`."""
         return {name: plain(value) for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class NotJudged:
+    """A rule that could not be applied, and why."""
+
+    name: str
+    reason: str
+
+
+Outcome: TypeAlias = Iterator[Finding | NotJudged]
+"""What a rule yields: what it found, or could not judge."""
+
+
+def confidence(value: float, threshold: float) -> float:
+    """How far a number lies beyond its threshold: 0.5 at it, 0.75 at its double, 0.9 at ten times.
+
+    Args:
+        value: Positive; whichever side of the threshold it is on.
+        threshold: Positive.
+
+    >>> confidence(2.8, 1.4), confidence(0.0, 1e-6), confidence(1.4, 1.4)
+    (0.75, 0.99, 0.5)
+    """
+    if not (value > 0 and threshold > 0 and math.isfinite(value)):
+        return 0.99
+    octaves = abs(math.log2(value / threshold))
+    return round(min(0.99, 1 - 0.5 / (1 + octaves)), 2)
 
 
 def plain(value: object) -> object:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from resdiag.errors import UsageError
-from resdiag.explain.finding import Evidence, Finding
+from resdiag.explain.finding import Evidence, Finding, confidence
 from resdiag.explain.observed import Observed
 from resdiag.explain.theory import CRITICAL, critical_lr
 from resdiag.models.variants import Variant, find_variant
@@ -24,6 +24,7 @@ def explain_init(
     parts.append(_end_of(seen, broken))
     return Finding(
         name="exploded_at_init",
+        cause=_init_cause(seen, growth),
         step=0,
         block=block,
         summary="; ".join(filter(None, parts)) + ".",
@@ -51,6 +52,7 @@ def explain_explosion(seen: Observed, broken: Sequence[Evidence]) -> Finding:
         why += "; all activations were finite, the backward pass broke first"
     return Finding(
         name="exploded",
+        cause=_breakdown_cause(seen, broken),
         step=broken[0].step,
         block=block,
         summary=_sentence(_end_of(seen, broken)),
@@ -60,6 +62,38 @@ def explain_explosion(seen: Observed, broken: Sequence[Evidence]) -> Finding:
             *_plots(seen, "offender", "gradnorms", "updates"),
             *_lower_lr(seen),
         ),
+    )
+
+
+def explain_vanishing(seen: Observed, evidence: Sequence[Evidence]) -> Finding:
+    """Signal or gradient is lost at initialisation."""
+    forward = any(item.metric == "output_second_moment" for item in evidence)
+    cause = "the signal shrinks from block to block" if forward else "the gradient shrinks"
+    return Finding(
+        name="vanishing",
+        step=evidence[0].step,
+        cause=cause + " at initialisation",
+        summary=_sentence("; ".join(item.text for item in evidence)),
+        why="The weights as initialised multiply by less than 1 in every block; "
+        "He's variance, a normalisation or a shortcut keeps the scale.",
+        evidence=tuple(evidence),
+        next=_plots(seen, "signal", "gradnorms"),
+        confidence=max(confidence(item.value, item.threshold) for item in evidence),
+    )
+
+
+def explain_overfit(seen: Observed, evidence: Evidence) -> Finding:
+    """The test images get worse, the training images better: no degradation."""
+    return Finding(
+        name="overfit",
+        step=evidence.step,
+        cause="overfitting",
+        summary=_sentence(evidence.text),
+        why="The network still gets better on what it is trained on: this is no degradation, "
+        "which is a training error that grows with depth (He et al. 2015, arXiv:1512.03385).",
+        evidence=(evidence,),
+        next=_plots(seen, "curves"),
+        confidence=confidence(evidence.value, evidence.threshold / 1.2),
     )
 
 
@@ -89,6 +123,7 @@ def explain_collapse(seen: Observed, evidence: Sequence[Evidence]) -> Finding:
     since = min(item.step for item in evidence if item.step is not None)
     return Finding(
         name="skip_collapsed",
+        cause="the skip path carries no gradient any more",
         step=since,
         block=evidence[0].block,
         summary=_sentence("; ".join(item.text for item in evidence)),
@@ -106,6 +141,7 @@ def explain_stall(seen: Observed, evidence: Evidence) -> Finding:
     """The loss stayed at that of guessing."""
     return Finding(
         name="stalled",
+        cause="the network guesses",
         step=evidence.step,
         summary=_sentence(evidence.text),
         why="The network guesses: its output does not depend on the image. Look for dead or "
@@ -128,6 +164,7 @@ def explain_risk(seen: Observed, evidence: Evidence) -> Finding:
         why += f"; this run has survived {len(losses)} steps"
     return Finding(
         name="at_risk",
+        cause="the first step is large",
         step=0,
         summary=f"The first step is large for the gradient: {evidence.text}.",
         why=why + ".",
@@ -184,6 +221,30 @@ def _theory_of_growth(seen: Observed, growth: float) -> list[Evidence]:
         for metric, measured, predicted, words in pairs
         if math.isfinite(measured)
     ]
+
+
+def _init_cause(seen: Observed, growth: float) -> str:
+    """What makes a network explode before any update, in a few words."""
+    rows = seen.run.blocks
+    if any(row.get("frozen_norm") for row in rows):
+        return "BatchNorm in evaluation mode"
+    names = [str(name) for row in rows for name in row.get("branch") or ()]
+    bare = bool(names) and not any("norm" in name for name in names)
+    variant = _variant(seen)
+    if growth >= 1.2:
+        without = " without normalisation" if bare or (variant and not variant.norm) else ""
+        return f"forward variance x{growth:.2f} per block{without}"
+    return "logits too large at initialisation"
+
+
+def _breakdown_cause(seen: Observed, broken: Sequence[Evidence]) -> str:
+    """What broke, in a few words."""
+    found = seen.offender
+    if found is not None and found.step == 0:
+        return "non-finite numbers in the block from the beginning"
+    if found is not None:
+        return f"non-finite numbers, {found.direction} in {seen.name(found.block)} first"
+    return "gradient jumped" if "times its median" in broken[0].text else "loss not finite"
 
 
 def _end_of(seen: Observed, broken: Sequence[Evidence]) -> str:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,7 +29,16 @@ class Observed:
         self.lr = math.nan if run.config.lr is None else float(run.config.lr)
         self.metrics = _clean(run.metrics(), ["step", "block"])
         self.curve = _clean(run.curve(), ["step"])
+        self._tables: dict[str, pd.DataFrame] = {}
         self.steps: list[int] = sorted({int(step) for step in self.metrics.get("step", ())})
+
+    @cached_property
+    def is_told(self) -> bool:
+        """Whether the run says its loss at all; infinite and NaN are losses of our own runs."""
+        if "loss" not in self.curve:
+            return False
+        foreign = isinstance(self.run.config, WatchedConfig)
+        return not foreign or bool(self.curve["loss"].notna().any())
 
     @cached_property
     def offender(self) -> Offender | None:
@@ -69,6 +79,12 @@ class Observed:
         """Block indices of the table, in forward order."""
         return sorted({int(block) for block in self.metrics.get("block", ())})
 
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The descriptions of the blocks that are in the table."""
+        known = set(self.indices)
+        return [row for row in self.run.blocks if row.get("index") in known]
+
     def profile(self, metric: str, step: int) -> "pd.Series[float]":
         """One metric over the blocks at one step, indexed by block; empty if there is none."""
         if metric not in self.metrics:
@@ -80,15 +96,34 @@ class Observed:
         """One number of the block table, NaN if it is missing."""
         return float(self.profile(metric, step).get(block, math.nan))
 
+    def table(self, metric: str) -> pd.DataFrame:
+        """One metric as steps x blocks; empty if there is none. Do not change it."""
+        if metric not in self._tables:
+            empty = pd.DataFrame(dtype=float)
+            known = metric in self.metrics
+            rows = (
+                self.metrics.pivot(index="step", columns="block", values=metric) if known else empty
+            )
+            self._tables[metric] = rows
+        return self._tables[metric]
+
+    def sizes(self, site: str, step: int) -> "pd.Series[float]":
+        """RMS of a site over the blocks at one step, indexed by block."""
+        moments = self.profile(f"{site}_second_moment", step)
+        with np.errstate(all="ignore"):
+            return pd.Series(np.sqrt(moments.to_numpy(dtype=float)), index=moments.index)
+
     def scalar(self, metric: str, step: int) -> float:
         """One number of the step table, NaN if it is missing."""
-        if metric not in self.curve:
-            return math.nan
-        values = self.curve.loc[self.curve["step"] == step, metric].to_numpy(dtype=float)
-        return float(values[-1]) if len(values) else math.nan
+        return float(self.series(metric).get(step, math.nan))
 
     def series(self, metric: str) -> "pd.Series[float]":
-        """One column of the step table, indexed by step; empty if there is none."""
+        """One column of the step table, indexed by step; empty if there is none.
+
+        A loss that nobody told is read off the logits, where that could be done.
+        """
+        if metric == "loss" and not self.is_told and "head_loss" in self.curve:
+            return self.series("head_loss").dropna()
         if metric not in self.curve:
             return pd.Series(dtype=float)
         column = pd.Series(

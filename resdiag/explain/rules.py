@@ -1,16 +1,27 @@
 """The rules of the verdict: each looks at one run and yields what it found or could not judge."""
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
+import pandas as pd
 
 from resdiag.explain import mechanism
 from resdiag.explain.breakdown import EARLIER_STEPS, count_norms, find_breakdown
-from resdiag.explain.finding import Evidence, Finding
+from resdiag.explain.dataset import data_fault
+from resdiag.explain.finding import Evidence, NotJudged, Outcome
 from resdiag.explain.observed import Observed
+from resdiag.explain.rates import lr_too_high, lr_too_low, weight_decay_too_large
+from resdiag.explain.structure import (
+    branch_too_large,
+    detached_branch,
+    detached_shortcut,
+    frozen_block,
+    missing_norm,
+    shortcut_scaled,
+)
 from resdiag.explain.theory import CRITICAL, critical_lr
+from resdiag.explain.units import bias_shift, dead_block, drift, fp16_overflow, saturated_block
 
 INIT_GROWTH = 1.4
 """Growth of E[H^2] per block, in two stages, that BatchNorm networks do not reach (<= 1.26)."""
@@ -19,7 +30,10 @@ INIT_LOSS = 3.0
 """Loss at step 0 in units of ln K."""
 
 STALL = 0.02
-"""Distance of the loss from ln K, in units of ln K."""
+"""How far below ln K the loss is, in units of ln K, where guessing ends."""
+
+GUESSING = 1.25
+"""Loss over ln K up to which it is guessing; above it something else is wrong."""
 
 LEAST_GAIN = 0.05
 """Skip gain at the last block."""
@@ -33,26 +47,27 @@ LEAST_GRADIENT_ELSEWHERE = 1e-3
 Of 11 stock networks at initialisation (convolutional, transformers) the least had 0.1, an nfnet.
 """
 
+LEAST_SIGNAL = 1e-3
+"""RMS of the last block's output over that of the first block's input, at initialisation."""
+
+LARGEST_SIGNAL = 100.0
+"""RMS of the last block's output at initialisation, and over that of the first block's input."""
+
+FALLING = 0.005
+"""Fall of the loss over the stalled steps, in units of ln K, that is more than noise."""
+
 SURVIVED = 50
 """Steps with a finite loss after which `at_risk` is refuted: the late deaths came by step 18."""
 
-_STALL_STEPS = 20
+RISEN = 1.2
+"""Test loss over its minimum."""
+
+_STALL_STEPS = 50
 _LONG = 6
 _RATIOS = 2  # a single ratio cannot tell geometric from additive growth
 
 _MEASURED = "thresholds between measured families at depths 20, 56, 110; Zhang et al. 2019 (Fixup)"
 _DEFINITION = "definition of resdiag.explain.rules"
-
-
-@dataclass(frozen=True)
-class NotJudged:
-    """A rule that could not be applied, and why."""
-
-    name: str
-    reason: str
-
-
-Outcome = Iterator[Finding | NotJudged]
 
 
 def exploded_at_init(seen: Observed) -> Outcome:
@@ -66,11 +81,12 @@ def exploded_at_init(seen: Observed) -> Outcome:
     a sum of equal branches, which at first looks like a factor, has slowed down by then.
     """
     name = "exploded_at_init"
-    steep = []
+    steep, total = [], None
     if not seen.variant and 0 in seen.steps:
         steep = _steep_halves(seen)
         if not any(row[1] >= _LONG for row in seen.stage_growth(0).values()):
             yield NotJudged(name, f"growth at initialisation: no stage of {_LONG + 1} blocks")
+        total = _total_growth(seen) if not steep else None
     elif 0 not in seen.steps:
         yield NotJudged(name, "growth at initialisation: step 0 was not recorded")
     else:
@@ -84,6 +100,7 @@ def exploded_at_init(seen: Observed) -> Outcome:
             short = sum(row[1] > _RATIOS for row in long.values()) < 2
             steep = steep if len(steep) >= (len(long) if short else 2) else []
     evidence = [_stage_evidence(seen, stage, *row) for stage, row in steep]
+    evidence += [total] if total else []
     block = evidence[0].block if evidence else None
     loss, classes = seen.scalar("loss", 0), seen.classes
     if classes is None or 0 not in seen.series("loss").index:
@@ -106,6 +123,38 @@ def exploded(seen: Observed) -> Outcome:
     elif count_norms(seen) <= EARLIER_STEPS:
         reason = f"jump of the gradient: {count_norms(seen)} norms, {EARLIER_STEPS + 1} needed"
         yield NotJudged("exploded", reason)
+
+
+def vanishing(seen: Observed) -> Outcome:
+    """At the first recorded step signal or gradient falls by 1000 over the network.
+
+    The RMS of the last block's output is below 1e-3 of that of the first block's input, or the
+    gradient at that input below 1e-3 of that at that output.
+    """
+    if not seen.steps or len(seen.indices) < 2:
+        yield NotJudged("vanishing", "fewer than 2 blocks were recorded")
+        return
+    step, first, last = seen.steps[0], seen.indices[0], seen.indices[-1]
+    signal = seen.sizes("output", step).get(last, math.nan) / seen.sizes("input", step).get(
+        first, math.nan
+    )
+    gradient = seen.gradient_ratio(step)
+    evidence = []
+    for value, metric, least, what in (
+        (signal, "output_second_moment", LEAST_SIGNAL, "signal behind the last block"),
+        (gradient, "grad_input", LEAST_GRADIENT_ELSEWHERE, "gradient at the first block"),
+    ):
+        if 0 < value < least:
+            text = f"the {what} is {value:.2g} of that at the other end at step {step}"
+            block = first if metric == "grad_input" else last
+            evidence.append(
+                Evidence(
+                    metric=metric, step=step, block=block, value=value, threshold=least, text=text,
+                    source="Glorot & Bengio 2010; He et al. 2015, arXiv:1502.01852, section 2.2",
+                )
+            )  # fmt: skip
+    if evidence:
+        yield mechanism.explain_vanishing(seen, evidence)
 
 
 def skip_collapsed(seen: Observed) -> Outcome:
@@ -161,7 +210,10 @@ def skip_collapsed(seen: Observed) -> Outcome:
 
 
 def stalled(seen: Observed) -> Outcome:
-    """Mean training loss within 2 % of ln K over the last epoch, or over the last 20 steps."""
+    """Mean training loss from 0.98 to 1.25 ln K over the last epoch, and not falling.
+
+    Where there is no whole epoch, over the last 50 steps: healthy networks may guess that long.
+    """
     name = "stalled"
     losses, classes = seen.series("loss"), seen.classes
     if classes is None:
@@ -179,15 +231,15 @@ def stalled(seen: Observed) -> Outcome:
     if not math.isfinite(mean):
         yield NotJudged(name, "the loss is not finite at the end")
         return
-    distance = abs(mean / math.log(classes) - 1)
-    if distance <= STALL:
+    guessing = 1 - STALL <= mean / math.log(classes) <= GUESSING
+    if guessing and not _is_falling(last, math.log(classes)):
         span = "the last epoch" if whole else f"the last {len(last)} steps"
         text = f"mean loss over {span} is {mean:.3f}, ln {classes} is {math.log(classes):.3f}"
         evidence = Evidence(
             metric="loss",
             step=int(last.index[0]),
             value=mean,
-            threshold=(1 + STALL) * math.log(classes),
+            threshold=(1 - STALL) * math.log(classes),
             text=text,
             source=_DEFINITION,
         )
@@ -226,12 +278,56 @@ def at_risk(seen: Observed) -> Outcome:
     yield mechanism.explain_risk(seen, evidence)
 
 
+def overfit(seen: Observed) -> Outcome:
+    """The test loss has risen by 20 % from its minimum while the training loss fell on.
+
+    Over at least 4 evaluations, and at the last two of them.
+    """
+    test, train = (seen.series(name).dropna() for name in ("test_loss", "train_loss"))
+    if len(test) < 4 or len(train) < 4:
+        yield NotJudged("overfit", f"{min(len(test), len(train))} evaluations, 4 needed")
+        return
+    best = int(test.index[int(test.to_numpy().argmin())])
+    rose = (test.iloc[-2:] > RISEN * test[best]).all()
+    if rose and train.iloc[-1] < train.get(best, math.inf):
+        text = f"test loss {test.iloc[-1]:.3g}, its minimum was {test[best]:.3g} at step {best}; "
+        text += f"training loss fell from {train[best]:.3g} to {train.iloc[-1]:.3g}"
+        yield mechanism.explain_overfit(
+            seen,
+            Evidence(
+                metric="test_loss",
+                step=best,
+                value=float(test.iloc[-1]),
+                threshold=RISEN * float(test[best]),
+                text=text,
+                source=_DEFINITION,
+            ),
+        )
+
+
 RULES: tuple[Callable[[Observed], Outcome], ...] = (
+    data_fault,
+    fp16_overflow,
+    detached_shortcut,
+    detached_branch,
+    shortcut_scaled,
+    branch_too_large,
+    missing_norm,
+    bias_shift,
     exploded_at_init,
+    vanishing,
+    frozen_block,
+    dead_block,
+    saturated_block,
+    weight_decay_too_large,
+    lr_too_high,
+    lr_too_low,
     exploded,
     skip_collapsed,
+    drift,
     stalled,
     at_risk,
+    overfit,
 )
 """Most upstream cause first; a rule's name is its function's."""
 
@@ -249,6 +345,30 @@ def _steep_halves(seen: Observed) -> list[tuple[int, tuple[float, int, int]]]:
         if row[1] >= _LONG and grows:
             steep.append((stage, row))
     return steep
+
+
+def _total_growth(seen: Observed) -> Evidence | None:
+    """A signal that is 100 times as large behind the last block as before the first, and 100."""
+    first, last = seen.indices[0], seen.indices[-1]
+    begin, end = (
+        seen.sizes(s, 0).get(b, math.nan) for s, b in (("input", first), ("output", last))
+    )
+    if not (end >= LARGEST_SIGNAL and end >= LARGEST_SIGNAL * begin):
+        return None
+    text = f"the RMS grows from {begin:.3g} before the first block to {end:.3g} behind the last"
+    return Evidence(
+        metric="output_second_moment", step=0, block=first, value=end, threshold=LARGEST_SIGNAL,
+        text=text, source=_MEASURED,
+    )  # fmt: skip
+
+
+def _is_falling(losses: "pd.Series[float]", unit: float) -> bool:
+    """Whether a straight line through the losses falls by more than noise: 3 standard errors."""
+    y = losses.to_numpy(dtype=float)
+    x = np.arange(len(y)) - (len(y) - 1) / 2
+    slope = float(x @ y / (x @ x)) if len(y) > 2 else 0.0
+    noise = float(np.std(y - y.mean() - slope * x)) / math.sqrt(float(x @ x)) if len(y) > 2 else 0.0
+    return slope < -3 * noise and -slope * len(y) > FALLING * unit
 
 
 def _stage_evidence(seen: Observed, stage: int, growth: float, ratios: int, first: int) -> Evidence:

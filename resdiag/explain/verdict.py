@@ -5,18 +5,21 @@ import textwrap
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from resdiag.explain.finding import Evidence, Finding, plain
+from resdiag.explain.finding import Evidence, Finding, NotJudged, plain
 from resdiag.explain.mechanism import suggest_plots
 from resdiag.explain.observed import Observed
-from resdiag.explain.rules import RULES, NotJudged
+from resdiag.explain.rules import RULES
 from resdiag.runs.folder import Run
 from resdiag.runs.watched import opened
 
 if TYPE_CHECKING:
     from resdiag.watch.monitor import Monitor
 
-NAMES = ("exploded_at_init", "exploded", "skip_collapsed", "stalled", "at_risk", "healthy")
-"""Every verdict, most upstream cause first: the first that fires names the run."""
+NAMES = (*(rule.__name__ for rule in RULES), "healthy")
+"""Every verdict on one run, most upstream cause first: the first that fires names the run."""
+
+LATE = ("dead_block", "saturated_block", "branch_too_large", "vanishing", "bias_shift")
+"""Causes while they were there from the beginning; what came with training is a consequence."""
 
 _COLUMNS = 100
 _INDENT = 10
@@ -28,8 +31,10 @@ class Verdict:
 
     Attributes:
         name: One of `NAMES`: the most upstream rule that fired.
+        cause: The cause in a few words; "" if nothing fired.
         step: Step since when; None if it covers the run or nothing fired.
         block: Index of the first block concerned; None if none can be named.
+        confidence: How far beyond its threshold the first finding lies, 0.5 to 1; no probability.
         summary: One sentence.
         why: One or two sentences naming the mechanism, theory beside measurement.
         evidence: The numbers of every rule that fired, the verdict's own first.
@@ -39,8 +44,10 @@ class Verdict:
     """
 
     name: str
+    cause: str = ""
     step: int | None = None
     block: int | None = None
+    confidence: float = 0.9
     summary: str
     why: str
     evidence: tuple[Evidence, ...] = ()
@@ -66,7 +73,7 @@ def judge(run: "Run | Monitor") -> Verdict:
     """
     seen = Observed(run := opened(run))
     outcomes = [outcome for rule in RULES for outcome in rule(seen)]
-    findings = tuple(item for item in outcomes if isinstance(item, Finding))
+    findings = tuple(sorted((i for i in outcomes if isinstance(i, Finding)), key=_place))
     open_questions = [f"{i.name}: {i.reason}" for i in outcomes if isinstance(i, NotJudged)]
     if run.status != "diverged" and run.steps < run.config.steps:
         done = f"step {run.steps} of {run.config.steps}"
@@ -76,6 +83,8 @@ def judge(run: "Run | Monitor") -> Verdict:
     first = findings[0]
     return Verdict(
         name=first.name,
+        cause=first.cause,
+        confidence=first.confidence,
         step=first.step,
         block=first.block,
         summary=first.summary,
@@ -94,6 +103,8 @@ def render(verdict: Verdict) -> str:
     where += [f"block {verdict.block}"] if verdict.block is not None else []
     title = verdict.name + (f" ({', '.join(where)})" if where else "")
     others = [finding.name for finding in verdict.findings[1:]]
+    if verdict.cause:
+        title += f": {verdict.cause} (confidence {verdict.confidence:.2f})"
     lines = [*_wrap("Verdict", title), *_wrap("", verdict.summary)]
     lines += _wrap("", f"also: {', '.join(others)}") if others else []
     lines += _wrap("Why", verdict.why)
@@ -104,6 +115,12 @@ def render(verdict: Verdict) -> str:
     for index, line in enumerate(verdict.not_judged):
         lines += _wrap("Unjudged" * (index == 0), f"- {line}")
     return "\n".join(lines)
+
+
+def _place(finding: Finding) -> int:
+    """Where a finding stands among causes and consequences."""
+    late = finding.name in LATE and (finding.step or 0) > 0
+    return NAMES.index("exploded" if late else finding.name)
 
 
 def _healthy(seen: Observed, not_judged: tuple[str, ...]) -> Verdict:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from resdiag.errors import UsageError, unknown
 from resdiag.runs.config import RunConfig
@@ -164,10 +164,8 @@ def as_run(
 
 def opened(run: "Run | Monitor") -> "Run":
     """A run as it is, or what a monitor holds as a run."""
-    from resdiag.runs.folder import Run
-
-    # not the other way round: a monitor's class is not to be had without PyTorch
-    return run if isinstance(run, Run) else as_run(run)
+    # not by its class: a monitor's is not to be had without PyTorch
+    return as_run(cast("Monitor", run)) if hasattr(run, "to_frame") else run
 
 
 def write_run(

@@ -49,6 +49,8 @@ _TRUSTED = (1e-15, 1e18)
 _PIECE = 2**18
 # below this share of the second moment, E[x^2] - mean^2 has cancelled too many float32 digits
 _CANCELLED = 1e-2
+# sigma^2 / (sigma^2 + eps) of a BatchNorm: float32 keeps 1e-7 of it, less is a constant channel
+_NO_VARIANCE = 1e-6
 
 
 def norm(x: Tensor) -> Scalar:
@@ -219,7 +221,9 @@ class Normalised(NamedTuple):
         if np.count_nonzero(square) < channels or not math.isfinite(square.sum()):
             return None
         squared = float(np.dot(beta, beta)) / channels
-        spread = float(np.dot(gamma * gamma, np.maximum(0, 1 - eps * square))) / channels
+        kept = 1 - eps * square
+        kept[kept < _NO_VARIANCE] = 0
+        spread = float(np.dot(gamma * gamma, kept)) / channels
         second = squared + spread
         if not math.isfinite(second) or math.sqrt(second * self.numel) >= _TRUSTED[1]:
             return None

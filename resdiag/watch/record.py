@@ -59,8 +59,10 @@ class Record:
         self.head.begin(step)
 
     def rate(self, groups: Sequence[Mapping[str, Any]]) -> bool:
-        """Note learning rate and momentum of the open step's first group, and the largest weight
-        decay; whether it had none.
+        """Note the first group's learning rate and momentum, and the largest weight decay.
+
+        Returns:
+            Whether the open step had none.
         """
         if not math.isnan(self._rates[-1][0]):
             return False

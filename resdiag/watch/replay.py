@@ -5,7 +5,7 @@ again, with gradients and on copies of its inputs, inside the backward pass. Wha
 computed was measured then; only the second one has tensors whose gradients can be hooked.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -26,6 +26,9 @@ class Replay:
 
     def __init__(self, recorder: Recorder, called: Mapping[str, int]) -> None:
         self._recorder, self._called = recorder, called
+
+    def started(self, inputs: Sequence[Tensor]) -> None:
+        """Measured in the first run."""
 
     def operands(self, addition: Addition) -> None:
         """Hook the block's input and what leads to the shortcut."""

@@ -1,0 +1,241 @@
+"""How often the verdict is right: trainings with a planted fault, and healthy ones."""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from resdiag.explain.verdict import judge
+from resdiag.runs.folder import Run
+from resdiag.runs.watched import as_run
+from resdiag.study.faults import FAULTS, Fault, Trial
+from resdiag.study.patients import DEVELOPMENT, HEALTHY, HELD_OUT, Patient, draw, loss_of
+from resdiag.watch.blocks import find_blocks
+from resdiag.watch.monitor import attach
+
+_CHEAP = ("residual-mlp", "plain-bn", "bare-plain", "bare-residual", "residual-mlp-gelu")
+_QUICK = 24
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training of the suite.
+
+    Attributes:
+        patient: The network.
+        fault: What is planted; None for a healthy training.
+        seed: Of weights and batches; it also chooses the block.
+        strength: Factor on the fault's magnitude.
+        told: Whether the loop tells the monitor its loss.
+    """
+
+    patient: Patient
+    fault: Fault | None
+    seed: int
+    strength: float = 1.0
+    told: bool = True
+
+    @property
+    def name(self) -> str:
+        """What it is called in a table of cases."""
+        return f"{self.fault.name if self.fault else 'healthy'} | {self.patient.name} | {self.seed}"
+
+
+def prepare(case: Case) -> Trial:
+    """Build the network and plant the fault; the global random state is seeded."""
+    torch.manual_seed(case.seed)
+    patient = case.patient
+    model = patient.build()
+    images, _ = draw(patient, case.seed, 0)
+    blocks = find_blocks(model, images, blocks=patient.units or None)
+    residual = [b.index for b in blocks if not b.transition or b.index == 0] or [0]
+    at = residual[(1 + 2 * case.seed) % len(residual)]
+    trial = Trial(patient, model, blocks, at, case.strength, patient.lr)
+    if case.fault is not None:
+        case.fault.plant(trial)
+    return trial
+
+
+def train(case: Case, trial: Trial) -> Run:
+    """Train as anybody would, watched; what was recorded."""
+    patient, model = case.patient, trial.model
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer: torch.optim.Optimizer
+    if patient.optimizer == "adam":
+        optimizer = torch.optim.AdamW(trained, trial.lr, weight_decay=trial.decay)
+    else:
+        optimizer = torch.optim.SGD(
+            trained, trial.lr, momentum=trial.momentum, weight_decay=trial.decay
+        )
+    with attach(model, optimizer=optimizer, blocks=patient.units or None) as monitor:
+        for step in range(trial.steps):
+            trial.step = step
+            batch = trial.change(draw(patient, case.seed, step), step)
+            loss = trial.weigh(loss_of(model, batch))
+            optimizer.zero_grad()
+            loss.backward()
+            trial.before(step)
+            if trial.updates:
+                optimizer.step()
+            monitor.step(loss=loss if case.told else None)
+    return as_run(monitor, model=patient.name, data=patient.task)
+
+
+SETS = ("development", "held-out", "fresh")
+"""Where thresholds were set; where they were first tried; drawn after the last change of any."""
+
+
+def cases(which: str) -> list[Case]:
+    """The trainings of one set, in order.
+
+    Args:
+        which: "development"; "held-out", other networks, seeds and magnitudes; "fresh", those
+            networks with a further seed; or "quick", a few of the cheapest of the first two, for a
+            continuous test.
+    """
+    if which == "quick":
+        some = [c for c in [*cases("development"), *cases("held-out")] if c.patient.name in _CHEAP]
+        return [c for c in some if c.seed in (0, 7)][::2][:_QUICK]
+    patients = DEVELOPMENT if which == "development" else HELD_OUT
+    seeds, strengths, each = {
+        "development": ((0,), (1.0,), 2),
+        "held-out": ((7, 8), (0.5, 3.0), 2),
+        "fresh": ((21,), (2.0,), 1),
+    }[which]
+    found = []
+    for seed, strength in zip(seeds, strengths, strict=True):
+        also = HEALTHY if seed == 7 else ()
+        found += [Case(patient, None, seed) for patient in (*patients, *also)]
+        for index, fault in enumerate(FAULTS):
+            fit = [p for p in patients if not fault.makes or p.name.startswith(fault.makes)]
+            chosen = dict.fromkeys((index + 3 * seed + j) % len(fit) for j in range(each) if fit)
+            for j, place in enumerate(chosen):
+                factor = strength if fault.scales else 1.0
+                found.append(Case(fit[place], fault, seed, factor, (index + j) % 2 == 0))
+    return found
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one case.
+
+    Attributes:
+        name: Of the case.
+        set: One of `SETS`, or "quick".
+        fault: What was planted, "" for none.
+        wanted: The verdict that names it.
+        block: The planted block; None where it is in none.
+        verdict: The verdict that was given.
+        named: The block that it named.
+        findings: Every finding, the verdict's first.
+        cause: The verdict's cause.
+    """
+
+    name: str
+    set: str
+    fault: str
+    wanted: str
+    block: int | None
+    verdict: str
+    named: int | None
+    findings: tuple[str, ...]
+    cause: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**vars(self), "findings": list(self.findings)}
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> "Result":
+        """The inverse of `to_dict`."""
+        return cls(**{**document, "findings": tuple(document["findings"])})
+
+
+def try_case(case: Case, which: str) -> Result:
+    """Train one case and judge what was recorded; warnings of the monitor are left aside."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        trial = prepare(case)
+        return assess(case, which, trial.at, train(case, trial))
+
+
+def assess(case: Case, which: str, at: int, run: Run) -> Result:
+    """Judge a run beside what was planted in it."""
+    verdict = judge(run)
+    fault = case.fault
+    return Result(
+        name=case.name,
+        set=which,
+        fault=fault.name if fault else "",
+        wanted=fault.finding if fault else "healthy",
+        block=at if fault and fault.where else None,
+        verdict=verdict.name,
+        named=verdict.block,
+        findings=tuple(finding.name for finding in verdict.findings),
+        cause=verdict.cause,
+    )
+
+
+@dataclass(frozen=True)
+class Score:
+    """How often one verdict was right.
+
+    Attributes:
+        finding: Its name; "all" for the sum over findings, "healthy" for trainings without a fault.
+        planted: Cases in which it was the right one.
+        given: Cases in which it was given.
+        right: Cases in which it was both.
+    """
+
+    finding: str
+    planted: int
+    given: int
+    right: int
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Planted, given, right."""
+        return self.planted, self.given, self.right
+
+    @property
+    def precision(self) -> float:
+        """Share of the right ones among those given; NaN if none was."""
+        return self.right / self.given if self.given else math.nan
+
+    @property
+    def recall(self) -> float:
+        """Share of the given ones among those planted; NaN if none was."""
+        return self.right / self.planted if self.planted else math.nan
+
+
+def score(results: Sequence[Result]) -> list[Score]:
+    """Per verdict, "all" findings at the end, without "healthy"."""
+    ill = dict.fromkeys(r.wanted for r in results if r.wanted != "healthy")
+    names = [*ill, *dict.fromkeys(r.verdict for r in results if r.verdict not in {*ill, "healthy"})]
+    rows = [
+        Score(
+            name,
+            sum(r.wanted == name for r in results),
+            sum(r.verdict == name for r in results),
+            sum(r.wanted == r.verdict == name for r in results),
+        )
+        for name in ("healthy", *names)
+    ]
+    total = [sum(column) for column in zip(*(row.counts for row in rows[1:]), strict=True)]
+    return [*rows, Score("all findings", *(total or [0, 0, 0]))]
+
+
+def count_blocks_named(results: Sequence[Result]) -> tuple[int, int]:
+    """Of the cases with an ill block: in how many it was named, and how many there are."""
+    placed = [r for r in results if r.block is not None]
+    return sum(r.named == r.block and r.verdict == r.wanted for r in placed), len(placed)
+
+
+def count_false_alarms(results: Sequence[Result]) -> tuple[int, int]:
+    """Of the healthy trainings: how many had any finding, and how many there are."""
+    healthy = [r for r in results if not r.fault]
+    return sum(bool(r.findings) for r in healthy), len(healthy)

@@ -1,0 +1,367 @@
+"""Faults to plant in a training, each with the finding that names it.
+
+A fault changes the trial before it begins: the model, its batches, its loss or its optimizer.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resdiag.study.patients import Batch, Patient
+from resdiag.watch.blocks import Block
+
+
+@dataclass(eq=False)
+class Trial:
+    """One training that is about to begin.
+
+    Attributes:
+        patient: The network's description.
+        model: The network.
+        blocks: Its blocks.
+        at: Index of the block that is to be ill.
+        strength: Factor on the fault's own magnitude.
+        lr: Learning rate.
+        momentum: Of SGD.
+        decay: Weight decay.
+        steps: Steps of the training.
+        change: Applied to every batch.
+        weigh: Applied to every loss.
+        before: Called with the step before each optimizer step.
+        updates: Whether the optimizer steps at all.
+    """
+
+    patient: Patient
+    model: nn.Module
+    blocks: list[Block]
+    at: int
+    strength: float
+    lr: float
+    momentum: float = 0.9
+    decay: float = 1e-4
+    steps: int = 30
+    change: Callable[[Batch, int], Batch] = lambda batch, step: batch
+    weigh: Callable[[Tensor], Tensor] = lambda loss: loss
+    before: Callable[[int], None] = lambda step: None
+    updates: bool = True
+    step: int = field(default=0)
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module of the ill block."""
+        return self.model.get_submodule(self.blocks[self.at].owner)
+
+    @property
+    def branch(self) -> nn.Module:
+        """The module whose output is the ill block's branch."""
+        return self.model.get_submodule(self.blocks[self.at].branch_module)
+
+    def on_output(self, module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace a module's output; of several the first."""
+
+        def hook(_: nn.Module, __: object, out: Any) -> Any:  # noqa: ANN401
+            return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+
+        module.register_forward_hook(hook)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One kind of fault.
+
+    Attributes:
+        name: What it is called in tables.
+        plant: Changes a trial.
+        finding: The verdict that names it.
+        where: Whether it sits in a block: "block", "first" for the first of several, or "".
+        makes: Patients it can be planted in, by the beginnings of their names; () for all.
+        scales: Whether its magnitude is varied in the held-out set.
+    """
+
+    name: str
+    plant: Callable[[Trial], None]
+    finding: str
+    where: str = ""
+    makes: tuple[str, ...] = ()
+    scales: bool = False
+
+
+_OURS = ("original", "elu", "relu_pre", "no_relu")
+_BN = ("original", "elu", "relu_pre", "no_relu", "plain-bn")
+_RESIDUAL = (*_OURS, "residual", "vit", "gpt2", "bottlenecks", "convnext", "llama")
+_IDENTITY = (*_OURS, "residual", "bottlenecks")  # whose shortcut is a module of its own
+_IMAGES = (*_OURS, "residual", "vit", "bottlenecks", "convnext", "plain-bn")
+
+
+def _scale(factor: float) -> Callable[[Trial], None]:
+    def plant(trial: Trial) -> None:
+        trial.on_output(trial.branch, lambda x: x * (factor * trial.strength))
+
+    return plant
+
+
+def _nan_later(trial: Trial) -> None:
+    def change(x: Tensor) -> Tensor:
+        if trial.step != 9:
+            return x
+        broken = torch.zeros_like(x)
+        broken[0] = math.nan
+        return x + broken
+
+    trial.on_output(trial.branch, change)
+
+
+def _infinite_weight(trial: Trial) -> None:
+    last = [m for m in trial.branch.modules() if getattr(m, "weight", None) is not None][-1]
+    with torch.no_grad():
+        last.weight.view(-1)[0] = math.inf  # type: ignore[operator]
+
+
+def _remove_norms(trial: Trial) -> None:
+    """Every block of one stage loses its normalisations."""
+    stage = trial.blocks[trial.at].stage
+    trial.at = min(b.index for b in trial.blocks if b.stage == stage)
+    for block in (b for b in trial.blocks if b.stage == stage):
+        _without_norms(trial.model.get_submodule(block.owner))
+
+
+def _remove_norm(trial: Trial) -> None:
+    _without_norms(trial.owner)
+
+
+def _without_norms(module: nn.Module) -> None:
+    for parent in module.modules():
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm2d | nn.GroupNorm | nn.LayerNorm):
+                setattr(parent, name, nn.Identity())
+
+
+def _rescale_weights(factor: float) -> Callable[[Trial], None]:
+    def plant(trial: Trial) -> None:
+        with torch.no_grad():
+            for parameter in trial.model.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(factor * trial.strength)
+
+    return plant
+
+
+def _dead(trial: Trial) -> None:
+    """What goes into the activations of one block is pushed far below zero."""
+    for parent in list(trial.owner.modules()):
+        for child in parent.children():
+            if isinstance(child, nn.ReLU | nn.ELU | nn.GELU):
+                child.register_forward_pre_hook(lambda _, x: (x[0] - 100 * trial.strength,))
+
+
+def _saturated(trial: Trial) -> None:
+    """The activations of one block become tanh of a hundred times their input."""
+    for parent in list(trial.owner.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.ReLU | nn.ELU | nn.GELU):
+                tanh = nn.Tanh()
+                tanh.register_forward_pre_hook(lambda _, x: (x[0] * 100 * trial.strength,))
+                setattr(parent, name, tanh)
+
+
+def _frozen(trial: Trial) -> None:
+    for parameter in trial.branch.parameters():
+        parameter.requires_grad = False
+
+
+def _shortcut(
+    change: Callable[[Tensor], Tensor], *, everywhere: bool = False
+) -> Callable[[Trial], None]:
+    def plant(trial: Trial) -> None:
+        chosen = [b for b in trial.blocks if not b.transition or b.index == 0]
+        if everywhere:
+            trial.at = chosen[0].index
+        for block in chosen if everywhere else [trial.blocks[trial.at]]:
+            trial.on_output(trial.model.get_submodule(block.shortcut_module), change)
+
+    return plant
+
+
+def _rate(factor: float) -> Callable[[Trial], None]:
+    def plant(trial: Trial) -> None:
+        trial.lr *= factor * trial.strength
+
+    return plant
+
+
+def _constant_labels(trial: Trial) -> None:
+    trial.change = lambda batch, step: (batch[0], torch.full_like(batch[1], 3))
+
+
+def _random_labels(trial: Trial) -> None:
+    def change(batch: Batch, step: int) -> Batch:
+        generator = torch.Generator().manual_seed(step + 77)
+        high = 10 if trial.patient.task == "images" else 32
+        return batch[0], torch.randint(0, high, batch[1].shape, generator=generator)
+
+    trial.change = change
+    trial.steps = 60  # a healthy network may guess for 50
+
+
+def _raw_pixels(trial: Trial) -> None:
+    trial.change = lambda batch, step: ((batch[0] + 1) * 80 * trial.strength, batch[1])
+
+
+def _nan_pixel(trial: Trial) -> None:
+    def change(batch: Batch, step: int) -> Batch:
+        images = batch[0].clone()
+        images[0, 0, 0, 0] = math.nan if step >= 6 else images[0, 0, 0, 0]
+        return images, batch[1]
+
+    trial.change = change
+
+
+def _blank(trial: Trial) -> None:
+    trial.change = lambda batch, step: (torch.zeros_like(batch[0]), batch[1])
+
+
+def _decay(trial: Trial) -> None:
+    trial.decay = 0.1 * trial.strength / trial.lr
+
+
+def _clip(trial: Trial) -> None:
+    trial.before = lambda step: (
+        torch.nn.utils.clip_grad_norm_(trial.model.parameters(), 1e-7 * trial.strength),
+        None,
+    )[1]
+
+
+def _evaluation_mode(trial: Trial) -> None:
+    for module in trial.model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+            module.train = lambda mode=True, m=module: m  # type: ignore[method-assign]
+            module.training = False
+
+
+def _no_update(trial: Trial) -> None:
+    trial.updates = False
+
+
+def _shift(trial: Trial) -> None:
+    trial.on_output(trial.branch, lambda x: x + 30 * trial.strength)
+
+
+def _half(trial: Trial) -> None:
+    """Half precision, and a branch that leaves its range."""
+    trial.model.half()
+    trial.change = lambda batch, step: (batch[0].half(), batch[1])
+    trial.on_output(trial.branch, lambda x: x * (3e5 * trial.strength))
+    trial.lr *= 0.1
+
+
+FAULTS = (
+    Fault("branch zeroed", _scale(0.0), "dead_block", "block", _RESIDUAL),
+    Fault("branch x1000", _scale(1000.0), "branch_too_large", "block", _RESIDUAL, scales=True),
+    Fault("NaN in a branch at step 9", _nan_later, "exploded", "block", _RESIDUAL),
+    Fault("infinite weight", _infinite_weight, "exploded", "block", _IDENTITY),
+    Fault(
+        "a stage without BatchNorm",
+        _remove_norms,
+        "missing_norm",
+        "first",
+        ("original", "elu", "relu_pre", "no_relu"),
+    ),
+    Fault(
+        "a block without its norm",
+        _remove_norm,
+        "missing_norm",
+        "block",
+        ("original", "relu_pre", "no_relu", "residual", "bottlenecks"),
+    ),
+    Fault("BatchNorm in evaluation mode", _evaluation_mode, "missing_norm", "", _OURS),
+    Fault(
+        "dead units: input -100",
+        _dead,
+        "dead_block",
+        "block",
+        ("original", "relu_pre", "no_relu", "residual", "bottlenecks", "plain"),
+    ),
+    Fault(
+        "tanh of 100 x",
+        _saturated,
+        "saturated_block",
+        "block",
+        ("elu", "residual", "plain"),
+        scales=True,
+    ),
+    Fault("frozen block", _frozen, "frozen_block", "block", _IDENTITY),
+    Fault(
+        "branch detached",
+        lambda t: t.on_output(t.branch, lambda x: x.detach()),
+        "detached_branch",
+        "block",
+        _RESIDUAL,
+    ),
+    Fault(
+        "shortcut detached",
+        _shortcut(lambda x: x.detach()),
+        "detached_shortcut",
+        "block",
+        _IDENTITY,
+    ),
+    Fault(
+        "shortcut's sign flipped", _shortcut(lambda x: -x), "shortcut_scaled", "block", _IDENTITY
+    ),
+    Fault(
+        "shortcuts x 0.5",
+        _shortcut(lambda x: 0.5 * x, everywhere=True),
+        "shortcut_scaled",
+        "first",
+        _IDENTITY,
+    ),
+    Fault(
+        "shortcuts x 1.5",
+        _shortcut(lambda x: 1.5 * x, everywhere=True),
+        "shortcut_scaled",
+        "first",
+        _IDENTITY,
+    ),
+    Fault("learning rate x 300", _rate(300), "lr_too_high", scales=True),
+    Fault("learning rate / 1e5", _rate(1e-5), "lr_too_low", scales=True),
+    Fault(
+        "gradients clipped to 1e-7",
+        _clip,
+        "lr_too_low",
+        "",
+        (*_OURS, "residual-mlp", "bottlenecks", "plain"),
+    ),
+    Fault("optimizer never steps", _no_update, "lr_too_low"),
+    Fault(
+        "weight decay takes 10 % a step",
+        _decay,
+        "weight_decay_too_large",
+        "",
+        (*_OURS, "residual", "bottlenecks", "plain"),
+    ),
+    Fault("constant labels", _constant_labels, "data_fault"),
+    Fault("random labels", _random_labels, "stalled"),
+    Fault("raw pixels 0..255", _raw_pixels, "data_fault", "", _IMAGES, scales=True),
+    Fault("NaN in a pixel at step 6", _nan_pixel, "data_fault", "", _IMAGES),
+    Fault("blank images", _blank, "data_fault", "", _IMAGES),
+    Fault(
+        "branch + 30",
+        _shift,
+        "bias_shift",
+        "block",
+        ("original", "elu", "relu_pre", "no_relu", "residual"),
+    ),
+    Fault("float16 overflow", _half, "fp16_overflow", "block", ("residual", "vit", "gpt2")),
+    Fault("weights x 0.1 without norm", _rescale_weights(0.1), "vanishing", "", ("bare-plain",)),
+    Fault(
+        "weights x 2 without norm",
+        _rescale_weights(2.0),
+        "exploded_at_init",
+        "",
+        ("bare-residual",),
+    ),
+)
+"""Every kind of fault that is planted."""

@@ -1,0 +1,396 @@
+"""The rules of the verdict, each on both sides of its threshold, on made-up tables."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from made_runs import (
+    continue_run,
+    make_blocks,
+    make_checkpoint,
+    make_config,
+    make_curve,
+    make_metrics,
+    open_writer,
+)
+
+from resdiag.cli import app
+from resdiag.explain.degraded import compare
+from resdiag.explain.finding import confidence
+from resdiag.explain.verdict import NAMES, judge
+from resdiag.runs.folder import Run
+from resdiag.runs.watched import WatchedConfig
+from resdiag.watch.catalog import SITES
+
+BLOCKS, STEPS = 6, 20
+
+
+def run_of(change=None, *, steps=STEPS, blocks=None, **fields):
+    """A healthy foreign run; `change(cell, curve)` makes it ill."""
+    grid = pd.MultiIndex.from_product([range(steps), range(BLOCKS)], names=["step", "block"])
+    metrics = pd.DataFrame(index=grid)
+    for site in SITES:
+        metrics[f"{site}_channel_mean_rms"], metrics[f"{site}_channel_std"] = 0.1, 1.0
+        metrics[f"{site}_mean"] = 0.05
+        for q, value in ((10, -0.1), (50, 0.02), (90, 0.15)):
+            metrics[f"{site}_mean_q{q}"] = value
+        metrics[f"{site}_nonfinite"] = 0.0
+    ordinary = {
+        "branch_ratio": 0.5, "grad_param": 0.1, "grad_input": 1.0, "grad_output": 1.0,
+        "grad_nonfinite": 0.0, "shortcut_share": 0.8, "update_ratio": 1e-3,
+        "saturated_fraction": 0.5, "dead_fraction": 0.0, "skip_gain": 1.0,
+    }  # fmt: skip
+    for name, value in ordinary.items():
+        metrics[name] = value
+    curve = pd.DataFrame({"step": range(steps)})
+    curve["loss"] = 2.3 * 0.97 ** curve["step"]
+    curve = curve.assign(
+        lr=0.1, grad_norm=1.0, momentum=0.9, weight_decay=1e-4, label_share=0.2,
+        data_mean=0.0, data_std=1.0, data_nonfinite=0.0,
+    )  # fmt: skip
+    if change:
+
+        def cell(metric, value, *, step=slice(None), block=slice(None)):
+            metrics.loc[(step, block), metric] = value
+
+        change(cell, curve)
+    rows = blocks or [
+        {
+            "index": i, "name": f"b{i}", "stage": 0, "transition": False, "shortcut": "identity",
+            "after_add": "none", "branch": ["conv2d", "batch_norm", "relu", "conv2d"],
+        }
+        for i in range(BLOCKS)
+    ]  # fmt: skip
+    return Run(
+        config=WatchedConfig(model="net", optimizer="SGD", lr=0.1),
+        blocks=rows,
+        data={"classes": 10},
+        steps=steps,
+        metrics_frame=metrics.reset_index(),
+        curve_frame=curve,
+        **fields,
+    )
+
+
+def verdict_of(change=None, **options):
+    verdict = judge(run_of(change, **options))
+    return verdict.name, verdict.block
+
+
+def test_the_ordinary_run_is_healthy():
+    verdict = judge(run_of())
+    assert (verdict.name, verdict.findings, verdict.cause) == ("healthy", (), "")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "cause"),
+    [
+        ("data_nonfinite", 1e-6, "non-finite input"),
+        ("data_std", 0.0, "constant input"),
+        ("data_std", 20.1, "input not normalised"),
+        ("data_std", 19.9, ""),
+        ("data_std", 9e-5, "input not normalised"),
+        ("data_mean", 19.9, ""),
+        ("label_share", 1.0, "constant labels"),
+        ("label_share", 0.99, ""),
+    ],
+)
+def test_faults_of_the_data(column, value, cause):
+    def spoil(cell, curve):
+        curve[column] = value
+
+    verdict = judge(run_of(spoil))
+    assert (verdict.name, verdict.cause) == ("data_fault" if cause else "healthy", cause)
+
+
+def test_labels_of_two_batches_are_not_believed_to_be_constant():
+    def spoil(cell, curve):
+        curve["label_share"] = np.where(curve["step"] < 2, 1.0, math.nan)
+
+    assert verdict_of(spoil)[0] == "healthy"
+
+
+@pytest.mark.parametrize(("factor", "found"), [(0.5, True), (1.5, True), (1.02, False), (-1, True)])
+def test_one_scaled_shortcut_is_named(factor, found):
+    def scale(cell, curve):
+        for name in ("channel_mean_rms", "channel_std"):
+            cell(f"shortcut_{name}", abs(factor) * (0.1 if "mean" in name else 1.0), block=3)
+        for q, mirrored in ((10, 90), (50, 50), (90, 10)):
+            value = {10: -0.1, 50: 0.02, 90: 0.15}[q if factor > 0 else mirrored]
+            cell(f"shortcut_mean_q{q}", factor * value, block=3)
+
+    assert verdict_of(scale) == (("shortcut_scaled", 3) if found else ("healthy", None))
+
+
+def test_shortcuts_that_are_all_scaled_a_little_are_a_design():
+    def scale(factor):
+        def change(cell, curve):
+            cell("shortcut_channel_std", factor)
+            cell("shortcut_channel_mean_rms", 0.1 * factor)
+
+        return change
+
+    assert verdict_of(scale(0.9))[0] == "healthy"  # 0.9^6 = 0.53
+    assert verdict_of(scale(0.5)) == ("shortcut_scaled", 0)
+
+
+@pytest.mark.parametrize(("ratio", "name"), [(51, "branch_too_large"), (49, "healthy")])
+def test_a_branch_far_larger_than_its_shortcut(ratio, name):
+    assert verdict_of(lambda cell, curve: cell("branch_ratio", ratio, block=2))[0] == name
+
+
+def test_a_branch_among_small_ones():
+    def grow(size):
+        def change(cell, curve):
+            cell("branch_ratio", 0.01)
+            cell("branch_ratio", size, block=4)
+
+        return change
+
+    assert verdict_of(grow(6.0)) == ("branch_too_large", 4)
+    assert verdict_of(grow(2.0))[0] == "healthy"
+
+
+def test_one_step_larger_than_the_weights():
+    assert verdict_of(lambda c, _: c("update_ratio", 1.1, step=0))[0] == "lr_too_high"
+    assert verdict_of(lambda c, _: c("update_ratio", 0.9, step=0))[0] == "healthy"
+
+
+def test_branches_that_are_all_large_are_a_design():
+    assert verdict_of(lambda cell, curve: cell("branch_ratio", 60.0))[0] == "healthy"
+
+
+def test_a_frozen_block_among_moving_ones():
+    assert verdict_of(lambda c, _: c("update_ratio", 0.0, block=4)) == ("frozen_block", 4)
+
+
+def test_frozen_first_blocks_through_which_no_gradient_passes_are_a_fine_tuning():
+    def freeze(cell, curve):
+        for block in (0, 1):
+            cell("update_ratio", 0.0, block=block)
+            cell("grad_input", math.nan, block=block)
+
+    verdict = judge(run_of(freeze))
+    assert verdict.name == "healthy"
+    assert any("fine-tuning" in reason for reason in verdict.not_judged)
+
+
+def test_a_detached_branch_and_a_detached_shortcut():
+    def detach(cell, curve):
+        cell("shortcut_share", 1.0, block=2)
+        cell("grad_param", math.nan, block=2)
+
+    assert verdict_of(detach) == ("detached_branch", 2)
+    reason = "no gradient leads from the shortcut back to the block's input"
+    missing = [{"metric": "shortcut_share", "blocks": [5], "reason": reason}]
+    assert verdict_of(unavailable=missing) == ("detached_shortcut", 5)
+
+
+def test_a_normalisation_that_one_block_lacks():
+    blocks = run_of().blocks
+    blocks[3] = {**blocks[3], "branch": ["conv2d", "relu", "conv2d"]}
+    assert verdict_of(blocks=blocks) == ("missing_norm", 3)
+    # another kind of block is another design
+    blocks[3] = {**blocks[3], "branch": ["conv2d", "sigmoid", "conv2d"]}
+    assert verdict_of(blocks=blocks)[0] == "healthy"
+
+
+def test_a_constant_branch_is_dead_unless_all_are():
+    assert verdict_of(lambda c, _: c("branch_channel_std", 0.0, block=1)) == ("dead_block", 1)
+    assert verdict_of(lambda c, _: c("branch_channel_std", 0.0))[0] == "healthy"
+    # a branch that begins at zero and grows
+    begin = verdict_of(lambda c, _: c("branch_channel_std", 0.0, block=1, step=slice(0, 3)))
+    assert begin[0] == "healthy"
+
+
+def test_saturation_counts_beside_the_other_blocks_and_where_a_curve_saturates():
+    blocks = [{**row, "branch": ["linear", "tanh", "linear"]} for row in run_of().blocks]
+    saturate = lambda c, _: c("saturated_fraction", 0.95, block=2)  # noqa: E731
+    assert verdict_of(saturate, blocks=blocks) == ("saturated_block", 2)
+    assert verdict_of(saturate)[0] == "healthy"  # ReLU: closed, not saturated
+
+
+def test_a_loss_that_gets_worse_with_large_steps_is_a_high_learning_rate():
+    def worsen(size):
+        def change(cell, curve):
+            curve["loss"] = np.linspace(2.3, 12.5, STEPS)
+            cell("update_ratio", size)
+
+        return change
+
+    assert verdict_of(worsen(0.05))[0] == "lr_too_high"
+    assert verdict_of(worsen(1e-4))[0] == "healthy"  # it is not the steps
+
+
+def test_a_number_out_of_nothing_is_no_high_learning_rate():
+    def break_down(cell, curve):
+        cell("update_ratio", 0.2)
+        cell("branch_nonfinite", 0.1, step=9, block=3)
+        curve.loc[9:, "loss"] = math.nan
+
+    assert verdict_of(break_down, status="diverged") == ("exploded", 3)
+
+
+@pytest.mark.parametrize(("size", "name"), [(2e-6, "lr_too_low"), (1e-3, "healthy")])
+def test_steps_that_move_nothing(size, name):
+    def stand_still(cell, curve):
+        curve["loss"], curve["weight_decay"] = 2.9, 0.0
+        cell("update_ratio", size)
+
+    assert verdict_of(stand_still)[0] == name
+
+
+def test_gradients_that_were_clipped_away_and_an_optimizer_that_never_steps():
+    def clip(cell, curve):
+        curve["loss"], curve["grad_norm"] = 2.9, 1e-7
+        cell("update_ratio", 1e-4)  # ten times lr x weight decay: momentum
+
+    assert judge(run_of(clip)).cause == "gradients almost 0 before the step"
+
+    def idle(cell, curve):
+        curve["loss"] = 2.9
+        curve[["lr", "momentum", "weight_decay"]] = math.nan
+        cell("update_ratio", math.nan)
+
+    verdict = judge(run_of(idle))
+    assert (verdict.name, verdict.cause) == ("lr_too_low", "no optimizer step")
+
+
+@pytest.mark.parametrize(("decay", "name"), [(0.11, "weight_decay_too_large"), (0.09, "healthy")])
+def test_weight_decay(decay, name):
+    def shrink(cell, curve):
+        curve["weight_decay"] = decay
+
+    assert verdict_of(shrink)[0] == name
+
+
+def test_a_jump_of_the_bias_shift_is_named_by_its_block():
+    def shift(cell, curve):
+        cell("output_channel_mean_rms", 6.0, block=slice(3, 5))
+        for site in ("input", "shortcut"):
+            cell(f"{site}_channel_mean_rms", 6.0, block=slice(4, 5))
+
+    assert verdict_of(shift) == ("bias_shift", 3)
+
+
+def test_signal_or_gradient_that_vanishes():
+    shrink = lambda c, _: c("output_channel_std", 1e-4, block=5)  # noqa: E731
+    assert verdict_of(shrink)[0] in ("vanishing", "bias_shift")
+    assert verdict_of(lambda c, _: c("grad_input", 9e-4, block=0))[0] == "vanishing"
+    assert verdict_of(lambda c, _: c("grad_input", 1.1e-3, block=0))[0] == "healthy"
+
+
+def test_an_overflow_of_float16_is_told_from_other_explosions():
+    def overflow(cell, curve):
+        cell("output_channel_std", 3000.0, step=slice(5, 7))
+        cell("sum_nonfinite", 0.1, step=7, block=2)
+
+    half = [{**row, "dtype": "float16"} for row in run_of().blocks]
+    assert verdict_of(overflow, blocks=half, status="diverged") == ("fp16_overflow", 2)
+    assert verdict_of(overflow, status="diverged")[0] != "fp16_overflow"
+
+
+def test_confidence_grows_with_the_distance_from_the_threshold():
+    assert confidence(1.4, 1.4) == 0.5
+    assert confidence(2.8, 1.4) == confidence(0.7, 1.4) == 0.75
+    assert 0.75 < confidence(14.0, 1.4) < confidence(1e9, 1.4) <= 0.99
+
+
+def test_the_verdict_has_a_cause_and_a_confidence_in_json():
+    said = judge(run_of(lambda c, _: c("branch_ratio", 1e3, block=2))).to_dict()
+    assert {"name", "cause", "block", "step", "confidence"} < set(said)
+    assert (said["name"], said["block"], said["step"]) == ("branch_too_large", 2, 0)
+    assert 0.9 < said["confidence"] < 1
+    assert said["findings"][0]["name"] == "branch_too_large"
+    assert NAMES[-1] == "healthy"
+
+
+# -- several runs ------------------------------------------------------------------------------
+
+
+def ended(depth, seed, train, test, *, status="done", data="digits", model="elu"):
+    curve = pd.DataFrame({"step": [9], "train_error": [train], "test_error": [test]})
+    config = SimpleNamespace(model=model, depth=depth, data=data, steps=10, seed=seed)
+    return SimpleNamespace(config=config, status=status, blocks=[], curve=lambda: curve)
+
+
+def family(train, test, seeds=3):
+    """Depth 20 ends with 10 % and 12 %, depth 56 with what is given; a spread of 0.02 points."""
+    return [
+        ended(depth, seed, a + seed * 1e-4, b + seed * 1e-4)
+        for depth, a, b in ((20, 0.10, 0.12), (56, train, test))
+        for seed in range(seeds)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "name"),
+    [
+        (0.103, 0.125, "degraded"),
+        (0.09, 0.125, "overfit"),
+        (0.103, 0.11, "not_degraded"),
+        (0.1005, 0.1205, "not_degraded"),  # half a tenth of a point
+    ],
+)
+def test_degradation_by_its_definition(train, test, name):
+    (found,) = compare(family(train, test))
+    assert found.name == name
+    assert (found.finding is not None) == (name in ("degraded", "overfit"))
+
+
+def test_a_gap_within_two_standard_errors_is_no_degradation():
+    noisy = [ended(56, seed, 0.11 + e, 0.13 + e) for seed, e in enumerate((-0.02, 0, 0.02))]
+    (found,) = compare([*family(0, 0)[:3], *noisy])
+    assert found.name == "not_degraded"
+
+
+@pytest.mark.parametrize(
+    ("runs", "words"),
+    [
+        (family(0.2, 0.2, seeds=2), "2 seeds at depth 20, 3 are needed"),
+        (family(0.2, 0.2)[:3], "runs of one depth only"),
+        ([*family(0.2, 0.2), ended(56, 3, 0.2, 0.2, data="cifar10")], "differ in data"),
+        ([*family(0.2, 0.2), ended(56, 3, 0.2, 0.2, status="diverged")], "1 of 4 runs at depth 56"),
+    ],
+)
+def test_undecidable_is_an_answer(runs, words):
+    (found,) = compare(runs)
+    assert found.name == "undecidable"
+    assert words in found.summary
+
+
+# -- the command -------------------------------------------------------------------------------
+
+
+def test_explain_of_a_run_that_is_still_going(tmp_path, capsys):
+    with open_writer(tmp_path, make_config(steps=15)) as writer:
+        writer.describe(make_blocks(), [], "local")
+        writer.commit(10, make_metrics(0, 10), make_curve(0, 10), *make_checkpoint(10))
+        assert app.run(["explain", str(writer.folder), "--json"]) == 0
+        said = json.loads(capsys.readouterr().out)
+    assert set(said) == {"schema", "run", "verdict", "findings"}
+    rest = [reason for reason in said["verdict"]["not_judged"] if reason.startswith("the rest")]
+    assert rest == ["the rest of the run: it is at step 10 of 15 (running)"]
+
+
+def test_explain_of_a_run_that_has_not_committed_yet(tmp_path, capsys):
+    with open_writer(tmp_path) as writer:
+        assert app.run(["explain", str(writer.folder)]) == 0
+    assert "it is at step 0 of 15 (new)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_explain_of_several_runs_says_whether_they_degrade(tmp_path, capsys):
+    for depth in (8, 14):
+        with open_writer(tmp_path, make_config(depth=depth)) as writer:
+            continue_run(writer)
+    folders = [str(path) for path in sorted(tmp_path.iterdir())]
+    assert app.run(["explain", *folders]) == 0
+    out = capsys.readouterr().out
+    assert "elu_pre: undecidable. Degradation: 1 seeds at depth 8, 3 are needed." in out
+    assert app.run(["explain", *folders, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert len(said["runs"]) == 2
+    assert said["comparisons"][0]["name"] == "undecidable"
