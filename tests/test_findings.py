@@ -225,6 +225,19 @@ def test_a_loss_that_gets_worse_with_large_steps_is_a_high_learning_rate():
     assert verdict_of(worsen(1e-4))[0] == "healthy"  # it is not the steps
 
 
+def test_a_loss_that_is_high_for_ten_steps_only_is_no_high_learning_rate():
+    def rise(steps):
+        def change(cell, curve):
+            curve["loss"] = np.nan
+            curve.loc[: steps - 1, "loss"] = np.linspace(2.3, 12.5, steps)
+            cell("update_ratio", 0.05)
+
+        return change
+
+    assert verdict_of(rise(10))[0] == "healthy"
+    assert verdict_of(rise(20))[0] == "lr_too_high"
+
+
 def test_a_number_out_of_nothing_is_no_high_learning_rate():
     def break_down(cell, curve):
         cell("update_ratio", 0.2)

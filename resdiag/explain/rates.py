@@ -13,6 +13,9 @@ from resdiag.explain.theory import CRITICAL
 WORSE = 1.5
 """Mean loss of the last fifth of the steps over the loss at step 0 and over ln K."""
 
+SETTLED = 20
+"""Steps before a higher loss counts: at depth 110 and rate 0.1 that of the first ten is passing."""
+
 PEAK = 8.0
 """Largest loss over the larger of ln K and the loss at step 0."""
 
@@ -50,12 +53,12 @@ _TRUST = "You et al. 2017, arXiv:1708.03888; " + _SOURCE
 def lr_too_high(seen: Observed) -> Outcome:
     """Steps are too large: the loss gets worse, or breaks down, and the weights are replaced.
 
-    Any of: (1) the mean loss of the last fifth of the steps is 1.5 times that of step 0 and that
-    of guessing; (2) the loss peaks at 8 times those; (3) the run breaks down, not out of nothing,
-    and before it a step moved the median block by 10 % of its weights or, at step 0,
-    lr x ||g_0|| >= 0.6; (4) a step replaces half of the median block's weights at most of the
-    steps while nothing is learned; (5) one step moves the median block by more than its weights.
-    All need a step of 1e-3 at least, if steps are known.
+    Any of: (1) the mean loss of the last fifth of the steps, 20 steps or more, is 1.5 times that of
+    step 0 and that of guessing; (2) the loss peaks at 8 times those; (3) the run breaks down, not
+    out of nothing, and before it a step moved the median block by 10 % of its weights or, at
+    step 0, lr x ||g_0|| >= 0.6; (4) a step replaces half of the median block's weights at most of
+    the steps while nothing is learned; (5) one step moves the median block by more than its
+    weights. All need a step of 1e-3 at least, if steps are known.
     """
     name = "lr_too_high"
     losses = seen.series("loss")
@@ -98,6 +101,9 @@ def lr_too_high(seen: Observed) -> Outcome:
             next=(f"the same at a tenth of the learning rate: {lr / 10:.2g}",),
             confidence=confidence(first.value, first.threshold),
         )
+    elif len(losses) < SETTLED:
+        reason = f"whether the loss gets worse: {len(losses)} steps, {SETTLED} needed"
+        yield NotJudged(name, reason)
 
 
 def lr_too_low(seen: Observed) -> Outcome:
@@ -167,7 +173,7 @@ def weight_decay_too_large(seen: Observed) -> Outcome:
 
 def _worse(seen: Observed, losses: "pd.Series[float]") -> Evidence | None:
     known = losses[np.isfinite(losses)]
-    if len(known) < LEAST_STEPS:
+    if len(known) < SETTLED:
         return None
     guess = math.log(seen.classes) if seen.classes else -math.inf
     last = known.iloc[-max(2, len(known) // 5) :]

@@ -147,7 +147,7 @@ def predict(
 
     >>> b = predict("b", 110)
     >>> round(b.growth_per_block, 2), f"{b.second_moment[-1]:.0e}"
-    (1.81, '3e+13')
+    (1.83, '5e+13')
     """
     row = find_variant(variant)
     shapes = block_shapes(depth, width_px)

@@ -99,6 +99,7 @@ def attach(
         TypeError: The optimizer or the scaler is something else.
 
     Example:
+        >>> import torch
         >>> from resdiag.models.resnet import build_model
         >>> model = build_model("elu", 8, seed=0)
         >>> with attach(model) as monitor:
