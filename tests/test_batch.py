@@ -139,6 +139,6 @@ def test_a_told_loss_that_is_not_finite_is_a_lost_run(tmp_path):
 def test_a_loss_of_several_numbers_is_refused():
     with (
         attach(build_model("elu", 8, width=0.25, seed=0)) as monitor,
-        pytest.raises(ValueError, match="one number"),
+        pytest.raises(ValueError, match="takes one number, not a tensor of shape"),
     ):
         monitor.step(loss=torch.ones(2))

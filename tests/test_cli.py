@@ -294,7 +294,8 @@ def test_a_diverged_run_is_a_result_not_a_failure(call):
     code, out, _ = call(*args, "--lr", "1e6", "--steps", "30", "--json")
     document = strict(out)
     assert (code, document["status"]) == (0, "diverged")
-    assert document["verdict"]["name"].startswith("exploded")
+    assert document["verdict"]["name"] == "lr_too_high"
+    assert "exploded" in {finding["name"] for finding in document["verdict"]["findings"]}
     assert document["test_error"] == {"final": None, "best": None}
     code, out, _ = call(*args, "--lr", "1e6", "--steps", "30")
     assert code == 0

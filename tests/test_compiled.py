@@ -138,6 +138,8 @@ def test_a_transformer_is_recorded_compiled_and_says_what_is_hidden():
     assert not counters["graph_break"]
     assert seen.blocks == wanted.blocks
     hidden = {entry["metric"] for entry in seen.unavailable}
+    reasons = {entry["metric"]: entry["reason"] for entry in seen.unavailable}
+    assert reasons["head_loss"] == "a compiled pass does not show its batch"
     gone = set(seen.to_frame().columns[seen.to_frame().isna().any()]) & set(RECORDED)
     assert gone <= hidden | {"elasticity"}
     assert_same(seen, wanted, missing=gone | hidden)

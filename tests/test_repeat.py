@@ -47,8 +47,9 @@ def test_real_models_have_the_numbers_of_passes_that_are_followed(name):
     passes = [lambda m: loss_of(m, inputs)] * 4
     repeated = record(model, passes, repeating=True, blocks=REAL[name][3])
     assert_same(repeated, record(model, passes, repeating=False, blocks=REAL[name][3]))
-    # stochastic depth draws a scale, but its calls are the same; named units are always followed
-    assert repeated[3] == (0 if REAL[name][3] else 3)
+    # stochastic depth draws a scale, but its calls are the same; followed in full are named units,
+    # and swin, which assigns to parts of its masks
+    assert repeated[3] == (0 if REAL[name][3] or name == "swin" else 3)
 
 
 @pytest.mark.parametrize("metrics", ["core", "full"])

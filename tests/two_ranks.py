@@ -66,6 +66,7 @@ def train(model, loss, *, watched=None, steps=STEPS, monitored=True, **options):
             "curve": monitor.to_frame("step"),
             "notes": monitor.notes,
             "blocks": [block.to_dict() for block in monitor.blocks],
+            "unavailable": monitor.unavailable,
         }
         monitor.close()
     return out

@@ -46,6 +46,9 @@ LEAST_STEPS = 10
 LARGEST_DECAY = 0.01
 """Learning rate times weight decay: the share of the weights that each step takes away."""
 
+DECAY_SHARE = 0.25
+"""What the decay takes over what the first recorded step moves, in all."""
+
 _SOURCE = "definition of resdiag.explain.rates"
 _TRUST = "You et al. 2017, arXiv:1708.03888; " + _SOURCE
 
@@ -149,13 +152,19 @@ def lr_too_low(seen: Observed) -> Outcome:
 
 
 def weight_decay_too_large(seen: Observed) -> Outcome:
-    """Learning rate times weight decay takes 1 % of the weights or more in the median step."""
+    """Learning rate times weight decay takes 1 % of the weights or more in the median step.
+
+    And a quarter at least of what the first recorded step moves: else it is the learning rate.
+    """
     rates, decays = seen.series("lr"), seen.series("weight_decay")
     if decays.dropna().empty:
         yield NotJudged("weight_decay_too_large", "the weight decay was not recorded")
         return
     taken = (rates * decays).dropna()
     value = float(taken.median()) if len(taken) else math.nan
+    updates = _updates(seen)
+    if len(updates) and taken.get(updates.index[0], math.inf) < DECAY_SHARE * updates.iloc[0]:
+        return  # such a learning rate moves the weights by far more than the decay does
     if value >= LARGEST_DECAY:
         text = f"lr x weight decay = {value:.2g}: each step takes that share of the weights away"
         item = _evidence("weight_decay", int(taken.index[0]), value, LARGEST_DECAY, text)
