@@ -27,8 +27,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+LIVING = ExitStack()
+"""What an arm's steps run under, for as long as its process lives."""
 
 ARMS = ("stock", "again", "eager", "fast", "bfloat16", "compile", "recording")
 IMAGES = 12_800
@@ -227,7 +231,7 @@ def make_ours(options: argparse.Namespace, folder: Path) -> Callable[[], None]:
     described = environment(config.device, config.dtype)
     writer = RunWriter.open(folder, config, environment=described, data=data.identity)
     training = Training(config, data, writer)
-    training.engine().__enter__()  # for as long as the process lives
+    LIVING.enter_context(training.engine())
     steps = iter(range(10**8))
     return lambda: training.train_step(next(steps))
 
