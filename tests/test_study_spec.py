@@ -23,7 +23,7 @@ from resdiag.study.study import build_study, load_study
 from resdiag.training.recipe import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
-SHIPPED = ("paper", "explosion", "degradation", "initialisation", "smoke")
+SHIPPED = ("paper", "explosion", "degradation", "degradation-cpu", "initialisation", "smoke")
 
 
 def build(text, *sets, mini=False):
