@@ -453,6 +453,9 @@ def _channel_sums(x: Tensor, size: Scalar, at: int) -> Tensor:
     if not on_host(x.device):
         return x.sum(reduced, dtype=torch.float64)
     if _is_fast(x) and not size >= _TRUSTED[1]:
+        if at == 1 and x.dim() > 3 and x.is_contiguous():
+            # first over what lies together: half the time on tensors that no cache holds
+            return x.flatten(2).sum(2).sum(0)
         return x.sum(reduced)
     return x.double().sum(reduced)
 
