@@ -54,7 +54,8 @@ def run(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, or bfloat16 by autocast.")] = "float32",
     engine: Annotated[
-        str, typer.Option(help="eager, fast (an own ELU on the CPU), compile or auto.")
+        str,
+        typer.Option(help="eager, fast (an own ELU on the CPU), compile, graph (CUDA) or auto."),
     ] = "eager",
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="CPU threads of PyTorch.")

@@ -27,6 +27,7 @@ from resdiag.training.curve import Curve
 from resdiag.training.data import ImageData
 from resdiag.training.display import Display, Standing
 from resdiag.training.fastelu import FastElu
+from resdiag.training.graphs import Capture, CudaCapture, Graphs
 from resdiag.training.interrupt import Interrupt
 from resdiag.training.pages import keep_pages
 from resdiag.training.recipe import learning_rate
@@ -61,6 +62,7 @@ class Training:
         data: The images; those that `config.data` names.
         writer: The run's folder.
         tell: Is handed the rows of both tables after each commit.
+        capture: What takes passes down for the engine `graph`, if not CUDA.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Training:
         data: ImageData,
         writer: RunWriter,
         tell: Callable[[Table, Table], object] | None = None,
+        capture: Capture | None = None,
     ) -> None:
         self.config, self._writer = config, writer
         self._committer = Committer(writer, tell)
@@ -102,6 +105,10 @@ class Training:
         self._compiled: Callable[[Tensor], Tensor] | None = None
         if config.engine == "compile":  # after attach: hooks set later would not be in the graph
             self._compiled = torch.compile(self.model, dynamic=False)
+        self._graphs: Graphs | None = None
+        if config.engine == "graph":
+            how = capture or CudaCapture(self._device)
+            self._graphs = Graphs(self.model, self.monitor, self._train_on, self._test_on, how)
         self._curve, self._tally = Curve(), Tally()
         self._metrics: list[dict[str, NDArray[Any]]] = []
         self._base: tuple[int, NDArray[Any]] | None = None
@@ -140,14 +147,28 @@ class Training:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         images, labels = self._batches.batch(step)
-        self._optimizer.zero_grad()
-        results = self._forward_backward(images, labels, self._model_for(len(labels)))
+        results = self._passes(images, labels)
         self._count(step, len(labels), lr, results)
         if self._tally.exploded == step and not self.monitor.is_recording:
             self._record_again(images, labels)
         self._optimizer.step()
         self.monitor.step()
         self._evaluate(step + 1)
+
+    def _passes(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Forward and backward pass: an epoch's smaller last batch is not worth another graph."""
+        whole = len(labels) == self.config.batch_size
+        if self._graphs is not None and whole:
+            return self._graphs.train(images, labels)
+        self._zero_grad()
+        compiled = self._compiled if whole else None
+        return self._forward_backward(images, labels, compiled or self.model)
+
+    def _zero_grad(self) -> None:
+        self._optimizer.zero_grad(set_to_none=self._graphs is None)  # graphs know where they are
+
+    def _train_on(self, images: Tensor, labels: Tensor) -> Tensor:
+        return self._forward_backward(images, labels, self.model)
 
     def _forward_backward(
         self, images: Tensor, labels: Tensor, model: Callable[[Tensor], Tensor]
@@ -159,11 +180,6 @@ class Training:
         wrong = (logits.detach().argmax(1) != labels).sum()
         return torch.stack([loss.detach().double(), wrong.double()])
 
-    def _model_for(self, size: int) -> Callable[[Tensor], Tensor]:
-        """What runs a training pass: an epoch's smaller last batch is not worth another graph."""
-        whole = size == self.config.batch_size
-        return self._compiled if self._compiled is not None and whole else self.model
-
     def _predict(self, images: Tensor, model: Callable[[Tensor], Tensor]) -> Tensor:
         half = self.config.dtype == "bfloat16"
         with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
@@ -174,7 +190,7 @@ class Training:
         """The step that explodes must be in the record: do its passes once more, watched."""
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         self.monitor.demand()
-        self._optimizer.zero_grad()
+        self._zero_grad()
         self._forward_backward(images, labels, self.model)
         for buffer, before in buffers:  # running statistics count the batch once
             buffer.copy_(before)
@@ -235,14 +251,21 @@ class Training:
         totals = torch.zeros(2, dtype=torch.float64, device=self._device)
         count = 0
         for images, labels in self._batches.test_batches(_EVALUATION_BATCH):
-            logits = self._predict(images, self.model)
-            loss = F.cross_entropy(logits, labels, reduction="sum")
-            wrong = (logits.argmax(1) != labels).sum()
-            totals += torch.stack([loss.double(), wrong.double()])
+            whole = self._graphs is not None and len(labels) == _EVALUATION_BATCH
+            totals += (self._graphs.test if self._graphs and whole else self._test_on)(
+                images, labels
+            )
             count += len(labels)
         self.model.train()
         loss_sum, wrong_sum = (totals / max(1, count)).tolist()
         return loss_sum, wrong_sum
+
+    def _test_on(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Sum over test images of the loss, and number of wrong predictions, float64 (2,)."""
+        logits = self._predict(images, self.model)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        wrong = (logits.argmax(1) != labels).sum()
+        return torch.stack([loss.double(), wrong.double()])
 
     def _report(self, display: Display, done: int) -> None:
         """Show the standing twice a second; the worst block is read from what was recorded."""
@@ -316,14 +339,14 @@ class Training:
 
     def _attach(self) -> Monitor:
         plain = not VARIANTS[self.config.variant].shortcut
-        compiled = self.config.engine == "compile"
+        hidden = self.config.engine in ("compile", "graph")
         return attach(
             self.model,
             optimizer=self._optimizer,
             blocks=self.model.unit_names if plain else None,
             every=self.config.every or sys.maxsize,
             record_first=self.config.record_first,
-            example_inputs=(self._batches.batch(0)[0],) if compiled else None,
+            example_inputs=(self._batches.batch(0)[0],) if hidden else None,
         )
 
     def engine(self) -> AbstractContextManager[object]:

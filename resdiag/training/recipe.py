@@ -12,12 +12,12 @@ from resdiag.models.variants import count_blocks, find_variant
 from resdiag.runs.config import RunConfig
 
 DTYPES = ("float32", "bfloat16")
-ENGINES = ("auto", "eager", "fast", "compile")
+ENGINES = ("auto", "eager", "fast", "compile", "graph")
 """What `--engine` accepts.
 
 `eager` is PyTorch as it is; `fast` is the same with an own ELU on the CPU, other bits in the last
-places; `compile` is torch.compile, the recorder inside the graph; `auto` is the fastest of the
-first two.
+places; `compile` is torch.compile, the recorder inside the graph; `graph` replays CUDA graphs of
+the passes, with and without the recorder; `auto` is the fastest of the first two.
 """
 
 
@@ -124,6 +124,8 @@ class Request:
             raise unknown("engine", self.engine, ENGINES)
         if self.engine == "fast" and not self.device.startswith(("cpu", "auto")):
             raise UsageError(f"engine 'fast' is for the CPU, not {self.device}", "--engine eager")
+        if self.engine == "graph" and self.device.startswith("cpu"):
+            raise UsageError("engine 'graph' replays CUDA graphs, not on cpu", "--engine eager")
         if self.steps is not None and self.epochs is not None:
             raise UsageError("--steps and --epochs exclude each other")
         if not 0 < self.width <= _WIDEST:

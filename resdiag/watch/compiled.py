@@ -74,7 +74,7 @@ class Taps:
         self._at: dict[Port, Tap] = {}
         self._values: dict[int, Tap] = {}
         self._users: list[tuple[int, tuple[str, ...], Tap]] = []
-        self._was_entered = False
+        self._was_entered = self._was_captured = False
         self._gradients: list[tuple[int, str, Tap, float]] = []
         self._place()
         self._parts = [part for tap in self._at.values() for part in tap.tensors()]
@@ -83,8 +83,13 @@ class Taps:
         self._operations, self._entered = Operations(), ExitStack()
         self._handles = list(self._install(model))
 
-    def begin(self, *, on: bool) -> None:
-        """Before a pass: whether to write."""
+    def begin(self, *, on: bool, captured: bool = False) -> None:
+        """Before a pass: whether to write.
+
+        Args:
+            on: Whether the taps of this pass write.
+            captured: A CUDA graph takes the pass down, and replays it without Python.
+        """
         self._switch.on = self._switch.eager = on
         for hook in self._hooks:
             if hook.repeated:
@@ -96,6 +101,7 @@ class Taps:
         if on and self._frames:
             self._entered.enter_context(self._operations)
             self._was_entered = True
+            self._was_captured |= captured
 
     def arm(self, *, on: bool) -> None:
         """The same for a pass whose beginning Python does not see."""
@@ -348,9 +354,10 @@ class Taps:
     def _drop_unseen(self) -> None:
         """Say what was not written as it should have been, and make it NaN."""
         changed = {frame.name for frame in self._frames if frame.has_changed}
+        entered = self._was_entered or self._was_captured
         for row, columns, tap in self._users:
-            if tap.port.operation and not (self._was_entered and tap.port.module not in changed):
-                self._recorder.miss(row, columns, CHANGED if self._was_entered else INSIDE)
+            if tap.port.operation and not (entered and tap.port.module not in changed):
+                self._recorder.miss(row, columns, CHANGED if entered else INSIDE)
                 torch._foreach_mul_(tap.tensors(), math.nan)
             elif tap.norm is not None and metrics.on_host(tap.norm.device):
                 gradients = tuple(c for c in columns if c.startswith("grad_"))

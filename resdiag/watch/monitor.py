@@ -321,6 +321,18 @@ class Monitor:
         """Whether this step's forward pass was recorded."""
         return self._now.forward
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the schedule names the step under way."""
+        return self._passes.is_due()
+
+    def replayed(self) -> None:
+        """Say that a CUDA graph has just replayed a forward pass of this step.
+
+        Without a word, a replay is noticed when the optimizer steps, at the latest by `step()`.
+        """
+        self._passes.adopt_hidden()
+
     def start_at(self, step: int) -> None:
         """Count on from `step`, for a resumed training."""
         self._now.number = step

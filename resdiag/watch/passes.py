@@ -153,7 +153,10 @@ class Passes:
         if self.taps is None:
             self._step.hidden = self._step.hidden or due
             return
-        self._captured = self._captured or is_capturing()
+        if is_capturing():  # kernels are noted down, nothing is computed: replays are what counts
+            self._captured = True
+            self.taps.begin(on=training, captured=True)
+            return
         first = due and not self._step.forward
         self.taps.begin(on=first if whole else training)
         if first:
