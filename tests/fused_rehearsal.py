@@ -1,0 +1,55 @@
+"""Run by test_fused.py in a process of its own: Triton's interpreter is chosen at the import."""
+
+import itertools
+import sys
+
+import torch
+
+from resdiag.watch import fused, taps
+
+SHAPES = [  # shape and dimension of the channels
+    ((5, 7, 6, 6), 1),
+    ((3, 70, 5, 4), 1),
+    ((2, 3, 2, 3, 4), 1),
+    ((9, 33), 1),
+    ((4, 6, 20), 2),
+    ((300, 3, 8, 8), 1),
+]
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "channels last": lambda x: (
+        x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    ),
+    "a transposed view": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "a slice": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+}
+VALUES = {"finite": [], "nan and inf": [float("nan"), float("inf")]}
+
+
+def rehearse():
+    """Compare with the plain operations, float64 on both sides."""
+    torch.manual_seed(0)
+    for ((shape, channel), layout), (name, bad) in itertools.product(
+        itertools.product(SHAPES, LAYOUTS), VALUES.items()
+    ):
+        x = torch.randn(shape) * 3 + 1
+        for place, value in enumerate(bad):
+            x.view(-1)[7 * place + 2] = value
+        x = LAYOUTS[layout](x)
+        say = f"{shape} {layout} {name}"
+        same(fused.moments(x, channel), taps._moments(x, channel), say)
+        same(fused.gradient(x), taps._gradient(x), say)
+    for dtype in (torch.float16, torch.float64):
+        x = torch.randn(4, 5, 3, 3).to(dtype)
+        same(fused.moments(x, 1), taps._moments(x, 1), str(dtype))
+
+
+def same(found, expected, say):
+    torch.testing.assert_close(
+        found, expected, rtol=1e-12, atol=1e-13, equal_nan=True, msg=lambda text: f"{say}: {text}"
+    )
+
+
+if __name__ == "__main__":
+    rehearse()
+    sys.stdout.write("the same\n")
