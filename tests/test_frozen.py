@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,12 +11,14 @@ import synthetic_runs
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from made_studies import make_results, make_run, make_study
+from made_studies import GRID, make_results, make_run, make_study
 from studyfiles import write_study
 
 from resdiag.cli import app
+from resdiag.errors import UsageError
 from resdiag.report.collect import collect
 from resdiag.report.frozen import freeze, thaw
+from resdiag.report.merge import merge
 from resdiag.report.outcomes import measure
 from resdiag.report.tables import BITS, round_bits
 from resdiag.report.thin import MOST_ROWS, keep_steps, thin
@@ -100,6 +103,114 @@ depth = [20]
 plot = "skip"
 cells = {{ data = "{data}" }}
 """
+
+
+# -- halves that are put together ------------------------------------------------------------------
+
+FILES = ("results.json", "metrics.parquet", "curve.parquet")
+
+
+def some_seeds(*seeds, text=GRID, **made):
+    return make_results(make_study(text, f"seeds={list(seeds)}"), **made)
+
+
+def changed(results, number, **what):
+    """The results with another cell in one place."""
+    cells = list(results.cells)
+    cells[number] = replace(cells[number], **what)
+    return replace(results, cells=cells)
+
+
+@pytest.mark.parametrize(("first", "second"), [((0, 2), (1,)), ((1,), (0, 2)), ((0, 1), (1, 2))])
+def test_two_halves_are_the_whole_bit_for_bit(tmp_path, first, second):
+    freeze(some_seeds(0, 1, 2), tmp_path / "whole")
+    freeze(some_seeds(*first), tmp_path / "parts")
+    freeze(merge(thaw(tmp_path / "parts"), some_seeds(*second)), tmp_path / "parts")
+    for name in FILES:
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_the_command_adds_and_says_what_it_refuses(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, seeds in (("whole", (0, 1)), ("parts", (0,)), ("more", (1,))):
+        freeze(some_seeds(*seeds), tmp_path / name)
+    assert app.run(["study", "freeze", "more", "--out", "parts", "--add"]) == 0
+    assert thaw(tmp_path / "parts").study.file.seeds == [0, 1]
+    assert all((tmp_path / "parts" / n).read_bytes() == (tmp_path / "whole" / n).read_bytes()
+               for n in FILES)  # fmt: skip
+    freeze(
+        some_seeds(2, text=GRID.replace("[20, 56]\n[[f", "[20, 110, 56]\n[[f")), tmp_path / "odd"
+    )
+    kept = (tmp_path / "parts" / "results.json").read_bytes()
+    assert app.run(["study", "freeze", "odd", "--out", "parts", "--add"]) == 2
+    assert "parts holds made with another grid" in capsys.readouterr().err
+    assert (tmp_path / "parts" / "results.json").read_bytes() == kept
+
+
+def test_what_ended_stands_for_what_did_not():
+    held, added = some_seeds(0, 1, missing=(1,), failed=(0,)), some_seeds(0, 1, missing=(2, 3))
+    assert [item.state for item in merge(held, added).cells] == [
+        i.state for i in make_results().cells
+    ]
+    alone = merge(some_seeds(0, failed=(0,)), some_seeds(0, missing=(0,))).cells[0]
+    assert (alone.state, alone.message) == ("failed", "SIGSEGV")
+
+
+def test_each_cell_keeps_its_device_and_its_place_of_data():
+    text = GRID.replace('"digits"', '"folder:/a/x.tar"')
+    held, added = some_seeds(0, text=text), some_seeds(1, text=text.replace("/a/", "/b/"))
+    runs = [
+        replace(i.run, environment={**i.run.environment, "device": "cuda"}) for i in added.cells
+    ]
+    added = replace(
+        added, cells=[replace(i, run=r) for i, r in zip(added.cells, runs, strict=True)]
+    )
+    whole = merge(held, added)
+    assert [i.run.environment["device"] for i in whole.cells] == ["cpu", "cuda"] * 4
+    assert {len(group.members) for group in whole.groups} == {2}
+    assert {i.cell.id for i in whole.cells} == {i.cell.id for i in (*held.cells, *added.cells)}
+
+
+def _trained(**what):
+    """Results of seed 1 whose first cell was trained by other numbers."""
+    results = some_seeds(1)
+    run = results.cells[0].run
+    return changed(results, 0, run=replace(run, config=replace(run.config, **what)))
+
+
+def _edited(old, new):
+    return some_seeds(1, text=GRID.replace(old, new))
+
+
+def _ended_otherwise():
+    results = some_seeds(0)
+    return changed(results, 1, outcomes={**results.cells[1].outcomes, "loss": 9.0})
+
+
+def _other_images():
+    results = some_seeds(1)
+    return changed(results, 0, run=replace(results.cells[0].run, data={"sha256": "1"}))
+
+
+REFUSED = {
+    "question": (lambda: _edited("explode?", "learn?"), "another question"),
+    "expected": (lambda: _edited("= 0.5", "= 0.4"), "another expected"),
+    "data": (lambda: _edited('"digits"', '"fashion"'), "another fixed"),
+    "name": (
+        lambda: make_results(make_study(GRID, "seeds=[1]", name="other")),
+        "holds made, not other",
+    ),
+    "twice": (_ended_otherwise, "elu-d56-s0-.* ended twice and differently: loss [0-9.]+ and 9.0"),
+    "recipe": (lambda: _trained(weight_decay=0.5), "differ in more than the seed: weight_decay"),
+    "images": (_other_images, "differ in more than the seed: data"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_halves_that_do_not_fit_are_refused(why):
+    added, message = REFUSED[why]
+    with pytest.raises(UsageError, match=message):
+        merge(some_seeds(0), added())
 
 
 # -- thinning --------------------------------------------------------------------------------------

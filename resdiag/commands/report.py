@@ -36,15 +36,25 @@ def freeze_study(
     steps: Annotated[
         int, typer.Option(min=2, max=1000, help="Recorded steps to keep of each run.")
     ] = 8,
+    add: Annotated[
+        bool, typer.Option("--add", help="Keep the cells that the folder holds, and add to them.")
+    ] = False,
     runs: RunsRoot = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Write a study's results as three small files, which `study report` reads without the runs."""
+    """Write a study's results as three small files, which `study report` reads without the runs.
+
+    What the folder holds is replaced; with --add, cells of other seeds or other machines are kept.
+    """
     results = _read(where, settings, mini, runs, steps)
     if not any(item.run for item in results.cells):
         raise UsageError(f"no cell of {results.study.name} was begun under {runs}")
-    from resdiag.report.frozen import freeze
+    from resdiag.report.frozen import freeze, is_frozen, thaw
 
+    if add and is_frozen(out):
+        from resdiag.report.merge import merge
+
+        results = merge(thaw(out), results)
     files = freeze(results, out)
     left = [item.cell.id for item in results.cells if not item.ended]
     if left:

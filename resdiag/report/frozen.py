@@ -54,7 +54,7 @@ def freeze(results: Results, folder: Path) -> list[Path]:
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "study": results.study.name,
-        "document": _portable(dict(results.study.document)),
+        "document": portable(dict(results.study.document)),
         "cells": [_pack_cell(item, shared) for item in results.cells],
         "shared": shared,
         "sha256": {},
@@ -108,7 +108,7 @@ def _pack_cell(item: CellResult, shared: dict[str, list[Any]]) -> dict[str, Any]
     """A cell as plain data; what many cells share stands once in `shared`."""
     packed: dict[str, Any] = {
         "id": item.cell.id,
-        "request": _portable(asdict(item.cell.request)),
+        "request": portable(asdict(item.cell.request)),
         "state": item.state,
         "message": _PATH.sub("", item.message),
         "outcomes": dict(item.outcomes),
@@ -119,7 +119,7 @@ def _pack_cell(item: CellResult, shared: dict[str, list[Any]]) -> dict[str, Any]
         run = item.run
         verdict = {name: (run.verdict or {}).get(name) for name in _SAID}
         packed["run"] = {
-            "config": _portable(run.config.to_dict()),
+            "config": portable(run.config.to_dict()),
             "status": run.status,
             "steps": run.steps,
             "point": run.point,
@@ -180,16 +180,16 @@ def _frame(run: "Run | None", table: str) -> "pd.DataFrame | None":
     return run.metrics_frame if table == "metrics" else run.curve_frame
 
 
-def _portable(value: Any) -> Any:  # noqa: ANN401
+def portable(value: Any) -> Any:  # noqa: ANN401
     """Plain data with the last part of every path: where data lie is the machine's own affair.
 
-    >>> _portable({"data": ["folder:/data/cifar10-jpeg.tar.gz", "digits"]})
+    >>> portable({"data": ["folder:/data/cifar10-jpeg.tar.gz", "digits"]})
     {'data': ['folder:cifar10-jpeg.tar.gz', 'digits']}
     """
     if isinstance(value, dict):
-        return {key: _portable(item) for key, item in value.items()}
+        return {key: portable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_portable(item) for item in value]
+        return [portable(item) for item in value]
     if isinstance(value, str) and value.startswith(("folder:", "parquet:")):
         kind, _, path = value.partition(":")
         return f"{kind}:{Path(path).name}"
