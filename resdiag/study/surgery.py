@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from resdiag.errors import UsageError, unknown
+from resdiag.watch.addition import Addition
 from resdiag.watch.blocks import Block, _evaluating, _Finder
 from resdiag.watch.calls import Call
 from resdiag.watch.sums import ADDITIONS, read_sum
-from resdiag.watch.tracer import Addition, Tracer
+from resdiag.watch.tracer import Tracer
 
 
 @dataclass(frozen=True, kw_only=True)

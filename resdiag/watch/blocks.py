@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resdiag.watch.addition import Addition
 from resdiag.watch.calls import Call
 from resdiag.watch.metrics import channel_dimension
-from resdiag.watch.tracer import Addition, Tracer
+from resdiag.watch.tracer import Tracer
 from resdiag.watch.units import Unit
 
 

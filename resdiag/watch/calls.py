@@ -206,3 +206,15 @@ def compose(calls: tuple[Call, ...]) -> Callable[[Tensor], Tensor]:
         return x
 
     return apply
+
+
+_QUESTIONS = frozenset({"__get__", "dim", "size", "numel", "stride", "is_floating_point"})
+"""Calls that ask about a tensor and make none."""
+
+_VIEWS = frozenset(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag"))
+"""Attributes that are tensors made of the one asked: calls like any other."""
+
+
+def is_question(func: Callable[..., Any]) -> bool:
+    """Whether a torch function only asks about a tensor."""
+    return getattr(func, "__name__", "") in _QUESTIONS and func not in _VIEWS

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from resdiag.watch.addition import Addition
 from resdiag.watch.blocks import Anatomy
 from resdiag.watch.calls import ACTIVATIONS, NORMALISATIONS, Call
 from resdiag.watch.sums import ADDITIONS
-from resdiag.watch.tracer import Addition
 
 OPERATIONS = frozenset(function.__name__ for function in ADDITIONS) | ACTIVATIONS | NORMALISATIONS
 """Names of the functions that are counted, so that one of them can be found again in a graph."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from resdiag.watch import metrics
+from resdiag.watch.addition import Addition
 from resdiag.watch.batch import DATA, HEAD_LOSS, Logits, describe_input
 from resdiag.watch.blocks import Anatomy
 from resdiag.watch.buffer import Buffer, Key
@@ -26,7 +27,6 @@ from resdiag.watch.ownvalues import OwnValues
 from resdiag.watch.pool import HEAD as HEAD_ROW
 from resdiag.watch.pool import Pool
 from resdiag.watch.skip import COLUMNS, SkipPath
-from resdiag.watch.tracer import Addition
 from resdiag.watch.units import Unit
 
 _SITE_COLUMNS = {site: tuple(f"{site}_{name}" for name in metrics.STATISTICS) for site in SITES}

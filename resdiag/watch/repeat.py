@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from resdiag.watch.calls import Call
+from resdiag.watch.nested import tensors_in
 from resdiag.watch.routine import Joint, Routine, Step, Turn, agrees, kind_of
 from resdiag.watch.sums import read_sum
 
 if TYPE_CHECKING:
-    from resdiag.watch.tracer import Addition, Listener
+    from resdiag.watch.addition import Addition
+    from resdiag.watch.listener import Listener
 
 
 @dataclass(eq=False, slots=True)
@@ -301,12 +303,3 @@ class Repeat(TorchFunctionMode):
             tensor = reference()
             if tensor is not None and number is not None:
                 yield tensor, number
-
-
-def tensors_in(result: object) -> Iterator[Tensor]:
-    """The tensors that a call returned."""
-    if isinstance(result, Tensor):
-        yield result
-    elif isinstance(result, tuple | list):
-        for item in result:
-            yield from tensors_in(item)

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from resdiag.watch.addition import Addition
 from resdiag.watch.calls import Call
 from resdiag.watch.recorder import Recorder
-from resdiag.watch.tracer import Addition
 from resdiag.watch.units import Unit
 
 

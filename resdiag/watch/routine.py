@@ -20,7 +20,7 @@ from resdiag.watch.calls import Call
 from resdiag.watch.lineage import Descent, Lineage, Scope
 
 if TYPE_CHECKING:
-    from resdiag.watch.tracer import Addition
+    from resdiag.watch.addition import Addition
 
 _CONSTANTS = (
     type(None),

@@ -10,124 +10,33 @@ One block is one residual unit: in `x + attention(h) + mlp(h)` the second sum ad
 to the unit that the first one began, however the terms are put in order.
 """
 
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from threading import get_ident
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from resdiag.watch.calls import Call
+from resdiag.watch.addition import Addition
+from resdiag.watch.calls import Call, is_question
 from resdiag.watch.dynamo import is_running_compiled, never_alone, plain
-from resdiag.watch.lineage import Descent, Lineage, Meeting, Scope
+from resdiag.watch.frame import Frame
+from resdiag.watch.lineage import Descent, Lineage, Scope
+from resdiag.watch.listener import Listener
+from resdiag.watch.makers import Makers
+from resdiag.watch.memory import Memory
+from resdiag.watch.nested import first_floating, tensors_in
 from resdiag.watch.repeat import Repeat
-from resdiag.watch.routine import Learner, Routine
-from resdiag.watch.sums import ADDITIONS, Operand, Sum, read_sum
+from resdiag.watch.residual import Residuals
+from resdiag.watch.routine import Learner
+from resdiag.watch.stacks import Stacks
+from resdiag.watch.sums import ADDITIONS, Sum, read_sum
 from resdiag.watch.units import Search, Unit
-
-
-@dataclass(eq=False)
-class Addition:
-    """One residual addition, as it happens.
-
-    Attributes:
-        owner: Name of the module whose forward is running ("" is the model itself).
-        ordinal: Number of residual additions that `owner` has done before in this pass.
-        origin: The block's input x: where both operands descend from; None if it is gone.
-        branch: F(x), before the addition.
-        shortcut: h(x).
-        shortcut_count: Parameterised operations on the shortcut: 0 for an identity.
-        path: The calls that lead from `origin` to `shortcut` if they can be repeated, else None.
-        shortcut_scale: Factor on the shortcut inside the addition (torch.add's alpha), mostly 1.
-        branch_scale: The same for the branch.
-        parameters: Parameters of the branch, the shortcut and (at the end) the after-add.
-        activations: Activations on the branch, the shortcut and (at the end) in the after-add.
-        calls: The operations on the branch, in order.
-        begins_activated: Whether x was normalised or activated by the module before both ways part.
-        features: The channel dimension of the sum, None if no operation says it.
-        branch_module: The module whose output the branch is, "" if it is none's.
-        shortcut_module: The same for the shortcut.
-        stream: Number of the shortcut in the lineage.
-        extends: Whether it adds a parallel branch to the unit that the addition before it began;
-            then `branch` is the sum of the branches.
-        sum: y = h + F, set once it is computed.
-        after: The after-add's calls, set at the end of the block.
-        returned: Whether the block's output is what `owner` returns.
-    """
-
-    owner: str
-    ordinal: int
-    origin: Tensor | None
-    branch: Tensor
-    shortcut: Tensor
-    shortcut_count: int
-    path: tuple[Call, ...] | None
-    shortcut_scale: float
-    branch_scale: float
-    parameters: list[nn.Parameter]
-    activations: list[Call]
-    calls: tuple[Call, ...] = ()
-    begins_activated: bool = False
-    features: int | None = None
-    branch_module: str = ""
-    shortcut_module: str = ""
-    stream: int = 0
-    extends: bool = False
-    sum: Tensor | None = None
-    after: tuple[Call, ...] = ()
-    returned: bool = False
-
-
-_QUESTIONS = frozenset({"__get__", "dim", "size", "numel", "stride", "is_floating_point"})
-"""Calls that ask about a tensor and make none."""
-
-_VIEWS = frozenset(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag"))
-"""Attributes that are tensors made of the one asked: calls like any other."""
-
-
-def is_question(func: Callable[..., Any]) -> bool:
-    """Whether a torch function only asks about a tensor."""
-    return getattr(func, "__name__", "") in _QUESTIONS and func not in _VIEWS
-
-
-class Listener(Protocol):
-    """What a tracer tells while the forward pass runs."""
-
-    def started(self, inputs: Sequence[Tensor]) -> None:
-        """The pass begins with these inputs."""
-
-    def operands(self, addition: Addition) -> None:
-        """Both operands are there; an in-place addition has not overwritten one yet."""
-
-    def added(self, addition: Addition) -> None:
-        """The sum is there; an in-place after-add has not overwritten it yet."""
-
-    def closed(self, addition: Addition, output: Tensor) -> None:
-        """The block has ended: `addition.after` turned the sum into `output`."""
-
-    def passing(self, number: int, x: Tensor, features: int | None) -> None:
-        """A tensor that may be the input or the output of a unit, before it can be overwritten."""
-
-    def dismiss(self) -> None:
-        """No unit will be made of the tensors that passed."""
-
-    def unit(self, unit: Unit) -> None:
-        """A module without a residual addition stands for a block; its tensors have passed."""
-
-    def same(self, old: Tensor, new: Tensor) -> None:
-        """A tensor was replaced by an equal one behind the back of torch functions."""
-
-    def activation(self, owners: tuple[str, ...], call: Call, x: Tensor) -> None:
-        """A known activation is about to be applied to `x`; `owners` are the open frames' names."""
-
-    def finished(self, features: Tensor | None, logits: Tensor | None) -> None:
-        """The pass has ended; the last linear layer mapped `features` to `logits`."""
 
 
 @dataclass(eq=False)
@@ -137,23 +46,6 @@ class _Trailing:
     unit: Unit
     tail: Tensor
     missing: int
-
-
-@dataclass(eq=False)
-class _Frame:
-    """One module whose forward is running."""
-
-    name: str
-    module: nn.Module
-    entry: Tensor | None
-    scope: Scope
-    number: int | None
-    gate: int
-    open: Addition | None = None
-    tail: Tensor | None = None
-    chain: tuple[Call, ...] = ()
-    chain_parameters: tuple[nn.Parameter, ...] = ()
-    additions: int = 0
 
 
 @dataclass(eq=False)
@@ -167,37 +59,6 @@ class Seen:
 
     compiled: bool = False
     in_graph: bool = False
-
-
-@dataclass(eq=False)
-class _Memory:
-    """The pass that the next one is expected to repeat.
-
-    Attributes:
-        routine: It, or None before one was learned.
-        can_learn: Whether passes repeat often enough to be worth remembering.
-    """
-
-    routine: Routine | None = None
-    can_learn: bool = True
-    _repeats: int = 0
-    _others: int = 0
-
-    def recognised(self) -> None:
-        """A pass was what was expected."""
-        self._repeats += 1
-
-    def strayed(self) -> None:
-        """A pass was something else: the next one is learned anew, if that is ever of use."""
-        self.routine = None
-        self._others += 1
-        self.can_learn = self._others <= 2 + self._repeats
-
-    def learn(self, routine: Routine | None) -> None:
-        """A pass was followed; None if it cannot be recognised."""
-        self.routine = routine
-        if routine is None:
-            self.strayed()
 
 
 class Tracer(TorchFunctionMode):
@@ -229,14 +90,15 @@ class Tracer(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._listener, self._wanted, self._units = listener, wanted, units
-        self._frames: list[_Frame] = []
+        self._frames: list[Frame] = []
         self._lineage = Lineage()
-        self._model, self._memory = model, _Memory(can_learn=units is None)
+        self._residuals = Residuals(self._lineage)
+        self._model, self._memory = model, Memory(can_learn=units is None)
         self._learner: Learner | None = None
         self._repeat: Repeat | None = None
-        self._stacks: dict[int, tuple[weakref.ref[Tensor], list[weakref.ref[Tensor]], int]] = {}
+        self._stacks = Stacks()
         self._names = {module: name for name, module in model.named_modules()}
-        self._makers: dict[int, tuple[weakref.ref[Tensor], str]] | None = {}
+        self._makers: Makers | None = Makers(self._names)
         self._counts: dict[str, int] = {}
         self._head: tuple[Tensor | None, Tensor | None] = (None, None)
         self._on, self._thread = False, 0
@@ -269,7 +131,7 @@ class Tracer(TorchFunctionMode):
             descent = self._lineage.descend([old])
             self._lineage.mark(new, descent, None, alone=True)
             if self._makers is not None:
-                self._makers[id(new)] = (weakref.ref(new), self._maker(old))
+                self._makers.same(old, new)
             self._quietly(self._listener.same, old, new)
 
     # -- hooks ---------------------------------------------------------------------------------
@@ -302,7 +164,7 @@ class Tracer(TorchFunctionMode):
                 self._begin_again(name)
             if self._on and get_ident() == self._thread:
                 if root:
-                    inputs = [*_tensors(args), *_tensors(kwargs)]
+                    inputs = [*tensors_in(args), *tensors_in(kwargs)]
                     self._quietly(self._listener.started, inputs)
                 self._come(name, module, args, kwargs)
 
@@ -369,9 +231,9 @@ class Tracer(TorchFunctionMode):
             self._learner = Learner([*self._model.parameters(), *self._model.buffers()])
         self._mode.enter_context(self._repeat or self)
         if self._makers is not None:
-            handle = nn.modules.module.register_module_forward_hook(self._remember)
+            self._makers.begin()
+            handle = nn.modules.module.register_module_forward_hook(self._makers.remember)
             self._mode.callback(handle.remove)
-
         if self._searching:
             self._search = Search(self._lineage, self._gates, self._tell_passing)
             for module, name in list(self._names.items())[1:]:  # the root has hooks of its own
@@ -383,12 +245,12 @@ class Tracer(TorchFunctionMode):
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._search is not None and module is owner and get_ident() == self._thread:
-                inputs = [*_tensors(args), *_tensors(kwargs)]
-                self._search.enter(name, module, _first_floating(inputs))
+                inputs = [*tensors_in(args), *tensors_in(kwargs)]
+                self._search.enter(name, module, first_floating(inputs))
 
         def leave(module: nn.Module, args: object, output: object) -> None:
             if self._search is not None and module is owner and get_ident() == self._thread:
-                self._search.leave(module, _first_floating(_tensors(output)))
+                self._search.leave(module, first_floating(tensors_in(output)))
 
         yield owner.register_forward_pre_hook(enter, with_kwargs=True)
         yield owner.register_forward_hook(leave)
@@ -397,7 +259,7 @@ class Tracer(TorchFunctionMode):
         """The first pass ends without a residual addition: its modules are the units."""
         if self._search is None:
             return
-        self._search.leave(root, _first_floating(_tensors(output)))
+        self._search.leave(root, first_floating(tensors_in(output)))
         for unit in self._search.units():
             self._tails[unit.owner] = len(unit.after)
             self._quietly(self._listener.unit, unit)
@@ -414,17 +276,6 @@ class Tracer(TorchFunctionMode):
 
     def _tell_passing(self, number: int, x: Tensor) -> None:
         self._quietly(self._listener.passing, number, x, self._lineage.features(number))
-
-    def _remember(self, module: nn.Module, args: object, output: object) -> None:
-        """Which module made a tensor; the outermost one of those that hand it on."""
-        name = self._names.get(module)
-        if self._makers is not None and name and get_ident() == self._thread:
-            for tensor in _tensors(output):
-                self._makers[id(tensor)] = (weakref.ref(tensor), name)
-
-    def _maker(self, tensor: Tensor) -> str:
-        reference, name = (self._makers or {}).get(id(tensor), (None, ""))
-        return name if reference is not None and reference() is tensor else ""
 
     def _stop(self) -> None:
         """Leave the function mode and forget the pass."""
@@ -471,7 +322,7 @@ class Tracer(TorchFunctionMode):
         self._counts, self._head = repeat.ordinals, repeat.head
         for turn, joint in repeat.frames:
             assert turn.scope is not None
-            frame = _Frame(turn.name, turn.module, None, turn.scope, None, 0)
+            frame = Frame(turn.name, turn.module, None, turn.scope, None, 0)
             block = repeat.open.get(id(joint))
             if joint is not None and block is not None:
                 frame.open, frame.tail, frame.chain = block.addition, block.tail, tuple(block.chain)
@@ -493,12 +344,12 @@ class Tracer(TorchFunctionMode):
             self._called[name] += 1
         repeat = self._repeat
         if repeat is not None and not repeat.lost:
-            known = repeat.frames or repeat.begin([*_tensors(args), *_tensors(kwargs)])
+            known = repeat.frames or repeat.begin([*tensors_in(args), *tensors_in(kwargs)])
             if known and repeat.enter(name, module):
                 return
-        inputs = [*_tensors(args), *_tensors(kwargs)]
+        inputs = [*tensors_in(args), *tensors_in(kwargs)]
         if self._search is not None and not self._frames:
-            self._search.enter(name, module, _first_floating(inputs))
+            self._search.enter(name, module, first_floating(inputs))
         self._push(name, module, inputs)
 
     def _go(self, name: str, module: nn.Module, output: object) -> None:
@@ -507,17 +358,17 @@ class Tracer(TorchFunctionMode):
         if (
             repeat is None
             or repeat.lost
-            or not repeat.leave(name, module, next(_tensors(output), None))
+            or not repeat.leave(name, module, next(tensors_in(output), None))
         ):
             self._pop(module, output)
 
     def _push(self, name: str, module: nn.Module, inputs: list[Tensor]) -> None:
-        entry = _first_floating(inputs)
+        entry = first_floating(inputs)
         start = len(self._lineage)
         numbers = [self._lineage.enter(tensor) for tensor in inputs]
         scope = Scope(frozenset(numbers), start)
         number = None if entry is None else self._lineage.number(entry)
-        self._frames.append(_Frame(name, module, entry, scope, number, len(self._gates)))
+        self._frames.append(Frame(name, module, entry, scope, number, len(self._gates)))
         if self._learner is not None:
             self._learner.enter(name, module, inputs, numbers, scope, len(self._lineage))
         if name in self._tails and entry is not None and number is not None:
@@ -530,7 +381,7 @@ class Tracer(TorchFunctionMode):
                 frame = self._frames.pop()
             if self._learner is not None:
                 self._learner.spoil()
-        outputs = list(_tensors(output))
+        outputs = list(tensors_in(output))
         first = outputs[0] if outputs else None
         self._heal(frame, outputs)
         if frame.open is not None:
@@ -540,7 +391,7 @@ class Tracer(TorchFunctionMode):
         if frame.name in self._tails and not frame.additions and first is not None:
             self._begin_unit(frame, first)
 
-    def _begin_unit(self, frame: _Frame, output: Tensor) -> None:
+    def _begin_unit(self, frame: Frame, output: Tensor) -> None:
         """A module that is a unit has ended; as many activations as the first time may follow."""
         number, entry = self._lineage.enter(output), frame.entry
         begun = Unit(
@@ -588,7 +439,7 @@ class Tracer(TorchFunctionMode):
             self._trailing.remove(trailing)
             self._end_unit(trailing.unit, result)
 
-    def _heal(self, frame: _Frame, outputs: list[Tensor]) -> None:
+    def _heal(self, frame: Frame, outputs: list[Tensor]) -> None:
         """Go on after an operation that no torch function shows, e.g. an autograd.Function."""
         unseen = [x for x in outputs if x.requires_grad and self._lineage.number(x) is None]
         entries = frame.scope.entries
@@ -600,7 +451,7 @@ class Tracer(TorchFunctionMode):
             for tensor in unseen:
                 self._lineage.mark(tensor, descent, _UNSEEN, alone=False)
 
-    def _close(self, frame: _Frame, returned: Tensor | None) -> None:
+    def _close(self, frame: Frame, returned: Tensor | None) -> None:
         """End the open block of a frame at its module's output or at its next addition."""
         addition, frame.open = frame.open, None
         assert addition is not None
@@ -618,7 +469,7 @@ class Tracer(TorchFunctionMode):
         frame.tail, frame.chain, frame.chain_parameters = None, (), ()
         self._quietly(self._listener.closed, addition, output)
 
-    def _passed(self, frame: _Frame, x: Tensor | None) -> Tensor | None:
+    def _passed(self, frame: Frame, x: Tensor | None) -> Tensor | None:
         """What the open block handed to the next one: its activated sum, if x was made from it."""
         tail, activated = frame.tail, all(call.is_activation for call in frame.chain)
         if tail is None or x is None or not activated:
@@ -660,7 +511,9 @@ class Tracer(TorchFunctionMode):
         """See a call that is about to run; what it returns is to be called with the result."""
         if self._learner is not None:
             self._learner.begin(func)
-        spelled = read_sum(func, args, kwargs) if func in ADDITIONS else self._stacked(func, args)
+        spelled = (
+            read_sum(func, args, kwargs) if func in ADDITIONS else self._stacks.read(func, args)
+        )
         addition = None if spelled is None else self._residual(spelled)
         call = Call(func, args[1:], kwargs)
         if call.is_activation and args and isinstance(args[0], Tensor):
@@ -669,16 +522,16 @@ class Tracer(TorchFunctionMode):
             if self._learner is not None:
                 self._learner.activate(owners)
             self._quietly(self._listener.activation, owners, call, args[0])
-        inputs = [*_tensors(args), *_tensors(kwargs)]
+        inputs = [*tensors_in(args), *tensors_in(kwargs)]
         alone = len(inputs) == 1
         if call.takes_shape_only or call.is_blank:
             inputs = inputs[: not call.is_blank]
         descent = self._lineage.descend(inputs)
 
         def made(result: object) -> None:
-            results = list(_tensors(result))
+            results = list(tensors_in(result))
             if call.name == "setitem":  # returns nothing, and makes the whole what it is
-                results = list(_tensors(args[:1]))
+                results = list(tensors_in(args[:1]))
                 if self._learner is not None:
                     self._learner.spoil()
             numbers = [
@@ -694,34 +547,14 @@ class Tracer(TorchFunctionMode):
                 for index, tensor in enumerate(results)
             ]
             if call.name == "stack" and results:
-                self._stack(args, kwargs, results[0])
+                stacked = self._stacks.add(args, kwargs, results[0])
+                if stacked and self._learner is not None:
+                    self._learner.spoil()
             if self._learner is not None:
                 nodes = len(self._lineage)
                 self._learner.end(call, args, kwargs, results, numbers, descent, nodes)
 
         return made
-
-    def _stack(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> None:
-        """Remember two stacked tensors: their sum may be a residual one."""
-        tensors = list(_tensors(args[:1]))
-        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % result.dim()
-        if len(tensors) == 2:
-            if self._learner is not None:
-                self._learner.spoil()
-            kept = [weakref.ref(tensor) for tensor in tensors]
-            self._stacks[id(result)] = (weakref.ref(result), kept, dim)
-
-    def _stacked(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Sum | None:
-        """The sum over the stacking dimension of two stacked tensors, if the call is one."""
-        if func not in (torch.sum, Tensor.sum) or len(args) != 2:
-            return None
-        reference, kept, dim = self._stacks.get(id(args[0]), (None, [], 0))
-        if reference is None or reference() is not args[0] or args[1] not in (dim, (dim,), [dim]):
-            return None
-        left, right = (tensor() for tensor in kept)
-        if left is None or right is None:
-            return None
-        return Sum(Operand((left,)), Operand((right,)))
 
     def _after(
         self,
@@ -761,7 +594,7 @@ class Tracer(TorchFunctionMode):
                 self._learner.head()
         return number
 
-    def _owner_of(self, first: Tensor | None, call: Call, result: Tensor) -> _Frame | None:
+    def _owner_of(self, first: Tensor | None, call: Call, result: Tensor) -> Frame | None:
         """The frame whose open block's sum (or its tail) this call turns into the output."""
         if first is None or not (call.is_after):
             return None
@@ -775,13 +608,13 @@ class Tracer(TorchFunctionMode):
         frame = self._frames[-1]
         if self._units is not None and frame.name not in self._units:
             return None
-        parallel = self._parallel(frame, spelled)
+        parallel = self._residuals.parallel(frame, spelled)
         if parallel is not None:
             if self._learner is not None:
                 self._learner.spoil()
             self._quietly(self._listener.operands, parallel)
             return parallel
-        meeting = self._meet(spelled)
+        meeting = self._residuals.meet(spelled, self._frames)
         if meeting is None:
             return None
         sides = spelled.left, spelled.right
@@ -809,8 +642,8 @@ class Tracer(TorchFunctionMode):
             meeting.calls,
             meeting.begins_activated,
             meeting.features,
-            self._maker(f),
-            self._maker(h),
+            "" if self._makers is None else self._makers.of(f),
+            "" if self._makers is None else self._makers.of(h),
             meeting.shortcut,
         )
         if self._learner is not None:
@@ -818,64 +651,6 @@ class Tracer(TorchFunctionMode):
         self._dismiss()
         self._quietly(self._listener.operands, addition)
         return addition
-
-    def _meet(self, spelled: Sum) -> Meeting | None:
-        """Whether two operands are a shortcut and a branch, seen from the module that adds them."""
-        numbers = [self._number(side) for side in (spelled.left, spelled.right)]
-        left, right = numbers
-        if left is None or right is None or left == right:
-            return None
-        try:
-            torch.broadcast_shapes(spelled.left.shape, spelled.right.shape)
-        except RuntimeError:
-            return None  # the call itself will say what is wrong
-        for frame in reversed(self._frames):
-            # a module that does nothing but add its inputs stands for the one that called it
-            if {left, right} <= frame.scope.entries and frame is not self._frames[0]:
-                continue
-            meeting = self._lineage.meet(left, right, frame.scope)
-            # where the shortcut was handed in and the branch half done, it may as well
-            if meeting is not None or not {left, right} & frame.scope.entries:
-                return meeting
-        return None
-
-    def _number(self, side: Operand) -> int | None:
-        if side.call is not None:
-            return self._lineage.imagine(side.inputs, side.call)
-        return self._lineage.number(side.inputs[0])
-
-    def _parallel(self, frame: _Frame, spelled: Sum) -> Addition | None:
-        """The open block with one more branch of its own input, as in x + f(x) + g(x)."""
-        first, sides = frame.open, (spelled.left, spelled.right)
-        if first is None or frame.tail is None or frame.chain or spelled.is_difference:
-            return None
-        at = next((i for i, s in enumerate(sides) if s.inputs[0] is first.sum), None)
-        if at is None or first.sum is not frame.tail or sides[at].scale != 1:
-            return None
-        more, begin = sides[1 - at], self._lineage.number(first.sum)
-        number = self._number(more)
-        origin = None if first.origin is None else self._lineage.number(first.origin)
-        if number is None or begin is None or origin is None or more.shape != first.sum.shape:
-            return None
-        lineage = self._lineage
-        if lineage.descends(number, begin) or not lineage.descends(number, origin):
-            return None
-        parallel = lineage.meet(origin, number, Scope(frozenset({origin}), frame.scope.start))
-        if parallel is None or parallel.swapped:
-            return None
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            branch = first.branch * first.branch_scale + more.make() * more.scale
-        return replace(
-            first,
-            branch=branch,
-            branch_scale=1.0,
-            branch_module="",
-            parameters=[*first.parameters, *parallel.parameters],
-            activations=[*first.activations, *parallel.activations],
-            calls=(*first.calls, *parallel.calls),
-            extends=True,
-            sum=None,
-        )
 
 
 def _unseen(x: Tensor) -> Tensor:
@@ -889,13 +664,11 @@ def _piece(call: Call, index: int, count: int) -> str:
     """What part of its operand a result is, "" for the whole."""
     if count > 1 and call.name in ("chunk", "split", "unbind", "tensor_split", "split_with_sizes"):
         return f"{call.name} {index}"
-    if call.name in ("getitem", "narrow", "select") and not any(True for _ in _tensors(call.args)):
+    if call.name in ("getitem", "narrow", "select") and not any(
+        True for _ in tensors_in(call.args)
+    ):
         return f"{call.name} {call.args}"
     return ""
-
-
-def _first_floating(tensors: Iterable[Tensor]) -> Tensor | None:
-    return next((x for x in tensors if x.is_floating_point()), None)
 
 
 def _spread(branch: Tensor, shortcut: Tensor) -> Tensor:
@@ -909,18 +682,3 @@ def _can_add(module: nn.Module) -> bool:
     leaf = next(module.children(), None) is None
     ours = not type(module).__module__.startswith("torch.nn.modules")
     return (ours or not leaf) and not isinstance(module, nn.Sequential | nn.ModuleList)
-
-
-def _tensors(values: object) -> Iterator[Tensor]:
-    """Tensors inside nested tuples, lists, dicts and dataclass-like outputs, in order."""
-    if isinstance(values, torch.Tensor):
-        yield values
-    elif isinstance(values, tuple | list):
-        for value in values:
-            yield from _tensors(value)
-    elif isinstance(values, Mapping):
-        for value in values.values():
-            yield from _tensors(value)
-    elif is_dataclass(values):
-        for field_ in fields(values):
-            yield from _tensors(getattr(values, field_.name))

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from resdiag.watch.addition import Addition
 from resdiag.watch.blocks import Anatomy, _evaluating
-from resdiag.watch.calls import Call
+from resdiag.watch.calls import Call, is_question
+from resdiag.watch.nested import tensors_in
 from resdiag.watch.ports import OPERATIONS, Map, Port, Route, Trail, Visit
-from resdiag.watch.tracer import Addition, Tracer, _tensors, is_question
+from resdiag.watch.tracer import Tracer
 from resdiag.watch.units import Unit
 
 Key = tuple[int, int]
@@ -175,7 +177,7 @@ class _Walk(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if is_question(func):
             return func(*args, **kwargs)
-        read = {_key(x): x for x in (*_tensors(args), *_tensors(kwargs))}
+        read = {_key(x): x for x in (*tensors_in(args), *tensors_in(kwargs))}
         used = [self._trail(x) for x in read.values()]
         port, operands = self._operation(func, args, kwargs)
         result = func(*args, **kwargs)
