@@ -10,7 +10,7 @@ from resdiag.commands.lesion import lesion
 from resdiag.commands.plot import plot
 from resdiag.commands.predict import predict
 from resdiag.commands.probe import probe
-from resdiag.commands.report import freeze_study, report_study
+from resdiag.commands.report import freeze_study, report, report_study
 from resdiag.commands.run import run
 from resdiag.commands.study import study_app
 from resdiag.commands.tables import metrics, variants, version
@@ -32,7 +32,7 @@ app = App(
 )
 app.callback()(print_help)
 for command in (
-    run, plot, explain, lesion, inspect, export, predict, probe, variants, metrics, version,
+    run, plot, explain, report, lesion, inspect, export, predict, probe, variants, metrics, version,
 ):  # fmt: skip
     app.command()(command)
 study_app.command("report")(report_study)

@@ -22,14 +22,16 @@ from studyfiles import write_study
 from resdiag.cli import app
 from resdiag.report.answer import answer
 from resdiag.report.colours import DARK_PAPER, contrast, on_dark
+from resdiag.report.expectations import FEW, SEVERAL, expected_section
 from resdiag.report.figures import MOST_LINES, draw_figures
 from resdiag.report.frozen import freeze
 from resdiag.report.html import MOST_BYTES, to_html
-from resdiag.report.judged import MET, NOT_MET, OPEN, judge_all, summarise
+from resdiag.report.judged import MET, NOT_MET, OPEN, judge_all
 from resdiag.report.markdown import to_markdown
 from resdiag.report.origin import changed_settings, remake_commands
 from resdiag.report.results import Results
 from resdiag.report.sections import write_page
+from resdiag.report.summary import summarise
 from resdiag.report.write import write_report
 from resdiag.show.style import VARIANT_LOOKS
 from resdiag.study.shipped import shipped_studies
@@ -157,6 +159,23 @@ def test_summaries_are_those_of_numpy(values):
     assert found.mean == pytest.approx(np.mean(values), rel=1e-9, abs=1e-9)
     assert found.deviation == pytest.approx(np.std(values, ddof=1), rel=1e-6, abs=1e-6)
     assert (found.low, found.high, found.n) == (min(values), max(values), len(values))
+
+
+def test_sources_with_few_values_share_a_table_and_lose_none():
+    study = load_study("initialisation", ["seeds=[0]"])
+    judgements = judge_all(make_results(study, broken=lambda request: None))
+    _rule, *tables = expected_section(judgements).parts
+    sizes = Counter(item.expected.source for item in judgements)
+    few = {source: number for source, number in sizes.items() if number < FEW}
+    assert [t.caption for t in tables].count(SEVERAL) == 1
+    for table in tables:
+        if table.caption == SEVERAL:
+            assert Counter(row[-1] for row in table.rows) == {
+                s: n for s, n in sizes.items() if n < FEW
+            }
+        else:
+            assert len(table.rows) == sizes[table.caption] >= FEW
+    assert sum(len(table.rows) for table in tables) == len(judgements)
 
 
 # -- the answer ------------------------------------------------------------------------------------

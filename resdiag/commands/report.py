@@ -1,11 +1,13 @@
-"""`resdiag study report` and `freeze`: what a study came to, for people and for the repository."""
+"""Reports of runs and of studies, for people; frozen results, for the repository."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from resdiag.commands.opening import open_runs
 from resdiag.commands.options import Json, RunsRoot
 from resdiag.commands.output import say
 from resdiag.errors import UsageError
@@ -24,6 +26,55 @@ Sets = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="As it was given to `study run`."),
 ]
 Mini = Annotated[bool, typer.Option("--mini", help="As it was given to `study run`.")]
+
+
+MOST_RUNS = 12
+"""Runs that one page can show side by side."""
+
+
+def report(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(metavar="[RUN]...", help="Runs; the latest if none.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder; `report` in the run's folder if not given."),
+    ] = None,
+    runs: RunsRoot = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Write one HTML page of a run: verdict, evidence, figures, origin; or of several side by side.
+
+    It comes with the same in Markdown, and every figure as SVG and PDF with its data as CSV. The
+    report of a study is made by `resdiag study report`.
+    """
+    for path in paths or []:
+        _refuse_study(path)
+    opened = open_runs(paths, runs)
+    if len(opened) > MOST_RUNS:
+        raise UsageError(
+            f"{len(opened)} runs: one page shows at most {MOST_RUNS}",
+            "name some of them; `resdiag study report STUDY` is for the runs of a study",
+        )
+    from resdiag.report.write import write_run_report
+
+    one = opened[0].path / "report"
+    folder = out or (one if len(opened) == 1 else Path("reports") / f"{len(opened)}-runs")
+    _print_files(write_run_report(opened, folder), as_json)
+
+
+def _refuse_study(path: Path) -> None:
+    """A study, by its file, its folder, its results or its name, has another report."""
+    frozen, plan = path / "results.json", next(path.glob("plan-*.json"), None)
+    if path.suffix == ".toml" or plan or frozen.is_file() or _is_shipped(path):
+        where = f" --runs {path.parent}" if plan else ""
+        raise UsageError(f"{path} is a study", f"resdiag study report {path}{where}")
+
+
+def _is_shipped(path: Path) -> bool:
+    from resdiag.study.shipped import shipped_studies
+
+    return not path.exists() and str(path) in shipped_studies()
 
 
 def freeze_study(
@@ -88,6 +139,11 @@ def report_study(
     frozen = results.source == where
     folder = out or (Path("reports") / results.study.name if frozen else Path(results.source))
     files = write_report(results, folder if out or frozen else folder / "report")
+    _print_files(files, as_json)
+
+
+def _print_files(files: Sequence[Path], as_json: bool) -> None:
+    """The page, or the document with all files."""
     if as_json:
         print(json.dumps({"schema": 1, "files": [str(path) for path in files]}))
         return

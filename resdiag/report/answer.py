@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from resdiag.report.judged import MET, NOT_MET, OPEN, Judged, Summary, summarise
+from resdiag.report.judged import MET, NOT_MET, OPEN, Judged
 from resdiag.report.origin import changed_settings, is_lossy, list_sources
 from resdiag.report.results import Group, Results
+from resdiag.report.summary import Summary, summarise
 from resdiag.report.words import count, listing, measure_words, number, settings_words
 from resdiag.show.grouping import variant_words
 
@@ -276,6 +277,6 @@ def _changed(results: Results) -> list[str]:
 
 
 def _devices(results: Results) -> str:
-    found = list_sources(results, "environment", ("device", "dtype"))
+    found = list_sources(results.runs, "environment", ("device", "dtype"))
     words = [f"{name} ({amount})" if len(found) > 1 else name for name, amount in found]
     return f"Computed on: {'; '.join(words)}." if any(name for name, _ in found) else ""

@@ -1,6 +1,5 @@
 """The figures that a study file names: drawn, split where they are crowded, with their data."""
 
-import io
 import math
 import re
 from collections import Counter
@@ -16,8 +15,7 @@ from resdiag.report.words import number, settings_words
 from resdiag.show.kinds import KINDS, PlotKind
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure as Drawing
-
+    from resdiag.runs.folder import Run
     from resdiag.show.view import Record, View
 
 MOST_LINES = 10
@@ -98,18 +96,21 @@ def draw_figures(results: Results, *, only: Collection[str] | None = None) -> It
         kind = KINDS[figure.plot]
         title = figure.title or kind.title
         stem = f"{place:02d}-{figure.plot}"
+        blank = Picture(
+            number=place, name=stem, title=title, question=kind.question, reading=kind.reading
+        )
         if not members:
-            yield Picture(
-                number=place, name=stem, title=title, question=kind.question, reading=kind.reading,
-                reason="none of its cells has a recorded step",
-            )  # fmt: skip
+            yield replace(blank, reason="none of its cells has a recorded step")
             continue
         if figure.plot in _INITIAL:
             members = _distinct_at_start(members)
         for where, some in _facets(results, members):
             name = re.sub(r"[^a-z0-9.]+", "-", f"{stem} {where}".lower()).strip("-")
             full = f"{title}: {where}" if where else title
-            yield _draw(place, name, full, kind, some, only is None or name in only)
+            depth = max(item.cell.request.depth for item in some)
+            one = replace(blank, name=name, title=full, depth=depth)
+            runs = [item.run for item in some if item.run is not None]
+            yield _draw(one, kind, runs, only is None or name in only)
 
 
 def _has_records(item: CellResult) -> bool:
@@ -161,42 +162,38 @@ def _is_crowded(results: Results, members: Sequence[CellResult], split: Sequence
     return False
 
 
-def _draw(
-    place: int, name: str, title: str, kind: PlotKind,
-    members: Sequence[CellResult], drawn: bool,
-) -> Picture:  # fmt: skip
+def draw_runs(kinds: Sequence[str], runs: "Sequence[Run]") -> Iterator[Picture]:
+    """Runs side by side in each of some kinds of plots; what cannot be drawn says why.
+
+    Args:
+        kinds: Names in `show.kinds.KINDS`.
+        runs: At least one.
+    """
+    for place, name in enumerate(kinds, start=1):
+        kind = KINDS[name]
+        blank = Picture(
+            number=place, name=f"{place:02d}-{name}", title=kind.title, question=kind.question,
+            reading=kind.reading, depth=max(run.config.depth for run in runs),
+        )  # fmt: skip
+        yield _draw(blank, kind, runs, True)
+
+
+def _draw(blank: Picture, kind: PlotKind, runs: "Sequence[Run]", drawn: bool) -> Picture:
+    """A picture with its data, and with its drawing if that is wanted."""
     from resdiag.show.opening import open_view
 
-    runs = [item.run for item in members if item.run is not None]
-    blank = Picture(
-        number=place, name=name, title=title, question=kind.question, reading=kind.reading,
-        depth=max(item.cell.request.depth for item in members),
-    )  # fmt: skip
     try:
         view = open_view(kind, runs, step=None, theory=True)
-        data = {"csv": to_csv(view), "table": to_table(view, title)}
+        data = {"csv": to_csv(view), "table": to_table(view, blank.title)}
         if not drawn:
             return replace(blank, svg=b"", **data)  # type: ignore[arg-type]
-        from resdiag.show.plots import draw
+        from resdiag.show.plots import draw, render
 
         drawing = draw(kind.name, runs)
-        return replace(blank, svg=_render(drawing, "svg"), pdf=_render(drawing, "pdf"), **data)  # type: ignore[arg-type]
+        svg, pdf = (render(drawing, form, letters=True) for form in ("svg", "pdf"))
+        return replace(blank, svg=svg, pdf=pdf, **data)  # type: ignore[arg-type]
     except ResdiagError as error:
         return replace(blank, reason=error.message)
-
-
-def _render(drawing: "Drawing", form: str) -> bytes:
-    """The bytes of a figure, text as text."""
-    import matplotlib as mpl
-
-    from resdiag.show.style import look
-
-    buffer = io.BytesIO()
-    metadata = {"Date": None} if form == "svg" else {"CreationDate": None}
-    # Type 3: making subsets of TrueType fonts takes a third of the time of a PDF
-    with look(), mpl.rc_context({"svg.fonttype": "none", "pdf.fonttype": 3}):
-        drawing.savefig(buffer, format=form, metadata=metadata)
-    return buffer.getvalue()
 
 
 # -- the numbers of a figure -----------------------------------------------------------------------

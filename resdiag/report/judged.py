@@ -5,35 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from resdiag.report.origin import changed_settings, is_lossy
 from resdiag.report.outcomes import key_of
 from resdiag.report.results import CellResult, Group, Results
+from resdiag.report.summary import Summary, summarise
 from resdiag.report.words import ERRORS, count, listing
 from resdiag.study.spec import WORDS, Expected
 
 MET, NOT_MET, OPEN = "met", "not met", "not decidable"
 _ROUNDING = 1e-9
-
-
-@dataclass(frozen=True, kw_only=True)
-class Summary:
-    """Numbers of cells that differ in their seed only.
-
-    Attributes:
-        mean: Arithmetic, or geometric for what is compared by a factor; NaN if there is none.
-        deviation: Sample standard deviation, of the logarithms for a geometric mean; NaN below two.
-        low: Smallest.
-        high: Largest.
-        n: How many there are.
-    """
-
-    mean: float = math.nan
-    deviation: float = math.nan
-    low: float = math.nan
-    high: float = math.nan
-    n: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,28 +53,6 @@ def judge_all(results: Results) -> list[Judged]:
         for item in results.study.file.expected
         for group in results.group(results.select(item.cells.given))
     ]
-
-
-def summarise(values: Sequence[float], *, geometric: bool = False) -> Summary:
-    """Mean and spread of the finite values.
-
-    >>> summarise([1.0, 3.0]).mean, round(summarise([1.0, 100.0], geometric=True).mean, 9)
-    (2.0, 10.0)
-    """
-    known = np.array([value for value in values if math.isfinite(value)])
-    if geometric:
-        known = known[known > 0]
-    if not known.size:
-        return Summary()
-    scale = np.log(known) if geometric else known
-    mean = float(np.mean(scale))
-    return Summary(
-        mean=float(np.exp(mean)) if geometric else mean,
-        deviation=float(np.std(scale, ddof=1)) if known.size > 1 else math.nan,
-        low=float(known.min()),
-        high=float(known.max()),
-        n=int(known.size),
-    )
 
 
 def _judge(item: Expected, group: Group, changed: Sequence[str]) -> Judged:

@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resdiag.errors import ResdiagError
 from resdiag.report.results import Results
 from resdiag.study.shipped import shipped_studies
 from resdiag.study.study import Study, load_study
+
+if TYPE_CHECKING:
+    from resdiag.runs.folder import Run
 
 _FREE = ("variant", "depth")
 """Settings of a grid that may be cut down without changing any cell."""
@@ -69,22 +72,21 @@ def _value(values: Sequence[Any] | None) -> str:
     return ", ".join(words)
 
 
-def list_sources(results: Results, part: str, names: Sequence[str]) -> list[tuple[str, int]]:
-    """Distinct identities of the data or environments of the runs, with their number of cells.
+def list_sources(runs: "Sequence[Run]", part: str, names: Sequence[str]) -> list[tuple[str, int]]:
+    """Distinct identities of the data or environments of runs, with their numbers, most first.
 
     Args:
-        results: The results.
+        runs: The runs.
         part: "data" or "environment".
         names: The keys to tell, in order.
     """
     counted: dict[str, int] = {}
-    for item in results.cells:
-        if item.run:
-            about: Mapping[str, Any] = getattr(item.run, part)
-            words = ", ".join(
-                f"{name.replace('_', ' ')} {about[name]}" for name in names if about.get(name)
-            )
-            counted[words] = counted.get(words, 0) + 1
+    for run in runs:
+        about: Mapping[str, Any] = getattr(run, part)
+        words = ", ".join(
+            f"{name.replace('_', ' ')} {about[name]}" for name in names if about.get(name)
+        )
+        counted[words] = counted.get(words, 0) + 1
     return sorted(counted.items(), key=lambda pair: -pair[1])
 
 

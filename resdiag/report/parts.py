@@ -120,7 +120,8 @@ class Page:
     """A whole report.
 
     Attributes:
-        name: Of the study.
+        name: Of the study, or of the run.
+        about: What has that name, e.g. "a study".
         question: What was asked.
         headline: The answer in one sentence.
         found: What came out.
@@ -138,3 +139,4 @@ class Page:
     claim: Sequence[tuple[str, str]]
     sections: Sequence[Section]
     made: str = field(default="")
+    about: str = "a study"

@@ -80,6 +80,11 @@ class Results:
     cells: Sequence[CellResult]
     source: str
 
+    @property
+    def runs(self) -> "list[Run]":
+        """The runs of the cells that have one."""
+        return [item.run for item in self.cells if item.run is not None]
+
     @cached_property
     def telling(self) -> list[str]:
         """Settings that differ between cells, the seed left out; variant and depth first."""

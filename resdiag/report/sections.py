@@ -1,6 +1,5 @@
 """The chapters of a report: expected values, outcomes, figures, cells, origin, how to remake it."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -8,9 +7,9 @@ from itertools import groupby
 from typing import Any
 
 from resdiag.report.answer import answer
+from resdiag.report.expectations import expected_section
 from resdiag.report.figures import Picture
-from resdiag.report.judged import MET, NOT_MET, Judged, Summary, judge_all, summarise
-from resdiag.report.origin import list_sources, remake_commands
+from resdiag.report.judged import judge_all
 from resdiag.report.parts import (
     Code,
     Entry,
@@ -23,19 +22,17 @@ from resdiag.report.parts import (
     Table,
     Text,
 )
+from resdiag.report.provenance import origin_section, remake_section
 from resdiag.report.results import CellResult, Group, Results
+from resdiag.report.summary import spread_words, summarise
 from resdiag.report.words import (
-    ERRORS,
     count,
     listing,
     measure_words,
-    number,
     settings_words,
     tame,
 )
-from resdiag.study.spec import WORDS
 
-_KINDS = {MET: "good", NOT_MET: "bad"}
 _MOST_COLUMNS = 12
 _STATES = {"done": "plain", "diverged": "bad", "failed": "bad"}
 
@@ -51,13 +48,14 @@ def write_page(results: Results, pictures: Sequence[Picture], made: str = "") ->
     file, judged = results.study.file, judge_all(results)
     said = answer(results, judged)
     claim = [("Expected before", file.expects), ("Whose claim", file.source)]
+    seeds = [item.cell.request.seed for item in results.cells]
     sections = [
-        _expected(judged),
+        expected_section(judged),
         _outcomes(results),
-        _figures(results, pictures),
+        figures_section(pictures, max((item.thinned for item in results.cells), default=1)),
         _cells(results),
-        _origin(results),
-        _remake(results),
+        origin_section(results.runs, seeds, "cells"),
+        remake_section(results),
     ]
     return Page(
         name=results.study.name,
@@ -69,90 +67,6 @@ def write_page(results: Results, pictures: Sequence[Picture], made: str = "") ->
         sections=[section for section in sections if section.parts],
         made=made,
     )
-
-
-# -- expected values -------------------------------------------------------------------------------
-
-
-def _expected(judged: Sequence[Judged]) -> Section:
-    """A table per source: what was published or predicted beside what came out."""
-    ordered = sorted(judged, key=lambda item: (_word(item), item.expected.source))
-    groups = [
-        (source, list(items))
-        for source, items in groupby(ordered, key=lambda item: item.expected.source)
-    ]
-    first = {item.expected.source: place for place, item in reversed(list(enumerate(judged)))}
-    groups.sort(key=lambda pair: first[pair[0]])
-    tables: list[Part] = [_expected_table(source, items) for source, items in groups]
-    if not tables:
-        return Section(id="expected", title="Expected values", parts=())
-    rule = Text(
-        "A number is met if the mean over seeds lies within the tolerance, and open if two "
-        "standard errors of that mean reach over its edge. A word is met if every cell says it. "
-        "Error rates on other data or of another training are not held against published ones."
-    )
-    return Section(id="expected", title="Expected values", parts=[rule, *tables])
-
-
-def _word(item: Judged) -> bool:
-    return item.expected.measure in WORDS
-
-
-def _expected_table(source: str, items: Sequence[Judged]) -> Table:
-    rows = [_word_row(item) if _word(item) else _number_row(item) for item in items]
-    first = ["cells", "judged", "measure", "expected"]
-    if _word(items[0]):
-        return Table(
-            caption=source, header=[*first, "came out", "n", "data"], rows=rows, numeric=(5,)
-        )
-    header = [*first, "mean", "spread (sd)", "least to most", "n", "data"]
-    if any(item.errors for item in items):
-        header += ["final", "best epoch"]
-        rows = [[*row, *_final_and_best(item)] for row, item in zip(rows, items, strict=True)]
-    return Table(caption=source, header=header, rows=rows, numeric=(3, 4, 5, 6, 7, 9, 10))
-
-
-def _judgement(item: Judged) -> Mark:
-    return Mark(item.outcome, _KINDS.get(item.outcome, "open"), item.reason)
-
-
-def _word_row(item: Judged) -> list[Entry]:
-    found = ", ".join(f"{word} {amount}" for word, amount in item.words.items()) or "-"
-    want = item.expected
-    return [
-        settings_words(item.settings), _judgement(item), measure_words(want.measure),
-        str(want.value), found, f"{item.ended} of {item.cells}", listing(item.data),
-    ]  # fmt: skip
-
-
-def _number_row(item: Judged) -> list[Entry]:
-    want, found = item.expected, item.numbers
-    allowed = f"× / {want.factor:g}" if want.factor else f"± {_plain(want.tolerance, want.measure)}"
-    log = want.factor is not None
-    spread = f"× {math.exp(found.deviation):.3g}" if log else number(found.deviation, want.measure)
-    return [
-        settings_words(item.settings),
-        _judgement(item),
-        measure_words(want.measure, want.step, want.block),
-        f"{number(want.value, want.measure)} {allowed}",
-        number(found.mean, want.measure),
-        spread if found.n > 1 else "-",
-        f"{number(found.low, want.measure)} to {number(found.high, want.measure)}"
-        if found.n
-        else "-",
-        f"{item.ended} of {item.cells}",
-        listing(item.data),
-    ]  # fmt: skip
-
-
-def _final_and_best(item: Judged) -> list[Entry]:
-    """Both errors: the best one is chosen on the test images, and flatters."""
-    found = (item.errors.get(name) for name in ("test_error", "best_test_error"))
-    return [_spread_words(one, "test_error") if one else "-" for one in found]
-
-
-def _plain(tolerance: float | None, measure: str) -> str:
-    return number(tolerance or 0.0, measure)
 
 
 # -- outcomes --------------------------------------------------------------------------------------
@@ -234,22 +148,19 @@ def _numbers(results: Results) -> Table:
 
 def _mean(group: Group, name: str) -> str:
     values = [member.outcomes.get(name, math.nan) for member in group.ended]
-    return _spread_words(summarise([v for v in values if not isinstance(v, str)]), name)
-
-
-def _spread_words(found: Summary, name: str) -> str:
-    """`8.38 ± 0.12 %`; without the spread if there is one number only."""
-    if found.n < 2:
-        return number(found.mean, name)
-    mean, spread = (number(v, name).removesuffix(" %") for v in (found.mean, found.deviation))
-    return f"{mean} ± {spread}" + (" %" if name in ERRORS else "")
+    return spread_words(summarise([v for v in values if not isinstance(v, str)]), name)
 
 
 # -- figures ---------------------------------------------------------------------------------------
 
 
-def _figures(results: Results, pictures: Sequence[Picture]) -> Section:
-    """Each figure of the study file; what could not be drawn says why."""
+def figures_section(pictures: Sequence[Picture], thinned: int) -> Section:
+    """Each figure; what could not be drawn says why.
+
+    Args:
+        pictures: The drawings, those of one figure together.
+        thinned: Most steps that one row of a curve stands for.
+    """
     parts: list[Part] = []
     for number_, some in groupby(pictures, key=lambda picture: picture.number):
         members = list(some)
@@ -258,7 +169,6 @@ def _figures(results: Results, pictures: Sequence[Picture]) -> Section:
         parts += images[:1]
         if len(images) > 1:
             parts.append(Folded(f"Figure {number_}, {len(images) - 1} more", images[1:]))
-    thinned = max((item.thinned for item in results.cells), default=1)
     if thinned > 1 and parts:
         note = f"Loss and batch error in curves are means over up to {thinned} steps."
         parts.insert(0, Text(note))
@@ -310,40 +220,3 @@ def _verdict_row(item: CellResult) -> list[Entry]:
         item.cell.id, Mark(item.state, _STATES.get(item.state, "plain")),
         str(verdict.get("name") or "-"), ", ".join(since), said, item.data,
     ]  # fmt: skip
-
-
-# -- origin ----------------------------------------------------------------------------------------
-
-_DATA = ("name", "train", "test", "classes", "sha256")
-_MACHINE = (
-    "device", "device_name", "dtype", "threads", "cpu_capability", "torch", "cuda", "resdiag",
-    "python", "git",
-)  # fmt: skip
-
-
-def _origin(results: Results) -> Section:
-    parts: list[Part] = []
-    for part, names, caption in (
-        ("data", _DATA, "Data"),
-        ("environment", _MACHINE, "Device and versions"),
-    ):
-        found = list_sources(results, part, names)
-        rows: list[list[Entry]] = [[words or "not known", str(n)] for words, n in found]
-        if rows:
-            header = [caption.lower(), "cells"]
-            parts.append(Table(caption=caption, header=header, rows=rows, numeric=(1,)))
-    seeds = sorted({item.cell.request.seed for item in results.cells})
-    parts.append(Text(f"Seeds: {listing(list(map(str, seeds)), 20)}."))
-    notes = sorted({note for item in results.cells if item.run for note in item.run.notes})
-    parts += [Text(f"Not watched: {tame(note)}") for note in notes[:5]]
-    return Section(id="origin", title="Data, device, versions, seeds", parts=parts)
-
-
-def _remake(results: Results) -> Section:
-    commands = "\n".join(remake_commands(results))
-    document = json.dumps(results.study.document, indent=1, sort_keys=True, ensure_ascii=False)
-    return Section(
-        id="remake",
-        title="How to remake it",
-        parts=[Code(commands), Folded("The study as it was run", [Code(document, "json")], True)],
-    )

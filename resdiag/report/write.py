@@ -1,21 +1,29 @@
 """A report as files: the page, its Markdown, and every figure with its data."""
 
 import datetime
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import resdiag
-from resdiag.report.figures import draw_figures
+from resdiag.report.figures import Picture, draw_figures, draw_runs
 from resdiag.report.html import to_html
 from resdiag.report.markdown import to_markdown
+from resdiag.report.parts import Page
 from resdiag.report.results import Results
+from resdiag.report.runpage import write_run_page
 from resdiag.report.sections import write_page
 from resdiag.runs.files import make_folder, write_file
+from resdiag.show.kinds import KINDS
+
+if TYPE_CHECKING:
+    from resdiag.runs.folder import Run
 
 PAGE, TEXT, FIGURES = "report.html", "report.md", "figures"
 
 
 def write_report(results: Results, folder: Path) -> list[Path]:
-    """Write a report; a file that is there is replaced, each at once.
+    """Write the report of a study; a file that is there is replaced, each at once.
 
     Args:
         results: Of a study, finished or not.
@@ -28,8 +36,33 @@ def write_report(results: Results, folder: Path) -> list[Path]:
         StorageError: The folder cannot be written.
     """
     pictures = list(draw_figures(results))
+    return _write(write_page(results, pictures, _made()), pictures, folder)
+
+
+def write_run_report(runs: "Sequence[Run]", folder: Path) -> list[Path]:
+    """Write the report of one run, or of several side by side, with every kind of plot.
+
+    Args:
+        runs: At least one; they may be in progress.
+        folder: Where; created if it is not there.
+
+    Returns:
+        The page first, then the others.
+
+    Raises:
+        StorageError: The folder cannot be written.
+        UsageError: A run is damaged.
+    """
+    pictures = list(draw_runs(list(KINDS), runs))
+    return _write(write_run_page(runs, pictures, _made()), pictures, folder)
+
+
+def _made() -> str:
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
-    page = write_page(results, pictures, f"Made by resdiag {resdiag.__version__} on {day}.")
+    return f"Made by resdiag {resdiag.__version__} on {day}."
+
+
+def _write(page: Page, pictures: Sequence[Picture], folder: Path) -> list[Path]:
     make_folder(folder / FIGURES)
     files = {folder / PAGE: to_html(page).encode(), folder / TEXT: to_markdown(page).encode()}
     for picture in pictures:

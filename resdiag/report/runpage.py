@@ -1,0 +1,200 @@
+"""The page of one run, or of a handful side by side: verdicts, evidence, figures, origin."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from resdiag.explain.degraded import compare
+from resdiag.explain.finding import Evidence
+from resdiag.explain.verdict import Verdict, judge
+from resdiag.report.figures import Picture
+from resdiag.report.origin import is_lossy, list_sources
+from resdiag.report.outcomes import Outcome, measure
+from resdiag.report.parts import Code, Entry, Folded, Mark, Page, Part, Section, Table, Text
+from resdiag.report.provenance import origin_section
+from resdiag.report.sections import figures_section
+from resdiag.report.words import MEASURES, count, listing, number, tame
+from resdiag.runs.folder import Run
+
+_NUMBERS = {"loss": "last loss"} | {
+    name: words for name, words in MEASURES.items() if name not in ("status", "verdict")
+}
+_MOST_LINES = 8
+_ONE_SEED = (
+    "Each run is one seed: it shows what happened, not how often. Networks are compared over three "
+    "seeds or more."
+)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A run with its name on the page and what was concluded."""
+
+    run: Run
+    name: str
+    verdict: Verdict
+    numbers: Mapping[str, Outcome]
+
+    @property
+    def data(self) -> str:
+        """Name of its data."""
+        return tame(str(self.run.data.get("name") or self.run.config.data), 80)
+
+
+def write_run_page(runs: Sequence[Run], pictures: Sequence[Picture], made: str = "") -> Page:
+    """Everything that a report of runs says.
+
+    Args:
+        runs: At least one.
+        pictures: Drawings of them.
+        made: With what the page was made.
+
+    Raises:
+        UsageError: A run is damaged.
+    """
+    seen = [
+        _Seen(run, name, judge(run), measure(run, ()))
+        for run, name in zip(runs, _names(runs), strict=True)
+    ]
+    one = len(runs) == 1
+    headline, found = _alone(seen[0]) if one else _together(seen)
+    sections = [
+        Section(id="runs", title="How it ended", parts=[_outcomes(seen)]),
+        _evidence(seen),
+        figures_section(pictures, thinned=1),
+        origin_section(runs, [run.config.seed for run in runs], "runs"),
+        _settings(seen),
+    ]
+    return Page(
+        name=seen[0].name if one else count(len(runs), "run"),
+        about="a run looked at" if one else "looked at together",
+        question=f"What happened in {seen[0].name if one else 'these runs'}?",
+        headline=headline,
+        found=found,
+        sure=_sure(seen),
+        claim=(),
+        sections=[section for section in sections if section.parts],
+        made=made,
+    )
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """Labels where they tell the runs apart, else the names of their folders."""
+    labels = [tame(run.label, 80) for run in runs]
+    if len(set(labels)) == len(labels):
+        return labels
+    return [tame(run.path.name, 80) or label for run, label in zip(runs, labels, strict=True)]
+
+
+# -- the first screen ------------------------------------------------------------------------------
+
+
+def _alone(seen: _Seen) -> tuple[str, list[str]]:
+    """The verdict in one sentence; why, how the run ended, what else was found."""
+    verdict = seen.verdict
+    found = [verdict.why, f"It is {_ended(seen)}."]
+    found += [f"Also {finding.name}: {finding.summary}" for finding in verdict.findings[1:]]
+    return f"{verdict.name}: {verdict.summary}", _short(found, "finding")
+
+
+def _together(seen: Sequence[_Seen]) -> tuple[str, list[str]]:
+    """The verdicts counted; whether the error grows with depth, and a line per run."""
+    tally = Counter(one.verdict.name for one in seen)
+    found = [
+        f"{item.model}, error by depth: {item.name}. {item.summary}"
+        for item in compare([one.run for one in seen])
+        if len(item.depths) > 1
+    ]
+    found += [f"{one.name}: {one.verdict.name}. {one.verdict.summary}" for one in seen]
+    said = listing([f"{name} {amount}" for name, amount in tally.most_common()], 9)
+    return f"{count(len(seen), 'run')}: {said}.", _short(found, "line")
+
+
+def _short(lines: Sequence[str], noun: str) -> list[str]:
+    """The first lines, and how many more there are."""
+    more = len(lines) - _MOST_LINES
+    rest = [f"And {count(more, f'more {noun}')}, below."] if more > 0 else []
+    return [*map(tame, lines[:_MOST_LINES]), *rest]
+
+
+def _ended(seen: _Seen) -> str:
+    """`done after 500 of 500 steps: last loss 1.33, final test error 49.87 %`."""
+    run = seen.run
+    steps = f"{run.steps} of {run.config.steps}" if run.config.steps else str(run.steps)
+    known = {name: seen.numbers[name] for name in _NUMBERS}
+    said = [
+        f"{_NUMBERS[name]} {number(value, name)}"
+        for name, value in known.items()
+        if isinstance(value, float) and not math.isnan(value)
+    ]
+    return f"{run.status} after {steps} steps" + (f": {', '.join(said)}" if said else "")
+
+
+def _sure(seen: Sequence[_Seen]) -> list[str]:
+    """What one seed is worth, how far beyond the threshold, what was not judged, where it ran."""
+    lines = [_ONE_SEED]
+    fired = [f"{one.name} {one.verdict.confidence:.2f}" for one in seen if one.verdict.cause]
+    if fired:
+        scale = "0.5 at the threshold and towards 1 beyond it, no probability"
+        lines.append(f"Confidence, {scale}: {listing(fired)}.")
+    for one in seen:
+        which = "" if len(seen) == 1 else f" in {one.name}"
+        lines += [f"Not judged{which}: {line}" for line in one.verdict.not_judged]
+    data = list(dict.fromkeys(one.data for one in seen if one.data))
+    lossy = (
+        ", lossy copies: errors compare with each other only" if any(map(is_lossy, data)) else ""
+    )
+    runs = [one.run for one in seen]
+    where = [words for words, _ in list_sources(runs, "environment", ("device", "dtype")) if words]
+    known = [f"Data: {listing(data)}{lossy if any(map(is_lossy, data)) else ''}."] if data else []
+    known += [f"Computed on: {listing(where)}."] if where else []
+    return [*_short(lines, "reservation"), *map(tame, known)]
+
+
+# -- chapters --------------------------------------------------------------------------------------
+
+
+def _outcomes(seen: Sequence[_Seen]) -> Table:
+    """How each run ended, its verdict, its numbers."""
+    rows: list[list[Entry]] = []
+    for one in seen:
+        verdict = one.verdict
+        places = {"step": verdict.step, "block": verdict.block}
+        since = [f"{key} {value}" for key, value in places.items() if value is not None]
+        status = Mark(one.run.status, "bad" if one.run.status == "diverged" else "plain")
+        numbers = [number(one.numbers[name], name) for name in _NUMBERS]
+        rows.append([one.name, status, verdict.name, ", ".join(since), *numbers, one.data])
+    header = ["run", "how it ended", "verdict", "since", *_NUMBERS.values(), "data"]
+    numeric = range(4, 4 + len(_NUMBERS))
+    return Table(caption="Verdict and numbers", header=header, rows=rows, numeric=numeric)
+
+
+def _evidence(seen: Sequence[_Seen]) -> Section:
+    """Per run the numbers of every rule that fired, with their thresholds and sources."""
+    parts: list[Part] = []
+    header = ["what was seen", "metric", "step", "block", "value", "threshold", "source"]
+    for one in seen:
+        rows = [_evidence_row(item) for item in one.verdict.evidence]
+        if rows:
+            parts.append(Table(caption=one.name, header=header, rows=rows, numeric=(2, 3, 4, 5)))
+        if one.verdict.next:
+            parts.append(Text(f"What to do next with {one.name}:"))
+            parts.append(Code("\n".join(one.verdict.next)))
+    return Section(id="evidence", title="Evidence", parts=parts)
+
+
+def _evidence_row(item: Evidence) -> list[Entry]:
+    places = ["-" if at is None else str(at) for at in (item.step, item.block)]
+    values = [number(value) for value in (item.value, item.threshold)]
+    return [tame(item.text), item.metric, *places, *values, tame(item.source)]
+
+
+def _settings(seen: Sequence[_Seen]) -> Section:
+    """The settings of each run, as its folder has them."""
+    parts: list[Part] = []
+    for one in seen:
+        text = json.dumps(one.run.config.to_dict(), indent=1, sort_keys=True, ensure_ascii=False)
+        parts.append(Folded(f"Settings of {one.name}", [Code(text, "json")], True))
+    return Section(id="settings", title="Settings", parts=parts)
