@@ -21,6 +21,7 @@ from resdiag.watch import metrics
 from resdiag.watch.batch import DATA, HEAD_LOSS
 from resdiag.watch.buffer import Buffer
 from resdiag.watch.dynamo import never_alone
+from resdiag.watch.gates import saturated
 from resdiag.watch.operations import Frame, Operations, Where
 from resdiag.watch.ports import Map, Port, Route, Trail
 from resdiag.watch.recorder import (
@@ -28,7 +29,6 @@ from resdiag.watch.recorder import (
     _OUTPUT_GRADIENT,
     _SITE_COLUMNS,
     Recorder,
-    _saturated,
 )
 from resdiag.watch.skip import COLUMNS, SkipPath
 from resdiag.watch.taps import Hook, Switch, Tap
@@ -504,7 +504,7 @@ def _scale(route: Route, site: str) -> float:
 
 def _closed(call: Any, x: Tensor) -> Tensor:  # noqa: ANN401
     """Which units are saturated, 0 or 1; NaN where the tap did not write."""
-    return _saturated(call, x).double() + 0 * x.double()
+    return saturated(call, x).double() + 0 * x.double()
 
 
 def _lost(site: str, without_after: bool) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import functools
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Concatenate, ParamSpec, TypeAlias
 
@@ -23,9 +23,11 @@ from resdiag.watch.blocks import Anatomy
 from resdiag.watch.buffer import Buffer, Key
 from resdiag.watch.calls import Call
 from resdiag.watch.catalog import CORE, RECORDED, SITES
+from resdiag.watch.gates import Gates, fractions
 from resdiag.watch.ownvalues import OwnValues
 from resdiag.watch.pool import HEAD as HEAD_ROW
 from resdiag.watch.pool import Pool
+from resdiag.watch.shares import Shares, entries
 from resdiag.watch.skip import COLUMNS, SkipPath
 from resdiag.watch.units import Unit
 
@@ -144,6 +146,7 @@ class Recorder:
         self._own_sites = self._own.sites()
         self._cells, self._head = cells, head
         self._skip, self._pool = SkipPath(samples, core=core), pool
+        self._gates, self._shares = Gates(), Shares(self._skip.head)
         self._core = core
         if core:
             for column in set(RECORDED) - set(CORE):
@@ -186,12 +189,10 @@ class Recorder:
         self._skip.reset()
         self._known: dict[int, tuple[weakref.ref[Tensor], int, int, str]] = {}
         self._children: dict[Key, list[int]] = defaultdict(list)
-        self._via: dict[int, Tensor] = {}
-        self._scales: dict[int, float] = {}
+        self._shares.clear()
         self._sites: list[tuple[Key, _Part]] = []
         self._reduced: dict[Key, _Part] = {}
-        self._inside: list[tuple[int, list[Tensor]]] = []
-        self._gates: list[tuple[tuple[str, ...], Call, Tensor]] = []
+        self._gates.clear()
         self._hooked: set[Key] = set()
         self._ran: set[int] = set()
         self._passed: dict[int, _Passed] = {}
@@ -278,8 +279,7 @@ class Recorder:
         else:
             self._cells.alias(row, "grad_output", (row, "grad_sum"))
         if not self._core:
-            calls = {id(call) for call in addition.activations}
-            self._inside.append((row, [gate for _, call, gate in self._gates if id(call) in calls]))
+            self._gates.assign(row, addition.activations)
 
     @_guarded
     def passing(self, number: int, x: Tensor, features: int | None) -> None:
@@ -327,8 +327,7 @@ class Recorder:
                 self.miss(row, missing, "the module has no floating-point input")
             else:
                 self._settle(row, "input", entry)
-            calls = {id(call) for call in unit.activations}
-            self._inside.append((row, [gate for _, call, gate in self._gates if id(call) in calls]))
+            self._gates.assign(row, unit.activations)
         self._settle(row, "output", self._passed[unit.output])
 
     @_guarded
@@ -342,7 +341,7 @@ class Recorder:
     def activation(self, owners: tuple[str, ...], call: Call, x: Tensor) -> None:
         """Remember which units of an activation are saturated, for the block it is in."""
         if not self._core and x.is_floating_point() and x.numel():
-            self._gates.append((owners, call, _saturated(call, self._skip.head(x))))
+            self._gates.add(call, self._skip.head(x))
 
     @_guarded
     def finished(self, features: Tensor | None, logits: Tensor | None) -> None:
@@ -535,25 +534,17 @@ class Recorder:
     def _write_gates(self) -> None:
         """Saturated and dead fractions over the activations that ran inside each block."""
         slot = self._cells.slot
-        counted = _count_closed(
-            (gate, self._features(row, gate)) for row, gates in self._inside for gate in gates
-        )
-        for row, gates in self._inside:
-            counts = [counted[id(gate)] for gate in gates]
-            sizes = [gate.numel() for gate in gates]
-            channels = [len(count) for count in counts]
-            if not gates:
+        for row, counts, sizes in self._gates.count(self._features):
+            if not counts:
                 columns = ("saturated_fraction", "dead_fraction")
                 self.miss(row, columns, "no known activation inside the block")
             elif self._pool is not None:
-                per_channel = [n // c for n, c in zip(sizes, channels, strict=True)]
+                per_channel = [n // len(c) for n, c in zip(sizes, counts, strict=True)]
                 self._pool.gates(row, counts, per_channel)
             else:
-                full = [c == n // len(c) for c, n in zip(counts, sizes, strict=True)]
-                closed, dead = (_total(parts) for parts in (counts, full))
-                self._cells.put(slot, row, "saturated_fraction", closed / sum(sizes))
-                self._cells.put(slot, row, "dead_fraction", dead / sum(channels))
-        self._inside.clear()
+                saturated, dead = fractions(counts, sizes)
+                self._cells.put(slot, row, "saturated_fraction", saturated)
+                self._cells.put(slot, row, "dead_fraction", dead)
         self._gates.clear()
 
     def _write_moments(self, features: Tensor | None) -> None:
@@ -650,7 +641,7 @@ class Recorder:
         if self._own_sites:
             self._compute_own_gradients(row, column, g)
         if column == "grad_sum":
-            self._hold(row, g)
+            self._shares.hold(row, g)
         if column == "grad_output" or column == self._grad_column(row, "output"):
             self._put(slot, row, "grad_nonfinite", broken, float(g.numel()))
         for child in self._children.get((row, column), ()):
@@ -683,30 +674,23 @@ class Recorder:
         if x is None or not x.requires_grad:
             return
         if h is x:
-            self._scales[row] = addition.shortcut_scale
+            self._shares.pass_on(row, addition.shortcut_scale)
             return
-        entries = list(_entries(h, x))
-        if not entries and torch.is_grad_enabled():
+        leaving = entries(h, x)
+        if not leaving and torch.is_grad_enabled():
             reason = "no gradient leads from the shortcut back to the block's input"
             self.miss(row, ("shortcut_share",), reason)
         begun = self._begun
-        for node, index in entries:
+        for node, index in leaving:
             node.register_hook(lambda grads, _, i=index: self._collect(begun, row, grads[i]))
-
-    def _hold(self, row: int, g: Tensor) -> None:
-        scale = self._scales.get(row)
-        if scale is not None:
-            # a copy: autograd adds to a gradient in place as long as nobody else holds it
-            self._via[row] = self._skip.head(g) * scale
 
     @_guarded
     def _collect(self, begun: "_Pass", row: int, g: Tensor | None) -> None:
         if g is not None and self._is_current(begun):
-            head = self._skip.head(g)
-            self._via[row] = head.clone() if row not in self._via else self._via[row] + head
+            self._shares.collect(row, g)
 
     def _share(self, slot: int, row: int, total: Tensor) -> None:
-        via = self._via.pop(row, None)
+        via = self._shares.take(row)
         if via is None or via.shape != total.shape:
             return
         size = 0.0 if self._pool is None else metrics.norm(total)
@@ -738,54 +722,6 @@ class Recorder:
             self._head.write(slot, 0, HEAD_LOSS[0], read)
 
 
-def _entries(h: Tensor, x: Tensor) -> list[tuple[torch.autograd.graph.Node, int]]:
-    """Nodes between x and h that take x itself, and at which input: where its gradient leaves."""
-    target = x.grad_fn
-    stack, seen = [h.grad_fn], set[torch.autograd.graph.Node]()
-    found: list[tuple[torch.autograd.graph.Node, int]] = []
-    while stack and len(seen) < 256:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for index, (before, output) in enumerate(node.next_functions):
-            leaf = target is None and getattr(before, "variable", None) is x
-            if leaf or (target is not None and before is target and output == x.output_nr):
-                found.append((node, index))
-            elif before is not None and before is not target:
-                stack.append(before)
-    return found
-
-
 def _scaled(x: Tensor, factor: float) -> Tensor:
     """What goes into the sum where the addition scales an operand."""
     return x if factor == 1 else x.detach() * factor
-
-
-def _saturated(call: Call, x: Tensor) -> Tensor:
-    """Which units have a slope below `SATURATED_SLOPE`; the usual two without computing slopes."""
-    if call.name == "relu":
-        return x <= 0
-    if call.name == "elu" and call.kwargs.get("alpha", 1.0) == 1.0 and not call.args:
-        return x < math.log(metrics.SATURATED_SLOPE)
-    return metrics.slope(call, x).abs() < metrics.SATURATED_SLOPE
-
-
-def _count_closed(gates: Iterable[tuple[Tensor, int | None]]) -> dict[int, Tensor]:
-    """Closed units per channel of each gate, those of one shape counted at once."""
-    alike: dict[tuple[torch.Size, int], list[Tensor]] = defaultdict(list)
-    for gate, features in gates:
-        alike[gate.shape, metrics.channel_dimension(gate.dim(), features)].append(gate)
-    counted: dict[int, Tensor] = {}
-    for (shape, at), same in alike.items():
-        others = tuple(d + 1 for d in range(len(shape)) if d != at)
-        closed = torch.stack(same).count_nonzero(others) if others else torch.stack(same).long()
-        counted |= {id(gate): count for gate, count in zip(same, closed.unbind(), strict=True)}
-    return counted
-
-
-def _total(counts: Sequence[Tensor]) -> metrics.Scalar:
-    """The sum of everything in some tensors of counts."""
-    if metrics.on_host(counts[0].device):
-        return float(sum(int(count.numpy().sum()) for count in counts))
-    return torch.cat([count.reshape(-1) for count in counts]).sum(dtype=torch.float64)
