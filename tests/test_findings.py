@@ -402,7 +402,7 @@ def test_explain_of_several_runs_says_whether_they_degrade(tmp_path, capsys):
     folders = [str(path) for path in sorted(tmp_path.iterdir())]
     assert app.run(["explain", *folders]) == 0
     out = capsys.readouterr().out
-    assert "elu_pre: undecidable. Degradation: 1 seeds at depth 8, 3 are needed." in out
+    assert "elu_pre: undecidable. Degradation: 1 seed at depth 8, 3 are needed." in out
     assert app.run(["explain", *folders, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert len(said["runs"]) == 2

@@ -32,6 +32,7 @@ from resdiag.report.origin import changed_settings, remake_commands
 from resdiag.report.results import Results
 from resdiag.report.sections import write_page
 from resdiag.report.summary import summarise
+from resdiag.report.words import number
 from resdiag.report.write import write_report
 from resdiag.show.style import VARIANT_LOOKS
 from resdiag.study.shipped import shipped_studies
@@ -182,6 +183,15 @@ def said(results):
     return answer(results, judge_all(results))
 
 
+def cut(results):
+    """The results with less than an epoch of training."""
+    short = [
+        replace(item, run=replace(item.run, curve_frame=item.run.curve().head(20)))
+        for item in results.cells
+    ]
+    return Results(study=results.study, cells=short, source="")
+
+
 def test_the_answer_counts():
     found = said(make_results())
     assert found.headline == "All 4 expected values are met."
@@ -220,6 +230,97 @@ def test_the_least_rate_that_broke_is_told_by_the_rest():
     )
 
 
+ASKED = GRID.partition("[[expected]]")[0].replace("[0, 1]", "[0, 1, 2]")
+"""A study that expects no value."""
+
+
+def by_depth(errors, text=ASKED, **made):
+    """Results whose errors are those given by variant and depth, with 0.1 points between seeds."""
+    results = make_results(make_study(text), broken=lambda request: None, **made)
+    cells = []
+    for item in results.cells:
+        request = item.cell.request
+        train, test = errors[request.variant, request.depth]
+        more = {
+            "train_error": train + request.seed * 1e-3,
+            "test_error": test + request.seed * 1e-3,
+        }
+        cells.append(replace(item, outcomes={**item.outcomes, **more} if item.outcomes else {}))
+    return Results(study=results.study, cells=cells, source="")
+
+
+ERRORS_BY_DEPTH = {
+    ("elu", 20): (0.10, 0.20), ("elu", 56): (0.09, 0.21),
+    ("elu_pre", 20): (0.10, 0.20), ("elu_pre", 56): (0.15, 0.25),
+}  # fmt: skip
+
+
+def test_without_expected_values_the_answer_is_whether_the_error_grows_with_depth():
+    found = said(by_depth(ERRORS_BY_DEPTH))
+    assert found.headline == (
+        "Error from depth 20 to 56: worse with depth: elu_pre (b); "
+        "worse with depth on test images only: elu (d)."
+    )
+    rows = {row[0]: row for row in found.table.rows}
+    assert rows["elu_pre (b)"][1:4] == ["20.10 ± 0.10 %", "25.10 ± 0.10 %", "3"]
+    # two standard errors of the difference: 2 sqrt(0.1^2 / 3 + 0.1^2 / 3) points
+    assert rows["elu_pre (b)"][4:6] == ["+5.00 (limit 0.16)", "+5.00 (limit 0.16)"]
+    assert rows["elu (d)"][5] == "-1.00 (limit 0.16)"
+    assert [row[-1].kind for row in found.table.rows] == ["bad", "bad"]
+    even = said(by_depth({**ERRORS_BY_DEPTH, ("elu", 56): (0.09, 0.19)}))
+    assert "not worse with depth: elu (d)" in even.headline
+
+
+def test_few_seeds_say_what_was_seen_and_that_it_decides_nothing():
+    found = said(by_depth(ERRORS_BY_DEPTH, ASKED.replace("[0, 1, 2]", "[0]")))
+    assert found.headline == (
+        "The test error at depth 56 is higher than at 20 in 2 of 2 settings, "
+        "but this decides nothing yet: 1 seed at depth 20, 3 are needed."
+    )
+    assert found.table.rows[0][3:6] == ["1", "+1.00", "-1.00"]
+    assert any("Some depth has 1: a change may be chance there." in line for line in found.sure)
+    part = said(by_depth(ERRORS_BY_DEPTH, missing=(0,)))
+    assert part.headline.endswith("So far 11 of 12 cells ended.")
+    assert "not decidable: elu (d)" in part.headline
+
+
+def test_a_short_study_that_expects_values_asks_something_else():
+    text = GRID.replace("[0, 1]", "[0, 1, 2]")
+    long = said(by_depth(ERRORS_BY_DEPTH, text))
+    assert "expected values" in long.headline
+    assert long.found[0].startswith("Error from depth 20 to 56")
+    found = said(cut(by_depth(ERRORS_BY_DEPTH, text)))
+    assert not any("from depth 20" in line for line in found.found)
+    assert "with depth" not in (found.table.header if found.table else ())
+
+
+def test_a_short_training_is_said_not_to_be_a_full_one():
+    text = ASKED.replace('data = "digits"', 'data = "digits"\nrecipe = "paper"\nsteps = 150')
+    (line,) = [x for x in said(by_depth(ERRORS_BY_DEPTH, text)).sure if "short" in x]
+    assert re.fullmatch(
+        r"A short training: 151 steps, [0-9.]+ of the recipe's 164 epochs; "
+        "no word on the end of a full one.",
+        line,
+    )
+    assert not [x for x in said(by_depth(ERRORS_BY_DEPTH)).sure if "short" in x]
+
+
+def test_what_was_expected_of_a_metric_stands_by_depth_in_the_answer():
+    study = load_study("initialisation", ["seeds=[0, 1]"])
+    results = cut(make_results(study, broken=lambda request: None))
+    found = said(results)
+    assert found.table.header == ["cells", "depth 20", "depth 56", "depth 110"]
+    rows = {row[0]: row[1:] for row in found.table.rows}
+    judgements = {
+        (j.settings["variant"], j.settings["depth"]): j
+        for j in judge_all(results)
+        if j.expected.measure == "output_second_moment"
+    }
+    one = judgements["elu_nobn", 56]
+    assert rows["elu_nobn (a)"][1].text == f"{number(one.numbers.mean)} (4.50e9)"
+    assert sum(bool(str(cell)) for row in rows.values() for cell in row) == len(judgements)
+
+
 def test_without_a_result_there_is_no_answer():
     study = make_study()
     found = said(make_results(study, missing=range(len(study.cells))))
@@ -239,11 +340,7 @@ def test_a_ranking_needs_an_epoch_and_says_when_it_is_noise():
     ranked = [line for line in said(results).found if line.startswith("Final test error")]
     assert len(ranked) == 2  # a depth each
     assert "two standard errors" in ranked[0]
-    short = [
-        replace(item, run=replace(item.run, curve_frame=item.run.curve().head(20)))
-        for item in results.cells
-    ]
-    found = said(Results(study=results.study, cells=short, source=""))
+    found = said(cut(results))
     assert not [line for line in found.found if line.startswith("Final test error")]
 
 

@@ -7,6 +7,7 @@ error, so it is not overfitting.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +42,27 @@ class Depth:
     test: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class Gap:
+    """How much worse the deepest network ends than the best shallower one.
+
+    Attributes:
+        value: Difference of the mean errors, 0..1.
+        limit: What it must exceed; NaN where one depth has a single run.
+    """
+
+    value: float
+    limit: float
+
+    @property
+    def counts(self) -> bool:
+        """Whether it exceeds its limit."""
+        return self.value > self.limit
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:+.2f} points (more than {100 * self.limit:.2f} would count)"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """The conclusion on one network over its depths.
@@ -51,6 +73,9 @@ class Comparison:
         summary: One sentence.
         depths: The numbers, shallowest first.
         finding: The finding, where there is one.
+        best: Index of the depth that the deepest one is compared with; None without numbers.
+        train: Gap of the training error; None without numbers.
+        test: Gap of the test error; None without numbers.
     """
 
     model: str
@@ -58,6 +83,9 @@ class Comparison:
     summary: str
     depths: tuple[Depth, ...] = ()
     finding: Finding | None = field(default=None)
+    best: int | None = None
+    train: Gap | None = None
+    test: Gap | None = None
 
     def to_dict(self) -> dict[str, object]:
         """For JSON, see `plain`."""
@@ -85,43 +113,77 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
 
 def _conclude(model: str, runs: Sequence[Run]) -> Comparison:
     depths = tuple(_depth(d, runs) for d in sorted({_depth_of(run) for run in runs}))
-    reason = _obstacle(runs, depths)
-    if reason:
+    for what in ("data", "steps"):
+        values = {getattr(run.config, what) for run in runs}
+        if len(values) > 1:
+            reason = f"the runs differ in {what}: {', '.join(sorted(map(str, values)))}"
+            return compare_depths(model, depths, reason)
+    return compare_depths(model, depths)
+
+
+def compare_depths(model: str, depths: Sequence[Depth], reason: str = "") -> Comparison:
+    """The conclusion of `compare` from numbers.
+
+    Args:
+        model: What the network is called.
+        depths: At least one, shallowest first.
+        reason: Why nothing can be said, if that is known already.
+    """
+    depths = tuple(depths)
+    gaps = _gaps(depths)
+    reason = _obstacle(depths) or reason
+    if reason or not gaps:
         return Comparison(
-            model=model, name="undecidable", summary=f"Degradation: {reason}.", depths=depths
+            model=model,
+            name="undecidable",
+            summary=f"Degradation: {reason}.",
+            depths=depths,
+            **gaps,
         )
-    last = depths[-1]
-    best = min(depths[:-1], key=lambda d: float(np.mean(d.train)))
-    train, test = (_gap(getattr(last, k), getattr(best, k)) for k in ("train", "test"))
-    words = f"depth {last.depth} against {best.depth}: training error {_points(train)}, "
-    words += f"test error {_points(test)}"
-    name = "not_degraded"
-    if test[0] > test[1]:
-        name = "degraded" if train[0] > train[1] else "overfit"
-    if name == "not_degraded":
-        return Comparison(model=model, name=name, summary=f"{words}.", depths=depths)
+    train, test = gaps["train"], gaps["test"]
+    words = (
+        f"depth {depths[-1].depth} against {depths[gaps['best']].depth}: training error {train}, "
+    )
+    words += f"test error {test}"
+    if not test.counts:
+        return Comparison(
+            model=model, name="not_degraded", summary=f"{words}.", depths=depths, **gaps
+        )
+    name = "degraded" if train.counts else "overfit"
     finding = _finding(name, words, train if name == "degraded" else test)
     return Comparison(
-        model=model, name=name, summary=finding.summary, depths=depths, finding=finding
+        model=model, name=name, summary=finding.summary, depths=depths, finding=finding, **gaps
     )
 
 
-def _obstacle(runs: Sequence[Run], depths: Sequence[Depth]) -> str:
-    """Why nothing can be said, or ""."""
+def _obstacle(depths: Sequence[Depth]) -> str:
+    """Why the numbers do not decide, or ""."""
     if len(depths) < 2:
         return f"runs of one depth only ({depths[0].depth}), two are needed"
     few = [d for d in depths if len(d.train) < LEAST_SEEDS]
     if few:
-        return f"{len(few[0].train)} seeds at depth {few[0].depth}, {LEAST_SEEDS} are needed"
-    for what in ("data", "steps"):
-        values = {getattr(run.config, what) for run in runs}
-        if len(values) > 1:
-            return f"the runs differ in {what}: {', '.join(sorted(map(str, values)))}"
+        number = len(few[0].train)
+        return (
+            f"{number} seed{'s' * (number != 1)} at depth {few[0].depth}, {LEAST_SEEDS} are needed"
+        )
     for d in depths:
         lost = sum(not math.isfinite(a + b) for a, b in zip(d.train, d.test, strict=True))
         if lost:
             return f"{lost} of {len(d.train)} runs at depth {d.depth} have no final error"
     return ""
+
+
+def _gaps(depths: Sequence[Depth]) -> dict[str, Any]:
+    """The deepest network against the shallower one that ends best in training, where it can be."""
+    whole = [bool(d.train) and np.isfinite([*d.train, *d.test]).all() for d in depths]
+    known = [index for index, known in enumerate(whole[:-1]) if known]
+    if not known or not whole[-1]:
+        return {}
+    best = min(known, key=lambda index: float(np.mean(depths[index].train)))
+    train, test = (
+        _gap(getattr(depths[-1], k), getattr(depths[best], k)) for k in ("train", "test")
+    )
+    return {"best": best, "train": train, "test": test}
 
 
 def _depth(depth: int, runs: Sequence[Run]) -> Depth:
@@ -145,26 +207,24 @@ def _last(run: Run, column: str) -> float:
     return float(known[-1]) if len(known) else math.nan
 
 
-def _gap(deep: Sequence[float], shallow: Sequence[float]) -> tuple[float, float]:
+def _gap(deep: Sequence[float], shallow: Sequence[float]) -> Gap:
     """Difference of the means, and what it must exceed."""
     a, b = np.asarray(deep), np.asarray(shallow)
+    if min(len(a), len(b)) < 2:
+        return Gap(float(a.mean() - b.mean()), math.nan)
     error = math.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
-    return float(a.mean() - b.mean()), max(LEAST_GAP, ERRORS * error)
+    return Gap(float(a.mean() - b.mean()), max(LEAST_GAP, ERRORS * error))
 
 
-def _points(gap: tuple[float, float]) -> str:
-    return f"{100 * gap[0]:+.2f} points (more than {100 * gap[1]:.2f} would count)"
-
-
-def _finding(name: str, words: str, gap: tuple[float, float]) -> Finding:
+def _finding(name: str, words: str, gap: Gap) -> Finding:
     why = {
         "degraded": "The deeper network could copy the shallower one and does worse in training: "
         "it is not optimised, not overfitted.",
         "overfit": "The deeper network is not worse on what it is trained on: more depth overfits.",
     }[name]
     evidence = Evidence(
-        metric="train_error" if name == "degraded" else "test_error", value=gap[0],
-        threshold=gap[1], text=words, source=_SOURCE,
+        metric="train_error" if name == "degraded" else "test_error", value=gap.value,
+        threshold=gap.limit, text=words, source=_SOURCE,
     )  # fmt: skip
     return Finding(
         name=name, cause=name, summary=words[:1].upper() + words[1:] + ".", why=why,

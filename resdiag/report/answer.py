@@ -10,15 +10,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from resdiag.report.bydepth import (
+    ByDepth,
+    compare_by_depth,
+    depth_headline,
+    depth_rule,
+    depth_table,
+)
+from resdiag.report.expectations import is_metric, metric_table
 from resdiag.report.judged import MET, NOT_MET, OPEN, Judged
 from resdiag.report.origin import changed_settings, is_lossy, list_sources
+from resdiag.report.parts import Table
 from resdiag.report.results import Group, Results
 from resdiag.report.summary import Summary, summarise
 from resdiag.report.words import count, listing, measure_words, number, settings_words
 from resdiag.show.grouping import variant_words
-
-_EPOCHS = 1.0
-"""Epochs below which a test error says nothing about learning."""
+from resdiag.training.recipe import RECIPES
 
 _MOST_RANKS = 8
 """Settings whose variants are ranked on the first screen."""
@@ -32,11 +39,13 @@ class Answer:
         headline: One sentence.
         found: What came out, most telling first.
         sure: How sure that is: seeds, spread, what is missing, which data.
+        table: The numbers that answer the question, if they fit there.
     """
 
     headline: str
     found: Sequence[str]
     sure: Sequence[str]
+    table: Table | None = None
 
 
 def answer(results: Results, judged: Sequence[Judged]) -> Answer:
@@ -48,9 +57,24 @@ def answer(results: Results, judged: Sequence[Judged]) -> Answer:
             found=(),
             sure=[_missing(results)],
         )
-    found = [*_not_met(judged), *_thresholds(results), *_broken(results)]
+    lines = compare_by_depth(results)
+    found = [*_not_met(judged), *_came_out(judged), *_thresholds(results), *_broken(results)]
     found += [*_ranked(results), *_verdicts(results)]
-    return Answer(headline=_headline(results, judged), found=found, sure=_sure(results))
+    if lines and judged:
+        found.insert(0, depth_headline(lines))
+    return Answer(
+        headline=depth_headline(lines) + _so_far(results) if lines and not judged
+        else _headline(results, judged),
+        found=found,
+        sure=_sure(results, lines),
+        table=depth_table(lines) if lines else metric_table(judged),
+    )  # fmt: skip
+
+
+def _so_far(results: Results) -> str:
+    ended = sum(item.ended for item in results.cells)
+    total = len(results.cells)
+    return "" if ended == total else f" So far {ended} of {total} cells ended."
 
 
 def _headline(results: Results, judged: Sequence[Judged]) -> str:
@@ -87,6 +111,21 @@ def _not_met(judged: Sequence[Judged]) -> list[str]:
                 found = f"{mean}, expected {number(want.value, want.measure)}"
             missed.setdefault(claim, []).append(f"{settings_words(item.settings)} ({found})")
     return [f"Not met: {claim}: {listing(where, 8)}." for claim, where in missed.items()]
+
+
+def _came_out(judged: Sequence[Judged]) -> list[str]:
+    """Metrics that came out alike, and as expected, in all the settings they were expected of."""
+    found: dict[str, list[str]] = {}
+    for item in judged:
+        if is_metric(item):
+            want = item.expected
+            words = f"{number(item.numbers.mean)}, expected {number(want.value)}"
+            found.setdefault(measure_words(want.measure, want.step, want.block), []).append(words)
+    return [
+        f"In all {len(words)} settings, {measure}: {words[0]}."
+        for measure, words in found.items()
+        if len(words) > 1 and len(set(words)) == 1
+    ]
 
 
 def _broken(results: Results) -> list[str]:
@@ -139,7 +178,7 @@ def _ranked(results: Results) -> list[str]:
     fields = [name for name in results.telling if name != "variant"]
     places: dict[str, list[Group]] = {}
     for group in results.groups:
-        if _epochs(group) >= _EPOCHS and _errors(group).n:
+        if group.trained and _errors(group).n:
             where = settings_words({name: group.settings[name] for name in fields})
             places.setdefault(where, []).append(group)
     lines = [_rank(where, groups) for where, groups in places.items() if len(groups) > 1]
@@ -177,15 +216,6 @@ def _errors(group: Group) -> Summary:
     return summarise([value for value in values if not isinstance(value, str)])
 
 
-def _epochs(group: Group) -> float:
-    """Epochs of the first member that ended; 0 if that is not known."""
-    for member in group.ended:
-        if member.run is not None and len(curve := member.run.curve()):
-            last = curve["epoch"].to_numpy(dtype=np.float64)[-1]
-            return float(last) if math.isfinite(last) else 0.0
-    return 0.0
-
-
 def _verdicts(results: Results) -> list[str]:
     tally = Counter(str(item.outcomes.get("verdict", "")) for item in results.cells if item.ended)
     words = [f"{name} {amount}" for name, amount in tally.most_common() if name]
@@ -195,9 +225,10 @@ def _verdicts(results: Results) -> list[str]:
 # -- how sure --------------------------------------------------------------------------------------
 
 
-def _sure(results: Results) -> list[str]:
-    """Seeds, spread, what is missing, data, device."""
-    lines = [_seeds(results), _missing(results), *_disagreement(results), *_spread(results)]
+def _sure(results: Results, by_depth: Sequence[ByDepth]) -> list[str]:
+    """Seeds, spread, what is missing, how long it was trained, data, device."""
+    lines = [_seeds(results), *([depth_rule(by_depth)] if by_depth else []), *_short(results)]
+    lines += [_missing(results), *_disagreement(results), *_spread(results)]
     return [
         line for line in [*lines, _data(results), *_changed(results), _devices(results)] if line
     ]
@@ -209,6 +240,19 @@ def _seeds(results: Results) -> str:
     n = f"n = {low}" if low == high else f"n = {low} to {high}"
     single = ": a single seed has no spread" if high == 1 else ""
     return f"{n} per setting, {count(len(sizes), 'setting')}{single}."
+
+
+def _short(results: Results) -> list[str]:
+    """How much of a recipe that counts in epochs was run, if it was cut short."""
+    found = []
+    for item in results.cells:
+        recipe = RECIPES[item.cell.request.recipe]
+        if item.run and item.ended and item.cell.request.steps and not recipe.steps:
+            found.append(
+                f"{item.run.steps} steps, {item.epochs:.2g} of the recipe's {recipe.epochs} epochs"
+            )
+    words = listing(list(dict.fromkeys(found)), 3)
+    return [f"A short training: {words}; no word on the end of a full one."] if found else []
 
 
 def _missing(results: Results) -> str:
@@ -244,7 +288,7 @@ def _spread(results: Results) -> list[str]:
     spreads = [
         (found.high - found.low, settings_words(group.settings))
         for group in results.groups
-        if _epochs(group) >= _EPOCHS and (found := _errors(group)).n > 1
+        if group.trained and (found := _errors(group)).n > 1
     ]
     if not spreads:
         return []

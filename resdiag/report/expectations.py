@@ -7,7 +7,7 @@ from resdiag.report.judged import MET, NOT_MET, Judged
 from resdiag.report.parts import Entry, Mark, Part, Section, Table, Text
 from resdiag.report.summary import spread_words
 from resdiag.report.words import listing, measure_words, number, settings_words
-from resdiag.study.spec import WORDS
+from resdiag.study.spec import OUTCOMES, WORDS
 
 _KINDS = {MET: "good", NOT_MET: "bad"}
 FEW = 3
@@ -59,6 +59,35 @@ def _table(source: str, items: Sequence[Judged]) -> Table:
     right = ("n",) if word else _NUMERIC
     numeric = [place for place, name in enumerate(header) if name in right]
     return Table(caption=source or SEVERAL, header=header, rows=rows, numeric=numeric)
+
+
+def is_metric(item: Judged) -> bool:
+    """Whether a recorded metric was expected, and came out as a number."""
+    return item.expected.measure not in OUTCOMES and item.numbers.n > 0
+
+
+def metric_table(judged: Sequence[Judged]) -> Table | None:
+    """The first expected metric that varies, by depth: what came out, and what was expected."""
+    lots: dict[str, list[Judged]] = {}
+    for item in filter(is_metric, judged):
+        want = item.expected
+        lots.setdefault(measure_words(want.measure, want.step, want.block), []).append(item)
+    for measure, items in lots.items():
+        depths = sorted({item.settings["depth"] for item in items if "depth" in item.settings})
+        if len(depths) < 2 or len({number(item.numbers.mean) for item in items}) == 1:
+            continue
+        rows: dict[str, dict[int, Entry]] = {}
+        for item in items:
+            name = settings_words({k: v for k, v in item.settings.items() if k != "depth"})
+            words = f"{number(item.numbers.mean)} ({number(item.expected.value)})"
+            kind = _KINDS.get(item.outcome, "open")
+            rows.setdefault(name, {})[item.settings["depth"]] = Mark(words, kind)
+        return Table(
+            caption=f"{measure}: mean over seeds, in brackets what was expected",
+            header=["cells", *(f"depth {depth}" for depth in depths)],
+            rows=[[name, *(row.get(depth, "") for depth in depths)] for name, row in rows.items()],
+        )
+    return None
 
 
 def _judgement(item: Judged) -> Mark:

@@ -20,6 +20,7 @@ def to_markdown(
         bulky: Whether long tables are written: verdicts of all cells, numbers of figures.
     """
     lines = [f"# {escape(title or page.question)}", "", f"**{escape(page.headline)}**", ""]
+    lines += _table(page.table) if page.table else []
     lines += [f"- {escape(line)}" for line in page.found]
     lines += ["", "How sure:", "", *(f"- {escape(line)}" for line in page.sure), ""]
     for term, words in page.claim:

@@ -140,3 +140,4 @@ class Page:
     sections: Sequence[Section]
     made: str = field(default="")
     about: str = "a study"
+    table: Table | None = None

@@ -1,5 +1,6 @@
 """The results of a study: a cell with its run and its outcomes, and cells that differ in seed."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 ENDED = ("done", "diverged")
 """States that are results."""
+ONE_EPOCH = 1.0
+"""Epochs below which an error answers no question that does not ask for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +50,13 @@ class CellResult:
         known = str(self.run.data.get("name", "")) if self.run else ""
         return known or self.cell.request.data
 
+    @property
+    def epochs(self) -> float:
+        """Epochs that it was trained for; 0 if that is not known."""
+        curve = self.run.curve() if self.run else ()
+        last = float(curve["epoch"].to_numpy()[-1]) if len(curve) else 0.0  # type: ignore[call-overload]
+        return last if math.isfinite(last) else 0.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
@@ -64,6 +74,11 @@ class Group:
     def ended(self) -> list[CellResult]:
         """The members that are results."""
         return [member for member in self.members if member.ended]
+
+    @property
+    def trained(self) -> bool:
+        """Whether the first member that ended was trained for an epoch: errors mean something."""
+        return bool(self.ended) and self.ended[0].epochs >= ONE_EPOCH
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -63,6 +63,7 @@ def write_page(results: Results, pictures: Sequence[Picture], made: str = "") ->
         headline=said.headline,
         found=said.found,
         sure=said.sure,
+        table=said.table,
         claim=[pair for pair in claim if pair[1]],
         sections=[section for section in sections if section.parts],
         made=made,

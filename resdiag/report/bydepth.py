@@ -1,0 +1,148 @@
+"""Does the error grow with depth? One line per variant and other settings, by the rule for it."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from resdiag.explain.degraded import LEAST_SEEDS, Comparison, Depth, Gap, compare_depths
+from resdiag.report.parts import Entry, Mark, Table
+from resdiag.report.results import CellResult, Group, Results
+from resdiag.report.summary import spread_words, summarise
+from resdiag.report.words import count, listing, settings_words
+
+_WORDS = {
+    "degraded": "worse with depth",
+    "overfit": "worse with depth on test images only",
+    "not_degraded": "not worse with depth",
+    "undecidable": "not decidable",
+}
+_KINDS = {"degraded": "bad", "overfit": "bad", "undecidable": "open"}
+
+
+@dataclass(frozen=True)
+class ByDepth:
+    """Cells that differ in depth and seed only.
+
+    Attributes:
+        name: Their settings in words.
+        comparison: What the rule says.
+    """
+
+    name: str
+    comparison: Comparison
+
+
+def compare_by_depth(results: Results) -> list[ByDepth]:
+    """The lines of a study over depth, each with what `resdiag.explain.degraded` says of it.
+
+    None where depth does not vary, or where the study expects values and trains for less than an
+    epoch: its question is another one.
+    """
+    if "depth" not in results.telling:
+        return []
+    if results.study.file.expected and not any(group.trained for group in results.groups):
+        return []
+    rest = [name for name in results.telling if name != "depth"]
+    lots: dict[str, list[Group]] = {}
+    for group in results.groups:
+        name = settings_words({key: group.settings[key] for key in rest})
+        lots.setdefault(name or "the network", []).append(group)
+    found = []
+    for name, groups in lots.items():
+        depths = sorted(map(_depth, groups), key=lambda depth: depth.depth)
+        if len(depths) > 1 and any(math.isfinite(e) for d in depths for e in d.test):
+            found.append(ByDepth(name, compare_depths(name, depths)))
+    return found
+
+
+def _depth(group: Group) -> Depth:
+    train, test = (
+        tuple(_number(member, name) for member in group.ended)
+        for name in ("train_error", "test_error")
+    )
+    return Depth(depth=group.members[0].cell.request.depth, train=train, test=test)
+
+
+def _number(member: CellResult, name: str) -> float:
+    value = member.outcomes.get(name, math.nan)
+    return math.nan if isinstance(value, str) else value
+
+
+def depth_headline(lines: Sequence[ByDepth]) -> str:
+    """The conclusions in one sentence; what was seen, where nothing can be concluded."""
+    depths = sorted({d.depth for line in lines for d in line.comparison.depths})
+    names: dict[str, list[str]] = {}
+    for line in lines:
+        names.setdefault(line.comparison.name, []).append(line.name)
+    if set(names) != {"undecidable"}:
+        said = [f"{_WORDS[name]}: {listing(names[name])}" for name in _WORDS if name in names]
+        return f"Error from depth {depths[0]} to {depths[-1]}: {'; '.join(said)}."
+    known = [line.comparison.test for line in lines if line.comparison.test]
+    if not known:
+        return f"Whether the error grows with depth is not decidable yet: {_why_not(lines)}."
+    more = sum(gap.value > 0 for gap in known)
+    other = depths[0] if len(depths) == 2 else "the best shallower one"
+    return (
+        f"The test error at depth {depths[-1]} is higher than at {other} in {more} of "
+        f"{count(len(known), 'setting')}, but this decides nothing yet: {_why_not(lines)}."
+    )
+
+
+def _why_not(lines: Sequence[ByDepth]) -> str:
+    """The commonest obstacle."""
+    return Counter(map(_reason, lines)).most_common(1)[0][0]
+
+
+def _reason(line: ByDepth) -> str:
+    """Why nothing can be said of a line."""
+    return line.comparison.summary.removeprefix("Degradation: ").rstrip(".")
+
+
+def depth_table(lines: Sequence[ByDepth]) -> Table:
+    """Test error by depth with its spread, how far both errors change, and what that means."""
+    depths = sorted({d.depth for line in lines for d in line.comparison.depths})
+    header = ["cells", *(f"depth {depth}" for depth in depths), "seeds"]
+    header += ["test error changes by", "training error changes by", "with depth"]
+    rows = [_row(line, depths) for line in lines]
+    return Table(
+        caption="Final test error, mean ± standard deviation over seeds; change in points from the "
+        "best shallower network to the deepest",
+        header=header,
+        rows=rows,
+        numeric=range(1, len(depths) + 4),
+    )
+
+
+def _row(line: ByDepth, depths: Sequence[int]) -> list[Entry]:
+    known = {depth.depth: depth for depth in line.comparison.depths}
+    errors = [
+        spread_words(summarise(known[d].test), "test_error") if d in known else "" for d in depths
+    ]
+    sizes = [len(depth.test) for depth in line.comparison.depths]
+    seeds = str(sizes[0]) if len(set(sizes)) == 1 else f"{min(sizes)} to {max(sizes)}"
+    name = line.comparison.name
+    # that seeds are few is seen in their column, and said below
+    why = "" if name != "undecidable" or min(sizes) < LEAST_SEEDS else _reason(line)
+    mark = Mark(_WORDS[name], _KINDS.get(name, "good"), why)
+    changes = [_change(line.comparison.test), _change(line.comparison.train)]
+    return [line.name, *errors, seeds, *changes, mark]
+
+
+def _change(gap: Gap | None) -> str:
+    """Points, with what must be exceeded where that is known."""
+    if gap is None:
+        return "-"
+    limit = "" if math.isnan(gap.limit) else f" (limit {100 * gap.limit:.2f})"
+    return f"{100 * gap.value:+.2f}{limit}"
+
+
+def depth_rule(lines: Sequence[ByDepth]) -> str:
+    """What the conclusions mean, and how many seeds they take."""
+    least = min(len(depth.test) for line in lines for depth in line.comparison.depths)
+    few = least < LEAST_SEEDS
+    more = f" Some depth has {least}: a change may be chance there." if few else ""
+    return (
+        f"Worse with depth: the change of the training and of the test error exceeds two standard "
+        f"errors and 0.1 points, over {LEAST_SEEDS} seeds or more at every depth.{more}"
+    )
