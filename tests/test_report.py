@@ -167,6 +167,7 @@ def test_sources_with_few_values_share_a_table_and_lose_none():
     judgements = judge_all(make_results(study, broken=lambda request: None))
     _rule, *tables = expected_section(judgements).parts
     sizes = Counter(item.expected.source for item in judgements)
+    few = {source: number for source, number in sizes.items() if number < FEW}
     assert [t.caption for t in tables].count(SEVERAL) == 1
     for table in tables:
         if table.caption == SEVERAL:
