@@ -5,7 +5,8 @@ repetitions of arm / plain of the same repetition. `null` is a second unwatched 
 from 1 is what the numbers can carry. Recording every 10th and 50th step is put together from a
 recorded and 9 or 49 idle steps of the same repetition. Beside the time on the clock stands the time
 of the processor: on a machine that does other things too it is the steadier of the two, with one
-thread; threads that wait for each other count as busy.
+thread; threads that wait for each other count as busy. Freed memory is kept, as `resdiag run` does:
+page faults would hide the differences.
 """
 
 import os
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from resdiag.models.resnet import build_model
+from resdiag.training.pages import keep_pages
 from resdiag.watch.monitor import Monitor, attach
 
 STRIDES = (10, 50)
@@ -39,6 +41,7 @@ def measure(
 
     `tick` is called after each repetition.
     """
+    keep_pages()
     torch.manual_seed(0)
     images = torch.randn(batch_size, 3, 32, 32)
     labels = torch.randint(0, 10, (batch_size,))
