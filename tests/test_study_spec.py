@@ -161,6 +161,58 @@ def test_contradictions_are_refused(change, message):
     assert message in "\n".join(problems(f'question = "q"\n{change}'))
 
 
+MEANT = """
+question = "q"
+[fixed]
+data = "digits"
+[grid]
+variant = ["elu"]
+depth = [8, 20]
+[[figure]]
+plot = "skip"
+cells = { depth = 20 }
+[[figure]]
+plot = "curves"
+[[expected]]
+cells = { depth = 20 }
+measure = "status"
+value = "done"
+source = "s"
+"""
+
+
+def test_what_set_leaves_without_a_cell_is_left_out_with_a_word(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_study(tmp_path, MEANT, "meant")
+    study = load_study("meant.toml", ["grid.depth=[8]"])
+    assert study.dropped == ("[[figure]] no. 1", "[[expected]] no. 1")
+    assert ([f.plot for f in study.file.figure], study.file.expected) == (["curves"], [])
+    again = load_study(str(study.write_plan(tmp_path / "runs")))  # engines read the plan
+    assert (again.cells, again.digest) == (study.cells, study.digest)
+    assert load_study("meant.toml", ["grid.depth=[20]"]).dropped == ()
+    assert app.run(["study", "status", "meant.toml", "--set", "grid.depth=[8]"]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("no cell of theirs: [[figure]] no. 1, [[expected]] no. 1 (2 in all)")
+
+
+def test_a_slip_in_the_file_stays_one_whatever_is_set(tmp_path):
+    path = write_study(
+        tmp_path, MEANT.replace("{ depth = 20 }\nmeasure", "{ depth = 56 }\nmeasure")
+    )
+    for sets in ((), ("grid.depth=[8]",), ("seeds=[3]",)):
+        with pytest.raises(StudyError, match=r"expected.. no. 1 means no cell"):
+            load_study(str(path), sets)
+
+
+def test_paper_can_be_run_at_one_depth():
+    study = load_study("paper", ["grid.depth=[20]", "include=[]"])
+    assert {cell.request.depth for cell in study.cells} == {20}
+    assert study.file.expected
+    assert len(study.file.expected) + sum("expected" in d for d in study.dropped) == len(
+        load_study("paper").file.expected
+    )
+
+
 # -- hostile files ---------------------------------------------------------------------------------
 
 GRID = '[grid]\nvariant = ["elu"]\ndepth = [20]\n'

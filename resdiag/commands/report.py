@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resdiag.commands.opening import open_runs
+from resdiag.commands.opening import open_runs, open_study
 from resdiag.commands.options import Json, RunsRoot
 from resdiag.commands.output import say
 from resdiag.errors import UsageError
@@ -154,15 +154,13 @@ def _read(
     where: str, settings: list[str] | None, mini: bool, runs: Path, steps: int | None = None
 ) -> "Results":
     """The results of a study: frozen ones, or those of the run folders."""
-    from resdiag.study.study import load_study
-
     if (Path(where) / "results.json").is_file():
         if settings or mini:
             raise UsageError(f"{where} is frozen and is not changed by --set or --mini")
         from resdiag.report.frozen import thaw
 
         return thaw(Path(where))
-    study = load_study(where, settings or (), mini=mini)
+    study = open_study(where, settings, mini)
     from resdiag.report.collect import STEPS, collect
 
     return collect(study, runs, steps=steps or STEPS)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from resdiag.commands.app import group
+from resdiag.commands.opening import open_study
 from resdiag.commands.options import DataRoot, Json, RunsRoot
 from resdiag.commands.output import keep_quiet, print_table, say
 from resdiag.errors import UsageError, unknown
@@ -112,7 +113,7 @@ def run(
 ) -> int:
     """Run what is missing of a study. The same command continues it after whatever happened."""
     _check(engine, device)
-    study = _load(where, settings, mini)
+    study = open_study(where, settings, mini)
     if dry_run:
         _print_plan(study, runs, as_json)
         return 0
@@ -144,7 +145,7 @@ def retry(
 ) -> int:
     """Run failed cells again, from their last commits, with all else that is missing."""
     _check(engine, device)
-    study = _load(where, settings, mini)
+    study = open_study(where, settings, mini)
     from resdiag.study.failure import clear_failure
     from resdiag.study.ledger import read_entry
 
@@ -173,7 +174,7 @@ def cell(
 ) -> int:
     """Bring one cell to its end, from its last commit; done already is fine. Engines call this."""
     _check("local", device)
-    study = _load(where, settings, mini)
+    study = open_study(where, settings, mini)
     study.cell(id)
     plan = study.write_plan(runs)
     from resdiag.study.work import Task, work
@@ -203,7 +204,7 @@ def plan(
     if form not in FORMATS:
         raise unknown("format", form, FORMATS)
     _check("local", device)
-    study = _load(where, settings, mini)
+    study = open_study(where, settings, mini)
     from resdiag.study.ledger import ENDED, read_ledger
 
     path = study.write_plan(runs)
@@ -233,7 +234,7 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Say where each cell stands: done, running, stale, failed, diverged or missing."""
-    study = _load(where, settings, mini)
+    study = open_study(where, settings, mini)
     from resdiag.study.ledger import read_ledger
 
     _print_status(study, read_ledger(study, runs), as_json)
@@ -248,7 +249,7 @@ def watch(
     runs: RunsRoot = Path("runs"),
 ) -> None:
     """Watch a study run: progress, time left, errors, gradient norm by block of each cell."""
-    study = _load(where, settings, mini)
+    study = open_study(where, settings, mini)
     from rich.console import Console
     from rich.live import Live
 
@@ -293,12 +294,6 @@ class _How:
     device: str
     allow_drift: bool
     quiet: bool
-
-
-def _load(where: str, settings: list[str] | None, mini: bool) -> "Study":
-    from resdiag.study.study import load_study
-
-    return load_study(where, settings or (), mini=mini)
 
 
 def _check(engine: str, device: str) -> None:

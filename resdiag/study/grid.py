@@ -7,7 +7,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from resdiag.study.spec import MOST_MISTAKES, StudyError, StudyFile
 from resdiag.training.recipe import RECIPES, Request
 
 MOST_CELLS = 10_000
+FILTERED = ("figure", "expected")
+"""Tables of a study file whose entries are about some of its cells."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,24 @@ def expand(file: StudyFile, name: str) -> tuple[Cell, ...]:
         name: What messages call the file.
 
     Raises:
+        StudyError: There is none, there are too many, settings contradict each other, or a figure
+            or an expected value means no cell: most likely a slip.
+    """
+    cells = list_cells(file, name)
+    _refuse(
+        name,
+        [
+            f"{name}: [[{table}]] no. {index + 1} means no cell of the study: {_short(wanted)}"
+            for table, index, wanted in find_unmatched(file, cells)
+        ],
+    )
+    return cells
+
+
+def list_cells(file: StudyFile, name: str) -> tuple[Cell, ...]:
+    """The cells of a study, whatever its figures and expected values mean.
+
+    Raises:
         StudyError: There is none, there are too many, or settings contradict each other.
     """
     _refuse_conflicts(file, name)
@@ -64,12 +84,16 @@ def expand(file: StudyFile, name: str) -> tuple[Cell, ...]:
             problems.append(f"{name}: {_short(settings)}: has the id of another cell, {cell.id}")
     if not cells and not problems:
         problems.append(f"{name}: no cells are left: 'exclude' takes all of them")
-    problems += _unmatched(file, tuple(cells.values()), name) if not problems else []
-    if problems:
-        problems = list(dict.fromkeys(problems))
-        more = [f"{name}: and {len(problems) - MOST_MISTAKES} more mistakes"]
-        raise StudyError([*problems[:MOST_MISTAKES], *more[: len(problems) > MOST_MISTAKES]])
+    _refuse(name, problems)
     return tuple(cells.values())
+
+
+def _refuse(name: str, problems: Sequence[str]) -> None:
+    """Raise what there is to complain of, each once, the first ones in full."""
+    found = list(dict.fromkeys(problems))
+    if found:
+        more = [f"{name}: and {len(found) - MOST_MISTAKES} more mistakes"]
+        raise StudyError([*found[:MOST_MISTAKES], *more[: len(found) > MOST_MISTAKES]])
 
 
 def _refuse_conflicts(file: StudyFile, name: str) -> None:
@@ -124,18 +148,18 @@ def _holds(settings: Mapping[str, Any], wanted: Mapping[str, list[Any]]) -> bool
     return all(settings.get(name) in values for name, values in wanted.items())
 
 
-def _unmatched(file: StudyFile, cells: tuple[Cell, ...], name: str) -> list[str]:
-    """Filters that mean no cell: most likely a slip."""
-    filters = {
-        **{f"[[figure]] no. {i}": item.cells.given for i, item in enumerate(file.figure, 1)},
-        **{f"[[expected]] no. {i}": item.cells.given for i, item in enumerate(file.expected, 1)},
-    }
-    index = _index(cells, {key for wanted in filters.values() for key in wanted})
-    return [
-        f"{name}: {place} means no cell of the study: {_short(wanted)}"
-        for place, wanted in filters.items()
-        if not _find(index, wanted, (1 << len(cells)) - 1)
+def find_unmatched(
+    file: StudyFile, cells: tuple[Cell, ...]
+) -> list[tuple[str, int, dict[str, Any]]]:
+    """Figures and expected values that mean no cell: table, index in it, filter."""
+    filters = [
+        (table, index, item.cells.given)
+        for table in FILTERED
+        for index, item in enumerate(getattr(file, table))
     ]
+    index = _index(cells, {key for _, _, wanted in filters for key in wanted})
+    every = (1 << len(cells)) - 1
+    return [place for place in filters if not _find(index, place[2], every)]
 
 
 def _index(cells: tuple[Cell, ...], keys: Iterable[str]) -> dict[str, dict[Any, int]]:

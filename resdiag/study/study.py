@@ -11,7 +11,7 @@ from typing import Any
 
 from resdiag.errors import UsageError, unknown
 from resdiag.runs.files import from_json, list_folder, make_folder, to_json, write_file
-from resdiag.study.grid import Cell, expand
+from resdiag.study.grid import FILTERED, Cell, expand, find_unmatched, list_cells
 from resdiag.study.mini import shrink
 from resdiag.study.shipped import find_study, shipped_studies
 from resdiag.study.spec import StudyError, StudyFile, check_document, override, read_document
@@ -31,12 +31,14 @@ class Study:
         document: What the file says, after `--set` and `--mini`, as plain data.
         file: The same, checked.
         cells: In the order of the file.
+        dropped: Figures and expected values of the file that `--set` left without a cell.
     """
 
     name: str
     document: Mapping[str, Any]
     file: StudyFile
     cells: tuple[Cell, ...]
+    dropped: tuple[str, ...] = ()
 
     @cached_property
     def digest(self) -> str:
@@ -139,14 +141,49 @@ def build_study(
     Raises:
         StudyError: It has mistakes; all are named.
     """
-    document = override(document, settings)
+    written, document = document, override(document, settings)
     file = check_document(document, shown)
+    dropped = _left_over(written, file, shown) if settings else []
+    if dropped:
+        document = _without(document, dropped)
+        file = check_document(document, shown)
     cells = expand(file, shown)
     if mini:
         file, name = shrink(file), f"{name}-mini"
         document = file.model_dump(exclude_unset=True)
         cells = expand(file, shown)
-    return Study(name, json.loads(json.dumps(document)), file, cells)
+    words = tuple(f"[[{table}]] no. {index + 1}" for table, index in dropped)
+    return Study(name, json.loads(json.dumps(document)), file, cells, words)
+
+
+def _left_over(written: Mapping[str, Any], file: StudyFile, shown: str) -> list[tuple[str, int]]:
+    """Figures and expected values with cells in the file as it was written, and with none now.
+
+    Raises:
+        StudyError: The study as it was changed has no cells.
+    """
+    missing = find_unmatched(file, list_cells(file, shown))
+    if not missing:
+        return []
+    try:
+        before = check_document(written, shown)
+        slips = find_unmatched(before, list_cells(before, shown))
+    except StudyError:  # a file that is whole with --set only: nothing to compare with
+        return []
+    same = [table for table in FILTERED if getattr(before, table) == getattr(file, table)]
+    wrong = {(table, index) for table, index, _ in slips}
+    places = [(table, index) for table, index, _ in missing if table in same]
+    return [place for place in places if place not in wrong]
+
+
+def _without(document: Mapping[str, Any], dropped: Sequence[tuple[str, int]]) -> dict[str, Any]:
+    """A document without some entries of its tables."""
+    gone = set(dropped)
+    kept = {
+        table: [item for index, item in enumerate(document[table]) if (table, index) not in gone]
+        for table in {table for table, _ in dropped}
+    }
+    return {**document, **kept}
 
 
 def _read_plan(path: Path, settings: Sequence[str], mini: bool) -> Study:
