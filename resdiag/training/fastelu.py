@@ -9,7 +9,6 @@ and for x <= 0 neither t (in [-1, 0]) nor 1 - t (in [1, 2]) cancels, so the rela
 that of tanh and a division, also next to 0 and where the exponential underflows.
 """
 
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -31,12 +30,7 @@ class FastElu:
         self._library.impl("elu", elu, "CPU")
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._library._destroy()
 
 
