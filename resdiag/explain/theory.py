@@ -47,7 +47,8 @@ _BASIS = {
     "relu_nobn": _WALK + "; its step grows with the signal, so E[H^2] grows geometrically",
     "relu_pre": _NORMALISED,
     "plain": "BatchNorm and no shortcut: E[H^2] is 1/2 in every block, the squared gradient grows "
-    "by (pi/(pi-1))^2 per block, less at the border (Yang et al. 2019, mean field of BatchNorm)",
+    "by (pi/(pi-1))^2 per block, less at the border (Yang et al. 2019, mean field of BatchNorm), "
+    "if all samples keep the same energy: in deep networks one comes to dominate, and it is less",
 }
 
 

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -115,8 +116,25 @@ def lesions(*variants: str) -> str:
     return table(head, body)
 
 
+def energies() -> str:
+    """Plain networks with and without equal energies of the samples."""
+    head = ("input", "depth", "as they are", "equal", "variance of q: first", "middle", "last")
+    body = []
+    for source in ("photographs", "noise"):
+        for depth in (56, 110):
+            free, equal = (
+                rows("energies", input=source, depth=depth, reset=arm) for arm in (False, True)
+            )
+            ratios = [geometric_mean(row["over_theory"] for row in arm) for arm in (free, equal)]
+            columns = zip(*(row["spread"] for row in free), strict=True)
+            cells = [f"{ratio:.2f}" for ratio in ratios] + [spread(column) for column in columns]
+            body.append([source, str(depth), *cells])
+    return table(head, body)
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "growth": growth, "skip": skip, "steps": steps, "lesions": lesions,
+    "energies": energies,
 }  # fmt: skip
 
 
@@ -133,7 +151,7 @@ def written(text: str) -> str:
 def main() -> int:
     """Write the pages, or with `--check` name those that are out of date."""
     stale = 0
-    for page in sorted(PAGES.glob("*.md")):
+    for page in [*sorted(PAGES.glob("*.md")), PAGES.parent / "theory.md"]:
         text = page.read_text(encoding="utf-8")
         if written(text) == text:
             continue
