@@ -420,13 +420,31 @@ def test_lines_of_a_drawing_are_told_apart():
     from resdiag.show.opening import open_view
 
     results = make_results(load_study("paper", ["seeds=[0]"]))
-    curves = [p for p in draw_figures(results, only=()) if p.number == 1]
-    assert [p.name for p in curves] == [f"01-curves-depth-{d}" for d in (20, 32, 44, 56, 110)]
+    curves = [p for p in draw_figures(results, only=()) if p.number == 2]
+    assert [p.name for p in curves] == [f"02-curves-depth-{d}" for d in (20, 32, 44, 56, 110)]
     runs = [c.run for c in results.cells if c.cell.request.depth == 110 and "10" in c.data[-2:]]
     looks = [
         series.look for series in open_view(KINDS["curves"], runs, step=None, theory=True).series
     ]
     assert len(set(looks)) == len(looks) == 5
+
+
+def test_the_activations_are_a_figure_of_their_own_with_the_numbers_of_theory():
+    text = GRID.replace('plot = "gradnorms"', 'plot = "activations"')
+    (picture, *_) = draw_figures(make_results(make_study(text)), only={"01-activations"})
+    rows = list(csv.DictReader(io.StringIO(picture.csv)))
+    assert len(rows) == len({row["x"] for row in rows}) > 100
+    for row in rows:
+        x, relu, elu = (float(row[name]) for name in ("x", "relu", "elu"))
+        assert (relu, elu) == pytest.approx((max(x, 0), x if x > 0 else math.exp(x) - 1), abs=1e-5)
+    drawn = np.random.default_rng(0).standard_normal(200_000)
+    means = {row[0]: float(row[1]) for row in picture.table.rows}
+    assert means["relu"] == pytest.approx(np.maximum(drawn, 0).mean(), abs=0.005)
+    assert means["elu"] == pytest.approx(
+        np.where(drawn > 0, drawn, np.expm1(drawn)).mean(), abs=0.005
+    )
+    root = ET.fromstring(picture.file())
+    assert "mean of ELU: 0.16" in "".join(root.itertext())
 
 
 def test_growth_at_the_start_does_not_repeat_what_only_acts_later():

@@ -12,6 +12,12 @@ from resdiag.report.parts import Entry, Table
 from resdiag.report.results import CellResult, Results
 from resdiag.report.svg import refine
 from resdiag.report.words import number, settings_words
+from resdiag.show.activations import (
+    ACTIVATION_PLOT,
+    activation_moments,
+    activation_values,
+    draw_activations,
+)
 from resdiag.show.kinds import KINDS, PlotKind
 
 if TYPE_CHECKING:
@@ -92,6 +98,9 @@ def draw_figures(results: Results, *, only: Collection[str] | None = None) -> It
         only: Names of those to draw; the others have their data and tables only. None draws all.
     """
     for place, figure in enumerate(results.study.file.figure, start=1):
+        if figure.plot == ACTIVATION_PLOT.name:
+            yield _draw_activations(place, figure.title, only)
+            continue
         members = [item for item in results.select(figure.cells.given) if _has_records(item)]
         kind = KINDS[figure.plot]
         title = figure.title or kind.title
@@ -160,6 +169,31 @@ def _is_crowded(results: Results, members: Sequence[CellResult], split: Sequence
         if len(groups) > MOST_LINES or (len(repeats) > 1 and max(repeats.values()) > MOST_REPEATS):
             return True
     return False
+
+
+def _draw_activations(place: int, title: str, only: Collection[str] | None) -> Picture:
+    """The figure that no run is needed for."""
+    kind, name = ACTIVATION_PLOT, f"{place:02d}-{ACTIVATION_PLOT.name}"
+    moments = activation_moments()
+    rows: list[list[Entry]] = [
+        [label, *(number(value) for value in found.values())] for label, found in moments.items()
+    ]
+    picture = Picture(
+        number=place, name=name, title=title or kind.title, question=kind.question,
+        reading=kind.reading, svg=b"",
+        csv=activation_values().to_csv(index=False, float_format="%.6g", lineterminator="\n"),
+        table=Table(
+            caption=f"{title or kind.title}: output for standard normal input",
+            header=["activation", *next(iter(moments.values()))], rows=rows, numeric=(1, 2, 3),
+        ),
+    )  # fmt: skip
+    if only is not None and name not in only:
+        return picture
+    from resdiag.show.plots import render
+
+    drawing = draw_activations()
+    svg, pdf = (render(drawing, form, letters=True) for form in ("svg", "pdf"))
+    return replace(picture, svg=svg, pdf=pdf)
 
 
 def draw_runs(kinds: Sequence[str], runs: "Sequence[Run]") -> Iterator[Picture]:

@@ -50,7 +50,7 @@ def thin(
 
 def columns_of(plots: Collection[str], metrics: Collection[str]) -> set[str]:
     """The recorded metrics that some kinds of plots and some metrics are made of."""
-    drawn = {name for plot in plots for name in KINDS[plot].needs}
+    drawn = {name for plot in plots if plot in KINDS for name in KINDS[plot].needs}
     return set().union(*(inputs_of(name) for name in {*drawn, *metrics, *CORE}))
 
 

@@ -37,6 +37,8 @@ OUTCOMES: Mapping[str, str] = {
 """What can be expected of a whole run; a metric's id is expected of a step and a block."""
 WORDS = ("status", "verdict")
 """Outcomes that are words; the others are numbers."""
+PLOTS = (*KINDS, "activations")
+"""What a figure can be."""
 
 
 class StudyError(UsageError):
@@ -74,13 +76,13 @@ class Figure(BaseModel):
     """One figure of the report.
 
     Attributes:
-        plot: A kind of `resdiag plot`.
+        plot: A kind of `resdiag plot`, or "activations": ReLU and ELU themselves.
         title: Words above it.
         cells: Which cells it shows; all if empty.
     """
 
     model_config = STRICT
-    plot: Annotated[str, passing(lambda name: _known("plot", name, KINDS))]
+    plot: Annotated[str, passing(lambda name: _known("plot", name, PLOTS))]
     title: Text = ""
     cells: Filter = Filter()
 
