@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -211,6 +212,53 @@ def test_halves_that_do_not_fit_are_refused(why):
     added, message = REFUSED[why]
     with pytest.raises(UsageError, match=message):
         merge(some_seeds(0), added())
+
+
+HOSTILE = {
+    "not JSON": ("{", "not JSON"),
+    "deep": ("[" * 100_000, "not JSON"),
+    "a list": ("[1]", "not a JSON object"),
+    "a name that climbs": (("study", "../../etc"), "names no study"),
+    "seeds beyond 64 bits": (("document", "seeds", [10**30]), "must be less than"),
+    "seeds in words": (("document", "seeds", "<script>"), "must be a list"),
+    "a setting in words": (("cells", 0, "request", "lr", "<b>"), "damaged: TypeError"),
+    "an unknown setting": (("cells", 0, "request", "evil", 1), "unexpected keyword argument"),
+    "an unknown recipe": (("cells", 0, "request", "recipe", "nope"), "unknown recipe 'nope'"),
+    "no number": (("cells", 0, "outcomes", "loss", "abc"), "damaged: ValueError"),
+    "nothing shared": (("shared", "data", [None]), "damaged: TypeError"),
+    "a place beyond": (("cells", 0, "run", "data", 99), "damaged: IndexError"),
+    "another run": (("cells", 0, "run", "config", {"model": "x"}), "in more than the seed"),
+    "no cells": (("cells", []), "is damaged: it lacks elu-d20-s0-"),
+}
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("halves")
+    for name, seed in (("held", 0), ("added", 1)):
+        freeze(some_seeds(seed), folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_hostile_results_are_refused_in_one_line_and_left_alone(what, halves, tmp_path, capsys):
+    change, message = HOSTILE[what]
+    held = shutil.copytree(halves / "held", tmp_path / "held")
+    path = held / "results.json"
+    if isinstance(change, str):
+        text = change
+    else:
+        document = place = json.loads(path.read_text())
+        for key in change[:-2]:
+            place = place[key]
+        place[change[-2]] = change[-1]
+        text = json.dumps(document)
+    path.write_text(text)
+    command = ["study", "freeze", str(halves / "added"), "--out", str(held), "--add"]
+    assert app.run(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert path.read_text() == text
 
 
 # -- thinning --------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from resdiag.runs.files import Damaged, from_json, make_folder, read_file, to_js
 from resdiag.runs.watched import read_config
 from resdiag.study.grid import Cell
 from resdiag.study.spec import WORDS, check_document
-from resdiag.study.study import Study
+from resdiag.study.study import Study, check_name
 from resdiag.training.recipe import Request
 
 if TYPE_CHECKING:
@@ -31,7 +31,12 @@ if TYPE_CHECKING:
 SCHEMA = 1
 RESULTS = "results.json"
 TABLES = ("metrics", "curve")
-_SHARED = ("environment", "data", "blocks", "unavailable")
+_SHARED: Mapping[str, type] = {
+    "environment": dict,
+    "data": dict,
+    "blocks": list,
+    "unavailable": list,
+}
 _SAID = ("name", "step", "block", "summary", "why", "not_judged")
 _PATH = re.compile(r"(?<![\w.])(?:/[^\s/:'\"]+)+/(?=[^\s/:'\"])")
 
@@ -97,8 +102,9 @@ def thaw(folder: Path) -> Results:
             for i, cell in enumerate(document["cells"])
         ]
         name, said = str(document["study"]), dict(document["document"])
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise Damaged(f"{path} is damaged: {type(error).__name__} {error}") from error
+    check_name(name, path)
     file = check_document(said, str(path))
     study = Study(name, said, file, tuple(item.cell for item in cells))
     return Results(study=study, cells=cells, source=str(folder))
@@ -147,6 +153,8 @@ def _unpack_cell(
     from resdiag.runs.folder import Run
 
     about, run = packed["run"], None
+    request = Request(**packed["request"])
+    request.check()
     if about is not None:
         run = Run(
             config=read_config(about["config"]),
@@ -157,10 +165,10 @@ def _unpack_cell(
             verdict=about["verdict"],
             metrics_frame=metrics,
             curve_frame=curve,
-            **{name: shared[name][about[name]] for name in _SHARED},
+            **{name: kind(shared[name][about[name]]) for name, kind in _SHARED.items()},
         )
     return CellResult(
-        cell=Cell(str(packed["id"]), Request(**packed["request"])),
+        cell=Cell(str(packed["id"]), request),
         state=str(packed["state"]),
         message=str(packed["message"]),
         run=run,

@@ -27,8 +27,9 @@ def merge(held: Results, added: Results) -> Results:
         added: What joins it; its words, figures and resources are taken.
 
     Raises:
-        UsageError: They are halves of different studies, a cell ended in both and differently, or
-            cells that differ in their seed only were trained by different numbers or on other data.
+        UsageError: They are halves of different studies, a cell ended in both and differently,
+            cells that differ in their seed only were trained by different numbers or on other data,
+            or a half lacks a cell of its study.
     """
     old, new = (portable(dict(half.study.document)) for half in (held, added))
     _refuse_others(held, added, old, new)
@@ -38,6 +39,11 @@ def merge(held: Results, added: Results) -> Results:
     )
     there, joining = ({_key(i.cell.request): i for i in half.cells} for half in (held, added))
     keys = [_key(cell.request) for cell in study.cells]
+    lost = [
+        c.id for c, key in zip(study.cells, keys, strict=True) if key not in {**there, **joining}
+    ]
+    if lost:
+        raise UsageError(f"{held.source} is damaged: it lacks {listing(lost, 3)}")
     cells = [_settle(_choose(there.get(key), joining.get(key))) for key in keys]
     _refuse_mixtures(cells)
     whole = replace(study, cells=tuple(item.cell for item in cells))

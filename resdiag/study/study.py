@@ -194,12 +194,21 @@ def _read_plan(path: Path, settings: Sequence[str], mini: bool) -> Study:
     name, document = plan.get("name"), plan.get("study")
     if plan.get("schema") != SCHEMA or not isinstance(name, str) or not isinstance(document, dict):
         raise UsageError(f"{path} is not a plan of this resdiag")
-    if not _NAME.fullmatch(name.removesuffix("-mini")):
-        raise UsageError(f"{path} names no study")
+    check_name(name, path)
     study = build_study(name, document, (), False, str(path))
     if study.digest != plan.get("digest"):
         raise UsageError(f"{path} was altered", "give the study file again: it writes a new plan")
     return study
+
+
+def check_name(name: str, path: Path) -> None:
+    """Refuse a study's name that a file gives and that is none: folders are named after it.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if not _NAME.fullmatch(name.removesuffix("-mini")):
+        raise UsageError(f"{path} names no study")
 
 
 def _plans(folder: Path) -> list[Path]:
@@ -207,4 +216,4 @@ def _plans(folder: Path) -> list[Path]:
     return [folder / name for name in list_folder(folder) if _PLAN.fullmatch(name)]
 
 
-__all__ = ["Study", "StudyError", "build_study", "load_study"]
+__all__ = ["Study", "StudyError", "build_study", "check_name", "load_study"]
