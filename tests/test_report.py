@@ -11,6 +11,7 @@ import xml.etree.ElementTree as ET
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from resdiag.report.answer import answer
 from resdiag.report.colours import DARK_PAPER, contrast, on_dark
 from resdiag.report.expectations import FEW, SEVERAL, expected_section
 from resdiag.report.figures import MOST_LINES, draw_figures
-from resdiag.report.frozen import freeze
+from resdiag.report.frozen import freeze, thaw
 from resdiag.report.html import MOST_BYTES, to_html
 from resdiag.report.judged import MET, NOT_MET, OPEN, judge_all
 from resdiag.report.markdown import to_markdown
@@ -32,6 +33,7 @@ from resdiag.report.origin import changed_settings, remake_commands
 from resdiag.report.results import Results
 from resdiag.report.sections import write_page
 from resdiag.report.summary import summarise
+from resdiag.report.thresholds import threshold_table
 from resdiag.report.words import number
 from resdiag.report.write import write_report
 from resdiag.show.style import VARIANT_LOOKS
@@ -223,12 +225,28 @@ def test_the_least_rate_that_broke_is_told_by_the_rest():
     def broken(request):
         return 3 if request.lr > limits.get((request.variant, request.depth), 1) else None
 
-    (line,) = [x for x in said(make_results(make_study(text), broken=broken)).found if "Least" in x]
+    results = make_results(make_study(text), broken=broken)
+    (line,) = [x for x in said(results).found if "Least" in x]
     assert line == (
         "Least learning rate at which a seed diverged: elu (d), depth 20: none up to 0.1; "
         "elu (d), depth 56: none up to 0.1; elu_pre (b), depth 20: 0.1 (none at 0.01); "
         "elu_pre (b), depth 56: 0.001, the least tried."
     )
+    table = threshold_table(results)
+    assert table.header == ["cells", "depth 20", "depth 56"]
+    assert table.rows == [
+        ["elu (d)", "none up to 0.1", "none up to 0.1"],
+        ["elu_pre (b)", "0.1 (none at 0.01)", "0.001, the least tried"],
+    ]
+
+
+def test_the_least_rates_of_the_explosion_study_stand_in_a_table():
+    results = thaw(Path(__file__).parents[1] / "studies" / "results" / "explosion")
+    found = said(results)
+    assert not [line for line in found.found if "Least" in line]
+    rows = {row[0]: row[1:] for row in found.table.rows}
+    assert rows["elu_nobn (a)"][0] == "0.01 (none at 0.001)"
+    assert rows["elu (d)"] == ["none up to 0.1", "none up to 0.1", ""]
 
 
 ASKED = GRID.partition("[[expected]]")[0].replace("[0, 1]", "[0, 1, 2]")
@@ -630,7 +648,6 @@ def test_report_of_nothing_of_frozen_results_and_as_json(tmp_path, monkeypatch, 
 
 
 def test_thawed_results_give_the_same_report(tmp_path):
-    from resdiag.report.frozen import thaw
 
     results = make_results(missing=(2,))
     freeze(results, tmp_path)

@@ -5,7 +5,7 @@ No sentence here is written for one study: each is a count or a comparison with 
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ from resdiag.report.origin import changed_settings, is_lossy, list_sources
 from resdiag.report.parts import Table
 from resdiag.report.results import Group, Results
 from resdiag.report.summary import Summary, summarise
+from resdiag.report.thresholds import threshold_table, threshold_words
 from resdiag.report.words import count, listing, measure_words, number, settings_words
 from resdiag.show.grouping import variant_words
 from resdiag.training.recipe import RECIPES
@@ -58,7 +59,9 @@ def answer(results: Results, judged: Sequence[Judged]) -> Answer:
             sure=[_missing(results)],
         )
     lines = compare_by_depth(results)
-    found = [*_not_met(judged), *_came_out(judged), *_thresholds(results), *_broken(results)]
+    rates = None if lines else threshold_table(results)
+    found = [*_not_met(judged), *_came_out(judged)]
+    found += [*([] if rates else threshold_words(results)), *_broken(results)]
     found += [*_ranked(results), *_verdicts(results)]
     if lines and judged:
         found.insert(0, depth_headline(lines))
@@ -67,7 +70,7 @@ def answer(results: Results, judged: Sequence[Judged]) -> Answer:
         else _headline(results, judged),
         found=found,
         sure=_sure(results, lines),
-        table=depth_table(lines) if lines else metric_table(judged),
+        table=depth_table(lines) if lines else rates or metric_table(judged),
     )  # fmt: skip
 
 
@@ -143,34 +146,6 @@ def _broken(results: Results) -> list[str]:
     none = [name for name in ended if not lost[name]]
     rest = f"; none of {', '.join(none)}" if none else ""
     return [f"Diverged: {total} of {sum(ended.values())} cells: {', '.join(by_variant)}{rest}."]
-
-
-def _thresholds(results: Results) -> list[str]:
-    """Where the learning rate varies: the least one at which a cell diverged, by the rest."""
-    if "lr" not in results.telling:
-        return []
-    rest = [name for name in results.telling if name != "lr"]
-    places: dict[str, dict[float, bool]] = {}
-    for group in results.groups:
-        if group.ended and group.settings["lr"] is not None:
-            where = settings_words({name: group.settings[name] for name in rest})
-            lost = any(member.state == "diverged" for member in group.ended)
-            places.setdefault(where, {})[group.settings["lr"]] = lost
-    words = [_threshold(where, rates) for where, rates in places.items() if len(rates) > 1]
-    return [f"Least learning rate at which a seed diverged: {'; '.join(words)}."] if words else []
-
-
-def _threshold(where: str, rates: Mapping[float, bool]) -> str:
-    lost = [rate for rate, diverged in rates.items() if diverged]
-    kept = [rate for rate, diverged in rates.items() if not diverged]
-    if not lost:
-        return f"{where}: none up to {max(kept):g}"
-    below = [rate for rate in kept if rate < min(lost)]
-    words = f"{where}: {min(lost):g}" + (
-        f" (none at {max(below):g})" if below else ", the least tried"
-    )
-    above = [rate for rate in kept if rate > min(lost)]
-    return f"{words}, yet none at {listing([f'{rate:g}' for rate in above])}" if above else words
 
 
 def _ranked(results: Results) -> list[str]:
