@@ -297,7 +297,7 @@ def test_few_seeds_say_what_was_seen_and_that_it_decides_nothing():
         "but this decides nothing yet: 1 seed at depth 20, 3 are needed."
     )
     assert found.table.rows[0][3:6] == ["1", "+1.00", "-1.00"]
-    assert any("Some depth has 1: a change may be chance there." in line for line in found.sure)
+    assert any("Some settings have 1 seed here" in line for line in found.sure)
     part = said(by_depth(ERRORS_BY_DEPTH, missing=(0,)))
     assert part.headline.endswith("So far 11 of 12 cells ended.")
     assert "not decidable: elu (d)" in part.headline

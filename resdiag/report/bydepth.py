@@ -140,8 +140,8 @@ def _change(gap: Gap | None) -> str:
 def depth_rule(lines: Sequence[ByDepth]) -> str:
     """What the conclusions mean, and how many seeds they take."""
     least = min(len(depth.test) for line in lines for depth in line.comparison.depths)
-    few = least < LEAST_SEEDS
-    more = f" Some depth has {least}: a change may be chance there." if few else ""
+    few = f" Some settings have {count(least, 'seed')} here: their changes may be chance."
+    more = few if least < LEAST_SEEDS else ""
     return (
         f"Worse with depth: the change of the training and of the test error exceeds two standard "
         f"errors and 0.1 points, over {LEAST_SEEDS} seeds or more at every depth.{more}"

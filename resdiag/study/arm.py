@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,6 +78,31 @@ class Arm:
             "findings": list(self.findings),
         }  # fmt: skip
 
+    @classmethod
+    def of(
+        cls, run: Run, losses: Sequence[float], batches: Sequence[str], weights: dict[str, Tensor]
+    ) -> "Arm":
+        """What came of a recorded run.
+
+        Args:
+            run: It, with its first and last steps recorded.
+            losses: Of each step, up to the one that ended it.
+            batches: A digest of each batch.
+            weights: After the last step.
+        """
+        observed = Observed(run)
+        block, end = max(observed.indices, default=0), max(observed.steps, default=0)
+        return cls(
+            growth=observed.growth_per_block(0),
+            skip_gain=observed.value("skip_gain", 0, block),
+            skip_gain_end=observed.value("skip_gain", end, block),
+            losses=tuple(losses),
+            survived=not is_dead(losses),
+            findings=tuple(finding.name for finding in judge(run).findings),
+            batches=tuple(batches),
+            weights=weights,
+        )
+
 
 def last_checkpoint(run: Run) -> Start:
     """The checkpoint of a run's last commit.
@@ -148,21 +173,11 @@ def run_arm(
             steps=len(losses),
         )  # fmt: skip
         run = as_run(monitor, config=about, classes=len(data.classes), curve={"loss": losses})
-    observed = Observed(run)
-    block, end = max(observed.indices, default=0), max(observed.steps, default=0)
-    return Arm(
-        growth=observed.growth_per_block(0),
-        skip_gain=observed.value("skip_gain", 0, block),
-        skip_gain_end=observed.value("skip_gain", end, block),
-        losses=tuple(losses),
-        survived=not is_dead(losses),
-        findings=tuple(finding.name for finding in judge(run).findings),
-        batches=tuple(seen),
-        weights={name: value.clone() for name, value in model.state_dict().items()},
-    )
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    return Arm.of(run, losses, seen, weights)
 
 
-def is_dead(losses: list[float]) -> bool:
+def is_dead(losses: Sequence[float]) -> bool:
     """Whether the last loss is non-finite or beyond `BLOWN`."""
     return not (math.isfinite(losses[-1]) and losses[-1] <= BLOWN * max(losses[0], 1.0))
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from resdiag.errors import UsageError, unknown
-from resdiag.explain.observed import Observed
-from resdiag.explain.verdict import NAMES, judge
+from resdiag.explain.verdict import NAMES
 from resdiag.models.example import Example, example_batch
 from resdiag.models.source import build_source
 from resdiag.runs.watched import WatchedConfig, as_run
@@ -160,18 +159,7 @@ class _Start:
                 cut.remove()
         config = WatchedConfig(model=self.name, lr=lr, steps=len(losses))
         run = as_run(monitor, config=config, classes=classes or None, curve={"loss": losses})
-        observed = Observed(run)
-        block, end = max(observed.indices, default=0), max(observed.steps, default=0)
-        return Arm(
-            growth=observed.growth_per_block(0),
-            skip_gain=observed.value("skip_gain", 0, block),
-            skip_gain_end=observed.value("skip_gain", end, block),
-            losses=tuple(losses),
-            survived=math.isfinite(losses[-1]) and not is_dead(losses),
-            findings=tuple(finding.name for finding in judge(run).findings),
-            batches=tuple(seen),
-            weights={},
-        )
+        return Arm.of(run, losses, seen, {})
 
     def _check(self, model: nn.Module) -> None:
         example, _ = self.batch(0)
