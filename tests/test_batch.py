@@ -25,6 +25,18 @@ def read(loss_of, logits):
 
 
 @settings(**CELL)
+@given(st.integers(3, 12), st.integers(8, 40), st.floats(0.01, 8.0), st.integers(0, 1000))
+def test_a_cross_entropy_that_is_maximised_is_read_with_its_sign(k, n, scale, seed):
+    torch.manual_seed(seed)
+    logits = (scale * torch.randn(n, k)).requires_grad_()
+    labels = torch.randint(0, k, (n,))
+    expected = -F.cross_entropy(logits, labels).item()
+    assert read(lambda z: -F.cross_entropy(z, labels), logits)[0] == pytest.approx(
+        expected, rel=1e-3, abs=1e-4
+    )
+
+
+@settings(**CELL)
 @given(st.integers(2, 12), st.integers(8, 40), st.floats(0.01, 8.0), st.integers(0, 1000))
 def test_the_loss_and_the_labels_of_a_cross_entropy_are_read_off_its_gradient(k, n, scale, seed):
     torch.manual_seed(seed)

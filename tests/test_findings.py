@@ -407,3 +407,17 @@ def test_explain_of_several_runs_says_whether_they_degrade(tmp_path, capsys):
     said = json.loads(capsys.readouterr().out)
     assert len(said["runs"]) == 2
     assert said["comparisons"][0]["name"] == "undecidable"
+
+
+def test_a_bare_head_behind_normalised_units_is_a_design_and_a_bare_unit_between_is_not():
+    def plain_units(bare):
+        kinds = ["conv2d", "batch_norm", "relu"]
+        return [
+            {"index": i, "stage": 0, "shortcut": "none", "after_add": "none",
+             "branch": ["conv2d", "relu"] if i == bare else kinds}
+            for i in range(6)
+        ]  # fmt: skip
+
+    assert verdict_of(blocks=plain_units(5))[0] == "healthy"
+    assert verdict_of(blocks=plain_units(0))[0] == "healthy"
+    assert verdict_of(blocks=plain_units(3)) == ("missing_norm", 3)

@@ -431,7 +431,7 @@ def test_json_has_no_nan_and_no_infinity():
     assert again["evidence"][0]["value"] == "inf"
     assert set(again) == {
         "name", "cause", "step", "block", "confidence", "summary", "why", "evidence", "next",
-        "findings", "not_judged",
+        "findings", "not_judged", "waiting",
     }  # fmt: skip
 
 
@@ -481,3 +481,14 @@ def test_no_frame_makes_a_verdict_raise(metrics, curve, variant, blocks, classes
     json.dumps(verdict.to_dict(), allow_nan=False)
     assert all(len(line) <= 100 for line in render(verdict).splitlines())
     assert (verdict.name == "healthy") == (not verdict.findings)
+
+
+def test_what_waits_for_more_steps_is_one_line_and_stays_in_the_document():
+    verdict = judge(plant(steps=1))
+    waiting = [item.name for item in verdict.waiting]
+    assert {"stalled", "overfit", "dead_block"} <= set(waiting)
+    assert {str(item) for item in verdict.waiting} <= set(verdict.not_judged)
+    below = " ".join(render(verdict).split("Unjudged")[1].split())
+    assert below.count("needs a longer run: ") == 1
+    assert "stalled (50 steps)" in below
+    assert "stalled:" not in below

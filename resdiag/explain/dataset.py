@@ -1,4 +1,4 @@
-"""Rules about what goes in: inputs that are broken, constant or not normalised; constant labels."""
+"""Rules about what goes in and what is asked for: inputs, labels, the sign of the loss."""
 
 import math
 
@@ -34,9 +34,8 @@ def data_fault(seen: Observed) -> Outcome:
     yield from _input(seen)
     share = seen.series("label_share").dropna()
     if len(share) < LEAST_BATCHES:
-        yield NotJudged(
-            "data_fault", f"labels: known of {len(share)} steps, {LEAST_BATCHES} needed"
-        )
+        reason = f"labels: {len(share)} batches of class labels seen, {LEAST_BATCHES} needed"
+        yield NotJudged("data_fault", reason, f"{LEAST_BATCHES} labelled batches")
     elif share.min() >= CONSTANT_LABELS:
         step, least = int(share.index[0]), float(share.min())
         text = f"every recorded batch has one label: its share is {least:.4g} at least"
@@ -44,6 +43,24 @@ def data_fault(seen: Observed) -> Outcome:
         yield _fault(
             "constant labels", "label_share", step, least, CONSTANT_LABELS, text, why, 0.95
         )
+
+
+def loss_fault(seen: Observed) -> Outcome:
+    """The loop maximises its loss: read off the logits it is minus a cross-entropy, first 3 times.
+
+    A cross-entropy with one label a row and 3 classes or more shows it; other losses do not.
+    """
+    name = "loss_fault"
+    losses = seen.series("head_loss").dropna()
+    if losses.empty:
+        yield NotJudged(name, "no cross-entropy could be read off the logits")
+    elif len(losses) < LEAST_BATCHES:
+        yield NotJudged(name, f"{len(losses)} losses read", f"{LEAST_BATCHES} steps")
+    elif (losses.iloc[:LEAST_BATCHES] < 0).all():  # later ones saturate, and show no sign
+        step, value = int(losses.index[0]), float(losses.iloc[0])
+        text = f"the gradient at the logits is that of minus a cross-entropy of {-value:.3g}"
+        why = "Gradient descent on minus a loss makes every answer worse without end"
+        yield _fault("wrong sign of the loss", "head_loss", step, value, 0, text, why, 0.99, name)
 
 
 def _input(seen: Observed) -> Outcome:
@@ -92,12 +109,13 @@ def _fault(
     text: str,
     why: str,
     sure: float,
+    name: str = "data_fault",
 ) -> Finding:
     evidence = Evidence(
         metric=metric, step=step, value=value, threshold=threshold, text=text, source=_SOURCE
     )
     return Finding(
-        name="data_fault",
+        name=name,
         step=step,
         cause=cause,
         summary=f"{cause[:1].upper()}{cause[1:]}: {text}.",

@@ -69,10 +69,21 @@ class Finding:
 
 @dataclass(frozen=True)
 class NotJudged:
-    """A rule that could not be applied, and why."""
+    """A rule that could not be applied, and why.
+
+    Attributes:
+        name: The rule.
+        reason: What is missing.
+        needs: How much a longer run would have to have, such as "20 steps"; "" where more of the
+            same would not help.
+    """
 
     name: str
     reason: str
+    needs: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
 
 
 Outcome: TypeAlias = Iterator[Finding | NotJudged]

@@ -24,7 +24,7 @@ def explain_init(
     parts.append(_end_of(seen, broken))
     return Finding(
         name="exploded_at_init",
-        cause=_init_cause(seen, growth),
+        cause=_init_cause(seen, growth, grows=block is not None),
         step=0,
         block=block,
         summary="; ".join(filter(None, parts)) + ".",
@@ -67,7 +67,7 @@ def explain_explosion(seen: Observed, broken: Sequence[Evidence]) -> Finding:
 
 def explain_vanishing(seen: Observed, evidence: Sequence[Evidence]) -> Finding:
     """Signal or gradient is lost at initialisation."""
-    forward = any(item.metric == "output_second_moment" for item in evidence)
+    forward = any(item.metric == "output_channel_std" for item in evidence)
     cause = "the signal shrinks from block to block" if forward else "the gradient shrinks"
     return Finding(
         name="vanishing",
@@ -223,15 +223,19 @@ def _theory_of_growth(seen: Observed, growth: float) -> list[Evidence]:
     ]
 
 
-def _init_cause(seen: Observed, growth: float) -> str:
-    """What makes a network explode before any update, in a few words."""
+def _init_cause(seen: Observed, growth: float, *, grows: bool) -> str:
+    """What makes a network explode before any update, in a few words.
+
+    `grows` says that growth is what fired; else it was the loss, and growth that a normalised
+    network may have is not its cause.
+    """
     rows = seen.run.blocks
     if any(row.get("frozen_norm") for row in rows):
         return "BatchNorm in evaluation mode"
     names = [str(name) for row in rows for name in row.get("branch") or ()]
     bare = bool(names) and not any("norm" in name for name in names)
     variant = _variant(seen)
-    if growth >= 1.2:
+    if growth >= 1.2 and (grows or bare or (variant and not variant.norm)):
         without = " without normalisation" if bare or (variant and not variant.norm) else ""
         return f"forward variance x{growth:.2f} per block{without}"
     return "logits too large at initialisation"

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from resdiag.errors import UsageError
+from resdiag.explain.finding import NotJudged
 from resdiag.explain.offender import Offender, first_offender
 from resdiag.explain.theory import Prediction, predict
 from resdiag.runs.folder import Run
@@ -73,6 +74,12 @@ class Observed:
         if isinstance(stated, Sequence) and not isinstance(stated, str):
             stated = len(stated)
         return int(stated) if isinstance(stated, int | float) and stated > 1 else None
+
+    def without_updates(self, rule: str) -> NotJudged:
+        """Why a rule about updates cannot judge a run that has none."""
+        if getattr(self.run.config, "kind", "") == "probe":
+            return NotJudged(rule, "a probe makes no update", "updates")
+        return NotJudged(rule, "updates were not recorded: attach(optimizer=...)")
 
     @property
     def indices(self) -> list[int]:

@@ -47,7 +47,10 @@ LARGEST_DECAY = 0.01
 """Learning rate times weight decay: the share of the weights that each step takes away."""
 
 DECAY_SHARE = 0.25
-"""What the decay takes over what the first recorded step moves, in all."""
+"""What the decay takes over what the step moves, in all: the largest of the first steps."""
+
+FIRST_STEPS = 3
+"""Recorded steps, from where the decay is that large, of which the largest counts."""
 
 _SOURCE = "definition of resdiag.explain.rates"
 _TRUST = "You et al. 2017, arXiv:1708.03888; " + _SOURCE
@@ -106,7 +109,7 @@ def lr_too_high(seen: Observed) -> Outcome:
         )
     elif len(losses) < SETTLED:
         reason = f"whether the loss gets worse: {len(losses)} steps, {SETTLED} needed"
-        yield NotJudged(name, reason)
+        yield NotJudged(name, reason, f"{SETTLED} steps")
 
 
 def lr_too_low(seen: Observed) -> Outcome:
@@ -120,7 +123,7 @@ def lr_too_low(seen: Observed) -> Outcome:
     losses, rates = seen.series("loss"), seen.series("lr").dropna()
     idle = rates.empty and len(seen.series("grad_norm").dropna()) >= LEAST_STEPS
     if updates.empty and not idle:
-        yield NotJudged(name, "updates were not recorded: attach(optimizer=...)")
+        yield seen.without_updates(name)
         return
     largest = 0.0 if idle else float(updates.max().max())
     if not largest < _least_step(seen) or _changed(losses):
@@ -129,7 +132,9 @@ def lr_too_low(seen: Observed) -> Outcome:
         return
     norms = seen.series("grad_norm").dropna()
     lr = float(rates.max()) if len(rates) else math.nan
-    if idle or largest == 0:
+    if largest == 0 and not (seen.table("grad_param") > 0).any(axis=None):
+        cause, why = "no gradient reaches the blocks", "Detached, under no_grad, or frozen"
+    elif idle or largest == 0:
         cause, why = "no optimizer step", "No optimizer was seen to move any watched parameter"
     elif len(norms) and norms.median() < 1e-4:
         cause = "gradients almost 0 before the step"
@@ -154,23 +159,27 @@ def lr_too_low(seen: Observed) -> Outcome:
 def weight_decay_too_large(seen: Observed) -> Outcome:
     """Learning rate times weight decay takes 1 % of the weights or more in the median step.
 
-    And a quarter at least of what the first recorded step moves: else it is the learning rate.
+    And a quarter at least of what the steps move once it does: else it is the learning rate.
     """
+    name = "weight_decay_too_large"
     rates, decays = seen.series("lr"), seen.series("weight_decay")
     if decays.dropna().empty:
-        yield NotJudged("weight_decay_too_large", "the weight decay was not recorded")
+        yield seen.without_updates(name)
         return
     taken = (rates * decays).dropna()
     value = float(taken.median()) if len(taken) else math.nan
     updates = _updates(seen)
-    if len(updates) and taken.get(updates.index[0], math.inf) < DECAY_SHARE * updates.iloc[0]:
-        return  # such a learning rate moves the weights by far more than the decay does
     if value >= LARGEST_DECAY:
+        since = int(taken.index[int((taken >= LARGEST_DECAY).to_numpy().argmax())])
+        # of more steps momentum would sum up the decay; a single one may have no gradient yet
+        moved = updates[updates.index >= since].iloc[:FIRST_STEPS]
+        if len(moved) and taken[since] < DECAY_SHARE * moved.max():
+            return  # such a learning rate moves the weights by far more than the decay does
         text = f"lr x weight decay = {value:.2g}: each step takes that share of the weights away"
-        item = _evidence("weight_decay", int(taken.index[0]), value, LARGEST_DECAY, text)
+        item = _evidence("weight_decay", since, value, LARGEST_DECAY, text)
         yield Finding(
-            name="weight_decay_too_large",
-            step=int(taken.index[0]),
+            name=name,
+            step=since,
             cause="weight decay too large",
             summary=text[:1].upper() + text[1:] + ".",
             why="The weights shrink faster than the gradient can rebuild them.",

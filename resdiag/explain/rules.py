@@ -8,7 +8,7 @@ import pandas as pd
 
 from resdiag.explain import mechanism
 from resdiag.explain.breakdown import EARLIER_STEPS, count_norms, find_breakdown
-from resdiag.explain.dataset import data_fault
+from resdiag.explain.dataset import data_fault, loss_fault
 from resdiag.explain.finding import Evidence, NotJudged, Outcome
 from resdiag.explain.observed import Observed
 from resdiag.explain.rates import lr_too_high, lr_too_low, weight_decay_too_large
@@ -21,7 +21,14 @@ from resdiag.explain.structure import (
     shortcut_scaled,
 )
 from resdiag.explain.theory import CRITICAL, critical_lr
-from resdiag.explain.units import bias_shift, dead_block, drift, fp16_overflow, saturated_block
+from resdiag.explain.units import (
+    CONSTANT_OUTPUT,
+    bias_shift,
+    dead_block,
+    drift,
+    fp16_overflow,
+    saturated_block,
+)
 
 INIT_GROWTH = 1.4
 """Growth of E[H^2] per block, in two stages, that BatchNorm networks do not reach (<= 1.26)."""
@@ -48,7 +55,7 @@ Of 11 stock networks at initialisation (convolutional, transformers) the least h
 """
 
 LEAST_SIGNAL = 1e-3
-"""RMS of the last block's output over that of the first block's input, at initialisation."""
+"""Spread within channels of the last block's output over the first block's input's, at first."""
 
 LARGEST_SIGNAL = 100.0
 """RMS of the last block's output at initialisation, and over that of the first block's input."""
@@ -122,26 +129,31 @@ def exploded(seen: Observed) -> Outcome:
         yield mechanism.explain_explosion(seen, evidence)
     elif count_norms(seen) <= EARLIER_STEPS:
         reason = f"jump of the gradient: {count_norms(seen)} norms, {EARLIER_STEPS + 1} needed"
-        yield NotJudged("exploded", reason)
+        yield NotJudged("exploded", reason, f"{EARLIER_STEPS + 1} gradient norms")
 
 
 def vanishing(seen: Observed) -> Outcome:
     """At the first recorded step signal or gradient falls by 1000 over the network.
 
-    The RMS of the last block's output is below 1e-3 of that of the first block's input, or the
-    gradient at that input below 1e-3 of that at that output.
+    The spread within channels of the last block's output, which is what differs between samples,
+    is below 1e-3 of that of the first block's input, or the
+    gradient at that input below 1e-3 of that at that output. Not where one block loses it all:
+    that is `dead_block`.
     """
     if not seen.steps or len(seen.indices) < 2:
         yield NotJudged("vanishing", "fewer than 2 blocks were recorded")
         return
     step, first, last = seen.steps[0], seen.indices[0], seen.indices[-1]
-    signal = seen.sizes("output", step).get(last, math.nan) / seen.sizes("input", step).get(
-        first, math.nan
-    )
+    if _is_cut(seen, step):
+        return
+    with np.errstate(all="ignore"):
+        signal = np.float64(seen.value("output_channel_std", step, last)) / np.float64(
+            seen.value("input_channel_std", step, first)
+        )
     gradient = seen.gradient_ratio(step)
     evidence = []
     for value, metric, least, what in (
-        (signal, "output_second_moment", LEAST_SIGNAL, "signal behind the last block"),
+        (signal, "output_channel_std", LEAST_SIGNAL, "spread behind the last block"),
         (gradient, "grad_input", LEAST_GRADIENT_ELSEWHERE, "gradient at the first block"),
     ):
         if 0 < value < least:
@@ -224,7 +236,8 @@ def stalled(seen: Observed) -> Outcome:
     whole = epochs.max() - epochs.min() >= 1
     last = losses[epochs > epochs.max() - 1] if whole else losses.iloc[-_STALL_STEPS:]
     if not whole and len(losses) < _STALL_STEPS:
-        yield NotJudged(name, f"{len(losses)} steps: less than an epoch and than {_STALL_STEPS}")
+        reason = f"{len(losses)} steps: less than an epoch and than {_STALL_STEPS}"
+        yield NotJudged(name, reason, f"{_STALL_STEPS} steps")
         return
     with np.errstate(all="ignore"):
         mean = float(np.mean(last.to_numpy(dtype=float)))
@@ -232,7 +245,10 @@ def stalled(seen: Observed) -> Outcome:
         yield NotJudged(name, "the loss is not finite at the end")
         return
     guessing = 1 - STALL <= mean / math.log(classes) <= GUESSING
-    if guessing and not _is_falling(last, math.log(classes)):
+    if guessing and _is_falling(last, math.log(classes)):
+        reason = f"mean loss {mean:.3f} is that of guessing, and still falling"
+        yield NotJudged(name, reason, "a loss that has settled")
+    elif guessing:
         span = "the last epoch" if whole else f"the last {len(last)} steps"
         text = f"mean loss over {span} is {mean:.3f}, ln {classes} is {math.log(classes):.3f}"
         evidence = Evidence(
@@ -285,7 +301,8 @@ def overfit(seen: Observed) -> Outcome:
     """
     test, train = (seen.series(name).dropna() for name in ("test_loss", "train_loss"))
     if len(test) < 4 or len(train) < 4:
-        yield NotJudged("overfit", f"{min(len(test), len(train))} evaluations, 4 needed")
+        reason = f"{min(len(test), len(train))} evaluations, 4 needed"
+        yield NotJudged("overfit", reason, "4 evaluations")
         return
     best = int(test.index[int(test.to_numpy().argmin())])
     rose = (test.iloc[-2:] > RISEN * test[best]).all()
@@ -307,6 +324,7 @@ def overfit(seen: Observed) -> Outcome:
 
 RULES: tuple[Callable[[Observed], Outcome], ...] = (
     data_fault,
+    loss_fault,
     fp16_overflow,
     detached_shortcut,
     detached_branch,
@@ -330,6 +348,14 @@ RULES: tuple[Callable[[Observed], Outcome], ...] = (
     overfit,
 )
 """Most upstream cause first; a rule's name is its function's."""
+
+
+def _is_cut(seen: Observed, step: int) -> bool:
+    """Whether one block's output is constant, and those before it have kept the signal."""
+    with np.errstate(all="ignore"):
+        kept = seen.profile("output_channel_std", step) / seen.profile("input_channel_std", step)
+    cut = (kept <= CONSTANT_OUTPUT).to_numpy()
+    return bool(cut.any() and kept.iloc[: int(cut.argmax())].prod() >= LEAST_SIGNAL)
 
 
 def _steep_halves(seen: Observed) -> list[tuple[int, tuple[float, int, int]]]:

@@ -132,7 +132,7 @@ def frozen_block(seen: Observed) -> Outcome:
     moved = updates.max()
     still = [int(b) for b in moved.index if moved[b] == 0]
     if updates.empty:
-        yield NotJudged("frozen_block", "updates were not recorded: attach(optimizer=...)")
+        yield seen.without_updates("frozen_block")
     if not still or not (moved > 0).any():
         return
     gradient = seen.table("grad_param")
@@ -198,8 +198,9 @@ def branch_too_large(seen: Observed) -> Outcome:
 def missing_norm(seen: Observed) -> Outcome:
     """A few blocks lack the normalisation of their likes, or BatchNorm does not normalise.
 
-    Blocks are alike if the operations on their branches are the same but for normalisations. A
-    BatchNorm on running statistics is blamed if E[H^2] grows by 1.2 per block at step 0.
+    Blocks are alike if the operations on their branches are the same but for normalisations. Units
+    without an addition lack one only between others that have it: stems and heads are bare by
+    design. A BatchNorm on running statistics is blamed if E[H^2] grows by 1.2 per block at step 0.
     """
     rows = [row for row in seen.rows if row.get("branch")]
     if not rows:
@@ -211,10 +212,12 @@ def missing_norm(seen: Observed) -> Outcome:
         bare = tuple(name for name in names if name not in _NORMS)
         after = sum(name in str(row.get("after_add", "")) for name in NORMALISATIONS)
         kinds.setdefault(bare, []).append((row["index"], len(names) - len(bare) + after))
+    units = {row["index"] for row in rows if row.get("shortcut") == "none"}
     lacking: list[int] = []
     for members in kinds.values():
         most = max(count for _, count in members)
-        less = [index for index, count in members if count < most]
+        full = [index for index, count in members if count == most]
+        less = [i for i, n in members if n < most and (i not in units or full[0] < i < full[-1])]
         if 2 * len(less) <= len(members):
             lacking += less
     if lacking:

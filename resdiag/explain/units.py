@@ -27,7 +27,7 @@ LARGEST_SHIFT = 5.0
 """Bias shift B2 of the sum: means over channels beside the spread within them."""
 
 SHIFT_JUMP = 3.0
-"""Growth of B2 within the block that is named."""
+"""Growth of the channel means within the block that is named."""
 
 DRIFT = 1.0
 """Bias shift B2 at the last block's output that came with training."""
@@ -46,13 +46,16 @@ def dead_block(seen: Observed) -> Outcome:
     """A block's branch is constant at the end: nothing passes it, and it cannot learn.
 
     The spread of the branch within its channels is below 1e-5 of the shortcut's in the last
-    recorded steps, after an update; where other blocks' branches are as small, it is a design
+    recorded steps before any breakdown, after an update; where other blocks' branches are as small, it is a design
     (zero initialisation, layer scale) until they grow. Without an addition: the output is constant,
     or 99.9 % of the activation channels pass nothing.
     """
-    steps = [s for s in seen.steps if s > 0][-3:]
+    spreads = seen.table("output_channel_std")
+    known = spreads.index[np.isfinite(spreads).any(axis=1)] if len(spreads) else seen.steps
+    steps = [s for s in known if s > 0][-3:]
     if len(steps) < 2:
-        yield NotJudged("dead_block", "fewer than 2 steps after the first update were recorded")
+        reason = "fewer than 2 steps after the first update were recorded"
+        yield NotJudged("dead_block", reason, "3 steps")
         return
     with np.errstate(all="ignore"):
         ratio = seen.table("branch_channel_std") / seen.table("shortcut_channel_std")
@@ -125,25 +128,28 @@ def _curved(seen: Observed) -> dict[int, bool]:
 def bias_shift(seen: Observed) -> Outcome:
     """The channel means at an output are 5 times the spread within channels, at either end.
 
-    Looked at are the first recorded step and the last; named is the block in which the bias shift
-    grows most, 3-fold at least.
+    Looked at are the first recorded step and the last; named is the block in which the means grow
+    most, 3-fold at least. Where the spread is lost instead, it is `vanishing` or `dead_block`.
     """
-    table, before = seen.table("output_bias"), seen.table("input_bias")
+    table, spread = seen.table("output_bias"), seen.table("output_channel_std")
+    with np.errstate(all="ignore"):
+        means, before = table * spread, seen.table("input_bias") * seen.table("input_channel_std")
     known = table.dropna(how="all")
     if known.empty:
         yield NotJudged("bias_shift", "the moments of the outputs were not recorded")
         return
     for step in dict.fromkeys((int(known.index[0]), int(known.index[-1]))):
         values = pd.Series(known.loc[step], dtype=float)
-        high = values[values >= LARGEST_SHIFT]
+        high = values[(values >= LARGEST_SHIFT) & np.isfinite(values)]
         entering = pd.Series(before.loc[step] if step in before.index else None, dtype=float)
-        growth = (values / entering.reindex(values.index)).reindex(high.index).dropna()
+        leaving = pd.Series(means.loc[step] if step in means.index else None, dtype=float)
+        growth = (leaving / entering.reindex(leaving.index)).reindex(high.index).dropna()
         if growth.empty or not growth.max() >= SHIFT_JUMP:
             continue
         block = int(growth.index[int(growth.to_numpy().argmax())])
         value = float(values[block])
         text = f"channel means are {value:.3g} times the spread behind {seen.name(block)}, "
-        text += f"{growth[block]:.3g} times as much as before it, at step {step}"
+        text += f"and {growth[block]:.3g} times the means before it, at step {step}"
         yield _found(
             "bias_shift", "bias shift", block, step, value, LARGEST_SHIFT, "output_bias", text,
             confidence(value, LARGEST_SHIFT),
@@ -166,7 +172,7 @@ def drift(seen: Observed) -> Outcome:
         if b.get("shortcut") == "identity" and b.get("after_add") == "none"
     ]
     if len(seen.steps) < 2:
-        yield NotJudged("drift", f"{len(seen.steps)} recorded steps, 2 needed")
+        yield NotJudged("drift", f"{len(seen.steps)} recorded steps, 2 needed", "2 steps")
         return
     last = seen.indices[-1]
     if 2 * len(free) < len(blocks) or last not in free:

@@ -41,6 +41,7 @@ class Verdict:
         next: Commands to run next.
         findings: Every rule that fired, in the order of `NAMES`.
         not_judged: Rules that could not be applied, each with its reason.
+        waiting: Those of `not_judged` that a longer run would answer, with what they need.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Verdict:
     next: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
     not_judged: tuple[str, ...] = ()
+    waiting: tuple[NotJudged, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """The verdict for JSON: NaN becomes null, infinities "inf" and "-inf"."""
@@ -74,12 +76,14 @@ def judge(run: "Run | Monitor") -> Verdict:
     seen = Observed(run := opened(run))
     outcomes = [outcome for rule in RULES for outcome in rule(seen)]
     findings = tuple(sorted((i for i in outcomes if isinstance(i, Finding)), key=_place))
-    open_questions = [f"{i.name}: {i.reason}" for i in outcomes if isinstance(i, NotJudged)]
+    unanswered = [i for i in outcomes if isinstance(i, NotJudged)]
+    waiting = tuple(i for i in unanswered if i.needs)
+    open_questions = [str(i) for i in unanswered]
     if run.status != "diverged" and run.steps < run.config.steps:
         done = f"step {run.steps} of {run.config.steps}"
         open_questions.append(f"the rest of the run: it is at {done} ({run.status})")
     if not findings:
-        return _healthy(seen, tuple(open_questions))
+        return _healthy(seen, tuple(open_questions), waiting)
     first = findings[0]
     return Verdict(
         name=first.name,
@@ -94,6 +98,7 @@ def judge(run: "Run | Monitor") -> Verdict:
         next=first.next,
         findings=findings,
         not_judged=tuple(open_questions),
+        waiting=waiting,
     )
 
 
@@ -112,9 +117,17 @@ def render(verdict: Verdict) -> str:
         lines += _wrap("Evidence" * (index == 0), f"- {item.text} [{_limit(item)}{item.metric}]")
     for index, line in enumerate(verdict.next):
         lines += _wrap("Next" * (index == 0), line)
-    for index, line in enumerate(verdict.not_judged):
+    for index, line in enumerate(_unjudged(verdict)):
         lines += _wrap("Unjudged" * (index == 0), f"- {line}")
     return "\n".join(lines)
+
+
+def _unjudged(verdict: Verdict) -> list[str]:
+    """What could not be judged; what only waits for more steps is one line."""
+    waits = [str(item) for item in verdict.waiting]
+    lines = [line for line in verdict.not_judged if line not in waits]
+    short = ", ".join(f"{item.name} ({item.needs})" for item in verdict.waiting)
+    return [*lines, *([f"needs a longer run: {short}"] if short else [])]
 
 
 def _place(finding: Finding) -> int:
@@ -123,7 +136,9 @@ def _place(finding: Finding) -> int:
     return NAMES.index("exploded" if late else finding.name)
 
 
-def _healthy(seen: Observed, not_judged: tuple[str, ...]) -> Verdict:
+def _healthy(
+    seen: Observed, not_judged: tuple[str, ...], waiting: tuple[NotJudged, ...]
+) -> Verdict:
     """No rule fired; how far the run went is said, not what it may still do."""
     losses = seen.series("loss")
     span = f" in {len(losses)} steps, last loss {losses.iloc[-1]:.3g}" if len(losses) else ""
@@ -136,6 +151,7 @@ def _healthy(seen: Observed, not_judged: tuple[str, ...]) -> Verdict:
         "resdiag.explain.rules" + ("; see what could not be judged." if not_judged else "."),
         next=suggest_plots(seen),
         not_judged=not_judged,
+        waiting=waiting,
     )
 
 

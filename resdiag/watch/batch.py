@@ -71,7 +71,9 @@ class Logits:
 
         In a row of label k, g_j = p_j / N for every j but k: so N is the quotient of the sums of
         p_j and g_j over positive g_j, row by row, whatever the reduction, the weights of the
-        classes or the scale of the loss; and k is where g is least. Rows that do not fit, or have
+        classes or the scale of the loss; and k is where g is least. A loop that maximises its loss
+        shows by the signs: K - 1 of K are negative then, and the loss is given as minus the
+        cross-entropy (of two classes the signs say nothing). Rows that do not fit, or have
         no gradient (labels that are ignored), do not count.
 
         Args:
@@ -86,6 +88,8 @@ class Logits:
         z = self._kept.double()
         g = g.detach().reshape(-1, self.classes)[: self._rows].double()
         p = z.softmax(1)
+        sign = torch.where((g > 0).sum() < (g < 0).sum(), -1.0, 1.0) if self.classes > 2 else 1.0
+        g = g * sign
         positive = (g > 0).double()
         scale = (p * positive).sum(1) / (g * positive).sum(1)
         label = g.argmin(1, keepdim=True)
@@ -94,7 +98,7 @@ class Logits:
         fits = (error < _CLEAR).double()
         known = fits.sum()
         losses = z.logsumexp(1) - z.gather(1, label)[:, 0]
-        loss = torch.where(fits > 0, losses, 0).sum() / known
+        loss = sign * torch.where(fits > 0, losses, 0).sum() / known
         share = (one_hot * fits[:, None]).sum(0).amax() / known
         used = (g != 0).any(1).sum()
         nan = torch.full_like(loss, math.nan)

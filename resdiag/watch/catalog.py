@@ -449,7 +449,8 @@ _RUN = [
         unit="nat",
         site="run",
         source="dL/dlogits = (p - y) / N",
-        reading="the loss, also where nobody told it; NaN if the gradient is no cross-entropy's",
+        reading="the loss, also where nobody told it; negative where the loop maximises it; NaN if "
+        "the gradient is no cross-entropy's",
     ),
     Metric(
         id="label_share",
