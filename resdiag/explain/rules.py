@@ -355,7 +355,8 @@ def _is_cut(seen: Observed, step: int) -> bool:
     with np.errstate(all="ignore"):
         kept = seen.profile("output_channel_std", step) / seen.profile("input_channel_std", step)
     cut = (kept <= CONSTANT_OUTPUT).to_numpy()
-    return bool(cut.any() and kept.iloc[: int(cut.argmax())].prod() >= LEAST_SIGNAL)
+    before = kept.to_numpy(dtype=float)[: int(cut.argmax())]
+    return bool(cut.any() and np.prod(before) >= LEAST_SIGNAL)
 
 
 def _steep_halves(seen: Observed) -> list[tuple[int, tuple[float, int, int]]]:

@@ -46,12 +46,12 @@ def dead_block(seen: Observed) -> Outcome:
     """A block's branch is constant at the end: nothing passes it, and it cannot learn.
 
     The spread of the branch within its channels is below 1e-5 of the shortcut's in the last
-    recorded steps before any breakdown, after an update; where other blocks' branches are as small, it is a design
-    (zero initialisation, layer scale) until they grow. Without an addition: the output is constant,
-    or 99.9 % of the activation channels pass nothing.
+    recorded steps before any breakdown, after an update; where other blocks' branches are as small,
+    it is a design (zero initialisation, layer scale) until they grow. Without an addition: the
+    output is constant, or 99.9 % of the activation channels pass nothing.
     """
     spreads = seen.table("output_channel_std")
-    known = spreads.index[np.isfinite(spreads).any(axis=1)] if len(spreads) else seen.steps
+    known = [int(s) for s in spreads[np.isfinite(spreads)].dropna(how="all").index] or seen.steps
     steps = [s for s in known if s > 0][-3:]
     if len(steps) < 2:
         reason = "fewer than 2 steps after the first update were recorded"
