@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,8 @@ def prepare(case: Case) -> Trial:
     trial = Trial(patient, model, blocks, at, case.strength, patient.lr)
     if case.fault is not None:
         case.fault.plant(trial)
+    elif case.told:
+        trial.evaluate = 6  # so that `overfit` has something to be wrong about
     return trial
 
 
@@ -71,6 +73,8 @@ def train(case: Case, trial: Trial) -> Run:
         optimizer = torch.optim.SGD(
             trained, trial.lr, momentum=trial.momentum, weight_decay=trial.decay
         )
+    losses: list[float] = []
+    curve: dict[str, list[float]] = {name: [] for name in ("step", "train_loss", "test_loss")}
     with attach(model, optimizer=optimizer, blocks=patient.units or None) as monitor:
         for step in range(trial.steps):
             trial.step = step
@@ -82,7 +86,25 @@ def train(case: Case, trial: Trial) -> Run:
             if trial.updates:
                 optimizer.step()
             monitor.step(loss=loss if case.told else None)
-    return as_run(monitor, model=patient.name, data=patient.task)
+            losses.append(float(loss.detach()))
+            if trial.evaluate and (step + 1) % trial.evaluate == 0:
+                seen = losses[-trial.evaluate :]
+                values = (step, sum(seen) / len(seen), evaluate(case, model))
+                for column, value in zip(curve.values(), values, strict=True):
+                    column.append(value)
+    run = as_run(
+        monitor, model=patient.name, data=patient.task, curve=curve if trial.evaluate else None
+    )
+    return replace(run, config=replace(run.config, variant=trial.variant))
+
+
+def evaluate(case: Case, model: torch.nn.Module) -> float:
+    """Mean loss on four batches of a seed that no training of the suite has."""
+    model.eval()
+    with torch.no_grad():
+        losses = [float(loss_of(model, draw(case.patient, 900, i))) for i in range(4)]
+    model.train()
+    return sum(losses) / len(losses)
 
 
 SETS = ("development", "held-out", "fresh")

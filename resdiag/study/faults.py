@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resdiag.study.patients import Batch, Patient
+from resdiag.models.resnet import Block as OurBlock
+from resdiag.study.patients import Batch, Patient, draw, loss_of
 from resdiag.watch.blocks import Block
 
 
@@ -33,6 +34,8 @@ class Trial:
         weigh: Applied to every loss.
         before: Called with the step before each optimizer step.
         updates: Whether the optimizer steps at all.
+        evaluate: Steps between two evaluations on other batches; 0 for none.
+        variant: Id of the variant, where the run says it, as those of `resdiag run` do.
     """
 
     patient: Patient
@@ -48,6 +51,8 @@ class Trial:
     weigh: Callable[[Tensor], Tensor] = lambda loss: loss
     before: Callable[[int], None] = lambda step: None
     updates: bool = True
+    evaluate: int = 0
+    variant: str = ""
     step: int = field(default=0)
 
     @property
@@ -94,6 +99,7 @@ _OURS = ("original", "elu", "relu_pre", "no_relu")
 _BN = ("original", "elu", "relu_pre", "no_relu", "plain-bn")
 _RESIDUAL = (*_OURS, "residual", "vit", "gpt2", "bottlenecks", "convnext", "llama")
 _IDENTITY = (*_OURS, "residual", "bottlenecks")  # whose shortcut is a module of its own
+_AFTER = (*_OURS, "residual")
 _IMAGES = (*_OURS, "residual", "vit", "bottlenecks", "convnext", "plain-bn")
 
 
@@ -197,6 +203,10 @@ def _constant_labels(trial: Trial) -> None:
     trial.change = lambda batch, step: (batch[0], torch.full_like(batch[1], 3))
 
 
+def _negate(trial: Trial) -> None:
+    trial.weigh = lambda loss: -loss
+
+
 def _random_labels(trial: Trial) -> None:
     def change(batch: Batch, step: int) -> Batch:
         generator = torch.Generator().manual_seed(step + 77)
@@ -204,7 +214,7 @@ def _random_labels(trial: Trial) -> None:
         return batch[0], torch.randint(0, high, batch[1].shape, generator=generator)
 
     trial.change = change
-    trial.steps = 60  # a healthy network may guess for 50
+    trial.steps = 120  # a healthy network may guess for 50, and one may start above guessing
 
 
 def _raw_pixels(trial: Trial) -> None:
@@ -253,9 +263,47 @@ def _shift(trial: Trial) -> None:
 def _half(trial: Trial) -> None:
     """Half precision, and a branch that leaves its range."""
     trial.model.half()
-    trial.change = lambda batch, step: (batch[0].half(), batch[1])
+    trial.change = lambda batch, step: (
+        batch[0].half() if batch[0].is_floating_point() else batch[0],
+        batch[1],
+    )
     trial.on_output(trial.branch, lambda x: x * (3e5 * trial.strength))
     trial.lr *= 0.1
+
+
+def _sigmoid_after(trial: Trial) -> None:
+    """A sigmoid behind every addition: the skip gain is a product of slopes of at most 1/4."""
+    for block in trial.blocks:
+        owner = trial.model.get_submodule(block.owner)
+        if isinstance(owner, OurBlock):
+            owner.after_add = nn.Sigmoid()
+        else:
+            trial.on_output(owner, torch.sigmoid)
+
+
+def _risky(trial: Trial) -> None:
+    """The first step is 1.2 / ||g_0|| long, and the run is looked at after its second step."""
+    loss = loss_of(trial.model, draw(trial.patient, 0, 0))
+    gradients = torch.autograd.grad(loss, list(trial.model.parameters()))
+    norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
+    trial.lr = 1.2 * trial.strength / norm
+    trial.steps = 2
+    trial.variant = trial.patient.name.rsplit("-", 1)[0]
+
+
+def _shared_bias(trial: Trial) -> None:
+    """The biases of the branches' last BatchNorms learn at 100 times the rate."""
+    for block in trial.blocks:
+        inside = trial.model.get_submodule(block.owner).modules()
+        norms = [module for module in inside if isinstance(module, nn.BatchNorm2d)]
+        norms[-1].bias.register_hook(lambda g: 100 * trial.strength * g)
+
+
+def _few_samples(trial: Trial) -> None:
+    """The same sixteen samples at every step, looked at beside others."""
+    few = draw(trial.patient, 4321, 0)
+    trial.change = lambda batch, step: (few[0][:16], few[1][:16])
+    trial.steps, trial.evaluate = 80, 8
 
 
 FAULTS = (
@@ -363,5 +411,10 @@ FAULTS = (
         "",
         ("bare-residual",),
     ),
+    Fault("loss with the wrong sign", _negate, "loss_fault"),
+    Fault("sigmoid behind every addition", _sigmoid_after, "skip_collapsed", "", _AFTER),
+    Fault("first step of 1.2 / ||g_0||", _risky, "at_risk", "", _OURS),
+    Fault("biases learn 100 times as fast", _shared_bias, "drift", "", ("elu-", "no_relu")),
+    Fault("sixteen samples", _few_samples, "overfit", "", ("residual",)),
 )
 """Every kind of fault that is planted."""
