@@ -599,8 +599,8 @@ They were tried on networks of every set while they were written, the last two a
 until they made what they are named for, so none of their figures is blind. At the same time
 trainings of about 100 other networks and faults, outside the suite, changed `bias_shift`,
 `dead_block`, `vanishing`, `missing_norm` and `weight_decay_too_large`; no set has been blind since.
-`degraded` needs several runs and is not in the suite. Random labels are trained for 120 steps: in
-60 a loss can still be on its way down to that of guessing, which is then said to be unjudged.
+`degraded` needs several runs and is not in the suite. With random labels a loss that began above
+that of guessing can still fall after 60 steps, which is said to be unjudged and counts as a miss.
 """
 
 PAGES: dict[str, Callable[[], str]] = {

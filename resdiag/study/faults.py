@@ -214,7 +214,7 @@ def _random_labels(trial: Trial) -> None:
         return batch[0], torch.randint(0, high, batch[1].shape, generator=generator)
 
     trial.change = change
-    trial.steps = 120  # a healthy network may guess for 50, and one may start above guessing
+    trial.steps = 60  # a healthy network may guess for 50
 
 
 def _raw_pixels(trial: Trial) -> None:
