@@ -360,6 +360,13 @@ def test_a_gap_within_two_standard_errors_is_no_degradation():
     assert found.name == "not_degraded"
 
 
+def test_where_only_the_training_error_grows_by_more_than_its_scatter_more_seeds_decide():
+    noisy = [ended(56, seed, 0.13, 0.13 + e) for seed, e in enumerate((-0.02, 0, 0.02))]
+    (found,) = compare([*family(0, 0)[:3], *noisy])
+    assert found.name == "undecidable"
+    assert "the training error grows" in found.summary
+
+
 @pytest.mark.parametrize(
     ("runs", "words"),
     [

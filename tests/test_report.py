@@ -287,7 +287,7 @@ def test_without_expected_values_the_answer_is_whether_the_error_grows_with_dept
     assert rows["elu (d)"][5] == "-1.00 (limit 0.16)"
     assert [row[-1].kind for row in found.table.rows] == ["bad", "bad"]
     even = said(by_depth({**ERRORS_BY_DEPTH, ("elu", 56): (0.09, 0.19)}))
-    assert "not worse with depth: elu (d)" in even.headline
+    assert "not shown to be worse: elu (d)" in even.headline
 
 
 def test_few_seeds_say_what_was_seen_and_that_it_decides_nothing():

@@ -103,9 +103,10 @@ def compare(runs: Sequence[Run]) -> list[Comparison]:
 
     degraded: the mean final training error at the greatest depth exceeds that at the best smaller
     depth by more than 0.1 points and 2 standard errors, over 3 seeds or more each, and the test
-    error does too. overfit: the test error does, and the training error does not. Else
-    not_degraded. undecidable where seeds or depths are missing, where runs differ in data or steps,
-    and where some diverged.
+    error does too. overfit: the test error does, and the training error does not. not_degraded:
+    neither does, which shows no change and does not exclude one within the limits. undecidable
+    where the training error does and the test error grows by less, where seeds or depths are
+    missing, where runs differ in data or steps, and where some diverged.
     """
     models = dict.fromkeys(run.config.model for run in runs)
     return [_conclude(m, [run for run in runs if run.config.model == m]) for m in models]
@@ -145,6 +146,15 @@ def compare_depths(model: str, depths: Sequence[Depth], reason: str = "") -> Com
         f"depth {depths[-1].depth} against {depths[gaps['best']].depth}: training error {train}, "
     )
     words += f"test error {test}"
+    if train.counts and not test.counts and test.value > 0:
+        return Comparison(
+            model=model,
+            name="undecidable",
+            summary=f"Degradation: the training error grows, the test error by no more than the "
+            f"seeds scatter: {words}.",
+            depths=depths,
+            **gaps,
+        )
     if not test.counts:
         return Comparison(
             model=model, name="not_degraded", summary=f"{words}.", depths=depths, **gaps

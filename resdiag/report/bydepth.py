@@ -14,7 +14,7 @@ from resdiag.report.words import count, listing, settings_words
 _WORDS = {
     "degraded": "worse with depth",
     "overfit": "worse with depth on test images only",
-    "not_degraded": "not worse with depth",
+    "not_degraded": "not shown to be worse",
     "undecidable": "not decidable",
 }
 _KINDS = {"degraded": "bad", "overfit": "bad", "undecidable": "open"}
@@ -95,8 +95,8 @@ def _why_not(lines: Sequence[ByDepth]) -> str:
 
 
 def _reason(line: ByDepth) -> str:
-    """Why nothing can be said of a line."""
-    return line.comparison.summary.removeprefix("Degradation: ").rstrip(".")
+    """Why nothing can be said of a line; its numbers stand in the table."""
+    return line.comparison.summary.removeprefix("Degradation: ").partition(": ")[0].rstrip(".")
 
 
 def depth_table(lines: Sequence[ByDepth]) -> Table:
@@ -144,5 +144,6 @@ def depth_rule(lines: Sequence[ByDepth]) -> str:
     more = few if least < LEAST_SEEDS else ""
     return (
         f"Worse with depth: the change of the training and of the test error exceeds two standard "
-        f"errors and 0.1 points, over {LEAST_SEEDS} seeds or more at every depth.{more}"
+        f"errors and 0.1 points, over {LEAST_SEEDS} seeds or more at every depth. Not "
+        f"decidable: the training error's does, and the test error grows by less.{more}"
     )
