@@ -446,6 +446,24 @@ def test_plain_values_are_strict_json(value):
     assert json.loads(text) == plain(value)
 
 
+OVERFIT = {  # training loss, test loss, steps between evaluations, whether it is overfitting
+    "memorised": ([1.5, 0.6, 0.1, 0.02, 0.01], [1.4, 0.9, 1.0, 1.2, 1.3], 25, True),
+    "not enough steps": ([1.5, 0.6, 0.1, 0.02, 0.01], [1.4, 0.9, 1.0, 1.2, 1.3], 6, False),
+    "on its way back": ([1.5, 0.6, 0.1, 0.02, 0.01], [1.4, 0.9, 4.0, 1.8, 1.3], 25, False),
+    "noise": ([1.0, 0.4, 0.3, 0.2, 0.18], [1.0, 0.4, 0.2, 0.3, 0.3], 25, False),
+    "both learn": ([1.5, 0.6, 0.1, 0.02, 0.01], [1.4, 0.7, 0.4, 0.3, 0.3], 25, False),
+}
+
+
+@pytest.mark.parametrize("case", OVERFIT)
+def test_overfitting_is_memorising_and_not_a_restless_evaluation(case):
+    train, test, every, wanted = OVERFIT[case]
+    steps = [every * (i + 1) - 1 for i in range(len(train))]
+    curve = pd.DataFrame({"step": steps, "train_loss": train, "test_loss": test})
+    names = {finding.name for finding in judge(fake(pd.DataFrame(), curve)).findings}
+    assert ("overfit" in names) == wanted
+
+
 # --- nothing raises --------------------------------------------------------------------------
 
 NUMBERS = st.one_of(

@@ -69,6 +69,15 @@ SURVIVED = 50
 RISEN = 1.2
 """Test loss over its minimum."""
 
+STAYS = 0.8
+"""Test loss over the largest since its minimum; below, it is on its way back."""
+
+LEARNED = 0.25
+"""Training loss over the least test loss; above, the network is not far better on its own."""
+
+EVALUABLE = 100
+"""Steps before evaluations count: BatchNorm's running averages lag behind the first."""
+
 _STALL_STEPS = 50
 _LONG = 6
 _RATIOS = 2  # a single ratio cannot tell geometric from additive growth
@@ -295,20 +304,30 @@ def at_risk(seen: Observed) -> Outcome:
 
 
 def overfit(seen: Observed) -> Outcome:
-    """The test loss has risen by 20 % from its minimum while the training loss fell on.
+    """The network has become far better on the training images than it ever was on others.
 
-    Over at least 4 evaluations, and at the last two of them.
+    The test loss lies 20 % above its minimum at the last two of at least 4 evaluations, and is not
+    on its way back: above 80 % of the largest since then. The training loss went on falling, to
+    less than a quarter of the least test loss. Not in the first 100 steps: the running averages of
+    BatchNorm lag behind the weights there, and with them every evaluation.
     """
     test, train = (seen.series(name).dropna() for name in ("test_loss", "train_loss"))
     if len(test) < 4 or len(train) < 4:
         reason = f"{min(len(test), len(train))} evaluations, 4 needed"
         yield NotJudged("overfit", reason, "4 evaluations")
         return
-    best = int(test.index[int(test.to_numpy().argmin())])
-    rose = (test.iloc[-2:] > RISEN * test[best]).all()
-    if rose and train.iloc[-1] < train.get(best, math.inf):
+    if test.index[-1] + 1 < EVALUABLE:
+        reason = f"evaluations up to step {test.index[-1]}, {EVALUABLE} steps needed"
+        yield NotJudged("overfit", reason, f"{EVALUABLE} steps")
+        return
+    least = int(test.to_numpy().argmin())
+    best = int(test.index[least])
+    rose = (test.iloc[-2:] > RISEN * test.iloc[least]).all()
+    stays = test.iloc[-1] > STAYS * test.iloc[least:].max()
+    fell = train.iloc[-1] < min(train.get(best, math.inf), LEARNED * test.iloc[least])
+    if rose and stays and fell:
         text = f"test loss {test.iloc[-1]:.3g}, its minimum was {test[best]:.3g} at step {best}; "
-        text += f"training loss fell from {train[best]:.3g} to {train.iloc[-1]:.3g}"
+        text += f"training loss fell to {train.iloc[-1]:.3g}"
         yield mechanism.explain_overfit(
             seen,
             Evidence(
@@ -355,8 +374,10 @@ def _is_cut(seen: Observed, step: int) -> bool:
     with np.errstate(all="ignore"):
         kept = seen.profile("output_channel_std", step) / seen.profile("input_channel_std", step)
     cut = (kept <= CONSTANT_OUTPUT).to_numpy()
+    if not cut.any():
+        return False
     before = kept.to_numpy(dtype=float)[: int(cut.argmax())]
-    return bool(cut.any() and np.prod(before) >= LEAST_SIGNAL)
+    return bool(np.prod(before) >= LEAST_SIGNAL)
 
 
 def _steep_halves(seen: Observed) -> list[tuple[int, tuple[float, int, int]]]:

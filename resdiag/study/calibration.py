@@ -57,7 +57,7 @@ def prepare(case: Case) -> Trial:
     if case.fault is not None:
         case.fault.plant(trial)
     elif case.told:
-        trial.evaluate = 6  # so that `overfit` has something to be wrong about
+        trial.steps, trial.evaluate = 120, 12  # `overfit` has something to be wrong about
     return trial
 
 

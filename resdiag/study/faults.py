@@ -303,7 +303,7 @@ def _few_samples(trial: Trial) -> None:
     """The same sixteen samples at every step, looked at beside others."""
     few = draw(trial.patient, 4321, 0)
     trial.change = lambda batch, step: (few[0][:16], few[1][:16])
-    trial.steps, trial.evaluate = 80, 8
+    trial.steps, trial.evaluate = 120, 12
 
 
 FAULTS = (
