@@ -591,7 +591,8 @@ larger than the weights, `branch_too_large` knows branches that begin small. So 
 below are no longer blind. The fresh set was drawn and run after the last change: the held-out
 networks, a further seed, twice the magnitudes. Every second loop tells
 the monitor its loss, the others do not. Trainings are of 30 to 120 steps on 16x16 digits or on
-short sequences of tokens: faults that need longer to show are not in the suite, nor are large networks.
+short sequences of tokens: faults that need longer to show are not in the suite, nor are large
+networks.
 
 Five faults were planted later: a loss of the wrong sign, a sigmoid behind every addition, a first
 step beyond the critical one, biases that learn 100 times as fast, and a training set of sixteen.
@@ -601,7 +602,8 @@ trainings of about 100 other networks and faults, outside the suite, changed `bi
 `dead_block`, `vanishing`, `missing_norm` and `weight_decay_too_large`; no set has been blind since.
 Every second healthy training is evaluated ten times in 120 steps. When they were evaluated first,
 every 6 of 30 steps, five of the held-out ones were called `overfit`: BatchNorm's running averages
-lag there. The rule then came to ask for 100 steps, a lasting rise, and training images that are memorised.
+lag there. The rule then came to ask for 100 steps, a lasting rise, and training images that are
+memorised.
 `degraded` needs several runs and is not in the suite. With random labels a loss that began above
 that of guessing can still fall after 60 steps, which is said to be unjudged and counts as a miss.
 """
