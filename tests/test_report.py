@@ -281,11 +281,11 @@ def test_without_expected_values_the_answer_is_whether_the_error_grows_with_dept
         "worse with depth on test images only: elu (d)."
     )
     rows = {row[0]: row for row in found.table.rows}
-    assert rows["elu_pre (b)"][1:4] == ["20.10 ± 0.10 %", "25.10 ± 0.10 %", "3"]
+    assert rows["elu_pre (b)"][2:5] == ["20.10 ± 0.10 %", "25.10 ± 0.10 %", "3"]
     # two standard errors of the difference: 2 sqrt(0.1^2 / 3 + 0.1^2 / 3) points
-    assert rows["elu_pre (b)"][4:6] == ["+5.00 (limit 0.16)", "+5.00 (limit 0.16)"]
-    assert rows["elu (d)"][5] == "-1.00 (limit 0.16)"
-    assert [row[-1].kind for row in found.table.rows] == ["bad", "bad"]
+    assert rows["elu_pre (b)"][5:7] == ["+5.00 (limit 0.16)", "+5.00 (limit 0.16)"]
+    assert rows["elu (d)"][6] == "-1.00 (limit 0.16)"
+    assert [row[1].kind for row in found.table.rows] == ["bad", "bad"]
     even = said(by_depth({**ERRORS_BY_DEPTH, ("elu", 56): (0.09, 0.19)}))
     assert "not shown to be worse: elu (d)" in even.headline
 
@@ -296,7 +296,7 @@ def test_few_seeds_say_what_was_seen_and_that_it_decides_nothing():
         "The test error at depth 56 is higher than at 20 in 2 of 2 settings, "
         "but this decides nothing yet: 1 seed at depth 20, 3 are needed."
     )
-    assert found.table.rows[0][3:6] == ["1", "+1.00", "-1.00"]
+    assert found.table.rows[0][4:7] == ["1", "+1.00", "-1.00"]
     assert any("Some settings have 1 seed here" in line for line in found.sure)
     part = said(by_depth(ERRORS_BY_DEPTH, missing=(0,)))
     assert part.headline.endswith("So far 11 of 12 cells ended.")

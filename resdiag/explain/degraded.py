@@ -24,6 +24,9 @@ LEAST_GAP = 0.001
 ERRORS = 2.0
 """Standard errors of the difference."""
 
+CLOSE = "the training error grows, the test error by no more than the seeds scatter"
+"""Why more seeds would have to decide."""
+
 _SOURCE = "He et al. 2015, arXiv:1512.03385; definition of resdiag.explain.degraded"
 
 
@@ -150,8 +153,7 @@ def compare_depths(model: str, depths: Sequence[Depth], reason: str = "") -> Com
         return Comparison(
             model=model,
             name="undecidable",
-            summary=f"Degradation: the training error grows, the test error by no more than the "
-            f"seeds scatter: {words}.",
+            summary=f"Degradation: {CLOSE}: {words}.",
             depths=depths,
             **gaps,
         )

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from resdiag.explain.degraded import LEAST_SEEDS, Comparison, Depth, Gap, compare_depths
+from resdiag.explain.degraded import CLOSE, LEAST_SEEDS, Comparison, Depth, Gap, compare_depths
 from resdiag.report.parts import Entry, Mark, Table
 from resdiag.report.results import CellResult, Group, Results
 from resdiag.report.summary import spread_words, summarise
@@ -102,15 +102,15 @@ def _reason(line: ByDepth) -> str:
 def depth_table(lines: Sequence[ByDepth]) -> Table:
     """Test error by depth with its spread, how far both errors change, and what that means."""
     depths = sorted({d.depth for line in lines for d in line.comparison.depths})
-    header = ["cells", *(f"depth {depth}" for depth in depths), "seeds"]
-    header += ["test error changes by", "training error changes by", "with depth"]
+    header = ["cells", "with depth", *(f"depth {depth}" for depth in depths), "seeds"]
+    header += ["test error changes by", "training error changes by"]
     rows = [_row(line, depths) for line in lines]
     return Table(
         caption="Final test error, mean ± standard deviation over seeds; change in points from the "
         "best shallower network to the deepest",
         header=header,
         rows=rows,
-        numeric=range(1, len(depths) + 4),
+        numeric=range(2, len(depths) + 5),
     )
 
 
@@ -122,11 +122,12 @@ def _row(line: ByDepth, depths: Sequence[int]) -> list[Entry]:
     sizes = [len(depth.test) for depth in line.comparison.depths]
     seeds = str(sizes[0]) if len(set(sizes)) == 1 else f"{min(sizes)} to {max(sizes)}"
     name = line.comparison.name
-    # that seeds are few is seen in their column, and said below
-    why = "" if name != "undecidable" or min(sizes) < LEAST_SEEDS else _reason(line)
+    # few seeds and a small change are seen in their columns, and said below
+    seen = min(sizes) < LEAST_SEEDS or _reason(line) == CLOSE
+    why = "" if name != "undecidable" or seen else _reason(line)
     mark = Mark(_WORDS[name], _KINDS.get(name, "good"), why)
     changes = [_change(line.comparison.test), _change(line.comparison.train)]
-    return [line.name, *errors, seeds, *changes, mark]
+    return [line.name, mark, *errors, seeds, *changes]
 
 
 def _change(gap: Gap | None) -> str:
