@@ -103,7 +103,7 @@ def depth_table(lines: Sequence[ByDepth]) -> Table:
     """Test error by depth with its spread, how far both errors change, and what that means."""
     depths = sorted({d.depth for line in lines for d in line.comparison.depths})
     header = ["cells", "with depth", *(f"depth {depth}" for depth in depths), "seeds"]
-    header += ["test error changes by", "training error changes by"]
+    header += ["change, test", "change, training"]
     rows = [_row(line, depths) for line in lines]
     return Table(
         caption="Final test error, mean ± standard deviation over seeds; change in points from the "
