@@ -117,12 +117,12 @@ def render(verdict: Verdict) -> str:
         lines += _wrap("Evidence" * (index == 0), f"- {item.text} [{_limit(item)}{item.metric}]")
     for index, line in enumerate(verdict.next):
         lines += _wrap("Next" * (index == 0), line)
-    for index, line in enumerate(_unjudged(verdict)):
+    for index, line in enumerate(unjudged(verdict)):
         lines += _wrap("Unjudged" * (index == 0), f"- {line}")
     return "\n".join(lines)
 
 
-def _unjudged(verdict: Verdict) -> list[str]:
+def unjudged(verdict: Verdict) -> list[str]:
     """What could not be judged; what only waits for more steps is one line."""
     waits = [str(item) for item in verdict.waiting]
     lines = [line for line in verdict.not_judged if line not in waits]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from resdiag.explain.degraded import compare
 from resdiag.explain.finding import Evidence
-from resdiag.explain.verdict import Verdict, judge
+from resdiag.explain.verdict import Verdict, judge, unjudged
 from resdiag.report.figures import Picture
 from resdiag.report.origin import is_lossy, list_sources
 from resdiag.report.outcomes import Outcome, measure
@@ -94,7 +94,7 @@ def _names(runs: Sequence[Run]) -> list[str]:
 def _alone(seen: _Seen) -> tuple[str, list[str]]:
     """The verdict in one sentence; why, how the run ended, what else was found."""
     verdict = seen.verdict
-    found = [verdict.why, f"It is {_ended(seen)}."]
+    found = [verdict.why, f"How it ended: {_ended(seen)}."]
     found += [f"Also {finding.name}: {finding.summary}" for finding in verdict.findings[1:]]
     return f"{verdict.name}: {verdict.summary}", _short(found, "finding")
 
@@ -141,7 +141,7 @@ def _sure(seen: Sequence[_Seen]) -> list[str]:
         lines.append(f"Confidence, {scale}: {listing(fired)}.")
     for one in seen:
         which = "" if len(seen) == 1 else f" in {one.name}"
-        lines += [f"Not judged{which}: {line}" for line in one.verdict.not_judged]
+        lines += [f"Not judged{which}: {line}" for line in unjudged(one.verdict)]
     data = list(dict.fromkeys(one.data for one in seen if one.data))
     lossy = (
         ", lossy copies: errors compare with each other only" if any(map(is_lossy, data)) else ""
