@@ -251,10 +251,9 @@ class Training:
         totals = torch.zeros(2, dtype=torch.float64, device=self._device)
         count = 0
         for images, labels in self._batches.test_batches(_EVALUATION_BATCH):
-            whole = self._graphs is not None and len(labels) == _EVALUATION_BATCH
-            totals += (self._graphs.test if self._graphs and whole else self._test_on)(
-                images, labels
-            )
+            whole = len(labels) == _EVALUATION_BATCH
+            test = self._graphs.test if self._graphs is not None and whole else self._test_on
+            totals += test(images, labels)
             count += len(labels)
         self.model.train()
         loss_sum, wrong_sum = (totals / max(1, count)).tolist()
