@@ -206,6 +206,8 @@ def _extent(shape: torch.Size, features: int | None) -> tuple[int, int]:
 class _Finder:
     """The listener of `find_blocks`: anatomy only, no numbers."""
 
+    counts_gates: bool = False
+
     def __init__(self) -> None:
         self.anatomy = Anatomy()
 

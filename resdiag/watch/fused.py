@@ -22,7 +22,7 @@ _LARGEST = 2**31 - 1  # of places in memory: the kernels count in 32 bits
 
 def serves(x: Tensor) -> bool:
     """Whether a tensor is read by these kernels."""
-    if torch.compiler.is_compiling() or not x.is_cuda or not _is_chosen():
+    if not x.is_cuda or torch.compiler.is_compiling() or not _is_chosen():
         return False
     return x.dtype in _DTYPES and x.numel() > 0 and _reach(x) <= _LARGEST
 

@@ -79,8 +79,9 @@ class Gradients:
     def backward_begins(self) -> None:
         """The first gradient of the recorded pass has come: the loss scale is known now."""
         self._step.factor = self._recorder.factor = self._scale.now()
-        blocks = [p for members in self._recorder.anatomy.parameters for p in members]
-        self._rewriting.follow([*blocks, *self._model.parameters()])
+        if not self._rewriting.follows:
+            blocks = [p for members in self._recorder.anatomy.parameters for p in members]
+            self._rewriting.follow([*blocks, *self._model.parameters()])
 
     # -- updates -------------------------------------------------------------------------------
 

@@ -11,7 +11,13 @@ from resdiag.watch.units import Unit
 
 
 class Listener(Protocol):
-    """What a tracer tells while the forward pass runs."""
+    """What a tracer tells while the forward pass runs.
+
+    Attributes:
+        counts_gates: Whether `activation` does anything.
+    """
+
+    counts_gates: bool
 
     def started(self, inputs: Sequence[Tensor]) -> None:
         """The pass begins with these inputs."""

@@ -48,6 +48,10 @@ _Affine: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.
 _TRUSTED = (1e-15, 1e18)
 # elements that one float32 sum of squares may take
 _PIECE = 2**18
+# numbers that one may take without a loss: 1e-7 of the result
+_FEW = 2**12
+# the dimensions behind the channels of a contiguous tensor
+_BEHIND = (2, 3, 4)
 # below this share of the second moment, E[x^2] - mean^2 has cancelled too many float32 digits
 _CANCELLED = 1e-2
 # sigma^2 / (sigma^2 + eps) of a BatchNorm: float32 keeps 1e-7 of it, less is a constant channel
@@ -66,11 +70,12 @@ def norm(x: Tensor) -> Scalar:
     >>> f"{norm(torch.full((4,), 1e30)):.4g}"  # although 1e60 is no float32
     '2e+30'
     """
-    x = x.detach()
+    if x.requires_grad:
+        x = x.detach()
     if _is_fast(x):
         fast = _norm_by_pieces(x)
         # NaN cannot come from overflowing squares: some element is NaN
-        if _TRUSTED[0] < fast < _TRUSTED[1] or math.isnan(fast):
+        if _TRUSTED[0] < fast < _TRUSTED[1] or fast != fast:
             return fast
     exact: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
     return _look(exact) if on_host(x.device) else exact
@@ -162,7 +167,10 @@ def reduce(x: Tensor, per_channel: Tensor | None = None, features: int | None = 
         per_channel: Its channel sums (C,) if they are known; used while `x` is finite.
         features: The dimension of the channels, None for the usual place.
     """
-    x = x.detach() if x.dim() > 1 else x.detach().reshape(1, -1)
+    if x.requires_grad:
+        x = x.detach()
+    if x.dim() < 2:
+        x = x.reshape(1, -1)
     at = channel_dimension(x.dim(), features)
     channels = x.shape[at]
     if not x.numel():
@@ -179,8 +187,7 @@ def reduce(x: Tensor, per_channel: Tensor | None = None, features: int | None = 
     second = size * size / x.numel()
     if not isinstance(second, float) or not math.isfinite(second):
         return Sums(sums, count, second, None, nonfinite_fraction(x))
-    along = sums.numpy()
-    squared = float(np.dot(along, along)) / (channels * count**2)
+    squared = _look(torch.linalg.vector_norm(sums)) ** 2 / (channels * count**2)
     cancelled = second - squared < _CANCELLED * second
     return Sums(sums, count, second, _centred_second_moment(x, at) if cancelled else None, 0.0)
 
@@ -239,7 +246,7 @@ class Normalised(NamedTuple):
 def normalised(x: Tensor) -> Normalised | None:
     """The moments of `x` without reading it; None where `x` is not a BatchNorm's on the CPU."""
     node = x.grad_fn if _is_fast(x) else None
-    if node is None or node.name() != "NativeBatchNormBackward0":
+    if node is None or type(node).__name__ != "NativeBatchNormBackward0":
         return None
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None  # reading what is saved would run somebody's unpacking
@@ -317,7 +324,8 @@ def gradient(g: Tensor) -> tuple[Scalar, Scalar]:
     References:
         He et al. 2016, arXiv:1603.05027, eq. 5.
     """
-    g = g.detach()
+    if g.requires_grad:
+        g = g.detach()
     if fused.serves(g):
         read = fused.gradient(g)
         return read[0], read[1]
@@ -411,7 +419,7 @@ def channel_dimension(dims: int, known: int | None = None) -> int:
 
 def _is_fast(x: Tensor) -> bool:
     """Whether a float32 reduction is worth trying: on the CPU, where its result can be checked."""
-    return on_host(x.device) and x.dtype == torch.float32
+    return x.dtype is torch.float32 and on_host(x.device)
 
 
 def _norm_by_pieces(x: Tensor) -> float:
@@ -422,8 +430,9 @@ def _norm_by_pieces(x: Tensor) -> float:
     if len(inside) == x.dim():
         return _look(torch.linalg.vector_norm(x))
     rows: Tensor = torch.linalg.vector_norm(x, dim=inside)
-    wide = rows.numpy().reshape(-1).astype(np.float64)
-    return math.sqrt(np.dot(wide, wide))
+    # the same operation once more: its code is in the caches now, NumPy's is not
+    wide = torch.float64 if rows.numel() > _FEW else None
+    return _look(torch.linalg.vector_norm(rows, dtype=wide))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -451,7 +460,7 @@ def _flat(x: Tensor) -> Tensor | None:
 
 def _look(value: Tensor) -> float:
     """A CPU scalar as it lies in host memory: no kernel, no copy, no queue to wait for."""
-    return float(value.numpy())
+    return float(value.item())
 
 
 def _channel_sums(x: Tensor, size: Scalar, at: int) -> Tensor:
@@ -460,9 +469,9 @@ def _channel_sums(x: Tensor, size: Scalar, at: int) -> Tensor:
     if not on_host(x.device):
         return x.sum(reduced, dtype=torch.float64)
     if _is_fast(x) and not size >= _TRUSTED[1]:
-        if at == 1 and x.dim() > 3 and x.is_contiguous():
+        if at == 1 and 3 < x.dim() < 6 and x.is_contiguous():
             # first over what lies together: half the time on tensors that no cache holds
-            return x.flatten(2).sum(2).sum(0)
+            return x.sum(_BEHIND[: x.dim() - 2]).sum(0)
         return x.sum(reduced)
     return x.double().sum(reduced)
 

@@ -121,6 +121,7 @@ class Recorder:
         failure: The error of ours after which nothing is watched any more, or "".
         skipped: Blocks of the first pass that the last one did not run.
         classes: Width of the last linear layer; 0 while it is not known.
+        counts_gates: Whether it wants to be told of activations.
     """
 
     def __init__(
@@ -147,7 +148,7 @@ class Recorder:
         self._cells, self._head = cells, head
         self._skip, self._pool = SkipPath(samples, core=core), pool
         self._gates, self._shares = Gates(), Shares(self._skip.head)
-        self._core = core
+        self._core, self.counts_gates = core, not core
         if core:
             for column in set(RECORDED) - set(CORE):
                 self.reasons[column][_NOT_CORE] = set()
@@ -340,7 +341,7 @@ class Recorder:
     @_guarded
     def activation(self, owners: tuple[str, ...], call: Call, x: Tensor) -> None:
         """Remember which units of an activation are saturated, for the block it is in."""
-        if not self._core and x.is_floating_point() and x.numel():
+        if x.is_floating_point() and x.numel():
             self._gates.add(call, self._skip.head(x))
 
     @_guarded
@@ -467,12 +468,17 @@ class Recorder:
 
     def _reduce(self, row: int, site: str, x: Tensor) -> _Part:
         """Read as little of a site's tensor as its statistics need."""
-        if site == "sum":  # a channel's sum over h + F is that over h plus that over F
+        if site == "sum" or (site == "output" and self._core and self._is_sum(row)):
+            # a channel's sum over h + F is that over h plus that over F
             branch, shortcut = self._reduced[row, "branch"], self._reduced[row, "shortcut"]
             if branch.per_channel.shape == shortcut.per_channel.shape:
                 known = branch.per_channel + shortcut.per_channel
                 return metrics.reduce(x, known, self._features(row, x))
         return metrics.normalised(x) or metrics.reduce(x, None, self._features(row, x))
+
+    def _is_sum(self, row: int) -> bool:
+        """Whether a block that has ended has its sum for an output."""
+        return self.anatomy.blocks[row].after_add == "none"
 
     def _features(self, row: int, x: Tensor) -> int | None:
         """The dimension of the channels in a tensor of a block, None if nothing said it."""
@@ -631,8 +637,9 @@ class Recorder:
         if not self._is_current(begun):
             return
         self._see_backward()
-        self.repeats += (row, column) in self._written
-        self._written.add((row, column))
+        key = row, column
+        self.repeats += key in self._written
+        self._written.add(key)
         size, broken = metrics.gradient(g)
         if self._pool is None:
             self._cells.put(slot, row, column, size)

@@ -9,7 +9,6 @@ followed from the beginning.
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -215,10 +214,13 @@ class Repeat(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401
         """Run a call that is an addition, an activation or a linear layer."""
         block = None if step.joint is None else self._join(step.joint, func, args, kwargs)
-        call = Call(func, args[1:], kwargs)
-        if step.owners is not None:
+        call = None
+        if step.owners is not None or step.chained is not None:
+            call = Call(func, args[1:], kwargs)
+        if step.owners is not None and call is not None:
             self._activations[self.at] = call
-            self._tracer.tell(self._listener.activation, step.owners, call, args[0])
+            if self._listener.counts_gates:
+                self._tracer.tell(self._listener.activation, step.owners, call, args[0])
         result = func(*args, **kwargs)
         if step.results != 1 or not isinstance(result, Tensor):
             self._keep(step, func, args, kwargs, result)
@@ -230,7 +232,7 @@ class Repeat(TorchFunctionMode):
             self.open[id(step.joint)] = block
             self.frames[-1] = (self.frames[-1][0], step.joint)
             self._tracer.tell(self._listener.added, block.addition)
-        elif step.chained is not None:
+        elif step.chained is not None and call is not None:
             chained = self.open[id(step.chained)]
             chained.tail = result
             chained.chain.append(call)
@@ -255,7 +257,7 @@ class Repeat(TorchFunctionMode):
         shortcut, branch = (
             (spelled.right, spelled.left) if joint.swapped else (spelled.left, spelled.right)
         )
-        addition = copy(joint.known)
+        addition = joint.known.again()
         with torch._C.DisableTorchFunction():
             h, f = shortcut.make(), branch.make()
             addition.shortcut = h

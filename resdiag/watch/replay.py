@@ -24,6 +24,8 @@ class Replay:
             runs again.
     """
 
+    counts_gates: bool = False
+
     def __init__(self, recorder: Recorder, called: Mapping[str, int]) -> None:
         self._recorder, self._called = recorder, called
 

@@ -19,10 +19,13 @@ class Rewriting:
         self._handle: RemovableHandle | None = None
         self._fresh: tuple[int, int] | None = None
 
+    @property
+    def follows(self) -> bool:
+        """Whether a parameter was chosen."""
+        return self._parameter is not None
+
     def follow(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Choose the first parameter that takes a gradient; calls after the first do nothing."""
-        if self._parameter is not None:
-            return
+        """Choose the first parameter that takes a gradient."""
         self._parameter = next((p for p in parameters if p.requires_grad and p.is_leaf), None)
         if self._parameter is not None:
             self._handle = self._parameter.register_post_accumulate_grad_hook(self._accumulated)

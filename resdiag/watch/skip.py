@@ -8,6 +8,7 @@ batch of activations.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -136,7 +137,7 @@ class SkipPath:
     def __init__(self, samples: int | None, *, core: bool = False) -> None:
         self._samples, self._core = samples, core
         self.weigh: Callable[[int, list[Scalar], list[Scalar]], None] | None = None
-        self._memory: dict[tuple[int, str], Tensor] = {}
+        self._memory: dict[tuple[int, str], tuple[tuple[Any, ...], Tensor]] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -210,11 +211,11 @@ class SkipPath:
         x = self.head(x)
         if self._samples is None:  # too much to hold on to
             return x.clone()
-        copy = self._memory.get((row, name))
-        same = copy is not None and copy.shape == x.shape and copy.stride() == x.stride()
-        if copy is None or not same or copy.dtype != x.dtype or copy.device != x.device:
-            copy = self._memory[row, name] = torch.empty_like(x)
-        return copy.copy_(x)
+        known = self._memory.get((row, name))
+        like = x.shape, x.stride(), x.dtype, x.device
+        if known is None or known[0] != like:
+            known = self._memory[row, name] = like, torch.empty_like(x)
+        return known[1].copy_(x)
 
     def finish(self) -> Iterator[tuple[int, list[Scalar], dict[str, str]]]:
         """Measure the blocks in forward order.

@@ -75,6 +75,10 @@ def read_sum(
     >>> read_sum(torch.addcmul, (x, gamma, f), {}).right.make().tolist()  # a layer scale
     [0.10000000149011612, 0.10000000149011612]
     """
+    if len(args) == 2 and not kwargs and function in _ADD:  # by far the most common, and quick
+        left, right = args
+        if isinstance(left, Tensor) and isinstance(right, Tensor):
+            return Sum(Operand((left,)), Operand((right,)))
     given = [*args, *(kwargs[k] for k in ("input", "other", *_NAMED) if k in kwargs)]
     if "input" in kwargs:  # the only name that can come before positional arguments
         given = [kwargs["input"], *(g for g in given if g is not kwargs["input"])]

@@ -132,7 +132,7 @@ class Tracer(TorchFunctionMode):
             self._lineage.mark(new, descent, None, alone=True)
             if self._makers is not None:
                 self._makers.same(old, new)
-            self._quietly(self._listener.same, old, new)
+            self.tell(self._listener.same, old, new)
 
     # -- hooks ---------------------------------------------------------------------------------
 
@@ -165,7 +165,7 @@ class Tracer(TorchFunctionMode):
             if self._on and get_ident() == self._thread:
                 if root:
                     inputs = [*tensors_in(args), *tensors_in(kwargs)]
-                    self._quietly(self._listener.started, inputs)
+                    self.tell(self._listener.started, inputs)
                 self._come(name, module, args, kwargs)
 
         return hook
@@ -195,7 +195,7 @@ class Tracer(TorchFunctionMode):
         features, logits = (
             self._repeat.head if self._repeat is not None and repeated else self._head
         )
-        self._quietly(self._listener.finished, features, logits)
+        self.tell(self._listener.finished, features, logits)
         if repeated:
             self._memory.recognised()
         elif self._learner is not None:  # a repeat tells nothing of units
@@ -262,7 +262,7 @@ class Tracer(TorchFunctionMode):
         self._search.leave(root, first_floating(tensors_in(output)))
         for unit in self._search.units():
             self._tails[unit.owner] = len(unit.after)
-            self._quietly(self._listener.unit, unit)
+            self.tell(self._listener.unit, unit)
         self._searching, self._search = False, None
         for module, name in self._names.items():
             if name in self._tails and module is not root and not _can_add(module):
@@ -272,10 +272,10 @@ class Tracer(TorchFunctionMode):
         """A residual addition has come: the network is divided into blocks."""
         if self._search is not None:
             self._searching, self._search = False, None
-            self._quietly(self._listener.dismiss)
+            self.tell(self._listener.dismiss)
 
     def _tell_passing(self, number: int, x: Tensor) -> None:
-        self._quietly(self._listener.passing, number, x, self._lineage.features(number))
+        self.tell(self._listener.passing, number, x, self._lineage.features(number))
 
     def _stop(self) -> None:
         """Leave the function mode and forget the pass."""
@@ -295,21 +295,17 @@ class Tracer(TorchFunctionMode):
         self._head = (None, None)
         self._listener = self._first
 
-    def _quietly(self, tell: Callable[..., None], *args: object) -> None:
+    def tell(self, what: Callable[..., None], *args: object) -> None:
         """Tell the listener without tracing what it computes."""
         Tracer._busy = True
         try:
             # or each of its many small operations would call us, only to be waved through
             with torch._C.DisableTorchFunction():
-                tell(*args)
+                what(*args)
         finally:
             Tracer._busy = False
 
     # -- a pass like the one before ------------------------------------------------------------
-
-    def tell(self, what: Callable[..., None], *args: object) -> None:
-        """Tell the listener without watching what it computes."""
-        self._quietly(what, *args)
 
     def passes(self, function: Callable[..., Any]) -> bool:
         """Whether a call is no part of the pass: it asks about a tensor, or a listener runs."""
@@ -417,7 +413,7 @@ class Tracer(TorchFunctionMode):
 
     def _end_unit(self, unit: Unit, output: Tensor) -> None:
         self._tell_passing(unit.output, output)
-        self._quietly(self._listener.unit, unit)
+        self.tell(self._listener.unit, unit)
 
     def _trail(self, first: Tensor | None, call: Call, number: int, result: Tensor) -> None:
         """An activation or a normalisation right after a unit's module is part of the unit."""
@@ -467,7 +463,7 @@ class Tracer(TorchFunctionMode):
         if self._learner is not None:
             self._learner.close(addition, is_tail=is_tail)
         frame.tail, frame.chain, frame.chain_parameters = None, (), ()
-        self._quietly(self._listener.closed, addition, output)
+        self.tell(self._listener.closed, addition, output)
 
     def _passed(self, frame: Frame, x: Tensor | None) -> Tensor | None:
         """What the open block handed to the next one: its activated sum, if x was made from it."""
@@ -521,7 +517,8 @@ class Tracer(TorchFunctionMode):
             self._gates.append(call)
             if self._learner is not None:
                 self._learner.activate(owners)
-            self._quietly(self._listener.activation, owners, call, args[0])
+            if self._listener.counts_gates:
+                self.tell(self._listener.activation, owners, call, args[0])
         inputs = [*tensors_in(args), *tensors_in(kwargs)]
         alone = len(inputs) == 1
         if call.takes_shape_only or call.is_blank:
@@ -582,7 +579,7 @@ class Tracer(TorchFunctionMode):
             frame.open, frame.tail = addition, result
             frame.chain, frame.chain_parameters = (), ()
             frame.additions += 1
-            self._quietly(self._listener.added, addition)
+            self.tell(self._listener.added, addition)
         elif owner is not None:
             owner.tail, owner.chain = result, (*owner.chain, call)
             owner.chain_parameters += descent.parameters
@@ -612,7 +609,7 @@ class Tracer(TorchFunctionMode):
         if parallel is not None:
             if self._learner is not None:
                 self._learner.spoil()
-            self._quietly(self._listener.operands, parallel)
+            self.tell(self._listener.operands, parallel)
             return parallel
         meeting = self._residuals.meet(spelled, self._frames)
         if meeting is None:
@@ -649,7 +646,7 @@ class Tracer(TorchFunctionMode):
         if self._learner is not None:
             self._learner.join(addition, swapped=meeting.swapped)
         self._dismiss()
-        self._quietly(self._listener.operands, addition)
+        self.tell(self._listener.operands, addition)
         return addition
 
 

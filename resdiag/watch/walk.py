@@ -55,6 +55,8 @@ def find_ports(
 class _Walk(TorchFunctionMode):
     """The listener of the pass, and its clock: every operation and every port is an instant."""
 
+    counts_gates: bool = True
+
     def __init__(self) -> None:
         super().__init__()
         self.anatomy = Anatomy()
