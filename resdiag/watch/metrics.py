@@ -11,7 +11,7 @@ arithmetic on 0-d tensors costs more than many a measurement, and stays a tensor
 import functools
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -42,7 +42,7 @@ STATISTICS = (
 )
 """What `statistics` returns, in order: the suffixes of a site's columns."""
 
-_Affine: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], float]
+_Affine: TypeAlias = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], float]
 
 # outside these bounds a float32 norm may have lost its squares to overflow or underflow
 _TRUSTED = (1e-15, 1e18)
@@ -205,6 +205,8 @@ class Normalised(NamedTuple):
     """
 
     node: Node
+    scale: Tensor
+    shift: Tensor
     reference: "weakref.ref[Tensor]"
     version: int
     numel: int
@@ -212,7 +214,7 @@ class Normalised(NamedTuple):
     @property
     def per_channel(self) -> Tensor:
         """Sums over batch and positions (C,), float64."""
-        shift = self.node.next_functions[2][0].variable.detach().numpy()  # type: ignore[union-attr]
+        shift = self.shift.detach().numpy()
         return torch.from_numpy(np.multiply(shift, self.numel // len(shift), dtype=np.float64))
 
     def tensor(self) -> Tensor | None:
@@ -222,25 +224,7 @@ class Normalised(NamedTuple):
 
     def sums(self) -> Sums | None:
         """What `reduce` would have read; None where a batch variance over- or underflowed."""
-        gamma, beta, inverse, eps = _affine(self.node)
-        channels, count = len(beta), self.numel // len(beta)
-        square = inverse * inverse
-        broken = ~np.isfinite(gamma + beta) | np.isnan(square)
-        if broken.any():  # a variance is NaN where a mean was not finite: so is every element then
-            lost = torch.from_numpy(np.where(broken, math.nan, beta * count))
-            return Sums(lost, count, math.nan, None, float(broken.mean()))
-        if np.count_nonzero(square) < channels or not math.isfinite(square.sum()):
-            return None
-        squared = float(np.dot(beta, beta)) / channels
-        kept = 1 - eps * square
-        kept[kept < _NO_VARIANCE] = 0
-        spread = float(np.dot(gamma * gamma, kept)) / channels
-        second = squared + spread
-        if not math.isfinite(second) or math.sqrt(second * self.numel) >= _TRUSTED[1]:
-            return None
-        cancelled = spread < _CANCELLED * second
-        per_channel = torch.from_numpy(beta * count)
-        return Sums(per_channel, count, second, spread if cancelled else None, 0.0)
+        return normalised_sums([self])[0]
 
 
 def normalised(x: Tensor) -> Normalised | None:
@@ -253,17 +237,62 @@ def normalised(x: Tensor) -> Normalised | None:
     functions = node.next_functions
     if not getattr(node, "_saved_training", False) or len(functions) != 3:
         return None
-    if any(getattr(before, "variable", None) is None for before, _ in functions[1:]):
-        return None  # frozen, or without affine parameters
-    return Normalised(node, weakref.ref(x), x._version, x.numel())
+    scale = getattr(functions[1][0], "variable", None)
+    shift = getattr(functions[2][0], "variable", None)
+    if scale is None or shift is None:  # frozen, or without affine parameters
+        return None
+    return Normalised(node, scale, shift, weakref.ref(x), x._version, x.numel())
 
 
-def _affine(node: Node) -> _Affine:
-    """A BatchNorm node's scale, shift, 1 / sqrt(sigma^2 + eps) and eps, float64 (C,)."""
-    scale, shift = (before.variable for before, _ in node.next_functions[1:])  # type: ignore[union-attr]
-    inverse = node._saved_result2  # type: ignore[attr-defined]
-    gamma, beta, inverse = (t.detach().numpy().astype(np.float64) for t in (scale, shift, inverse))
-    return gamma, beta, inverse, float(node._saved_eps)  # type: ignore[attr-defined]
+def normalised_sums(layers: Sequence[Normalised]) -> list[Sums | None]:
+    """`Normalised.sums` of many layers, those of equally many channels at once."""
+    found: list[Sums | None] = [None] * len(layers)
+    affine = [_affine(layer) for layer in layers]
+    for channels in {len(beta) for _, beta, _, _ in affine}:
+        which = [i for i, (_, beta, _, _) in enumerate(affine) if len(beta) == channels]
+        sums = _normalised_sums([affine[i] for i in which], [layers[i].numel for i in which])
+        for i, one in zip(which, sums, strict=True):
+            found[i] = one
+    return found
+
+
+def _normalised_sums(affine: Sequence[_Affine], sizes: Sequence[int]) -> Iterator[Sums | None]:
+    """The sums of BatchNorms of equally many channels."""
+    gamma, beta, inverse = (
+        np.array([one[at] for one in affine], dtype=np.float64) for at in range(3)
+    )
+    channels, eps = beta.shape[1], np.array([[one[3]] for one in affine])
+    count = np.array([size // channels for size in sizes])
+    with np.errstate(all="ignore"):
+        square = inverse * inverse
+        broken = ~np.isfinite(gamma + beta) | np.isnan(square)
+        usable = (square > 0).all(1) & np.isfinite(square.sum(1))
+        squared = np.square(beta).mean(1)
+        kept = 1 - eps * square
+        kept[kept < _NO_VARIANCE] = 0
+        spread = (gamma * gamma * kept).mean(1)
+        second = squared + spread
+        usable &= np.isfinite(second) & (np.sqrt(second * count * channels) < _TRUSTED[1])
+        # a variance is NaN where a mean was not finite: so is every element then
+        totals = np.where(broken, math.nan, beta * count[:, None])
+    cancelled, shares = spread < _CANCELLED * second, broken.mean(1)
+    for i, size in enumerate(count.tolist()):
+        total = torch.from_numpy(totals[i])
+        if shares[i]:
+            yield Sums(total, size, math.nan, None, float(shares[i]))
+        elif not usable[i]:
+            yield None
+        else:
+            yield Sums(
+                total, size, float(second[i]), float(spread[i]) if cancelled[i] else None, 0.0
+            )
+
+
+def _affine(layer: Normalised) -> _Affine:
+    """A BatchNorm's scale, shift, 1 / sqrt(sigma^2 + eps) (C,) and eps."""
+    inverse, eps = layer.node._saved_result2, layer.node._saved_eps  # type: ignore[attr-defined]
+    gamma, beta, inverse = (t.detach().numpy() for t in (layer.scale, layer.shift, inverse))
+    return gamma, beta, inverse, float(eps)
 
 
 def combine(parts: Sequence[Sums]) -> Tensor:
@@ -350,6 +379,18 @@ def relative_change(changed: Tensor, reference: Tensor) -> Scalar:
     if isinstance(difference, Tensor):
         return torch.where(difference == 0, difference, difference / norm(reference))
     return quotient(difference, norm(reference)) if difference else 0.0
+
+
+def relative_changes(changed: Sequence[Tensor], reference: Sequence[Tensor]) -> list[Scalar]:
+    """`relative_change` of many pairs; of pairs on the CPU in a few kernels."""
+    if not all(map(_is_fast, (*changed, *reference))):
+        return [relative_change(a, b) for a, b in zip(changed, reference, strict=True)]
+    if not changed:
+        return []
+    before = [x.detach() for x in reference]
+    differences = torch._foreach_sub([x.detach() for x in changed], before)
+    pairs = zip(norms(differences).tolist(), norms(before).tolist(), strict=True)
+    return [quotient(difference, size) if difference else 0.0 for difference, size in pairs]
 
 
 def share(part: Tensor, total: Tensor) -> Scalar:

@@ -474,7 +474,10 @@ class Recorder:
             if branch.per_channel.shape == shortcut.per_channel.shape:
                 known = branch.per_channel + shortcut.per_channel
                 return metrics.reduce(x, known, self._features(row, x))
-        return metrics.normalised(x) or metrics.reduce(x, None, self._features(row, x))
+        features = self._features(row, x)
+        if site == "output" and "norm" not in self.anatomy.blocks[row].after_add:
+            return metrics.reduce(x, None, features)
+        return metrics.normalised(x) or metrics.reduce(x, None, features)
 
     def _is_sum(self, row: int) -> bool:
         """Whether a block that has ended has its sum for an output."""
@@ -500,7 +503,14 @@ class Recorder:
     def _write_sites(self) -> None:
         """Complete the statistics of all sites, those of equally many channels at once."""
         waiting, self._sites, self._reduced = self._sites, [], {}
-        sites = [(key, self._sums_of(key, part)) for key, part in waiting]
+        closed = [part for _, part in waiting if isinstance(part, metrics.Normalised)]
+        known = iter(metrics.normalised_sums(closed))
+        sites = [
+            (key, self._sums_of(key, part, next(known)))
+            if isinstance(part, metrics.Normalised)
+            else (key, part)
+            for key, part in waiting
+        ]
         if self._pool is not None:
             self._pool.sites(sites)
             return
@@ -510,11 +520,10 @@ class Recorder:
             values = metrics.combine([part for _, part in same])
             self._cells.write_rows(self._cells.slot, [key for key, _ in same], values)
 
-    def _sums_of(self, key: Key, part: _Part) -> metrics.Sums:
-        """The sums of a site, those of a BatchNorm by its closed form where that can be trusted."""
-        if isinstance(part, metrics.Sums):
-            return part
-        known = part.sums()
+    def _sums_of(
+        self, key: Key, part: metrics.Normalised, known: metrics.Sums | None
+    ) -> metrics.Sums:
+        """The sums of a BatchNorm's output: `known`, its closed form, where that can be trusted."""
         if known is None:
             x = part.tensor()
             if x is not None:
