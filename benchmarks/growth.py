@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from resdiag.models.resnet import build_model
-from resdiag.study.overhead import make_arm, train_step
+from resdiag.study.overhead import Arm, Workload, train_step
 from resdiag.watch.monitor import attach
 
 DEPTHS, BATCHES = (20, 32, 56, 110), (8, 32, 128)
@@ -31,17 +31,18 @@ def measure(repetitions: int) -> dict[str, Any]:
 
 def cost(depth: int, batch_size: int, repetitions: int) -> Iterator[dict[str, Any]]:
     """What one recorded step costs more than an idle one."""
-    torch.manual_seed(0)
-    images, labels = torch.randn(batch_size, 3, 32, 32), torch.randint(0, 10, (batch_size,))
-    arms = {"idle": make_arm("original", depth, images, labels, every=10**9)}
-    for metrics in ("core", "full"):
-        arms[metrics] = make_arm("original", depth, images, labels, every=1, metrics=metrics)
-    for arm in [*arms.values(), *arms.values()]:
-        arm()
+    workload = Workload("original", depth, batch_size)
+    arms: dict[str, Arm] = {
+        "idle": workload.idle,
+        "core": lambda: workload.recorded(metrics="core"),
+        "full": workload.recorded,
+    }
+    workload.step()
     times: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(repetitions):
         for name in random.sample(list(arms), len(arms)):
-            times[name].append(seconds(arms[name]))
+            with arms[name]() as step:
+                times[name].append(seconds(step))
     for metrics in ("core", "full"):
         more = [a - b for a, b in zip(times[metrics], times["idle"], strict=True)]
         yield {

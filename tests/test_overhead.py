@@ -5,18 +5,19 @@ import json
 import pytest
 
 from resdiag.cli import app
-from resdiag.study.overhead import STRIDES, summarise
+from resdiag.study import overhead
+from resdiag.study.overhead import STRIDES, plain_seconds, summarise
 
 
 def test_ratios_are_medians_of_one_repetition_over_the_plain_step_of_the_same():
-    times = {
-        "plain": [1.0, 2.0, 4.0],
+    steps = {
         "null": [1.0, 2.0, 4.0],
         "naive": [2.0, 2.0, 12.0],  # 2, 1, 3
         "core": [1.5, 3.0, 6.0],
         "full": [11.0, 22.0, 44.0],
         "idle": [1.0, 2.0, 4.0],
     }
+    times = {name: list(zip(arm, (1.0, 2.0, 4.0), strict=True)) for name, arm in steps.items()}
     rows = {(row["name"], row["every"]): row for row in summarise(times)}
     assert rows["null", 0]["ratio"] == 1
     assert rows["naive", 1]["ratio"] == 2
@@ -27,11 +28,24 @@ def test_ratios_are_medians_of_one_repetition_over_the_plain_step_of_the_same():
 
 
 def test_the_processor_s_time_stands_beside_the_clock_s():
-    names = ("plain", "null", "naive", "core", "full", "idle")
-    clock, busy = ({name: [1.0] * 3 for name in names} for _ in range(2))
-    busy["core"] = [1.25, 1.5, 1.0]
+    names = ("null", "naive", "core", "full", "idle")
+    clock, busy = ({name: [(1.0, 1.0)] * 3 for name in names} for _ in range(2))
+    busy["core"] = [(1.25, 1.0), (1.5, 1.0), (1.0, 1.0)]
     rows = {(row["name"], row["every"]): row for row in summarise(clock, busy)}
     assert (rows["core", 1]["ratio"], rows["core", 1]["cpu"]) == (1.0, 1.25)
+
+
+def test_a_step_is_compared_with_the_plain_ones_before_and_after_it(monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(overhead, "stopwatch", lambda step: (float(next(clock)), 1.0))
+    ticks = []
+    times, busy = overhead.measure("original", 8, 2, 4, lambda: ticks.append(1))
+    assert len(ticks) == 4
+    assert set(times) == {"null", "naive", "core", "slice", "full", "idle"}
+    for pairs in times.values():
+        assert len(pairs) == 4
+        assert all(arm == plain for arm, plain in pairs)  # (n - 1 + n + 1) / 2 = n: no drift
+    assert plain_seconds(busy) == 1
 
 
 def test_the_command_prints_its_rows_as_json(capsys):

@@ -1,7 +1,6 @@
 """`resdiag bench`: what watching costs, and how often the verdict is right."""
 
 import json
-import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,7 +39,7 @@ def overhead(
     from rich.console import Console
     from rich.progress import Progress
 
-    from resdiag.study.overhead import machine, measure, summarise
+    from resdiag.study.overhead import machine, measure, plain_seconds, summarise
 
     torch.set_num_threads(threads)
     with Progress(console=Console(stderr=True), disable=as_json, transient=True) as progress:
@@ -51,11 +50,11 @@ def overhead(
     rows = summarise(times, busy)
     if as_json:
         setting = {"variant": row.id, "depth": depth, "batch_size": batch_size}
-        plain = statistics.median(times["plain"])
-        print(json.dumps({"schema": 1, **setting, **machine(), "plain_s": plain, "rows": rows}))
+        plain = {"plain_s": plain_seconds(times)}
+        print(json.dumps({"schema": 1, **setting, **machine(), **plain, "rows": rows}))
         return
     say(f"{row.id}-{depth}, batch {batch_size}, {machine()}")
-    say(f"plain step: {statistics.median(times['plain']):.3f} s")
+    say(f"plain step: {plain_seconds(times):.3f} s")
     header = ("name", "every", "ratio", "q25", "q75", "cpu", "n")
     cells = [[format(r[k], ".3f") if k[0] in "rqc" else str(r[k]) for k in header] for r in rows]
     print_table(header, cells, as_json)

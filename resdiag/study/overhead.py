@@ -1,12 +1,15 @@
 """What recording costs: step time with a monitor over step time without, interleaved in one run.
 
-Each repetition runs one training step of every arm in random order; a ratio is the median over
-repetitions of arm / plain of the same repetition. `null` is a second unwatched model: its distance
-from 1 is what the numbers can carry. Recording every 10th and 50th step is put together from a
-recorded and 9 or 49 idle steps of the same repetition. Beside the time on the clock stands the time
-of the processor: on a machine that does other things too it is the steadier of the two, with one
-thread; threads that wait for each other count as busy. Freed memory is kept, as `resdiag run` does:
-page faults would hide the differences.
+One network is trained all the time, and each repetition runs one step of every arm in random order:
+what the arm watches with is attached before its step and removed after it, so that all arms share
+weights, optimizer and memory. (Two instances of one network differ by up to 3 % in their speed, by
+where their memory lies.) A ratio is the median over repetitions of the arm's step over the mean of
+the plain steps right before and after it: a machine drifts by several per cent within seconds.
+`null` is one more plain step: its distance from 1 is what the numbers can carry. Recording every
+10th and 50th step is put together from a recorded and 9 or 49 idle steps of the same repetition.
+Beside the time on the clock stands the time of the processor: on a machine that does other things
+too it is the steadier of the two, with one thread; threads that wait for each other count as busy.
+Freed memory is kept, as `resdiag run` does: page faults would hide the differences.
 """
 
 import os
@@ -14,7 +17,8 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -23,11 +27,17 @@ from torch import nn
 
 from resdiag.models.resnet import build_model
 from resdiag.training.pages import keep_pages
-from resdiag.watch.monitor import Monitor, attach
+from resdiag.watch.monitor import attach
 
 STRIDES = (10, 50)
-Arm = Callable[[], None]
-Times: TypeAlias = dict[str, list[float]]
+SLICE = 16
+"""Samples of which the arm `slice` takes moments and gradient norms."""
+
+Arm: TypeAlias = Callable[[], AbstractContextManager[Callable[[], None]]]
+"""Attaches something to the network: a `with` whose value does one training step."""
+
+Times: TypeAlias = dict[str, list[tuple[float, float]]]
+"""Per arm, of each repetition the seconds of its step and those of a plain step beside it."""
 
 
 def measure(
@@ -37,77 +47,115 @@ def measure(
     repetitions: int,
     tick: Callable[[], None] = lambda: None,
 ) -> tuple[Times, Times]:
-    """Seconds per step of every arm on the clock and on the processor, aligned by repetition.
+    """Seconds of every arm's step on the clock and on the processor.
 
     `tick` is called after each repetition.
     """
     keep_pages()
-    torch.manual_seed(0)
-    images = torch.randn(batch_size, 3, 32, 32)
-    labels = torch.randint(0, 10, (batch_size,))
-    arms = {
-        "plain": make_arm(variant, depth, images, labels, every=0),
-        "null": make_arm(variant, depth, images, labels, every=0),
-        "naive": make_naive_arm(variant, depth, images, labels),
-        "core": make_arm(variant, depth, images, labels, every=1, metrics="core"),
-        "full": make_arm(variant, depth, images, labels, every=1),
-        "idle": make_arm(variant, depth, images, labels, every=10**9),
+    workload = Workload(variant, depth, batch_size)
+    arms: dict[str, Arm] = {
+        "null": workload.plain,
+        "naive": workload.naive,
+        "core": lambda: workload.recorded(metrics="core"),
+        "slice": lambda: workload.recorded(metrics="core", moment_samples=SLICE),
+        "full": workload.recorded,
+        "idle": workload.idle,
     }
-    for arm in arms.values():
-        arm()
+    for _ in range(2):
+        workload.step()
     times: Times = {name: [] for name in arms}
     busy: Times = {name: [] for name in arms}
     for _ in range(repetitions):
+        before = stopwatch(workload.step)
         for name in random.sample(list(arms), len(arms)):
-            begun, start = time.process_time(), time.perf_counter()
-            arms[name]()
-            times[name].append(time.perf_counter() - start)
-            busy[name].append(time.process_time() - begun)
+            with arms[name]() as step:
+                clock, processor = stopwatch(step)
+            after = stopwatch(workload.step)
+            times[name].append((clock, (before[0] + after[0]) / 2))
+            busy[name].append((processor, (before[1] + after[1]) / 2))
+            before = after
         tick()
     return times, busy
 
 
-def make_arm(
-    variant: str,
-    depth: int,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    *,
-    every: int,
-    metrics: str = "full",
-) -> Arm:
-    """A training step, recorded every `every`-th time; 0 for no monitor at all."""
-    model = build_model(variant, depth, seed=0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    monitor: Monitor | None = None
-    if every:
-        monitor = attach(model, optimizer=optimizer, every=every, metrics=metrics)
-
-    def step() -> None:
-        train_step(model, optimizer, images, labels)
-        if monitor is not None:
-            monitor.step()
-
-    return step
+def stopwatch(step: Callable[[], None]) -> tuple[float, float]:
+    """Seconds on the clock and of the processor."""
+    begun, start = time.process_time(), time.perf_counter()
+    step()
+    return time.perf_counter() - start, time.process_time() - begun
 
 
-def make_naive_arm(variant: str, depth: int, images: torch.Tensor, labels: torch.Tensor) -> Arm:
-    """What people write by hand: mean and std of each block's output, gradient norms, `.item()`."""
-    model = build_model(variant, depth, seed=0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    log: list[float] = []
+class Workload:
+    """A network in training on one batch of noise.
 
-    def hook(module: nn.Module, args: object, output: torch.Tensor) -> None:
-        log.extend([output.mean().item(), output.std().item()])
+    Args:
+        variant: Variant id.
+        depth: Weighted layers.
+        batch_size: Images of 32x32.
+    """
 
-    for name in model.unit_names:
-        model.get_submodule(name).register_forward_hook(hook)
+    def __init__(self, variant: str, depth: int, batch_size: int) -> None:
+        torch.manual_seed(0)
+        self._model = build_model(variant, depth, seed=0)
+        self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-3, momentum=0.9)
+        self._images = torch.randn(batch_size, 3, 32, 32)
+        self._labels = torch.randint(0, 10, (batch_size,))
 
-    def step() -> None:
-        train_step(model, optimizer, images, labels)
-        log.extend(p.grad.norm().item() for p in model.parameters() if p.grad is not None)
+    def step(self) -> None:
+        """One step with whatever is attached."""
+        train_step(self._model, self._optimizer, self._images, self._labels)
 
-    return step
+    @contextmanager
+    def plain(self) -> Iterator[Callable[[], None]]:
+        """Nothing is attached."""
+        yield self.step
+
+    @contextmanager
+    def recorded(self, **choices: Any) -> Iterator[Callable[[], None]]:  # noqa: ANN401
+        """A monitor records the step; it has found the blocks in one before.
+
+        Args:
+            **choices: Of `attach`.
+        """
+        with attach(self._model, optimizer=self._optimizer, **choices) as monitor:
+
+            def step() -> None:
+                self.step()
+                monitor.step()
+
+            step()
+            yield step
+
+    @contextmanager
+    def idle(self) -> Iterator[Callable[[], None]]:
+        """A monitor is attached, and the step is not due."""
+        with attach(self._model, optimizer=self._optimizer, every=10**9) as monitor:
+            monitor.start_at(1)
+
+            def step() -> None:
+                self.step()
+                monitor.step()
+
+            yield step
+
+    @contextmanager
+    def naive(self) -> Iterator[Callable[[], None]]:
+        """What people write: mean and std of each block's output, gradient norms, `.item()`."""
+        log: list[float] = []
+
+        def hook(module: nn.Module, args: object, output: torch.Tensor) -> None:
+            log.extend([output.mean().item(), output.std().item()])
+
+        def step() -> None:
+            self.step()
+            gradients = (p.grad for p in self._model.parameters())
+            log.extend(g.norm().item() for g in gradients if g is not None)
+
+        blocks = map(self._model.get_submodule, self._model.unit_names)
+        handles = [block.register_forward_hook(hook) for block in blocks]
+        yield step
+        for handle in handles:
+            handle.remove()
 
 
 def train_step(
@@ -122,12 +170,7 @@ def train_step(
 def summarise(times: Times, busy: Times | None = None) -> list[dict[str, Any]]:
     """Median ratio and quartiles per arm; `cpu` is the median ratio of `busy`, where given."""
     cpu = {(row["name"], row["every"]): row["ratio"] for row in summarise(busy)} if busy else {}
-    plain = times["plain"]
-    ratios = {
-        name: [a / b for a, b in zip(values, plain, strict=True)]
-        for name, values in times.items()
-        if name != "plain"
-    }
+    ratios = {name: [arm / plain for arm, plain in pairs] for name, pairs in times.items()}
     strided = {
         (name, every): [
             (recorded + (every - 1) * idle) / every
@@ -152,6 +195,11 @@ def summarise(times: Times, busy: Times | None = None) -> list[dict[str, Any]]:
             | ({"cpu": cpu[name, every]} if cpu else {})
         )
     return rows
+
+
+def plain_seconds(times: Times) -> float:
+    """Median seconds of a plain step."""
+    return statistics.median(plain for pairs in times.values() for _, plain in pairs)
 
 
 def machine() -> dict[str, Any]:

@@ -342,26 +342,31 @@ def nonfinite_fraction(x: Tensor) -> Scalar:
     return _look(share) if on_host(x.device) else share
 
 
-def gradient(g: Tensor) -> tuple[Scalar, Scalar]:
+def gradient(g: Tensor, samples: int | None = None) -> tuple[Scalar, Scalar]:
     """G2, the batch-size free gradient norm sqrt(B) ||g||_F, and the non-finite fraction of `g`.
 
     For a mean loss over B samples this is B times the RMS over samples of the per-sample norm.
 
     Args:
         g: Gradient of the mean loss, batch first.
+        samples: Estimate both from so many samples at the head of the batch; None for all.
 
     References:
         He et al. 2016, arXiv:1603.05027, eq. 5.
     """
     if g.requires_grad:
         g = g.detach()
+    batch = g.shape[0] if g.dim() else 1
+    scale = 1.0
+    if samples is not None and samples < batch:
+        g, scale = g[:samples], batch / samples
     if fused.serves(g):
         read = fused.gradient(g)
-        return read[0], read[1]
+        return read[0] * scale, read[1]
     size = norm(g)
     finite = isinstance(size, float) and math.isfinite(size)
     broken = 0.0 if finite else nonfinite_fraction(g)
-    return size * math.sqrt(g.shape[0] if g.dim() else 1), broken
+    return size * math.sqrt(min(batch, samples or batch)) * scale, broken
 
 
 def relative_change(changed: Tensor, reference: Tensor) -> Scalar:

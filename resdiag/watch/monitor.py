@@ -53,6 +53,7 @@ def attach(
     scaler: Any = None,  # noqa: ANN401
     take: str = "first",
     metrics: str = "full",
+    moment_samples: int | None = None,
     example_inputs: object = None,
 ) -> "Monitor":
     """Start watching a model. Nothing in it is edited, and its training stays the same bit for bit.
@@ -69,13 +70,18 @@ def attach(
         every: Record every `every`-th step.
         record_first: Record each of the first steps, whatever `every` says.
         samples: Samples at the head of the batch on which per-unit quantities (P1-P4, slopes,
-            saturation) and the gradient's shares are measured; None for the whole batch. Moments
-            and gradient norms always take the whole batch.
+            saturation) and the gradient's shares are measured; None for the whole batch.
         point: Where in the loop parameter gradients are read, one of `catalog.POINTS`; stored with
             the data. By default "local", "unscaled" with a scaler, and "post_clip" once the loop
             is seen to rewrite gradients; see `Monitor.read_gradients`.
         metrics: "full" for all of `catalog.RECORDED`; "core" for `catalog.CORE`, which costs
             a little less.
+        moment_samples: Samples at the head of the batch from which moments, gradient norms at
+            activations and their non-finite shares are estimated; None for the whole batch. Of k
+            samples a second moment has the relative standard error s / sqrt(k), with s the
+            deviation over samples of their second moments over its mean: a few per cent for 16
+            images (docs/explanation/performance.md). Outputs of BatchNorm and parameter gradients
+            stay those of the whole batch.
         reduce: Where several processes train the model together (DDP, `fully_shard`), record the
             numbers of all ranks, the same on each; `attach`, `step` and `close` are then called on
             every rank, and "local" becomes "reduced". False: each rank records its own; under a DDP
@@ -128,6 +134,10 @@ def attach(
         raise ValueError("reduce=False: the parameters are shards, no rank has a whole gradient")
     ranks = find_ranks(model) if reduce else None
     reduced = ranks is not None or is_reduced(model)
+    if moment_samples is not None and moment_samples < 1:
+        raise ValueError(f"moment_samples={moment_samples} must be at least 1, or None for all")
+    if moment_samples is not None and example_inputs is not None:
+        raise ValueError("example_inputs: compiled passes take moments of the whole batch only")
     if metrics == "core" and example_inputs is not None:
         raise ValueError("example_inputs: compiled passes record metrics='full' only")
     if ranks is not None and example_inputs is not None:
@@ -146,6 +156,7 @@ def attach(
         LossScale(scaler),
         take_last=take == "last",
         core=metrics == "core",
+        moments=moment_samples,
     )
     if example_inputs is not None:
         monitor.prepare(*example(example_inputs))
@@ -178,6 +189,7 @@ class Monitor:
         *,
         take_last: bool,
         core: bool,
+        moments: int | None,
     ) -> None:
         self._optimizers, self._units, self._samples = optimizers, units, samples
         self._open, self._model = True, model
@@ -195,6 +207,7 @@ class Monitor:
             lambda: self._gradients.backward_begins(),
             self._own,
             core=core,
+            moments=moments,
         )
         self._now, self._record, self._notes = now, record, notes
         state = self._state = State(model, now, self._recorder, record, scale, notes)

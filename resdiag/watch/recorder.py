@@ -114,6 +114,7 @@ class Recorder:
         head: Per-step buffer with one row; its columns begin with `HEAD`.
         samples: Samples of the batch on which per-unit quantities are measured; None for all.
         core: Only the columns of `catalog.CORE`.
+        moments: Samples of the batch on which moments and gradients are measured; None for all.
         pool: Where several ranks record together: takes what they must add up, in place of the
             buffers.
 
@@ -134,6 +135,7 @@ class Recorder:
         own: OwnValues | None = None,
         *,
         core: bool = False,
+        moments: int | None = None,
     ) -> None:
         self.anatomy = Anatomy()
         self.reasons: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
@@ -148,7 +150,7 @@ class Recorder:
         self._cells, self._head = cells, head
         self._skip, self._pool = SkipPath(samples, core=core), pool
         self._gates, self._shares = Gates(), Shares(self._skip.head)
-        self._core, self.counts_gates = core, not core
+        self._core, self.counts_gates, self._count = core, not core, moments
         if core:
             for column in set(RECORDED) - set(CORE):
                 self.reasons[column][_NOT_CORE] = set()
@@ -295,7 +297,7 @@ class Recorder:
         if passed.place is not None:  # measured as a tensor of a residual block before
             passed.gradient = passed.place[0], self._grad_column(*passed.place)
             return
-        passed.sums = metrics.normalised(x) or metrics.reduce(x, None, features)
+        passed.sums = metrics.normalised(x) or metrics.reduce(self._part(x), None, features)
         if x.requires_grad:
             begun, slot = self._begun, self._cells.slot
             passed.handle = x.register_hook(lambda g: self._pass_back(begun, slot, passed, g))
@@ -469,15 +471,19 @@ class Recorder:
     def _reduce(self, row: int, site: str, x: Tensor) -> _Part:
         """Read as little of a site's tensor as its statistics need."""
         if site == "sum" or (site == "output" and self._core and self._is_sum(row)):
-            # a channel's sum over h + F is that over h plus that over F
+            # a channel's sum over h + F is that over h plus that over F, if of the same samples
             branch, shortcut = self._reduced[row, "branch"], self._reduced[row, "shortcut"]
-            if branch.per_channel.shape == shortcut.per_channel.shape:
+            if branch.per_channel.shape == shortcut.per_channel.shape and self._count is None:
                 known = branch.per_channel + shortcut.per_channel
                 return metrics.reduce(x, known, self._features(row, x))
         features = self._features(row, x)
         if site == "output" and "norm" not in self.anatomy.blocks[row].after_add:
-            return metrics.reduce(x, None, features)
-        return metrics.normalised(x) or metrics.reduce(x, None, features)
+            return metrics.reduce(self._part(x), None, features)
+        return metrics.normalised(x) or metrics.reduce(self._part(x), None, features)
+
+    def _part(self, x: Tensor) -> Tensor:
+        """The samples of which moments are taken."""
+        return x if self._count is None else x.detach()[: self._count]
 
     def _is_sum(self, row: int) -> bool:
         """Whether a block that has ended has its sum for an output."""
@@ -527,7 +533,7 @@ class Recorder:
         if known is None:
             x = part.tensor()
             if x is not None:
-                return metrics.reduce(x, None, 1)
+                return metrics.reduce(self._part(x), None, 1)
             columns = _SITE_COLUMNS[key[1].removesuffix("_mean")]
             self.miss(key[0], columns, "it was overwritten, and its batch variance overflowed")
             nan = torch.full_like(part.per_channel, math.nan)
@@ -649,7 +655,7 @@ class Recorder:
         key = row, column
         self.repeats += key in self._written
         self._written.add(key)
-        size, broken = metrics.gradient(g)
+        size, broken = metrics.gradient(g, self._count)
         if self._pool is None:
             self._cells.put(slot, row, column, size)
         else:
