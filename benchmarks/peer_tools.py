@@ -180,11 +180,12 @@ class Resdiag(Tool):
     label = "**resdiag**"
     records = "every metric of the catalogue, per residual block"
     speaks = True
+    metrics = "full"
 
     def begin(self, model: nn.Module, optimizer: Optimizer) -> nn.Module:
         import resdiag
 
-        self._monitor = resdiag.attach(model, optimizer=optimizer)
+        self._monitor = resdiag.attach(model, optimizer=optimizer, metrics=self.metrics)
         return model
 
     def after(self, step: int, loss: torch.Tensor) -> None:
@@ -212,6 +213,14 @@ class Resdiag(Tool):
             where = "" if finding.block is None else self._monitor.blocks[finding.block].name
             said.append(f"{finding.name} {where}: {finding.summary}")
         return said
+
+
+class ResdiagCore(Resdiag):
+    """This project's small set of metrics."""
+
+    label = "**resdiag**, core set"
+    records = "moments, gradient norms, branch ratio and P1, per residual block"
+    metrics = "core"
 
 
 class Wandb(Tool):
@@ -699,6 +708,7 @@ class Smdebug(Tool):
 TOOLS: dict[str, type[Tool]] = {
     "nothing": Nothing,
     "resdiag": Resdiag,
+    "resdiag-core": ResdiagCore,
     "naive": Naive,
     "references": References,
     "backward-hooks": BackwardHooks,

@@ -1,9 +1,10 @@
 """One tool's part of `peers.py`, in a process of its own: prints one JSON document.
 
-python benchmarks/peer_trial.py TOOL checks|time
+python benchmarks/peer_trial.py TOOL checks|time|deep REPETITIONS BATCH_SIZE
 """
 
 import copy
+import itertools
 import json
 import math
 import random
@@ -24,12 +25,16 @@ from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock
 
+from resdiag.training.pages import keep_pages
+
 TOLERANCE = 1e-3
 """Relative error above which a reported number counts as wrong."""
 MOVED = 100.0
 """Factor against the healthy network above which a number has moved; 1000 is planted."""
 PLANTED = "layer2.1"
 """The block of resnet18 that is made to explode."""
+DEEP = ("original", 110, 128, 2)
+"""Variant, depth, batch and threads of the measurement in depth, as of `resdiag bench overhead`."""
 _SCALES = ("std", "rms", "norm", "norm per sample")
 _BREAKS = re.compile(r"explod|explos|very large|non-?finite|overflow|inf/nan|nan=", re.IGNORECASE)
 
@@ -78,13 +83,13 @@ def planted(healthy: Make, factor: float) -> Make:
     return make
 
 
-def deep(variant: str) -> Make:
-    """A 56-layer network of this project; `elu_pre` explodes in depth, `original` does not."""
+def deep(variant: str, depth: int = 56) -> Make:
+    """A network of this project; `elu_pre` explodes in depth, `original` does not."""
 
     def make() -> nn.Module:
         from resdiag.models.resnet import build_model
 
-        return build_model(variant, 56, seed=0)
+        return build_model(variant, depth, seed=0)
 
     return make
 
@@ -351,6 +356,32 @@ def time_it(kind: type[Tool], repetitions: int, size: int) -> dict[str, Any]:
     }
 
 
+def time_deep(kind: type[Tool], repetitions: int) -> dict[str, Any]:
+    """Step time with the tool on `DEEP` over the mean of plain steps before and after it."""
+    variant, depth, size, threads = DEEP
+    torch.set_num_threads(threads)
+    loops = [Loop(each(Path(tempfile.mkdtemp())), deep(variant, depth)) for each in (Nothing, kind)]
+    images, labels = batch(size, 32)
+
+    def seconds(loop: Loop) -> float:
+        start = time.perf_counter()
+        loop.step(images, labels)
+        return time.perf_counter() - start
+
+    for _ in range(2):
+        for loop in loops:
+            loop.step(images, labels)
+    plain = [seconds(loops[0])]
+    watched: list[float] = []
+    for _ in range(repetitions):
+        watched.append(seconds(loops[1]))
+        plain.append(seconds(loops[0]))
+    loops[1].tool.close()
+    beside = [(one + other) / 2 for one, other in itertools.pairwise(plain)]
+    answers = {"plain_s": statistics.median(plain), "ratio": quartiles(watched, beside)}
+    return {**answers, "n": repetitions, "network": list(DEEP)}
+
+
 def quartiles(arm: list[float], plain: list[float]) -> list[float]:
     """First quartile, median and third quartile of the ratios of the same repetition."""
     ratios = [a / b for a, b in zip(arm, plain, strict=True)]
@@ -366,10 +397,16 @@ def _short(text: str) -> str:
 def main() -> None:
     name, part, repetitions, size = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
+    keep_pages()
     kind = TOOLS[name]
     answers: dict[str, Any]
     try:
-        answers = checks(kind) if part == "checks" else {"time": time_it(kind, repetitions, size)}
+        if part == "deep":
+            answers = {"deep": time_deep(kind, repetitions)}
+        elif part == "time":
+            answers = {"time": time_it(kind, repetitions, size)}
+        else:
+            answers = checks(kind)
         answers["version"] = version(kind.package) if kind.package else None
     except ImportError as error:
         answers = {"missing": _short(str(error))}

@@ -3,6 +3,7 @@
     python benchmarks/peers.py                       # everything, writes results/peers.json
     python benchmarks/peers.py --part checks --tools torchinstruments,torchmortem
     python benchmarks/peers.py --part time --repetitions 12
+    python benchmarks/peers.py --part deep --repetitions 6   # original-110, batch 128, two threads
     python docs/generate.py                          # writes the table of the documentation
 
 Asked of each tool: does it run; how many of its numbers differ from plain autograd on the same
@@ -47,7 +48,7 @@ def main() -> int:
     options = parse(sys.argv[1:])
     known = read(options.out)
     for name in options.tools:
-        parts = ["checks", "time"] if options.part == "all" else [options.part]
+        parts = ["checks", "time", "deep"] if options.part == "all" else [options.part]
         answers: dict[str, Any] = {}
         for part in parts:
             answers |= ask(name, part, options)
@@ -61,7 +62,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     """The options; an unknown tool ends with the names that there are."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tools", default=",".join(TOOLS), help="names, separated by commas")
-    parser.add_argument("--part", choices=("all", "checks", "time"), default="all")
+    parser.add_argument("--part", choices=("all", "checks", "time", "deep"), default="all")
     parser.add_argument("--repetitions", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=32, help="of the timed steps")
     parser.add_argument("--timeout", type=float, default=240, help="seconds per tool and part")

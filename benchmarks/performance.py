@@ -13,19 +13,26 @@ import datetime
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import growth
+import slices
 import steps
 import storage_forms
 import torch
 
 from resdiag.study import overhead as ratios
 
-RESULTS = Path(__file__).resolve().parent / "results" / "performance.json"
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "performance.json"
+ENGINES = {
+    "original": "stock,again,eager,recording,bfloat16,compile",
+    "elu": "stock,again,eager,fast",
+}
 SETTINGS = (("original", 110, 128), ("elu", 110, 128), ("original", 20, 32))
 
 
@@ -73,11 +80,26 @@ def overhead(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def engines(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What `engine.py` prints: images per second beside the usual script."""
+    rows = []
+    for variant, arms in ENGINES.items():
+        words = ["--variant", variant, "--arms", arms, "--threads", str(options.threads)]
+        command = [sys.executable, str(HERE / "engine.py"), *words, "--steps", "5", "--json"]
+        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        answer = json.loads(printed)
+        setting = {key: answer[key] for key in ("variant", "depth", "batch_size")}
+        rows += [setting | row for row in answer["rows"]]
+    return rows
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "overhead": overhead,
     "growth": lambda options: growth.measure(options.repetitions),
     "storage": lambda options: storage_forms.measure(4096),
     "steps": lambda options: steps.measure(options.repetitions),
+    "engines": engines,
+    "slices": lambda options: slices.measure(),
 }
 
 if __name__ == "__main__":

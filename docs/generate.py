@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, get_args, get_type_hints
 
+from measuredtables import peers_table, performance_page, table
 from typer.main import get_command
 
 import resdiag
@@ -69,11 +70,11 @@ def cli_page() -> str:
                 (f"[`{' '.join([*words[1:], n])}`](#{'-'.join([*words, n])})", m.help)
                 for n, m in members.items()
             ]
-            parts.append(_table(("command", "what it does"), rows))
+            parts.append(table(("command", "what it does"), rows))
         elif command.params:
             hints = get_type_hints(command.callback)
             rows = [_parameter(parameter, hints) for parameter in command.params]
-            parts.append(_table(("option", "value", "default", "meaning"), rows))
+            parts.append(table(("option", "value", "default", "meaning"), rows))
         if command.epilog:
             parts.append(command.epilog + "\n")
     return "\n".join(parts)
@@ -130,7 +131,7 @@ def metrics_page() -> str:
             (f"`{m.id}`<br>{m.label}", f"`{m.formula}`<br>unit {m.unit}", m.reading, _origin(m))
             for m in members
         ]
-        parts.append(_table(("metric", "formula", "how to read it", "source"), rows))
+        parts.append(table(("metric", "formula", "how to read it", "source"), rows))
     return "\n".join(parts)
 
 
@@ -168,14 +169,14 @@ def variants_page() -> str:
             "A variant is a row of a table, not a class: `y = h(x) + F(x)`, `x' = f(y)`. Take it "
             "by its id or by the paper's letter. Depths are 6n+2: 20, 32, 44, 56, 110, any other, "
             "with 16, 32 and 64 channels.\n",
-            _table(header, rows),
+            table(header, rows),
             "Option A is the parameter-free shortcut of the CIFAR networks: at a transition every "
             "second pixel is taken and the new channels are zeros. No convolution has a bias, and "
             "all are initialised with He's fan-out rule.\n",
             "## Recipes\n\nBoth train with SGD, Nesterov momentum 0.9 and weight decay 1e-4 on all "
             "parameters. Milestones are fractions of the training after which the learning rate "
             "is divided by 10.\n",
-            _table(
+            table(
                 ("recipe", "length", "batch", "lr", "milestones", "recorded steps", "source"),
                 recipes,
             ),
@@ -238,195 +239,6 @@ def other_tools_page() -> str:
         + _MEASURED[1]
         + rest.split(_MEASURED[1])[1]
     )
-
-
-def performance_page() -> str:
-    """The performance page with the tables of what was measured in their places."""
-    page = (HERE.parent / "explanation" / "performance.md").read_text("utf-8")
-    results = json.loads((ROOT / "benchmarks" / "results" / "performance.json").read_text("utf-8"))
-    for part, make in _PERFORMANCE.items():
-        begin, end = f"<!-- {part}: written by docs/generate.py -->\n", f"<!-- end of {part} -->\n"
-        before, rest = page.split(begin)
-        where = "\nNot measured yet.\n\n"
-        if part in results:
-            there = results[part]["where"]
-            where = (
-                f"\nMeasured {there['date']}: {there['machine']}, Python {there['python']}, torch "
-                f"{there['torch']}, load average {there['load_before']} before it began.\n\n"
-            ) + make(results[part]["result"])
-        page = before + begin + where + end + rest.split(end)[1]
-    return page
-
-
-def _overhead_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A row per network and arm."""
-    header = ("network", "batch", "arm", "every", "step time", "processor time", "n")
-    return _table(
-        header,
-        [
-            (
-                f"{r['variant']}-{r['depth']}",
-                str(r["batch_size"]),
-                f"`{r['name']}`",
-                str(r["every"] or "-"),
-                f"{r['ratio']:.3f} [{r['q25']:.3f} {r['q75']:.3f}]",
-                f"{r['cpu']:.3f}",
-                str(r["n"]),
-            )
-            for r in rows
-        ],
-    )
-
-
-def _growth_table(result: Mapping[str, Any]) -> str:
-    """A row per depth and batch, and a sentence about the long run."""
-    rows = [
-        (
-            str(r["depth"]),
-            str(r["blocks"]),
-            str(r["batch_size"]),
-            r["metrics"],
-            f"{r['ms']:.1f}",
-            f"{1000 * r['ms'] / r['blocks']:.0f}",
-            f"{r['step_ms']:.0f}",
-            str(r["n"]),
-        )
-        for r in result["rows"]
-    ]
-    header = ("depth", "blocks", "batch", "set", "ms a step", "us a block", "idle step, ms", "n")
-    long = result["steps"]
-    return _table(header, rows) + (
-        f"\nA run of {long['steps']:,} recorded steps of {long['blocks']} blocks that nobody "
-        "drains: "
-        f"{long['first_ms']:.2f} ms a step among the first 200, {long['last_ms']:.2f} among the "
-        f"last 200; it holds {long['bytes_per_step']:.0f} bytes a step.\n\n"
-    )
-
-
-def _storage_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A row per form."""
-    header = ("form", "us a recorded step", "processor's", "us a value", "bytes a value", "steps")
-    cells = [
-        (r["form"], "not installed", "-", "-", "-", "-")
-        if "missing" in r
-        else (
-            r["form"],
-            f"{r['us_per_step']:,.0f}",
-            f"{r['cpu_us_per_step']:,.0f}",
-            f"{r['us_per_value']:.3f}",
-            f"{r['bytes_per_value']:.2f}",
-            str(r["steps"]),
-        )
-        for r in rows
-    ]
-    return _table(header, cells)
-
-
-def _steps_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A row per kind of operation, two columns per network."""
-    header = ["ms a step"]
-    for r in rows:
-        header += [f"ResNet-{r['depth']}", f"ResNet-{r['depth']}, full set recorded"]
-
-    def line(name: str, plain: str, recorded: str | None) -> tuple[str, ...]:
-        cells = [f"{r[k]:.0f}" if k else "-" for r in rows for k in (plain, recorded)]
-        return (name, *cells)
-
-    body = [
-        (kind, *(f"{r[k][kind]:.1f}" for r in rows for k in ("kinds", "kinds_recorded")))
-        for kind in rows[0]["kinds"]
-    ]
-    body += [
-        line("**the step, on the clock**", "step_ms", "recorded_ms"),
-        line("floor by arithmetic", "arithmetic_floor_ms", None),
-        line("floor by traffic", "traffic_floor_ms", None),
-    ]
-    about = "; ".join(
-        f"ResNet-{r['depth']}: {r['gflop']:.0f} GFLOP at {r['gflop_per_s']:.0f} GFLOP/s, "
-        f"{r['gbyte']:.1f} GB at {r['gbyte_per_s']:.0f} GB/s"
-        for r in rows
-    )
-    return _table(header, body) + f"\nThe floors, batch {rows[0]['batch_size']}: {about}.\n\n"
-
-
-_PERFORMANCE: Mapping[str, Any] = {
-    "overhead": _overhead_table,
-    "growth": _growth_table,
-    "storage": _storage_table,
-    "steps": _steps_table,
-}
-
-
-def peers_table(results: Mapping[str, Any]) -> str:
-    """What `benchmarks/peers.py` measured, a row per tool."""
-    rows = [_peer(tool) for tool in results["tools"] if tool["name"] != "nothing"]
-    torch = next(tool["torch"] for tool in results["tools"] if "torch" in tool).partition("+")[0]
-    where = f"{results['date']}, {results['machine']}, Python {results['python']}, torch {torch}"
-    header = (
-        "tool",
-        "runs",
-        "wrong numbers",
-        "training changed",
-        "1000 times too large",
-        "overflow",
-        "explosion by depth",
-        "words on a healthy net",
-        "step time",
-    )
-    timed = [tool["time"] for tool in results["tools"] if "time" in tool]
-    nulls = sorted(time["null"][1] for time in timed)
-    noise = f" Two unwatched models: {nulls[0]:.2f} to {nulls[-1]:.2f}." if nulls else ""
-    return f"Measured {where}.{noise}\n\n" + _table(header, rows)
-
-
-def _peer(tool: Mapping[str, Any]) -> tuple[str, ...]:
-    """A row: what could not be asked is a dash, what failed says so."""
-    version = tool.get("version") if tool["package"] != "resdiag" else None
-    label = " ".join(filter(None, (tool["label"], version)))
-    if "missing" in tool or "runs" not in tool:
-        why = "not installed" if "missing" in tool else tool.get("failed", "not measured")
-        return (label, why, *["-"] * 7)
-    runs = "yes" if tool["runs"] is True else "no"
-    if runs == "no" and tool.get("runs_without_inplace") is True:
-        runs = "only without in-place operations"
-    values, time = tool.get("values", {}), tool.get("time")
-    wrong = f"{values['wrong']} of {values['compared']}" if values.get("compared") else "-"
-    changes = tool.get("changes")
-    changed = "-" if not isinstance(changes, list) else ", ".join(changes) or "no"
-    depth = tool.get("depth", {})
-    told = "-" if "says" not in depth else "words" if depth["says"] else "no"
-    if depth.get("healthy_findings"):
-        told += f"; {depth['healthy_findings']} words on the healthy one"
-    alarms = tool.get("alarms", {}).get("count") if tool["speaks"] else "-"
-    cost = tool.get("failed", "-").removeprefix("time: ")
-    if time:
-        first, median, third = time["ratio"]
-        cost = f"{median:.2f} [{first:.2f} {third:.2f}]"
-    found = (_found(tool.get(question)) for question in ("large", "overflow"))
-    return (label, runs, wrong, changed, *found, told, "-" if alarms is None else str(alarms), cost)
-
-
-def _found(answer: Mapping[str, Any] | None) -> str:
-    """What pointed to the planted block: the tool's words, its numbers, or neither."""
-    if answer is None:
-        return "-"
-    if "error" in answer:
-        return "stops with an error"
-    ways = [
-        way
-        for way, hit in (
-            ("words", answer["names"]),
-            ("numbers", answer["points_to"] == "layer2.1"),
-        )
-        if hit
-    ]
-    if ways:
-        return " and ".join(ways)
-    if answer["points_to"]:
-        return f"points to {answer['points_to']}"
-    if answer["points_to"] is None:  # its numbers were not read: histograms, traces, files
-        return "-" if answer["names"] is None else "no words"
-    return "no"
 
 
 _MEASURED = (
@@ -492,7 +304,7 @@ def findings_page() -> str:
     modules = dict.fromkeys(rule.__module__ for rule in RULES)
     for module in [*modules, breakdown.__name__, degraded.__name__]:
         rows = [(f"`{n}`", f"{v:g}", text) for n, v, text in thresholds(module)]
-        parts.append(f"`{module}`:\n\n" + _table(("name", "value", "meaning"), rows))
+        parts.append(f"`{module}`:\n\n" + table(("name", "value", "meaning"), rows))
     return "\n".join(parts)
 
 
@@ -529,7 +341,7 @@ def calibration_page() -> str:
         parts.append(
             f"## {title} set\n\n{len(of)} trainings, {healthy} of them healthy, of which {alarms} "
             f"had a finding. The ill block was named in {named} of {placed} cases that have one."
-            "\n\n" + _table(header, rows)
+            "\n\n" + table(header, rows)
         )
         wrong = [
             r for r in of if r.verdict != r.wanted or (r.block is not None and r.named != r.block)
@@ -537,7 +349,7 @@ def calibration_page() -> str:
         if wrong:
             parts.append(
                 "What was not right:\n\n"
-                + _table(
+                + table(
                     ("planted, network, seed", "wanted", "given"),
                     [
                         (r.name, _named_block(r.wanted, r.block), _named_block(r.verdict, r.named))
@@ -547,7 +359,7 @@ def calibration_page() -> str:
             )
     parts.append(
         "## What is planted\n\n"
-        + _table(
+        + table(
             ("fault", "verdict that names it", "where"),
             [
                 (
@@ -680,13 +492,6 @@ def _head(title: str, source: str) -> str:
 
 def _code(names: Sequence[str]) -> str:
     return ", ".join(f"`{name}`" for name in names)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; a bar inside a cell is escaped, in code as well."""
-    lines = [header, ["---"] * len(header), *rows]
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells) + "\n"
 
 
 def stale() -> list[str]:
