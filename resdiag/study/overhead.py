@@ -112,7 +112,7 @@ class Workload:
 
     @contextmanager
     def recorded(self, **choices: Any) -> Iterator[Callable[[], None]]:  # noqa: ANN401
-        """A monitor records the step; it has found the blocks in one before.
+        """A monitor records the step; two before have found the blocks and made what stays.
 
         Args:
             **choices: Of `attach`.
@@ -123,6 +123,7 @@ class Workload:
                 self.step()
                 monitor.step()
 
+            step()
             step()
             yield step
 
