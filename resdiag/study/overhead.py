@@ -51,7 +51,6 @@ def measure(
 
     `tick` is called after each repetition.
     """
-    keep_pages()
     workload = Workload(variant, depth, batch_size)
     arms: dict[str, Arm] = {
         "null": workload.plain,
@@ -95,6 +94,7 @@ class Workload:
     """
 
     def __init__(self, variant: str, depth: int, batch_size: int) -> None:
+        keep_pages()
         torch.manual_seed(0)
         self._model = build_model(variant, depth, seed=0)
         self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-3, momentum=0.9)
