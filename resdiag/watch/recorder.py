@@ -261,7 +261,10 @@ class Recorder:
         row = self.anatomy.rows.get((addition.owner, addition.ordinal))
         if row is None or addition.sum is None:
             return
-        self._skip.add(row, addition.sum)
+        if self._core and self._fixed and self._pool is None and self._is_sum(row):
+            self._skip.pass_by(row)
+        else:
+            self._skip.add(row, addition.sum)
         if not self._core:
             self._measure(row, "sum", addition.sum)
             self._hook(addition.sum, row, "grad_sum")

@@ -40,6 +40,7 @@ COLUMNS = (
 NOT_ELEMENTWISE = "the after-add is a normalisation: it has no slope per unit"
 MIXED = "a projection shortcut mixes units: no unit gradient leads through it"
 BROKEN = "something stands between the blocks: no skip path leads through it"
+NEW_AFTER = "the block had no after-add in its first pass: its sum was not kept"
 _PER_UNIT = ("identity_defect", "identity_drift", "slope_mean", "slope_mean_sq")
 
 
@@ -197,8 +198,12 @@ class SkipPath:
     def add(self, row: int, u: Tensor) -> None:
         """Pass a block's sum, before an in-place after-add overwrites it."""
         if self._core:
-            self._passages[row] = _Passage(row, None, None, None, 1.0, False, False, "")
+            self.pass_by(row)
         self._passages[row].u = self._keep(row, "u", u)
+
+    def pass_by(self, row: int) -> None:
+        """Pass a block that has had no after-add so far: of the core set nothing is to be kept."""
+        self._passages[row] = _Passage(row, None, None, None, 1.0, False, False, "")
 
     def close(self, row: int, output: Tensor, after: tuple[Call, ...]) -> None:
         """Pass a block's end.
@@ -268,11 +273,12 @@ class SkipPath:
         changes = relative_changes(list(outputs.values()), list(sums.values()))
         known: dict[int, Scalar] = dict(zip(sums, changes, strict=True))
         for row, passage in self._passages.items():
-            values = [known.get(row, 0.0), *nothing]
+            lost = passage.u is None and passage.after
+            values = [math.nan if lost else known.get(row, 0.0), *nothing]
             if self.weigh is not None and passage.u is not None:
                 size = norm(passage.u)
                 self.weigh(row, values, [size * size, *[0.0] * len(nothing)])
-            yield row, values, {}
+            yield row, values, {COLUMNS[0]: NEW_AFTER} if lost else {}
         self.reset()
 
     def _cross(self, passage: _Passage, h: Tensor) -> None:
