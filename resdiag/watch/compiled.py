@@ -121,7 +121,7 @@ class Taps:
         """Decide which tensor is tapped where, and say what cannot be."""
         self._recorder.adopt(self._found.anatomy)
         reason = "a compiled pass does not show its batch"
-        self._recorder._miss_head(*DATA, *HEAD_LOSS, reason=reason)
+        self._recorder.head.miss(*DATA, *HEAD_LOSS, reason=reason)
         sums = [route.output for route in self._found.routes if route.output is not None]
         if sums:
             self._cells.reserve(len(self._blocks), sums[0].device)
@@ -267,7 +267,7 @@ class Taps:
         seen = None if features is None else self._tap(features)
         port = None if logits is None else _whole(logits)
         if features is None or logits is None or seen is None or port is None:
-            self._recorder._miss_head("head_mean", "head_bias", "head_kick")
+            self._recorder.head.miss("head_mean", "head_bias", "head_kick")
             return
         if seen.moments is None:
             dims = len(features.shape)

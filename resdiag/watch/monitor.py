@@ -395,7 +395,7 @@ class Monitor:
             "steps": self._now.number,
             "device": "cpu" if first is None else str(first.device),
             "dtype": "float32" if first is None else str(first.dtype).removeprefix("torch."),
-            "classes": self._recorder.classes or None,
+            "classes": self._recorder.head.classes or None,
         }
 
     @property

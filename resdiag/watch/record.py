@@ -13,8 +13,8 @@ from resdiag.watch.batch import DATA, HEAD_LOSS
 from resdiag.watch.blocks import Block
 from resdiag.watch.buffer import Buffer
 from resdiag.watch.catalog import RECORDED, RECORDED_PER_STEP
+from resdiag.watch.head import COLUMNS as HEAD
 from resdiag.watch.notes import Notes
-from resdiag.watch.recorder import HEAD
 from resdiag.watch.told import Told, join
 
 Columns: TypeAlias = dict[str, NDArray[Any]]

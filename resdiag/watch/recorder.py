@@ -18,14 +18,14 @@ from torch.utils.hooks import RemovableHandle
 
 from resdiag.watch import metrics
 from resdiag.watch.addition import Addition
-from resdiag.watch.batch import DATA, HEAD_LOSS, Logits, describe_input
+from resdiag.watch.batch import Logits
 from resdiag.watch.blocks import Anatomy
 from resdiag.watch.buffer import Buffer, Key
 from resdiag.watch.calls import Call
 from resdiag.watch.catalog import CORE, RECORDED, SITES
 from resdiag.watch.gates import Gates, fractions
+from resdiag.watch.head import Head
 from resdiag.watch.ownvalues import OwnValues
-from resdiag.watch.pool import HEAD as HEAD_ROW
 from resdiag.watch.pool import Pool
 from resdiag.watch.shares import Shares, entries
 from resdiag.watch.skip import COLUMNS, SkipPath
@@ -56,12 +56,6 @@ _NOT_CORE = "not in the core set: attach(metrics='full') records it"
 P = ParamSpec("P")
 
 _Part: TypeAlias = metrics.Sums | metrics.Normalised
-
-HEAD = (
-    *("head_mean", "head_channel_mean_rms", "head_channel_std", "head_gap", "head_size"),
-    *DATA,
-    *HEAD_LOSS,
-)
 
 
 def _guarded(method: Callable[Concatenate["Recorder", P], None]) -> Callable[..., None]:
@@ -111,7 +105,7 @@ class Recorder:
 
     Args:
         cells: Per-block buffer; its columns are `catalog.RECORDED`.
-        head: Per-step buffer with one row; its columns begin with `HEAD`.
+        head: Per-step buffer with one row; its columns begin with `head.COLUMNS`.
         samples: Samples of the batch on which per-unit quantities are measured; None for all.
         core: Only the columns of `catalog.CORE`.
         moments: Samples of the batch on which moments and gradients are measured; None for all.
@@ -121,7 +115,7 @@ class Recorder:
     Attributes:
         failure: The error of ours after which nothing is watched any more, or "".
         skipped: Blocks of the first pass that the last one did not run.
-        classes: Width of the last linear layer; 0 while it is not known.
+        head: What it writes of batch and classifier.
         counts_gates: Whether it wants to be told of activations.
     """
 
@@ -147,7 +141,8 @@ class Recorder:
         self.factor: Tensor | float = 1.0
         self._own = own or OwnValues(())
         self._own_sites = self._own.sites()
-        self._cells, self._head = cells, head
+        self._cells = cells
+        self.head = Head(head, pool, self.reasons)
         self._skip, self._pool = SkipPath(samples, core=core), pool
         self._gates, self._shares = Gates(), Shares(self._skip.head)
         self._core, self.counts_gates, self._count = core, not core, moments
@@ -159,8 +154,6 @@ class Recorder:
         self._skip.weigh = None if pool is None else pool.skip
         self._fixed = False
         self._begun: _Pass | None = None
-        self._moments: Tensor | None = None
-        self.classes = 0
         self._pass = weakref.ref(_Pass())
         self.end()
 
@@ -213,12 +206,7 @@ class Recorder:
     @_guarded
     def started(self, inputs: Sequence[Tensor]) -> None:
         """Measure the batch that goes in."""
-        if self._pool is not None:
-            self._miss_head(*DATA, *HEAD_LOSS, reason="not added up over ranks")
-            return
-        self._moments = describe_input(inputs)
-        if self._moments is None:
-            self._miss_head(*DATA, reason="the model has no floating-point input")
+        self.head.batch(inputs)
 
     @_guarded
     def operands(self, addition: Addition) -> None:
@@ -359,23 +347,9 @@ class Recorder:
         self._write_skip()
         self._write_gates()
         begun, self._begun = self._begun, None  # from here on only the graph keeps it
-        self._write_moments(features)
-        if features is None or logits is None:
-            self._miss_head("head_mean", "head_bias", "head_kick", *HEAD_LOSS)
-            return
-        slot = self._head.slot
-        self._head.reserve(1, features.device)
-        if self._pool is None:
-            self._head.write(slot, 0, "head_mean", metrics.statistics(features)[:3])
-        else:
-            self._pool.sites([((HEAD_ROW, "head_mean"), metrics.reduce(features))])
-        size = torch.full((), features.shape[-1], dtype=torch.float64, device=features.device)
-        self._head.write(slot, 0, "head_size", size)
-        if logits.requires_grad:
-            kept = None if self._pool is not None else Logits(logits)
+        if self.head.classify(features, logits) and logits is not None:
+            slot, kept = self.head.slot, self.head.keep(logits)
             logits.register_hook(lambda g: self._gap(begun, slot, g, kept))
-        else:
-            self._miss_head("head_kick", *HEAD_LOSS)
 
     # -- measuring -----------------------------------------------------------------------------
 
@@ -571,21 +545,6 @@ class Recorder:
                 self._cells.put(slot, row, "dead_fraction", dead)
         self._gates.clear()
 
-    def _write_moments(self, features: Tensor | None) -> None:
-        """Write the input's moments, now that a tensor of the pass says where it runs."""
-        moments, self._moments = self._moments, None
-        if moments is not None:
-            self._head.reserve(1, (moments if features is None else features).device)
-            self._head.write(self._head.slot, 0, DATA[0], moments)
-
-    def _miss_head(
-        self,
-        *columns: str,
-        reason: str = "no linear layer with a gradient ends the forward pass",
-    ) -> None:
-        for column in columns:
-            self.reasons[column][reason] = set()  # no rows: it is not about a block
-
     def miss(self, row: int, columns: tuple[str, ...], reason: str) -> None:
         """Note why columns are NaN for a block."""
         for column in columns:
@@ -732,19 +691,10 @@ class Recorder:
 
     @_guarded
     def _gap(self, begun: "_Pass", slot: int, g: Tensor, logits: Logits | None) -> None:
-        """max_k |p_k - y_k|: the batch sum of dL/dlogits of a mean cross-entropy."""
-        if not self._is_current(begun):
-            return
-        self._see_backward()
-        sums = g.detach().reshape(-1, g.shape[-1]).sum(0)
-        if self._pool is None:
-            self._head.write(slot, 0, "head_gap", torch.linalg.vector_norm(sums, math.inf))
-        else:
-            self._pool.gap(sums.double())
-        read = None if logits is None else logits.read(g)
-        if logits is not None and read is not None:
-            self.classes = logits.classes
-            self._head.write(slot, 0, HEAD_LOSS[0], read)
+        """The gradient of the logits has come."""
+        if self._is_current(begun):
+            self._see_backward()
+            self.head.gap(slot, g, logits)
 
 
 def _scaled(x: Tensor, factor: float) -> Tensor:
