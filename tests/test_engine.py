@@ -1,6 +1,7 @@
 """Engines: the same training in other ways, named in the configuration, never by another hash."""
 
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -127,6 +128,19 @@ def test_the_compiled_engine_trains_and_records_the_same_to_rounding(tmp_path):
     assert other.metrics()["step"].tolist() == run.metrics()["step"].tolist()
     near(other.metrics(), run.metrics())
     np.testing.assert_allclose(other.curve()["loss"], run.curve()["loss"], rtol=1e-4)
+
+
+def test_the_loop_of_the_compiled_engine_runs(tmp_path, monkeypatch):
+    """The same without the minutes that code generation takes."""
+    whole = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", whole)
+    torch._dynamo.reset()
+    asked = {**ALL, "batch_size": 36}
+    eager, _, run = train(tmp_path / "a", **asked)
+    compiled, status, other = train(tmp_path / "b", engine="compile", **asked)
+    assert status == "done"
+    close(compiled, eager)
+    near(other.metrics(), run.metrics())
 
 
 def test_keeping_pages_changes_no_number():

@@ -161,8 +161,9 @@ class Training:
         if self._graphs is not None and whole:
             return self._graphs.train(images, labels)
         self._zero_grad()
-        compiled = self._compiled if whole else None
-        return self._forward_backward(images, labels, compiled or self.model)
+        # no truth value: a compiled module's is the length of the module, which has none
+        model = self.model if self._compiled is None or not whole else self._compiled
+        return self._forward_backward(images, labels, model)
 
     def _zero_grad(self) -> None:
         self._optimizer.zero_grad(set_to_none=self._graphs is None)  # graphs know where they are
