@@ -1,9 +1,9 @@
 """How far the numbers of a slice of the batch are from those of the whole: `moment_samples`.
 
 Of the same weights and batch, at initialisation and after some steps, on the embedded digits: the
-difference of each number from that of all samples, over blocks, batches and networks. Means are
-compared with the output's standard deviation, as many of them are near zero; the others with
-themselves.
+difference of each number from that of all samples, over blocks, batches and networks. What is made
+of means is compared with the output's standard deviation, as many means are near zero; the others
+with themselves.
 """
 
 import copy
@@ -81,7 +81,7 @@ def _errors(
     for samples, frame in frames.items():
         assert samples is not None
         for metric in METRICS:
-            scale = whole.output_channel_std if metric == "output_mean" else whole[metric]
+            scale = whole["output_channel_std" if "_mean" in metric else metric]
             distance = (frame[metric] - whole[metric]).abs() / scale.abs()
             found[samples, metric] = distance.tolist()
     return found
