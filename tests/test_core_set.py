@@ -67,8 +67,15 @@ def test_an_after_add_that_comes_later_leaves_p1_unknown_and_says_so():
             model.block.has_relu = turn
             F.cross_entropy(model(images), labels).backward()
             monitor.step()
-    p1 = monitor.to_frame().perturbation
+    frame = monitor.to_frame()
+    p1 = frame.perturbation
     assert p1[0] == p1[2] == 0
     assert np.isnan(p1[1])
     reasons = [m["reason"] for m in monitor.unavailable if m["metric"] == "perturbation"]
     assert any("no after-add in its first pass" in reason for reason in reasons)
+    with attach(model, metrics="core") as fresh:
+        model.block.has_relu = True
+        F.cross_entropy(model(images), labels).backward()
+        fresh.step()
+    for column in ("output_mean", "output_channel_mean_rms", "output_channel_std"):
+        assert frame[column][1] == pytest.approx(fresh.to_frame()[column][0], rel=1e-6), column

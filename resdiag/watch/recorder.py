@@ -249,12 +249,13 @@ class Recorder:
         row = self.anatomy.rows.get((addition.owner, addition.ordinal))
         if row is None or addition.sum is None:
             return
-        if self._core and self._fixed and self._pool is None and self._is_sum(row):
+        bare = self._fixed and self.anatomy.blocks[row].after_add == "none"
+        if bare and self._core and self._pool is None:
             self._skip.pass_by(row)
         else:
             self._skip.add(row, addition.sum)
         if not self._core:
-            self._measure(row, "sum", addition.sum)
+            self._measure(row, "sum", addition.sum, is_sum=True)
             self._hook(addition.sum, row, "grad_sum")
 
     @_guarded
@@ -266,7 +267,7 @@ class Recorder:
         if not self._fixed:
             self.anatomy.finish(row, addition.after, addition.parameters)
         self._skip.close(row, output, addition.after)
-        self._measure(row, "output", output)
+        self._measure(row, "output", output, is_sum=not addition.after)
         self._ran.add(row)
         if addition.after or self._core:
             self._hook(output, row, "grad_output")
@@ -413,7 +414,9 @@ class Recorder:
             handle.remove()
         self._measure(row, "branch", branch, keep=False)
 
-    def _measure(self, row: int, site: str, x: Tensor, *, keep: bool = True) -> None:
+    def _measure(
+        self, row: int, site: str, x: Tensor, *, keep: bool = True, is_sum: bool = False
+    ) -> None:
         """Write a site's statistics, or an alias if this very tensor was measured before."""
         if site in self._own_sites:
             self._compute_own(row, site, x)
@@ -423,7 +426,7 @@ class Recorder:
             self._cells.alias(row, f"{site}_mean", source, len(metrics.STATISTICS))
             self._reduced[row, site] = self._reduced[known]
             return
-        reduced = self._reduce(row, site, x)
+        reduced = self._reduce(row, site, x, is_sum=is_sum)
         self._reduced[row, site] = reduced
         self._sites.append(((row, f"{site}_mean"), reduced))
         if keep:
@@ -445,9 +448,9 @@ class Recorder:
             if site in self._own_sites:
                 self._compute_own(place, site, g)
 
-    def _reduce(self, row: int, site: str, x: Tensor) -> _Part:
+    def _reduce(self, row: int, site: str, x: Tensor, *, is_sum: bool) -> _Part:
         """Read as little of a site's tensor as its statistics need."""
-        if site == "sum" or (site == "output" and self._core and self._is_sum(row)):
+        if is_sum:
             # a channel's sum over h + F is that over h plus that over F, if of the same samples
             branch, shortcut = self._reduced[row, "branch"], self._reduced[row, "shortcut"]
             if branch.per_channel.shape == shortcut.per_channel.shape and self._count is None:
@@ -460,11 +463,7 @@ class Recorder:
 
     def _part(self, x: Tensor) -> Tensor:
         """The samples of which moments are taken."""
-        return x if self._count is None else x.detach()[: self._count]
-
-    def _is_sum(self, row: int) -> bool:
-        """Whether a block that has ended has its sum for an output."""
-        return self.anatomy.blocks[row].after_add == "none"
+        return x if self._count is None or not x.dim() else x.detach()[: self._count]
 
     def _features(self, row: int, x: Tensor) -> int | None:
         """The dimension of the channels in a tensor of a block, None if nothing said it."""
