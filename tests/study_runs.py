@@ -37,9 +37,10 @@ def states(job):
 
 
 def digests(job):
-    """What the cells computed, by id."""
+    """What the cells computed that came to an end, be it that of their numbers, by id."""
     entries = read_ledger(job.study, job.runs)
-    return {entry.id: digest(entry.run) for entry in entries if entry.state == "done"}
+    ended = ("done", "diverged")
+    return {entry.id: digest(entry.run) for entry in entries if entry.state in ended}
 
 
 def driver(root, path, *more):
