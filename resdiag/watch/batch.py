@@ -22,8 +22,7 @@ _KEPT = 2**17
 _LEAST_KEPT = 16
 _LEAST_ROWS = 8
 _CLEAR = 0.05
-# below this share of E[x^2], E[x^2] - mean^2 has lost too many digits
-_CANCELLED = 1e-2
+_MOMENTS = ("mean", "channel_std", "nonfinite")
 
 
 def describe_input(inputs: Sequence[Tensor]) -> Tensor | None:
@@ -41,26 +40,10 @@ def describe_input(inputs: Sequence[Tensor]) -> Tensor | None:
         return None
     x = x.detach()
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    if metrics.on_host(x.device):
-        return torch.tensor(_describe_on_host(wide), dtype=torch.float64)
-    std, mean = torch.std_mean(wide)
-    broken = x.isfinite().logical_not_().sum(dtype=torch.float64) / x.numel()
-    return torch.stack([mean.double(), std.double(), broken])
-
-
-def _describe_on_host(x: Tensor) -> tuple[float, float, float]:
-    """The same from a sum and a norm, which take a tenth of the time of `torch.std_mean`."""
-    count, size = x.numel(), metrics.norm(x)
-    assert isinstance(size, float)
-    mean = float(x.mean())
-    if not math.isfinite(mean) or not math.isfinite(size):
-        std, mean = (float(value) for value in torch.std_mean(x))
-        return mean, std, float(metrics.nonfinite_fraction(x))
-    square = size * size / count
-    spread = square - mean * mean
-    if spread < _CANCELLED * square:  # a mean far larger than the spread
-        return mean, float(x.std()), 0.0
-    return mean, math.sqrt(spread * count / (count - 1)), 0.0
+    # as one channel: on the CPU a sum and a norm take a tenth of the time of `torch.std_mean`
+    moments = metrics.combine([metrics.reduce(wide.unsqueeze(1), None, 1)])[0]
+    mean, std, broken = (moments[metrics.STATISTICS.index(name)] for name in _MOMENTS)
+    return torch.stack([mean, std * math.sqrt(x.numel() / (x.numel() - 1)), broken])
 
 
 class Logits:

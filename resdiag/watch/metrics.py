@@ -75,7 +75,7 @@ def norm(x: Tensor) -> Scalar:
     if _is_fast(x):
         fast = _norm_by_pieces(x)
         # NaN cannot come from overflowing squares: some element is NaN
-        if _TRUSTED[0] < fast < _TRUSTED[1] or fast != fast:
+        if _TRUSTED[0] < fast < _TRUSTED[1] or math.isnan(fast):
             return fast
     exact: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
     return _look(exact) if on_host(x.device) else exact

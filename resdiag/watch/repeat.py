@@ -214,10 +214,8 @@ class Repeat(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401
         """Run a call that is an addition, an activation or a linear layer."""
         block = None if step.joint is None else self._join(step.joint, func, args, kwargs)
-        call = None
-        if step.owners is not None or step.chained is not None:
-            call = Call(func, args[1:], kwargs)
-        if step.owners is not None and call is not None:
+        call = Call(func, args[1:], kwargs)
+        if step.owners is not None:
             self._activations[self.at] = call
             if self._listener.counts_gates:
                 self._tracer.tell(self._listener.activation, step.owners, call, args[0])
@@ -232,7 +230,7 @@ class Repeat(TorchFunctionMode):
             self.open[id(step.joint)] = block
             self.frames[-1] = (self.frames[-1][0], step.joint)
             self._tracer.tell(self._listener.added, block.addition)
-        elif step.chained is not None and call is not None:
+        elif step.chained is not None:
             chained = self.open[id(step.chained)]
             chained.tail = result
             chained.chain.append(call)
