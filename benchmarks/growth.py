@@ -6,14 +6,13 @@ same repetition, on one thread: seconds, not ratios, because that is what grows.
 
 import random
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from resdiag.models.resnet import build_model
-from resdiag.study.overhead import Arm, Workload, train_step
+from resdiag.study.overhead import Arm, Workload, stopwatch, train_step
 from resdiag.watch.monitor import attach
 
 DEPTHS, BATCHES = (20, 32, 56, 110), (8, 32, 128)
@@ -42,7 +41,7 @@ def cost(depth: int, batch_size: int, repetitions: int) -> Iterator[dict[str, An
     for _ in range(repetitions):
         for name in random.sample(list(arms), len(arms)):
             with arms[name]() as step:
-                times[name].append(seconds(step))
+                times[name].append(stopwatch(step)[1])
     for metrics in ("core", "full"):
         more = [a - b for a, b in zip(times[metrics], times["idle"], strict=True)]
         yield {
@@ -70,7 +69,7 @@ def long_run(steps: int = 2000, part: int = 200) -> dict[str, Any]:
                 train_step(model, optimizer, images, labels)
                 monitor.step()
 
-            times.append(seconds(step))
+            times.append(stopwatch(step)[1])
         held = sum(column.nbytes for table in monitor.drain() for column in table.values())
     return {
         "steps": steps,
@@ -79,10 +78,3 @@ def long_run(steps: int = 2000, part: int = 200) -> dict[str, Any]:
         "bytes_per_step": held / steps,
         "blocks": 3,
     }
-
-
-def seconds(run: Callable[[], None]) -> float:
-    """Time of the processor."""
-    start = time.process_time()
-    run()
-    return time.process_time() - start

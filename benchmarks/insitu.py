@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from resdiag.models.resnet import build_model
-from resdiag.study.overhead import Workload
+from resdiag.study.overhead import Workload, stopwatch
 from resdiag.training.pages import keep_pages
 from resdiag.watch.gradients import Gradients
 from resdiag.watch.metrics import norm
@@ -102,15 +102,10 @@ def small_work(options: argparse.Namespace) -> dict[str, dict[str, float]]:
         cells[name][where] = 1e6 * statistics.median(seconds[name, where])
     x = torch.randn(options.batch_size, 16, 32, 32)
     for name, each in WORK.items():
-        cells[name]["loop 16"] = 1e6 * statistics.median(timed(each, x) for _ in range(50))
+        cells[name]["loop 16"] = 1e6 * statistics.median(
+            stopwatch(functools.partial(each, x))[0] for _ in range(50)
+        )
     return cells
-
-
-def timed(work: Callable[[Tensor], object], x: Tensor) -> float:
-    """Seconds."""
-    start = time.perf_counter()
-    work(x)
-    return time.perf_counter() - start
 
 
 def recorder(options: argparse.Namespace) -> dict[str, float]:

@@ -31,6 +31,7 @@ def _load_generator():
 
 
 generate = _load_generator()
+tables = sys.modules["measuredtables"]  # the generator's
 
 
 def _named(path):

@@ -8,10 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_docs import generate
-
-tables = sys.modules["measuredtables"]  # the generator's
-assert generate.peers_table is tables.peers_table
+from test_docs import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "explanation" / "other-tools.md"

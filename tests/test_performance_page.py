@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_docs import generate
+from test_docs import generate, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,7 +22,6 @@ def _module(name):
 
 
 steps, storage, slices = _module("steps"), _module("storage_forms"), _module("slices")
-tables = sys.modules["measuredtables"]  # the generator's
 
 
 def test_operations_and_traffic_are_those_of_a_product_and_a_sum():

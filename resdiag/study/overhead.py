@@ -18,7 +18,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -27,7 +27,7 @@ from torch import nn
 
 from resdiag.models.resnet import build_model
 from resdiag.training.pages import keep_pages
-from resdiag.watch.monitor import attach
+from resdiag.watch.monitor import Monitor, attach
 
 STRIDES = (10, 50)
 SLICE = 16
@@ -77,7 +77,7 @@ def measure(
     return times, busy
 
 
-def stopwatch(step: Callable[[], None]) -> tuple[float, float]:
+def stopwatch(step: Callable[[], object]) -> tuple[float, float]:
     """Seconds on the clock and of the processor."""
     begun, start = time.process_time(), time.perf_counter()
     step()
@@ -105,10 +105,9 @@ class Workload:
         """One step with whatever is attached."""
         train_step(self._model, self._optimizer, self._images, self._labels)
 
-    @contextmanager
-    def plain(self) -> Iterator[Callable[[], None]]:
+    def plain(self) -> AbstractContextManager[Callable[[], None]]:
         """Nothing is attached."""
-        yield self.step
+        return nullcontext(self.step)
 
     @contextmanager
     def recorded(self, **choices: Any) -> Iterator[Callable[[], None]]:  # noqa: ANN401
@@ -118,11 +117,7 @@ class Workload:
             **choices: Of `attach`.
         """
         with attach(self._model, optimizer=self._optimizer, **choices) as monitor:
-
-            def step() -> None:
-                self.step()
-                monitor.step()
-
+            step = self._then(monitor)
             step()
             step()
             yield step
@@ -132,12 +127,7 @@ class Workload:
         """A monitor is attached, and the step is not due."""
         with attach(self._model, optimizer=self._optimizer, every=10**9) as monitor:
             monitor.start_at(1)
-
-            def step() -> None:
-                self.step()
-                monitor.step()
-
-            yield step
+            yield self._then(monitor)
 
     @contextmanager
     def naive(self) -> Iterator[Callable[[], None]]:
@@ -154,9 +144,20 @@ class Workload:
 
         blocks = map(self._model.get_submodule, self._model.unit_names)
         handles = [block.register_forward_hook(hook) for block in blocks]
-        yield step
-        for handle in handles:
-            handle.remove()
+        try:
+            yield step
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _then(self, monitor: Monitor) -> Callable[[], None]:
+        """A step of the network and of its monitor."""
+
+        def step() -> None:
+            self.step()
+            monitor.step()
+
+        return step
 
 
 def train_step(
