@@ -207,6 +207,7 @@ class _Finder:
     """The listener of `find_blocks`: anatomy only, no numbers."""
 
     counts_gates: bool = False
+    looks_back: bool = False
 
     def __init__(self) -> None:
         self.anatomy = Anatomy()
@@ -241,8 +242,13 @@ class _Finder:
     def activation(self, owners: tuple[str, ...], call: Call, x: Tensor) -> None:
         """Nothing to measure."""
 
-    def finished(self, features: Tensor | None, logits: Tensor | None) -> None:
+    def finished(
+        self, features: Tensor | None, logits: Tensor | None, outputs: Sequence[Tensor]
+    ) -> None:
         """Nothing to measure."""
+
+    def look_back(self, outputs: Sequence[Tensor]) -> None:
+        """Every pass is listened to."""
 
 
 def find_blocks(

@@ -130,6 +130,19 @@ class Buffer:
         places = row, slice(here, here + width), source[0], slice(there, there + width)
         self._aliases[-1].append(places)
 
+    def take(self, slot: int) -> tuple[NDArray[np.float64], int]:
+        """A slot's cells (rows, columns), with aliases as what they stand for, and how many."""
+        assert self._cells is not None
+        values = self._cells[slot].numpy().copy()
+        self._fill(values, self._aliases[slot])
+        return values, len(self._aliases[slot])
+
+    def give(self, slot: int, taken: tuple[NDArray[np.float64], int]) -> None:
+        """Undo what was written to a slot since it was taken."""
+        assert self._cells is not None
+        self._cells[slot] = torch.from_numpy(taken[0])
+        del self._aliases[slot][taken[1] :]
+
     def flush(self, *, keep_open: bool = False) -> tuple[list[int], NDArray[np.float64]]:
         """Move all used slots to the host: the steps, and values (steps, rows, columns).
 
@@ -146,12 +159,17 @@ class Buffer:
         else:
             values = self._cells[used].cpu().numpy().copy()
         for cells, known in zip(values, aliases, strict=True):
-            for row, columns, source, there in known if cells.size else ():
-                cells[row, columns] = cells[source, there]  # a source was known before its aliases
+            self._fill(cells, known)
         self._taken = used.stop if keep_open else 0
         if not keep_open:
             self._steps, self._aliases = [], []
         return steps, values
+
+    @staticmethod
+    def _fill(cells: NDArray[np.float64], aliases: Sequence[tuple[int, slice, int, slice]]) -> None:
+        """Write what aliases stand for."""
+        for row, columns, source, there in aliases if cells.size else ():
+            cells[row, columns] = cells[source, there]  # a source was known before its aliases
 
 
 @functools.lru_cache(maxsize=128)

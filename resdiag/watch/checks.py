@@ -74,6 +74,12 @@ class Checks:
             self._notes.say(f"{describe_units(anatomy.blocks)}; blocks=[...] names others")
         if not anatomy.blocks:
             self._notes.say("no residual addition was found: name modules with blocks=[...]")
+        elif self._recorder.missed:
+            self._notes.say(
+                f"the forward pass of step {self._now.number} was not like those before it: NaN at "
+                "its activations; the next step is recorded too, and from now on every pass is "
+                "followed call by call"
+            )
         elif not self._recorder.seen_backward and not self._now.compiled:
             self._notes.say("a recorded step had no backward pass through the blocks")
         if self._recorder.repeats:

@@ -15,9 +15,15 @@ class Listener(Protocol):
 
     Attributes:
         counts_gates: Whether `activation` does anything.
+        looks_back: Whether it wants to be told of the next pass only when that has ended.
     """
 
     counts_gates: bool
+
+    @property
+    def looks_back(self) -> bool:
+        """See the class."""
+        ...
 
     def started(self, inputs: Sequence[Tensor]) -> None:
         """The pass begins with these inputs."""
@@ -46,5 +52,10 @@ class Listener(Protocol):
     def activation(self, owners: tuple[str, ...], call: Call, x: Tensor) -> None:
         """A known activation is about to be applied to `x`; `owners` are the open frames' names."""
 
-    def finished(self, features: Tensor | None, logits: Tensor | None) -> None:
+    def finished(
+        self, features: Tensor | None, logits: Tensor | None, outputs: Sequence[Tensor]
+    ) -> None:
         """The pass has ended; the last linear layer mapped `features` to `logits`."""
+
+    def look_back(self, outputs: Sequence[Tensor]) -> None:
+        """A pass of which nothing was told but its beginning has ended."""

@@ -22,6 +22,7 @@ from torch.autograd.graph import Node, saved_tensors_hooks
 
 from resdiag.watch import fused
 from resdiag.watch.calls import Call, compose
+from resdiag.watch.saved import Gone, kept
 
 Scalar: TypeAlias = float | Tensor
 """A number for a tensor on the CPU, a 0-d float64 tensor for one on an accelerator."""
@@ -72,7 +73,7 @@ def norm(x: Tensor) -> Scalar:
     """
     if x.requires_grad:
         x = x.detach()
-    if _is_fast(x):
+    if is_fast(x):
         fast = _norm_by_pieces(x)
         # NaN cannot come from overflowing squares: some element is NaN
         if _TRUSTED[0] < fast < _TRUSTED[1] or math.isnan(fast):
@@ -81,9 +82,17 @@ def norm(x: Tensor) -> Scalar:
     return _look(exact) if on_host(x.device) else exact
 
 
+def trusted_norm(x: Tensor) -> float | None:
+    """`norm` in the fewest steps, None where float32 cannot be trusted with it."""
+    if x.requires_grad or not is_fast(x):
+        return None
+    size = _norm_by_pieces(x)
+    return size if _TRUSTED[0] < size < _TRUSTED[1] else None
+
+
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """`norm` of many tensors of one device in a few kernels, float64 (n,)."""
-    if not all(_is_fast(x) and x.numel() <= _PIECE for x in tensors):
+    if not all(is_fast(x) and x.numel() <= _PIECE for x in tensors):
         return stack([norm(x) for x in tensors], tensors[0].device)
     plain = [x.detach() for x in tensors]
     fast = torch.stack(torch._foreach_norm(plain)).double()
@@ -182,7 +191,7 @@ def reduce(x: Tensor, per_channel: Tensor | None = None, features: int | None = 
     size = norm(x)
     count = x.numel() // channels
     sums = per_channel
-    if sums is None or not _is_fast(x) or not size < _TRUSTED[1]:
+    if sums is None or not is_fast(x) or not size < _TRUSTED[1]:
         sums = _channel_sums(x, size, at)
     second = size * size / x.numel()
     if not isinstance(second, float) or not math.isfinite(second):
@@ -200,6 +209,13 @@ class Normalised(NamedTuple):
     forward pass has ended: a dozen small operations cost a tenth there of what they cost between
     two convolutions, which leave nothing of them in the caches.
 
+    Attributes:
+        node: The layer in the autograd graph.
+        scale: gamma (C,).
+        shift: beta (C,).
+        tensor: Gives the output itself, None if it is not there any more.
+        numel: Elements of the output.
+
     References:
         Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1.
     """
@@ -207,8 +223,7 @@ class Normalised(NamedTuple):
     node: Node
     scale: Tensor
     shift: Tensor
-    reference: "weakref.ref[Tensor]"
-    version: int
+    tensor: Callable[[], Tensor | None]
     numel: int
 
     @property
@@ -217,11 +232,6 @@ class Normalised(NamedTuple):
         shift = self.shift.detach().numpy()
         return torch.from_numpy(np.multiply(shift, self.numel // len(shift), dtype=np.float64))
 
-    def tensor(self) -> Tensor | None:
-        """The tensor itself, if it is still there as the layer returned it."""
-        x = self.reference()
-        return x if x is not None and x._version == self.version else None
-
     def sums(self) -> Sums | None:
         """What `reduce` would have read; None where a batch variance over- or underflowed."""
         return normalised_sums([self])[0]
@@ -229,11 +239,13 @@ class Normalised(NamedTuple):
 
 def normalised(x: Tensor) -> Normalised | None:
     """The moments of `x` without reading it; None where `x` is not a BatchNorm's on the CPU."""
-    node = x.grad_fn if _is_fast(x) else None
+    node = x.grad_fn if is_fast(x) else None
     if node is None or type(node).__name__ != "NativeBatchNormBackward0":
         return None
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        return None  # reading what is saved would run somebody's unpacking
+    try:
+        kept(node, "result2")
+    except Gone:  # reading it would compute the layer again
+        return None
     functions = node.next_functions
     if not getattr(node, "_saved_training", False) or len(functions) != 3:
         return None
@@ -241,7 +253,18 @@ def normalised(x: Tensor) -> Normalised | None:
     shift = getattr(functions[2][0], "variable", None)
     if scale is None or shift is None:  # frozen, or without affine parameters
         return None
-    return Normalised(node, scale, shift, weakref.ref(x), x._version, x.numel())
+    return Normalised(node, scale, shift, _unchanged(x), x.numel())
+
+
+def _unchanged(x: Tensor) -> Callable[[], Tensor | None]:
+    """What gives a tensor as long as it is there and nobody has written to it."""
+    reference, version = weakref.ref(x), x._version
+
+    def get() -> Tensor | None:
+        x = reference()
+        return x if x is not None and x._version == version else None
+
+    return get
 
 
 def normalised_sums(layers: Sequence[Normalised]) -> list[Sums | None]:
@@ -386,9 +409,22 @@ def relative_change(changed: Tensor, reference: Tensor) -> Scalar:
     return quotient(difference, norm(reference)) if difference else 0.0
 
 
+def change_by(calls: Sequence[Call], u: Tensor) -> Scalar:
+    """`relative_change` of u to what activations make of it; a cache holds `u`, on the CPU.
+
+    >>> round(change_by([Call(torch.relu, (), {})], torch.tensor([-3.0, 4.0])), 6)
+    0.6
+    """
+    u = u.detach()
+    # u - max(u, 0) in one operation
+    difference = u.clamp(max=0) if is_relu(calls) else compose(tuple(calls))(u) - u
+    size = _size(difference)
+    return quotient(size, _size(u)) if size else 0.0
+
+
 def relative_changes(changed: Sequence[Tensor], reference: Sequence[Tensor]) -> list[Scalar]:
     """`relative_change` of many pairs; of pairs on the CPU in a few kernels."""
-    if not all(map(_is_fast, (*changed, *reference))):
+    if not all(map(is_fast, (*changed, *reference))):
         return [relative_change(a, b) for a, b in zip(changed, reference, strict=True)]
     if not changed:
         return []
@@ -413,7 +449,7 @@ def share(part: Tensor, total: Tensor) -> Scalar:
     """
     part, total = part.detach(), total.detach()
     a, b = _flat(part), _flat(total)
-    same = part.stride() == total.stride() and _is_fast(part) and _is_fast(total)
+    same = part.stride() == total.stride() and is_fast(part) and is_fast(total)
     if same and a is not None and b is not None:
         square, inner = _dot(b, b), _dot(a, b)
         if _TRUSTED[0] ** 2 < square < _TRUSTED[1] ** 2 and math.isfinite(inner):
@@ -443,13 +479,23 @@ def slope_at(calls: Sequence[Call], u: Tensor, output: Tensor) -> Tensor:
 
     For ReLU and ELU the derivative is read off: 1 where u > 0, elsewhere 0 and H + 1.
     """
+    if is_relu(calls):
+        return (u > 0).to(u.dtype)
     plain = len(calls) == 1 and not calls[0].args
     name, kwargs = calls[0].name, {k: v for k, v in calls[0].kwargs.items() if k != "inplace"}
-    if plain and name == "relu" and not kwargs:
-        return (u > 0).to(u.dtype)
     if plain and name == "elu" and kwargs.get("alpha", 1.0) == 1.0 and len(kwargs) <= 1:
         return (output + 1).clamp_max(1)
     return slope(compose(tuple(calls)), u)
+
+
+def is_relu(calls: Sequence[Call]) -> bool:
+    """Whether calls are one ReLU, in place or not."""
+    return (
+        len(calls) == 1
+        and calls[0].name == "relu"
+        and not calls[0].args
+        and set(calls[0].kwargs) <= {"inplace"}
+    )
 
 
 def _itself(x: Tensor) -> Tensor:
@@ -463,7 +509,7 @@ def channel_dimension(dims: int, known: int | None = None) -> int:
     return 1 if dims in (2, 4, 5) else max(0, dims - 1)
 
 
-def _is_fast(x: Tensor) -> bool:
+def is_fast(x: Tensor) -> bool:
     """Whether a float32 reduction is worth trying: on the CPU, where its result can be checked."""
     return x.dtype is torch.float32 and on_host(x.device)
 
@@ -495,6 +541,13 @@ def _dot(a: Tensor, b: Tensor) -> float:
     return math.fsum(_look(torch.dot(p, q)) for p, q in pairs)
 
 
+def _size(x: Tensor) -> float:
+    """`norm` of a tensor on the CPU that a cache holds."""
+    flat = _flat(x) if is_fast(x) else None
+    square = 0.0 if flat is None else _dot(flat, flat)
+    return math.sqrt(square) if _TRUSTED[0] ** 2 < square < _TRUSTED[1] ** 2 else float(norm(x))
+
+
 def _flat(x: Tensor) -> Tensor | None:
     """The elements in the order in which they lie in memory, if they lie densely."""
     if x.is_contiguous():
@@ -514,7 +567,7 @@ def _channel_sums(x: Tensor, size: Scalar, at: int) -> Tensor:
     reduced = tuple(d for d in range(x.dim()) if d != at)
     if not on_host(x.device):
         return x.sum(reduced, dtype=torch.float64)
-    if _is_fast(x) and not size >= _TRUSTED[1]:
+    if is_fast(x) and not size >= _TRUSTED[1]:
         if at == 1 and 3 < x.dim() < 6 and x.is_contiguous():
             # first over what lies together: half the time on tensors that no cache holds
             return x.sum(_BEHIND[: x.dim() - 2]).sum(0)

@@ -476,9 +476,9 @@ class Monitor:
         """Complete the recorded step."""
         if self._now.compiled:
             self._passes.collect()
+        self._recorder.conclude()
         self._gradients.finish()
         self._checks.backward()
-        self._recorder.conclude()
         self._recorder.end()
         self._now.recorded += 1
 

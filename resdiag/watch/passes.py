@@ -124,7 +124,8 @@ class Passes:
     # -- inside --------------------------------------------------------------------------------
 
     def _is_due_now(self) -> bool:
-        return not self._recorder.failure and (self.demanded or self.is_due())
+        wanted = self.demanded or self._recorder.missed or self.is_due()
+        return wanted and not self._recorder.failure
 
     def _can_trace(self) -> bool:
         if torch._C._functorch.peek_interpreter_stack() is None:

@@ -8,11 +8,13 @@ import functools
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Concatenate, ParamSpec, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -25,8 +27,11 @@ from resdiag.watch.calls import Call
 from resdiag.watch.catalog import CORE, RECORDED, SITES
 from resdiag.watch.gates import Gates, fractions
 from resdiag.watch.head import Head
+from resdiag.watch.hindsight import SITES as READ
+from resdiag.watch.hindsight import Hindsight, View
 from resdiag.watch.ownvalues import OwnValues
 from resdiag.watch.pool import Pool
+from resdiag.watch.saved import Gone
 from resdiag.watch.shares import Shares, entries
 from resdiag.watch.skip import COLUMNS, SkipPath
 from resdiag.watch.units import Unit
@@ -117,6 +122,7 @@ class Recorder:
         skipped: Blocks of the first pass that the last one did not run.
         head: What it writes of batch and classifier.
         counts_gates: Whether it wants to be told of activations.
+        missed: Whether the pass was read in hindsight and was not the one expected.
     """
 
     def __init__(
@@ -152,7 +158,10 @@ class Recorder:
             for name in self._own.at(("input", "sum", "grad_input", "grad_sum")):
                 self.reasons[name][_NOT_CORE] = set()
         self._skip.weigh = None if pool is None else pool.skip
-        self._fixed = False
+        self._fixed = self.missed = False
+        # the other quantities are not in the graph, and ranks add up more than the core set
+        plain = core and pool is None and not self._own_sites
+        self.hindsight = Hindsight() if plain else None
         self._begun: _Pass | None = None
         self._pass = weakref.ref(_Pass())
         self.end()
@@ -169,9 +178,14 @@ class Recorder:
         self._live = True
         begun = self._begun = _Pass()
         self._pass = weakref.ref(begun)
-        self.seen_backward = self.is_whole = False
+        self.seen_backward = self.is_whole = self.missed = False
         self.strangers = self.repeats = 0
         self.skipped = []
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether it wants to be told of the next pass only when that has ended."""
+        return self.hindsight is not None and self.hindsight.is_ready
 
     @property
     def is_lost(self) -> bool:
@@ -183,6 +197,8 @@ class Recorder:
         self._live = False
         self._begun = None
         self._skip.reset()
+        if self.hindsight is not None:
+            self.hindsight.forget()
         self._known: dict[int, tuple[weakref.ref[Tensor], int, int, str]] = {}
         self._children: dict[Key, list[int]] = defaultdict(list)
         self._shares.clear()
@@ -195,6 +211,7 @@ class Recorder:
         self._sum_hooks: dict[int, RemovableHandle] = {}
         self._written: set[Key] = set()
         self._postponed: set[Key] = set()
+        self._arrived: dict[int, tuple[float, int]] = {}  # norms and samples of gradients
 
     def close(self) -> None:
         """Let go of everything; nothing comes any more."""
@@ -215,6 +232,8 @@ class Recorder:
         if row is None:
             return
         branch = _scaled(addition.branch, addition.branch_scale)
+        if self.hindsight is not None and self.hindsight.listens:
+            self.hindsight.operands(row, addition)
         if addition.extends:
             self._extend(row, branch)
             return
@@ -249,6 +268,8 @@ class Recorder:
         row = self.anatomy.rows.get((addition.owner, addition.ordinal))
         if row is None or addition.sum is None:
             return
+        if self.hindsight is not None and self.hindsight.listens:
+            self.hindsight.added(row, addition.sum)
         bare = self._fixed and self.anatomy.blocks[row].after_add == "none"
         if bare and self._core and self._pool is None:
             self._skip.pass_by(row)
@@ -266,6 +287,8 @@ class Recorder:
             return
         if not self._fixed:
             self.anatomy.finish(row, addition.after, addition.parameters)
+        if self.hindsight is not None and self.hindsight.listens:
+            self.hindsight.closed(row, output, addition.after)
         self._skip.close(row, output, addition.after)
         self._measure(row, "output", output, is_sum=not addition.after)
         self._ran.add(row)
@@ -339,18 +362,113 @@ class Recorder:
             self._gates.add(call, self._skip.head(x))
 
     @_guarded
-    def finished(self, features: Tensor | None, logits: Tensor | None) -> None:
+    def finished(
+        self, features: Tensor | None, logits: Tensor | None, outputs: Sequence[Tensor]
+    ) -> None:
         """Measure the classifier's input, and hook its output for the head kick."""
         if self._fixed:
             self.skipped = [b.name for b in self.anatomy.blocks if b.index not in self._ran]
         self._fixed, self.is_whole = self._fixed or bool(self.anatomy.blocks), True
         self._write_sites()
-        self._write_skip()
+        self._write_skip(self._skip.finish())
         self._write_gates()
+        if self.hindsight is not None and self.hindsight.listens:
+            self._learn(self.hindsight, features, logits, outputs)
         begun, self._begun = self._begun, None  # from here on only the graph keeps it
+        self._end(begun, features, logits)
+
+    def _end(self, begun: "_Pass | None", features: Tensor | None, logits: Tensor | None) -> None:
+        """Measure the classifier."""
         if self.head.classify(features, logits) and logits is not None:
             slot, kept = self.head.slot, self.head.keep(logits)
             logits.register_hook(lambda g: self._gap(begun, slot, g, kept))
+
+    # -- in hindsight --------------------------------------------------------------------------
+
+    @_guarded
+    def look_back(self, outputs: Sequence[Tensor]) -> None:
+        """Measure a pass of which nothing was told, from the graph that it left."""
+        assert self.hindsight is not None
+        try:
+            view = self.hindsight.look(outputs)
+            if view is not None:
+                self._read(view)
+        except Gone:
+            view = None
+        if view is None:
+            self.hindsight.give_up()
+            self._cells.wipe()
+            self.missed = True
+            return
+        self._ran.update(range(len(view.blocks)))
+        self.is_whole = True
+        begun, self._begun = self._begun, None
+        for row, (node, place) in enumerate(view.outputs()):
+            self._hooked.add((row, "grad_output"))
+            node.register_prehook(self._backward_hook(begun, row, place))
+        self._end(begun, *(view.head or (None, None)))
+
+    def _backward_hook(
+        self, begun: "_Pass | None", row: int, place: int
+    ) -> Callable[[tuple[Tensor | None, ...]], None]:
+        """What reads the gradient of a block's output before the node that made it runs.
+
+        It does the least that it can: during a backward pass none of its code is in the caches.
+        """
+        slot, arrived, whole = self._cells.slot, self._arrived, self._count is None
+
+        def hook(gradients: tuple[Tensor | None, ...]) -> None:
+            g = gradients[place]
+            if g is None or arrived is not self._arrived:
+                return
+            size = metrics.trusted_norm(g) if whole and self.seen_backward else None
+            if size is None or row in arrived:
+                self._gradient(begun, slot, row, "grad_output", g)
+            else:
+                arrived[row] = size, len(g)
+
+        return hook
+
+    def _learn(
+        self,
+        hindsight: Hindsight,
+        features: Tensor | None,
+        logits: Tensor | None,
+        outputs: Sequence[Tensor],
+    ) -> None:
+        """See whether the graph shows what was measured; from then on it is read instead."""
+        slot = self._cells.slot
+        try:
+            view = hindsight.learn(outputs, features, logits)
+            if view is None:
+                return
+            heard = self._cells.take(slot)
+            self._read(view)
+            hindsight.is_ready = _agree(heard[0], self._cells.take(slot)[0])
+            self._cells.give(slot, heard)
+        except Gone:
+            pass
+        if not hindsight.is_ready:
+            hindsight.give_up()
+
+    def _read(self, view: View) -> None:
+        """Measure what a pass's graph shows of its blocks."""
+        changes = list[tuple[int, list[metrics.Scalar], dict[str, str]]]()
+        nothing = [math.nan] * (len(COLUMNS) - 1)
+        for row in range(len(view.blocks)):
+            for at, site in enumerate(READ):
+                known = view.same(row, at)
+                if known is None:
+                    x, is_sum = view.read(row, at), site == "output" and view.is_bare(row)
+                    if isinstance(x, Tensor):
+                        self._note(row, site, self._reduce(row, site, x, is_sum=is_sum))
+                    else:
+                        self._note(row, site, x)
+                else:
+                    self._repeat(row, site, known)
+            changes.append((row, [view.perturbation(row, self._skip.samples), *nothing], {}))
+        self._write_sites()
+        self._write_skip(changes)
 
     # -- measuring -----------------------------------------------------------------------------
 
@@ -422,15 +540,22 @@ class Recorder:
             self._compute_own(row, site, x)
         known = self._find(x)
         if known is not None:
-            source = known[0], f"{known[1]}_mean"
-            self._cells.alias(row, f"{site}_mean", source, len(metrics.STATISTICS))
-            self._reduced[row, site] = self._reduced[known]
+            self._repeat(row, site, known)
             return
-        reduced = self._reduce(row, site, x, is_sum=is_sum)
-        self._reduced[row, site] = reduced
-        self._sites.append(((row, f"{site}_mean"), reduced))
+        self._note(row, site, self._reduce(row, site, x, is_sum=is_sum))
         if keep:
             self._known[id(x)] = (weakref.ref(x), x._version, row, site)
+
+    def _note(self, row: int, site: str, reduced: _Part) -> None:
+        """A site's tensor was read."""
+        self._reduced[row, site] = reduced
+        self._sites.append(((row, f"{site}_mean"), reduced))
+
+    def _repeat(self, row: int, site: str, known: tuple[int, str]) -> None:
+        """A site's tensor is one that was read before."""
+        source = known[0], f"{known[1]}_mean"
+        self._cells.alias(row, f"{site}_mean", source, len(metrics.STATISTICS))
+        self._reduced[row, site] = self._reduced[known]
 
     def _compute_own(self, row: int, site: str, x: Tensor) -> None:
         """Own metrics of a tensor or, without the loss scale, of a gradient."""
@@ -516,10 +641,10 @@ class Recorder:
             return metrics.Sums(nan, 1, math.nan, None, math.nan)
         return known
 
-    def _write_skip(self) -> None:
-        """Measure the skip path of the pass that has ended."""
+    def _write_skip(self, rows: Iterable[tuple[int, list[metrics.Scalar], dict[str, str]]]) -> None:
+        """Write what was measured of the skip path, and what could not be."""
         keys, values = list[Key](), list[metrics.Scalar]()
-        for row, measured, reasons in self._skip.finish():
+        for row, measured, reasons in rows:
             keys.append((row, COLUMNS[0]))
             values.extend(measured)
             for column, reason in reasons.items():
@@ -579,7 +704,11 @@ class Recorder:
         self._begun = None
 
     def conclude(self) -> None:
-        """Say of which tensors no gradient came because they have none."""
+        """Write the gradients that came; say of which tensors none came because they have none."""
+        for row, (size, batch) in self._arrived.items():
+            if (row, "grad_output") not in self._written:
+                self._cells.put(self._cells.slot, row, "grad_output", size * math.sqrt(batch))
+                self._cells.put(self._cells.slot, row, "grad_nonfinite", 0.0)
         for row, column in self._postponed - self._hooked:
             self.miss(row, _WITHOUT[column], _NO_GRADIENTS)
 
@@ -614,7 +743,7 @@ class Recorder:
             return
         self._see_backward()
         key = row, column
-        self.repeats += key in self._written
+        self.repeats += key in self._written or row in self._arrived
         self._written.add(key)
         size, broken = metrics.gradient(g, self._count)
         if self._pool is None:
@@ -694,6 +823,12 @@ class Recorder:
         if self._is_current(begun):
             self._see_backward()
             self.head.gap(slot, g, logits)
+
+
+def _agree(heard: NDArray[np.float64], seen: NDArray[np.float64]) -> bool:
+    """Whether two readings of one pass are of the same tensors; their sums may round apart."""
+    size = np.nanmax(np.abs(heard), axis=1, initial=0, keepdims=True)
+    return bool(np.allclose(heard, seen, rtol=1e-3, atol=1e-5 * size, equal_nan=True))
 
 
 def _scaled(x: Tensor, factor: float) -> Tensor:

@@ -25,6 +25,7 @@ class Replay:
     """
 
     counts_gates: bool = False
+    looks_back: bool = False
 
     def __init__(self, recorder: Recorder, called: Mapping[str, int]) -> None:
         self._recorder, self._called = recorder, called
@@ -66,8 +67,13 @@ class Replay:
     def activation(self, owners: tuple[str, ...], call: Call, x: Tensor) -> None:
         """Counted in the first run."""
 
-    def finished(self, features: Tensor | None, logits: Tensor | None) -> None:
+    def finished(
+        self, features: Tensor | None, logits: Tensor | None, outputs: Sequence[Tensor]
+    ) -> None:
         """The model itself does not run again."""
+
+    def look_back(self, outputs: Sequence[Tensor]) -> None:
+        """Every pass is listened to."""
 
     def _row(self, addition: Addition) -> int | None:
         if self._called.get(addition.owner) != 1:

@@ -138,12 +138,13 @@ class SkipPath:
         core: Measure P1 only.
 
     Attributes:
+        samples: The same.
         weigh: Told each block's row, values, and what each value is a mean over: the sum of squares
             or the number of units below its fraction bar.
     """
 
     def __init__(self, samples: int | None, *, core: bool = False) -> None:
-        self._samples, self._core = samples, core
+        self.samples, self._core = samples, core
         self.weigh: Callable[[int, list[Scalar], list[Scalar]], None] | None = None
         self._memory: dict[tuple[int, str], tuple[tuple[Any, ...], Tensor]] = {}
         self.reset()
@@ -162,7 +163,7 @@ class SkipPath:
 
     def head(self, x: Tensor) -> Tensor:
         """The samples looked at, detached."""
-        return x.detach()[: self._samples]
+        return x.detach()[: self.samples]
 
     def open(
         self,
@@ -220,7 +221,7 @@ class SkipPath:
 
     def _keep(self, row: int, name: str, x: Tensor) -> Tensor:
         """Copy the first samples; the memory stays from pass to pass, fresh pages cost more."""
-        if self._samples is None:  # too much to hold on to
+        if self.samples is None:  # too much to hold on to
             return x.detach().clone()
         known = self._memory.get((row, name))
         like = x.shape, x.stride(), x.dtype, x.device

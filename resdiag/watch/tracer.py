@@ -101,7 +101,7 @@ class Tracer(TorchFunctionMode):
         self._makers: Makers | None = Makers(self._names)
         self._counts: dict[str, int] = {}
         self._head: tuple[Tensor | None, Tensor | None] = (None, None)
-        self._on, self._thread = False, 0
+        self._on, self._thread, self._later = False, 0, False
         self._first, self._again = listener, again
         self._called: Counter[str] = Counter()
         # a unit's name, and how many activations and normalisations after it belong to it
@@ -162,11 +162,12 @@ class Tracer(TorchFunctionMode):
                 self._begin(compiled=is_running_compiled())
             elif not self._on:
                 self._begin_again(name)
-            if self._on and get_ident() == self._thread:
+            if self._on and get_ident() == self._thread and (root or not self._later):
                 if root:
                     inputs = [*tensors_in(args), *tensors_in(kwargs)]
                     self.tell(self._listener.started, inputs)
-                self._come(name, module, args, kwargs)
+                if not self._later:
+                    self._come(name, module, args, kwargs)
 
         return hook
 
@@ -175,7 +176,10 @@ class Tracer(TorchFunctionMode):
         def hook(module: nn.Module, args: object, output: object) -> None:
             if torch.compiler.is_compiling() or module is not owner:
                 return
-            if not self._on or get_ident() != self._thread:
+            if not self._on or get_ident() != self._thread or (self._later and not root):
+                return
+            if self._later:
+                self._end_later(output)
                 return
             if root and (self._depth != 1 or output is None):  # an exception passed
                 self._stop()
@@ -188,6 +192,12 @@ class Tracer(TorchFunctionMode):
 
         return hook
 
+    def _end_later(self, output: object) -> None:
+        """A pass that nobody listened to has ended, or an exception has passed."""
+        if output is not None:
+            self.tell(self._listener.look_back, list(tensors_in(output)))
+        self._stop()
+
     def _finish(self, root: nn.Module, output: object) -> None:
         """The pass has ended as it should."""
         self._choose(root, output)
@@ -195,7 +205,7 @@ class Tracer(TorchFunctionMode):
         features, logits = (
             self._repeat.head if self._repeat is not None and repeated else self._head
         )
-        self.tell(self._listener.finished, features, logits)
+        self.tell(self._listener.finished, features, logits, list(tensors_in(output)))
         if repeated:
             self._memory.recognised()
         elif self._learner is not None:  # a repeat tells nothing of units
@@ -225,6 +235,9 @@ class Tracer(TorchFunctionMode):
         # replicas of the model in other threads (DataParallel) are not followed
         self._on, self._thread = True, get_ident()
         routine, first = self._memory.routine, self._listener is self._first
+        self._later = first and self._listener.looks_back
+        if self._later:
+            return
         if routine is not None and first:
             self._repeat = Repeat(routine, self._listener, self)
         elif self._memory.can_learn and first:
@@ -280,7 +293,7 @@ class Tracer(TorchFunctionMode):
     def _stop(self) -> None:
         """Leave the function mode and forget the pass."""
         if self._on:
-            self._on = False
+            self._on = self._later = False
             self._mode.close()
         self._repeat = self._learner = None
         self._frames.clear()

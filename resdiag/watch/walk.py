@@ -56,6 +56,7 @@ class _Walk(TorchFunctionMode):
     """The listener of the pass, and its clock: every operation and every port is an instant."""
 
     counts_gates: bool = True
+    looks_back: bool = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -288,10 +289,15 @@ class _Walk(TorchFunctionMode):
         if x.is_floating_point() and x.numel():
             self._gates.append((owners, call, self._trail(x)))
 
-    def finished(self, features: Tensor | None, logits: Tensor | None) -> None:
+    def finished(
+        self, features: Tensor | None, logits: Tensor | None, outputs: Sequence[Tensor]
+    ) -> None:
         """The classifier."""
         if features is not None and logits is not None:
             self._head = self._trail(features), self._trail(logits)
+
+    def look_back(self, outputs: Sequence[Tensor]) -> None:
+        """Every pass is listened to."""
 
     def _route(self, addition: Addition) -> Route:
         return self._routes[self.anatomy.rows[addition.owner, addition.ordinal]]
