@@ -20,6 +20,7 @@ from resdiag.study.grid import MOST_CELLS
 from resdiag.study.shipped import TEMPLATE, shipped_studies
 from resdiag.study.spec import MOST_MISTAKES, StudyError, check_document, override, read_document
 from resdiag.study.study import build_study, load_study
+from resdiag.study.work import Task, work
 from resdiag.training.recipe import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -606,3 +607,11 @@ def test_the_eager_engine_leaves_the_ids_that_cells_had_before_there_were_others
 
     assert cell.id == "original-d8-s0-141df718"
     assert other.id != cell.id
+
+
+def test_an_engine_for_some_machines_is_seen_where_the_cell_runs(tmp_path):
+    """A plan is made on one machine for others."""
+    study = load_study("smoke", ['fixed.engine="graph"'])
+    plan, cell = study.write_plan(tmp_path), study.cells[0]
+    with pytest.raises(UsageError, match="replays CUDA graphs, not on cpu"):
+        work(Task(study=str(plan), cell=cell.id, runs=str(tmp_path), device="cpu"))

@@ -83,7 +83,8 @@ def _check_setting(name: str) -> Callable[[Any], Any]:
     """The check of one setting: that of `Request`, in words that fit a file."""
 
     def check(value: Any) -> Any:  # noqa: ANN401
-        plain: dict[str, Any] = {"variant": "original", "depth": 20}
+        # the device is the machine's: whether a setting fits it is seen where the cell runs
+        plain: dict[str, Any] = {"variant": "original", "depth": 20, "device": "auto"}
         try:
             Request(**{**plain, name: value}).check()
         except UsageError as error:
