@@ -9,29 +9,49 @@ and for x <= 0 neither t (in [-1, 0]) nor 1 - t (in [1, 2]) cancels, so the rela
 that of tanh and a division, also next to 0 and where the exponential underflows.
 """
 
-from typing import Any, Self
+from threading import get_ident
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 
 class FastElu:
-    """While entered, `aten::elu` on the CPU is this one for every model of the process.
+    """While entered, `aten::elu` on the CPU is this one for every model of the thread.
 
     The operator itself is replaced, below autograd and below everything that watches: recorded and
-    unrecorded passes have the same bits. Its derivative is PyTorch's.
+    unrecorded passes have the same bits. Its derivative is PyTorch's. Threads that have not entered
+    get PyTorch's kernel, as before.
     """
 
-    def __init__(self) -> None:
-        self._library: Any = None
+    _threads: ClassVar[list[int]] = []  # once for each time that a thread has entered
+    _library: ClassVar[Any] = None
 
     def __enter__(self) -> Self:
-        self._library = torch.library.Library("aten", "IMPL")
-        self._library.impl("elu", elu, "CPU")
+        if not FastElu._threads:
+            FastElu._library = _replace()
+        FastElu._threads.append(get_ident())
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._library._destroy()
+        FastElu._threads.remove(get_ident())
+        if not FastElu._threads:
+            FastElu._library._destroy()
+
+
+def _replace() -> torch.library.Library:
+    """Put a choice between the two kernels in PyTorch's place."""
+    slow = torch.library.get_kernel("aten::elu", "CPU")
+
+    def choose(keys: torch.DispatchKeySet, x: Tensor, *rest: float) -> Tensor:
+        if get_ident() in FastElu._threads:
+            return elu(x, *rest)
+        result: Tensor = slow.call_boxed(keys, x, *rest)
+        return result
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("elu", choose, "CPU", with_keyset=True)
+    return library
 
 
 def elu(x: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Tensor:
