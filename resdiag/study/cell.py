@@ -16,9 +16,9 @@ from resdiag.runs.store import RunWriter
 from resdiag.study.heartbeat import Heartbeat
 from resdiag.training.data import ImageData, open_data
 from resdiag.training.display import Display, open_display
-from resdiag.training.interrupt import Interrupt
 from resdiag.training.loop import Training
 from resdiag.training.recipe import Request, resolve
+from resdiag.training.turns import ALONE, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,7 @@ class Options:
         patience: Seconds without a beat after which another owner of the run is taken for gone;
             None never does.
         display: Makes what is shown of the progress, from title, steps and steps done.
+        turn: Held while data are read and while it trains, where cells share a process.
     """
 
     root: Path = Path("runs")
@@ -64,6 +65,7 @@ class Options:
     sinks: tuple[str, ...] = ()
     patience: float | None = None
     display: Callable[[str, int, int], Display] | None = None
+    turn: Turn = ALONE
 
 
 def run_cell(request: Request, options: Options, say: Callable[[str], None]) -> Outcome:
@@ -80,7 +82,8 @@ def run_cell(request: Request, options: Options, say: Callable[[str], None]) -> 
         StorageError: The folder cannot be written.
     """
     request.check()
-    data = open_data(request.data, options.data_root)
+    with options.turn:  # data that are read for the first time are written down for all
+        data = open_data(request.data, options.data_root)
     say(f"data: {data.note}")
     config = resolve(request, data_name=data.name, train_size=len(data.train_labels))
     writer = RunWriter.open(
@@ -130,9 +133,9 @@ def _train(
     display = open_(title, config.steps, writer.committed_step)
     status = "stopped"
     try:
-        with Interrupt() as interrupt, warnings.catch_warnings():
+        with options.turn as turn, turn.interrupt() as interrupt, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the monitor's notes are returned instead
-            training = Training(config, data, writer, feed.write)
+            training = Training(config, data, writer, feed.write, turn=turn)
             status = training.run(display, interrupt)
     finally:
         display.close()

@@ -16,6 +16,7 @@ from resdiag.study.failure import clear_failure, write_failure
 from resdiag.study.heartbeat import Heartbeat
 from resdiag.study.ledger import ENDED, find_run, read_entry
 from resdiag.study.study import Study, load_study
+from resdiag.training.turns import ALONE, Turn
 
 if TYPE_CHECKING:
     from resdiag.study.cell import Outcome
@@ -54,14 +55,18 @@ def preload() -> None:
     import resdiag.study.cell  # noqa: F401
 
 
-def start(plain: dict[str, Any]) -> int:
+def start(plain: dict[str, Any], turn: Turn = ALONE) -> int:
     """Work on a task that arrived as plain data; what goes wrong is printed.
+
+    Args:
+        plain: The task.
+        turn: See `work`.
 
     Returns:
         The exit code.
     """
     try:
-        return work(Task(**plain))
+        return work(Task(**plain), turn=turn)
     except ResdiagError as error:
         hint = f" ({error.hint})" if error.hint else ""
         print(f"resdiag: {error.message}{hint}", file=sys.stderr)
@@ -96,12 +101,13 @@ def start_logged(plain: dict[str, Any], log: str) -> int:
             os.close(handle)
 
 
-def work(task: Task, say: Callable[[str], None] = print) -> int:
+def work(task: Task, say: Callable[[str], None] = print, turn: Turn = ALONE) -> int:
     """Bring a cell to its end; do nothing if it is there.
 
     Args:
         task: Which cell, and where.
         say: Told what happens, line by line.
+        turn: What the cell takes its turns by, where several share a process; not held now.
 
     Returns:
         0 if the cell is done or has diverged; 75 or 130 if a signal stopped it after a commit.
@@ -121,7 +127,7 @@ def work(task: Task, say: Callable[[str], None] = print) -> int:
         if _has_ended(folder, say):  # by whoever had it while we waited
             return 0
         with Heartbeat(lock.beat):
-            return _work_alone(study, task, folder, lock, say)
+            return _work_alone(study, task, lock, say, turn)
     finally:
         lock.release()
 
@@ -134,12 +140,13 @@ def _has_ended(folder: Path, say: Callable[[str], None]) -> bool:
 
 
 def _work_alone(
-    study: Study, task: Task, folder: Path, lock: Lock, say: Callable[[str], None]
+    study: Study, task: Task, lock: Lock, say: Callable[[str], None], turn: Turn
 ) -> int:
     """The work, once the cell is ours."""
+    folder = lock.path.parent
     clear_failure(folder)
     try:
-        outcome = _run(study, task, folder, say)
+        outcome = _run(study, task, folder, say, turn)
     except BusyError:
         raise
     except ResdiagError as error:
@@ -155,7 +162,9 @@ def _work_alone(
     return 130 if outcome.signal == 2 else STOPPED
 
 
-def _run(study: Study, task: Task, folder: Path, say: Callable[[str], None]) -> "Outcome":
+def _run(
+    study: Study, task: Task, folder: Path, say: Callable[[str], None], turn: Turn
+) -> "Outcome":
     import torch
 
     from resdiag.study.cell import Options, run_cell
@@ -172,6 +181,7 @@ def _run(study: Study, task: Task, folder: Path, say: Callable[[str], None]) -> 
         allow_drift=task.allow_drift,
         patience=LEASE_S,
         display=lambda _, steps, done: ProgressFile(folder, steps, done),
+        turn=turn,
     )
     return run_cell(request, options, say)
 

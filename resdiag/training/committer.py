@@ -8,6 +8,7 @@ from typing import Any, Self, TypeAlias
 from numpy.typing import NDArray
 
 from resdiag.runs.store import RunWriter
+from resdiag.training.turns import ALONE, Turn
 
 Table: TypeAlias = Mapping[str, NDArray[Any]]
 """Rows of a run's table: one array of shape (rows,) per column."""
@@ -43,10 +44,16 @@ class Committer:
     Args:
         writer: The run's folder; used by nobody else meanwhile, but for its beats.
         tell: Is handed the rows of both tables after each commit, in the training's own thread.
+        turn: The training's: others have theirs while it waits for the disk.
     """
 
-    def __init__(self, writer: RunWriter, tell: Callable[[Table, Table], object] | None) -> None:
-        self._writer, self._tell = writer, tell
+    def __init__(
+        self,
+        writer: RunWriter,
+        tell: Callable[[Table, Table], object] | None,
+        turn: Turn = ALONE,
+    ) -> None:
+        self._writer, self._tell, self._turn = writer, tell, turn
         self._thread = ThreadPoolExecutor(1, "resdiag-commit")
         self._under_way: tuple[Piece, Future[None]] | None = None
 
@@ -70,7 +77,8 @@ class Committer:
         if self._under_way is None:
             return
         (piece, future), self._under_way = self._under_way, None
-        future.result()
+        with self._turn.away():
+            future.result()
         if self._tell is not None:  # after the commit: steps that are done again are told once
             self._tell(piece.metrics, piece.curve)
 

@@ -33,6 +33,9 @@ class Capture(Protocol):
 class CudaCapture:
     """Capture by `torch.cuda.CUDAGraph`; all graphs share one pool of memory.
 
+    Work that already runs on a stream of its own is captured there: cuBLAS keeps a scratch memory
+    per stream, and graphs that another stream replays at the same time must not share it.
+
     Args:
         device: A CUDA device.
 
@@ -46,7 +49,8 @@ class CudaCapture:
     def warm_up(self, work: Callable[[], object]) -> None:
         """On a stream of its own: what the default stream has begun must not be captured."""
         with torch.cuda.device(self._device):
-            side, here = torch.cuda.Stream(), torch.cuda.current_stream()
+            here = torch.cuda.current_stream()
+            side = self._own_stream() or torch.cuda.Stream()
             side.wait_stream(here)
             with torch.cuda.stream(side):
                 for _ in range(_WARM_UPS):
@@ -56,11 +60,22 @@ class CudaCapture:
     def capture(self, work: Callable[[], object]) -> Callable[[], None]:
         """The graph's replay."""
         graph = torch.cuda.CUDAGraph()
-        # what the thread that writes commits does meanwhile is its own affair
-        taking = torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local")
-        with torch.cuda.device(self._device), taking:
-            work()
+        with torch.cuda.device(self._device):
+            # what the thread that writes commits does meanwhile is its own affair
+            taking = torch.cuda.graph(
+                graph,
+                pool=self._pool,
+                stream=self._own_stream(),
+                capture_error_mode="thread_local",
+            )
+            with taking:
+                work()
         return graph.replay
+
+    def _own_stream(self) -> torch.cuda.Stream | None:
+        """The current stream, unless it is the default one, which cannot be captured."""
+        here = torch.cuda.current_stream(self._device)
+        return None if here == torch.cuda.default_stream(self._device) else here
 
 
 class _Replay:

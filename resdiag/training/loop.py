@@ -31,6 +31,7 @@ from resdiag.training.graphs import Capture, CudaCapture, Graphs
 from resdiag.training.interrupt import Interrupt
 from resdiag.training.pages import keep_pages
 from resdiag.training.recipe import learning_rate
+from resdiag.training.turns import ALONE, Turn
 from resdiag.watch.monitor import Monitor, attach
 
 _EVALUATION_BATCH = 256
@@ -63,6 +64,7 @@ class Training:
         writer: The run's folder.
         tell: Is handed the rows of both tables after each commit.
         capture: What takes passes down for the engine `graph`, if not CUDA.
+        turn: Handed on once a step where other trainings share the process; held while running.
     """
 
     def __init__(
@@ -72,9 +74,10 @@ class Training:
         writer: RunWriter,
         tell: Callable[[Table, Table], object] | None = None,
         capture: Capture | None = None,
+        turn: Turn = ALONE,
     ) -> None:
-        self.config, self._writer = config, writer
-        self._committer = Committer(writer, tell)
+        self.config, self._writer, self._turn = config, writer, turn
+        self._committer = Committer(writer, tell, turn)
         self._device = torch.device(config.device)
         # convolutions on the CPU are a fifth faster in this layout
         layout: dict[str, Any] = {"memory_format": torch.channels_last}
@@ -148,6 +151,7 @@ class Training:
             group["lr"] = lr
         images, labels = self._batches.batch(step)
         results = self._passes(images, labels)
+        self._turn.hand_on()  # the device is at it; others launch theirs before we look
         self._count(step, len(labels), lr, results)
         if self._tally.exploded == step and not self.monitor.is_recording:
             self._record_again(images, labels)
@@ -257,6 +261,7 @@ class Training:
             totals += test(images, labels)
             count += len(labels)
         self.model.train()
+        self._turn.hand_on()
         loss_sum, wrong_sum = (totals / max(1, count)).tolist()
         return loss_sum, wrong_sum
 
