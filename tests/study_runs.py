@@ -10,7 +10,7 @@ from studyfiles import TINY, write_study
 from tiny_training import digest
 
 from resdiag.study.engines.job import Job
-from resdiag.study.engines.local import Local
+from resdiag.study.engines.local import Local, find_slots
 from resdiag.study.ledger import read_entry, read_ledger
 from resdiag.study.study import load_study
 
@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 CORE = {"CUDA_VISIBLE_DEVICES": ""}
 
 
-def run_local(root, text=TINY, *, slots=2, target=None, faults=None):
+def run_local(root, text=TINY, *, slots=2, each=1, target=None, faults=None, device="cpu"):
     """Run a study under the local engine: its job and what was said."""
     study = load_study(str(write_study(root, text)))
     runs, said = root / "runs", []
@@ -26,9 +26,10 @@ def run_local(root, text=TINY, *, slots=2, target=None, faults=None):
     if faults is not None:
         (plan.parent / "faults.json").write_text(json.dumps(faults))
     cells = tuple(cell.id for cell in study.cells)
-    job = Job(study=study, plan=plan, cells=cells, runs=runs, device="cpu", say=said.append)
+    job = Job(study=study, plan=plan, cells=cells, runs=runs, device=device, say=said.append)
     targets = {"target": target} if target else {}
-    assert Local(job, [CORE] * slots, **targets).run() == 0
+    places = find_slots(job, None, each) if each > 1 or device != "cpu" else [CORE] * slots
+    assert Local(job, places, each, **targets).run() == 0
     return job, said
 
 

@@ -45,6 +45,16 @@ Slots = Annotated[
     int | None,
     typer.Option(min=1, max=10_000, help="Cells at a time; as many as fit if not given."),
 ]
+Each = Annotated[
+    int,
+    typer.Option(
+        "--cells-per-device",
+        min=1,
+        max=32,
+        help="local: cells that share one process per GPU and take turns at it; 1 is a process per "
+        "cell. Without a GPU: so many in one process for the machine. Excludes --slots.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Drift = Annotated[
     bool, typer.Option("--allow-drift", help="Continue cells although versions or machine changed.")
@@ -101,6 +111,7 @@ def run(
     ] = False,
     engine: Engine = "local",
     slots: Slots = None,
+    each: Each = 1,
     device: Device = "auto",
     address: Address = "",
     partition: Partition = "",
@@ -112,12 +123,12 @@ def run(
     as_json: Json = False,
 ) -> int:
     """Run what is missing of a study. The same command continues it after whatever happened."""
-    _check(engine, device)
+    _check(engine, device, slots, each)
     study = open_study(where, settings, mini)
     if dry_run:
         _print_plan(study, runs, as_json)
         return 0
-    chosen = _Choice(engine, slots, address, partition, minutes)
+    chosen = _Choice(engine, slots, each, address, partition, minutes)
     how = _How(runs, data_root, device, allow_drift, quiet or as_json)
     return _run(study, chosen, how, as_json)
 
@@ -133,6 +144,7 @@ def retry(
     mini: Mini = False,
     engine: Engine = "local",
     slots: Slots = None,
+    each: Each = 1,
     device: Device = "auto",
     address: Address = "",
     partition: Partition = "",
@@ -144,7 +156,7 @@ def retry(
     as_json: Json = False,
 ) -> int:
     """Run failed cells again, from their last commits, with all else that is missing."""
-    _check(engine, device)
+    _check(engine, device, slots, each)
     study = open_study(where, settings, mini)
     from resdiag.study.failure import clear_failure
     from resdiag.study.ledger import read_entry
@@ -156,7 +168,7 @@ def retry(
         folder = study.folder(runs) / id
         if read_entry(folder).state == "failed":
             clear_failure(folder)
-    chosen = _Choice(engine, slots, address, partition, minutes)
+    chosen = _Choice(engine, slots, each, address, partition, minutes)
     how = _How(runs, data_root, device, allow_drift, quiet or as_json)
     return _run(study, chosen, how, as_json)
 
@@ -280,6 +292,7 @@ class _Choice:
 
     engine: str
     slots: int | None
+    each: int
     address: str
     partition: str
     minutes: int
@@ -296,11 +309,15 @@ class _How:
     quiet: bool
 
 
-def _check(engine: str, device: str) -> None:
+def _check(engine: str, device: str, slots: int | None = None, each: int = 1) -> None:
     if engine not in ENGINES:
         raise unknown("engine", engine, ENGINES)
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
         raise unknown("device", device, ["auto", "cpu", "cuda", "cuda:N"])
+    if each > 1 and engine != "local":
+        raise UsageError(f"--cells-per-device is for the local engine, not {engine}")
+    if each > 1 and slots is not None:
+        raise UsageError("--slots and --cells-per-device exclude each other")
 
 
 def _run(study: "Study", chosen: _Choice, how: _How, as_json: bool) -> int:
@@ -346,7 +363,8 @@ def _start(job: "Job", chosen: _Choice, quiet: bool) -> int:
         if chosen.engine == "local":
             from resdiag.study.engines.local import Local, find_slots
 
-            return Local(watched, find_slots(watched, chosen.slots)).run()
+            slots = find_slots(watched, chosen.slots, chosen.each)
+            return Local(watched, slots, chosen.each).run()
         if chosen.engine == "ray":
             from resdiag.study.engines.ray import run_on_ray
 

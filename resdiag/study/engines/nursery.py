@@ -23,7 +23,8 @@ from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 
-Target = Callable[[dict[str, Any]], int]
+Target = Callable[..., int]
+"""Called with a task, in a crew also with the cell's turn."""
 
 
 def die_with_parent(parent: int) -> None:
