@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 
 import psutil
@@ -17,6 +18,7 @@ from tiny_training import digest, tiny_config, tiny_data, train, weights
 from resdiag.cli import app
 from resdiag.runs.environment import environment
 from resdiag.runs.store import RunWriter
+from resdiag.study.engines import crew
 from resdiag.study.ledger import read_ledger
 from resdiag.study.progress import read_progress
 from resdiag.study.study import load_study
@@ -278,8 +280,8 @@ def test_a_signal_stops_a_crew_after_commits_and_kill_9_of_one_loses_nothing(alo
     steps = sum(entry.step for entry in begun)
     process = driver(tmp_path, path, "--cells-per-device", "3")
     wait_for(lambda: sum(entry.step for entry in entries()) > steps + 4)
-    (crew,) = psutil.Process(process.pid).children()
-    crew.kill()
+    (family,) = psutil.Process(process.pid).children()
+    family.kill()
     assert process.wait(300) == 0
     assert "each goes on in its own process" in (tmp_path / "driver.txt").read_text()
     assert {entry.id: digest(entry.run) for entry in entries()} == alone
@@ -290,13 +292,32 @@ def test_kill_9_of_the_driver_ends_its_crew(tmp_path):
     study, runs = load_study(str(path)), tmp_path / "runs"
     process = driver(tmp_path, path, "--cells-per-device", "2")
     wait_for(lambda: any(entry.state == "running" for entry in read_ledger(study, runs)))
-    crew = psutil.Process(process.pid).children()
-    assert len(crew) == 1
+    family = psutil.Process(process.pid).children()
+    assert len(family) == 1
     process.kill()
     process.wait()
-    gone, _ = psutil.wait_procs(crew, timeout=10)
-    assert gone == crew
+    gone, _ = psutil.wait_procs(family, timeout=10)
+    assert gone == family
     assert {entry.state for entry in read_ledger(study, runs)} <= {"stale", "missing"}
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("CUDA error: an illegal memory access")])
+def test_a_device_that_is_lost_ends_the_crew_and_not_its_cells_one_by_one(error, monkeypatch):
+    ended = []
+
+    def synchronize():
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(crew.torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(crew.torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(crew.os, "_exit", ended.append)
+    seat = Seat(Ring())
+    told = crew.Crew(lambda task, turn: 1, 1, crew.Voices(sys.stderr))
+    told._seats["a"] = seat
+    monkeypatch.setattr(crew, "_tell", lambda **event: ended.append(event))
+    told._serve({"start": "a", "task": {}, "log": os.devnull}, seat)
+    assert ended[0] == ({"ended": "a", "code": 1} if error is None else 1)
 
 
 def test_the_process_of_a_crew_sees_its_gpu_and_no_other(tmp_path, monkeypatch):

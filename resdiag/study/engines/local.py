@@ -164,7 +164,8 @@ class Local:
         cells = [cell for cell, (_, its) in self._running.items() if its is host]
         if host.is_crew:
             self._loners.update(cells)
-            self._job.say(f"a crew of {len(cells)} cells died; each goes on in its own process")
+            if cells:
+                self._job.say(f"a crew of {len(cells)} cells died; each goes on in its own process")
         else:
             self._lost += 1
             if self._lost >= _LOST:
