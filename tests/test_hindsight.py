@@ -96,7 +96,7 @@ def record(model, steps, *, hindsight=True, before=lambda model, step: None, **o
     looked = []
     with attach(model, optimizer=optimizer, metrics="core", **options) as monitor:
         recorder = monitor._recorder
-        recorder.hindsight = recorder.hindsight if hindsight else None
+        recorder.lookback = recorder.lookback if hindsight else None
         for step in range(steps):
             before(model, step)
             optimizer.zero_grad()
@@ -238,7 +238,7 @@ def test_gradients_whose_squares_are_no_float32_are_read_in_full(scale):
     for hindsight in (True, False):
         with attach(model, metrics="core") as monitor:
             recorder = monitor._recorder
-            recorder.hindsight = recorder.hindsight if hindsight else None
+            recorder.lookback = recorder.lookback if hindsight else None
             for step in range(4):
                 model.zero_grad()
                 loss = F.cross_entropy(model(x), labels)

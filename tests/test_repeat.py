@@ -24,7 +24,7 @@ def record(model, passes, *, repeating, **options):
     with attach(model, **options) as monitor:
         memory = monitor._tracer._memory
         memory.can_learn = memory.can_learn and repeating
-        monitor._recorder.hindsight = None  # would not listen: see test_hindsight.py
+        monitor._recorder.lookback = None  # would not listen: see test_hindsight.py
         for loss in passes:
             model.zero_grad()
             loss(model).backward()

@@ -24,12 +24,8 @@ from resdiag.watch.dynamo import never_alone
 from resdiag.watch.gates import saturated
 from resdiag.watch.operations import Frame, Operations, Where
 from resdiag.watch.ports import Map, Port, Route, Trail
-from resdiag.watch.recorder import (
-    _NO_ADDITION,
-    _OUTPUT_GRADIENT,
-    _SITE_COLUMNS,
-    Recorder,
-)
+from resdiag.watch.recorder import _NO_ADDITION, _OUTPUT_GRADIENT, Recorder
+from resdiag.watch.sites import COLUMNS as SITE_COLUMNS
 from resdiag.watch.skip import COLUMNS, SkipPath
 from resdiag.watch.taps import Hook, Switch, Tap
 
@@ -153,9 +149,9 @@ class Taps:
             return
         tap = self._tap(trail)
         if tap is None:
-            self._recorder.miss(row, _SITE_COLUMNS[site], HIDDEN)
+            self._recorder.miss(row, SITE_COLUMNS[site], HIDDEN)
             return
-        self._users.append((row, _SITE_COLUMNS[site], tap))
+        self._users.append((row, SITE_COLUMNS[site], tap))
         if tap.moments is None:
             self._place_moments(tap, trail, self._channel(row, trail))
 

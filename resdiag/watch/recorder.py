@@ -5,16 +5,13 @@ in-place activations (pytorch#61519), and references kept for later are overwrit
 """
 
 import functools
-import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Concatenate, ParamSpec, TypeAlias
+from typing import Concatenate, ParamSpec
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -24,22 +21,22 @@ from resdiag.watch.batch import Logits
 from resdiag.watch.blocks import Anatomy
 from resdiag.watch.buffer import Buffer, Key
 from resdiag.watch.calls import Call
-from resdiag.watch.catalog import CORE, RECORDED, SITES
+from resdiag.watch.catalog import CORE, RECORDED
 from resdiag.watch.gates import Gates, fractions
 from resdiag.watch.head import Head
-from resdiag.watch.hindsight import SITES as READ
-from resdiag.watch.hindsight import Hindsight, View
+from resdiag.watch.hindsight import Hindsight
+from resdiag.watch.lookback import Lookback
 from resdiag.watch.ownvalues import OwnValues
 from resdiag.watch.pool import Pool
-from resdiag.watch.saved import Gone
 from resdiag.watch.shares import Shares, entries
+from resdiag.watch.sites import COLUMNS as SITE_COLUMNS
+from resdiag.watch.sites import Part, Sites
 from resdiag.watch.skip import COLUMNS, SkipPath
 from resdiag.watch.units import Unit
 
-_SITE_COLUMNS = {site: tuple(f"{site}_{name}" for name in metrics.STATISTICS) for site in SITES}
 _OUTPUT_GRADIENT = ("grad_output", "grad_nonfinite", "elasticity")
 _NO_ADDITION = (
-    *(column for site in ("branch", "shortcut", "sum") for column in _SITE_COLUMNS[site]),
+    *(column for site in ("branch", "shortcut", "sum") for column in SITE_COLUMNS[site]),
     "grad_sum",
     "shortcut_share",
     *COLUMNS,
@@ -59,8 +56,6 @@ _NO_GRADIENTS = (
 _NOT_CORE = "not in the core set: attach(metrics='full') records it"
 
 P = ParamSpec("P")
-
-_Part: TypeAlias = metrics.Sums | metrics.Normalised
 
 
 def _guarded(method: Callable[Concatenate["Recorder", P], None]) -> Callable[..., None]:
@@ -98,7 +93,7 @@ class _Passed:
 
     device: torch.device
     tensor: tuple[weakref.ref[Tensor], int]
-    sums: metrics.Sums | metrics.Normalised | None = None
+    sums: Part | None = None
     place: tuple[int, str] | None = None
     gradient: Key | None = None
     handle: RemovableHandle | None = None
@@ -137,7 +132,7 @@ class Recorder:
         core: bool = False,
         moments: int | None = None,
     ) -> None:
-        self.anatomy = Anatomy()
+        self._sites = Sites(cells, pool, moments, self.miss)
         self.reasons: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
         self.seen_backward = self.is_whole = False
         self.strangers = self.repeats = 0
@@ -159,16 +154,18 @@ class Recorder:
                 self.reasons[name][_NOT_CORE] = set()
         self._skip.weigh = None if pool is None else pool.skip
         self._fixed = self.missed = False
-        # the other quantities are not in the graph, and ranks add up more than the core set
-        plain = core and pool is None and not self._own_sites
-        self.hindsight = Hindsight() if plain else None
+        self.lookback: Lookback | None = None
+        if core and pool is None and not self._own_sites:  # the graph shows no more than that
+            self.lookback = Lookback(
+                cells, self._sites, self._write_skip, samples, whole=moments is None
+            )
         self._begun: _Pass | None = None
         self._pass = weakref.ref(_Pass())
         self.end()
 
     def adopt(self, anatomy: Anatomy) -> None:
         """Take blocks that were found beforehand."""
-        self.anatomy, self._fixed = anatomy, bool(anatomy.blocks)
+        self._sites.anatomy, self._fixed = anatomy, bool(anatomy.blocks)
 
     def begin(self) -> None:
         """Begin a forward pass into the buffer's open slot."""
@@ -185,7 +182,12 @@ class Recorder:
     @property
     def looks_back(self) -> bool:
         """Whether it wants to be told of the next pass only when that has ended."""
-        return self.hindsight is not None and self.hindsight.is_ready
+        return self.lookback is not None and self.lookback.hindsight.is_ready
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The blocks."""
+        return self._sites.anatomy
 
     @property
     def is_lost(self) -> bool:
@@ -197,13 +199,12 @@ class Recorder:
         self._live = False
         self._begun = None
         self._skip.reset()
-        if self.hindsight is not None:
-            self.hindsight.forget()
+        if self.lookback is not None:
+            self.lookback.forget()
         self._known: dict[int, tuple[weakref.ref[Tensor], int, int, str]] = {}
         self._children: dict[Key, list[int]] = defaultdict(list)
         self._shares.clear()
-        self._sites: list[tuple[Key, _Part]] = []
-        self._reduced: dict[Key, _Part] = {}
+        self._sites.clear()
         self._gates.clear()
         self._hooked: set[Key] = set()
         self._ran: set[int] = set()
@@ -211,7 +212,6 @@ class Recorder:
         self._sum_hooks: dict[int, RemovableHandle] = {}
         self._written: set[Key] = set()
         self._postponed: set[Key] = set()
-        self._arrived: dict[int, tuple[float, int]] = {}  # norms and samples of gradients
 
     def close(self) -> None:
         """Let go of everything; nothing comes any more."""
@@ -232,8 +232,8 @@ class Recorder:
         if row is None:
             return
         branch = _scaled(addition.branch, addition.branch_scale)
-        if self.hindsight is not None and self.hindsight.listens:
-            self.hindsight.operands(row, addition)
+        if self._learning is not None:
+            self._learning.operands(row, addition)
         if addition.extends:
             self._extend(row, branch)
             return
@@ -247,7 +247,7 @@ class Recorder:
             self._measure(row, "input", addition.origin)
             self._watch_input(row, addition.origin)
         else:
-            missing = (*_SITE_COLUMNS["input"], "grad_input", "shortcut_share")
+            missing = (*SITE_COLUMNS["input"], "grad_input", "shortcut_share")
             self.miss(row, missing, "the block's input was freed before its addition")
         self._watch_shortcut(row, addition)
         new = row == 0 or self.anatomy.blocks[row].stage != self.anatomy.blocks[row - 1].stage
@@ -268,8 +268,8 @@ class Recorder:
         row = self.anatomy.rows.get((addition.owner, addition.ordinal))
         if row is None or addition.sum is None:
             return
-        if self.hindsight is not None and self.hindsight.listens:
-            self.hindsight.added(row, addition.sum)
+        if self._learning is not None:
+            self._learning.added(row, addition.sum)
         bare = self._fixed and self.anatomy.blocks[row].after_add == "none"
         if bare and self._core and self._pool is None:
             self._skip.pass_by(row)
@@ -287,8 +287,8 @@ class Recorder:
             return
         if not self._fixed:
             self.anatomy.finish(row, addition.after, addition.parameters)
-        if self.hindsight is not None and self.hindsight.listens:
-            self.hindsight.closed(row, output, addition.after)
+        if self._learning is not None:
+            self._learning.closed(row, output, addition.after)
         self._skip.close(row, output, addition.after)
         self._measure(row, "output", output, is_sum=not addition.after)
         self._ran.add(row)
@@ -312,7 +312,7 @@ class Recorder:
         if passed.place is not None:  # measured as a tensor of a residual block before
             passed.gradient = passed.place[0], self._grad_column(*passed.place)
             return
-        passed.sums = metrics.normalised(x) or metrics.reduce(self._part(x), None, features)
+        passed.sums = self._sites.read(x, features)
         if x.requires_grad:
             begun, slot = self._begun, self._cells.slot
             passed.handle = x.register_hook(lambda g: self._pass_back(begun, slot, passed, g))
@@ -341,7 +341,7 @@ class Recorder:
         entry = None if unit.input is None else self._passed.get(unit.input)
         if not self._core:
             if entry is None:
-                missing = (*_SITE_COLUMNS["input"], "grad_input")
+                missing = (*SITE_COLUMNS["input"], "grad_input")
                 self.miss(row, missing, "the module has no floating-point input")
             else:
                 self._settle(row, "input", entry)
@@ -369,106 +369,45 @@ class Recorder:
         if self._fixed:
             self.skipped = [b.name for b in self.anatomy.blocks if b.index not in self._ran]
         self._fixed, self.is_whole = self._fixed or bool(self.anatomy.blocks), True
-        self._write_sites()
+        self._sites.write()
         self._write_skip(self._skip.finish())
         self._write_gates()
-        if self.hindsight is not None and self.hindsight.listens:
-            self._learn(self.hindsight, features, logits, outputs)
+        if self.lookback is not None and self._learning is not None:
+            self.lookback.learn(outputs, features, logits)
         begun, self._begun = self._begun, None  # from here on only the graph keeps it
         self._end(begun, features, logits)
+
+    @_guarded
+    def look_back(self, outputs: Sequence[Tensor]) -> None:
+        """Measure a pass of which nothing was told, from the graph that it left."""
+        assert self.lookback is not None
+        view = self.lookback.read(outputs)
+        if view is None:
+            self.missed = True
+            return
+        rows, slot = range(len(self.anatomy.blocks)), self._cells.slot
+        self._ran.update(rows)
+        self._hooked.update((row, "grad_output") for row in rows)
+        self.is_whole = True
+        begun, self._begun = self._begun, None
+
+        def slow(row: int, g: Tensor) -> None:
+            self._gradient(begun, slot, row, "grad_output", g)
+
+        self.lookback.hook(view, lambda: self.seen_backward, slow)
+        self._end(begun, *(view.head or (None, None)))
+
+    @property
+    def _learning(self) -> Hindsight | None:
+        """What wants to be told of a pass, to know the next one by its graph."""
+        known = None if self.lookback is None else self.lookback.hindsight
+        return known if known is not None and known.listens else None
 
     def _end(self, begun: "_Pass | None", features: Tensor | None, logits: Tensor | None) -> None:
         """Measure the classifier."""
         if self.head.classify(features, logits) and logits is not None:
             slot, kept = self.head.slot, self.head.keep(logits)
             logits.register_hook(lambda g: self._gap(begun, slot, g, kept))
-
-    # -- in hindsight --------------------------------------------------------------------------
-
-    @_guarded
-    def look_back(self, outputs: Sequence[Tensor]) -> None:
-        """Measure a pass of which nothing was told, from the graph that it left."""
-        assert self.hindsight is not None
-        try:
-            view = self.hindsight.look(outputs)
-            if view is not None:
-                self._read(view)
-        except Gone:
-            view = None
-        if view is None:
-            self.hindsight.give_up()
-            self._cells.wipe()
-            self.missed = True
-            return
-        self._ran.update(range(len(view.blocks)))
-        self.is_whole = True
-        begun, self._begun = self._begun, None
-        for row, (node, place) in enumerate(view.outputs()):
-            self._hooked.add((row, "grad_output"))
-            node.register_prehook(self._backward_hook(begun, row, place))
-        self._end(begun, *(view.head or (None, None)))
-
-    def _backward_hook(
-        self, begun: "_Pass | None", row: int, place: int
-    ) -> Callable[[tuple[Tensor | None, ...]], None]:
-        """What reads the gradient of a block's output before the node that made it runs.
-
-        It does the least that it can: during a backward pass none of its code is in the caches.
-        """
-        slot, arrived, whole = self._cells.slot, self._arrived, self._count is None
-
-        def hook(gradients: tuple[Tensor | None, ...]) -> None:
-            g = gradients[place]
-            if g is None or arrived is not self._arrived:
-                return
-            size = metrics.trusted_norm(g) if whole and self.seen_backward else None
-            if size is None or row in arrived:
-                self._gradient(begun, slot, row, "grad_output", g)
-            else:
-                arrived[row] = size, len(g)
-
-        return hook
-
-    def _learn(
-        self,
-        hindsight: Hindsight,
-        features: Tensor | None,
-        logits: Tensor | None,
-        outputs: Sequence[Tensor],
-    ) -> None:
-        """See whether the graph shows what was measured; from then on it is read instead."""
-        slot = self._cells.slot
-        try:
-            view = hindsight.learn(outputs, features, logits)
-            if view is None:
-                return
-            heard = self._cells.take(slot)
-            self._read(view)
-            hindsight.is_ready = _agree(heard[0], self._cells.take(slot)[0])
-            self._cells.give(slot, heard)
-        except Gone:
-            pass
-        if not hindsight.is_ready:
-            hindsight.give_up()
-
-    def _read(self, view: View) -> None:
-        """Measure what a pass's graph shows of its blocks."""
-        changes = list[tuple[int, list[metrics.Scalar], dict[str, str]]]()
-        nothing = [math.nan] * (len(COLUMNS) - 1)
-        for row in range(len(view.blocks)):
-            for at, site in enumerate(READ):
-                known = view.same(row, at)
-                if known is None:
-                    x, is_sum = view.read(row, at), site == "output" and view.is_bare(row)
-                    if isinstance(x, Tensor):
-                        self._note(row, site, self._reduce(row, site, x, is_sum=is_sum))
-                    else:
-                        self._note(row, site, x)
-                else:
-                    self._repeat(row, site, known)
-            changes.append((row, [view.perturbation(row, self._skip.samples), *nothing], {}))
-        self._write_sites()
-        self._write_skip(changes)
 
     # -- measuring -----------------------------------------------------------------------------
 
@@ -485,11 +424,10 @@ class Recorder:
     def _settle(self, row: int, site: str, passed: _Passed) -> None:
         """A tensor that passed is a unit's: write what was measured, or say where it is."""
         self._settle_own(row, site, passed)
-        cell, width = (row, f"{site}_mean"), len(metrics.STATISTICS)
         if passed.place is not None:
-            self._cells.alias(*cell, (passed.place[0], f"{passed.place[1]}_mean"), width)
+            self._sites.repeat(row, site, passed.place)
         elif passed.sums is not None:
-            self._sites.append((cell, passed.sums))
+            self._sites.keep(row, site, passed.sums)
             passed.place = row, site
             x = passed.tensor[0]()
             if x is not None:
@@ -525,8 +463,7 @@ class Recorder:
 
     def _extend(self, row: int, branch: Tensor) -> None:
         """A parallel branch joins the unit: its branch and its sum are measured again."""
-        again = {(row, "branch_mean"), (row, "sum_mean")}
-        self._sites = [(key, part) for key, part in self._sites if key not in again]
+        self._sites.forget(row, ("branch", "sum"))
         handle = self._sum_hooks.pop(row, None)
         if handle is not None:
             handle.remove()
@@ -540,22 +477,11 @@ class Recorder:
             self._compute_own(row, site, x)
         known = self._find(x)
         if known is not None:
-            self._repeat(row, site, known)
+            self._sites.repeat(row, site, known)
             return
-        self._note(row, site, self._reduce(row, site, x, is_sum=is_sum))
+        self._sites.measure(row, site, x, is_sum=is_sum)
         if keep:
             self._known[id(x)] = (weakref.ref(x), x._version, row, site)
-
-    def _note(self, row: int, site: str, reduced: _Part) -> None:
-        """A site's tensor was read."""
-        self._reduced[row, site] = reduced
-        self._sites.append(((row, f"{site}_mean"), reduced))
-
-    def _repeat(self, row: int, site: str, known: tuple[int, str]) -> None:
-        """A site's tensor is one that was read before."""
-        source = known[0], f"{known[1]}_mean"
-        self._cells.alias(row, f"{site}_mean", source, len(metrics.STATISTICS))
-        self._reduced[row, site] = self._reduced[known]
 
     def _compute_own(self, row: int, site: str, x: Tensor) -> None:
         """Own metrics of a tensor or, without the loss scale, of a gradient."""
@@ -573,28 +499,6 @@ class Recorder:
             if site in self._own_sites:
                 self._compute_own(place, site, g)
 
-    def _reduce(self, row: int, site: str, x: Tensor, *, is_sum: bool) -> _Part:
-        """Read as little of a site's tensor as its statistics need."""
-        if is_sum:
-            # a channel's sum over h + F is that over h plus that over F, if of the same samples
-            branch, shortcut = self._reduced[row, "branch"], self._reduced[row, "shortcut"]
-            if branch.per_channel.shape == shortcut.per_channel.shape and self._count is None:
-                known = branch.per_channel + shortcut.per_channel
-                return metrics.reduce(x, known, self._features(row, x))
-        features = self._features(row, x)
-        if site == "output" and "norm" not in self.anatomy.blocks[row].after_add:
-            return metrics.reduce(self._part(x), None, features)
-        return metrics.normalised(x) or metrics.reduce(self._part(x), None, features)
-
-    def _part(self, x: Tensor) -> Tensor:
-        """The samples of which moments are taken."""
-        return x if self._count is None or not x.dim() else x.detach()[: self._count]
-
-    def _features(self, row: int, x: Tensor) -> int | None:
-        """The dimension of the channels in a tensor of a block, None if nothing said it."""
-        block = self.anatomy.blocks[row]
-        return block.features if x.dim() == len(block.shape) + 1 else None
-
     def _find(self, x: Tensor) -> tuple[int, str] | None:
         """Row and site at which `x`, unchanged since, was measured."""
         entry = self._known.get(id(x))
@@ -606,40 +510,6 @@ class Recorder:
         """Which tensor of the block before the block's input is, untouched: sum, output or ""."""
         known = None if x is None else self._find(x)
         return known[1] if known and known[0] == row - 1 and known[1] in ("sum", "output") else ""
-
-    def _write_sites(self) -> None:
-        """Complete the statistics of all sites, those of equally many channels at once."""
-        waiting, self._sites, self._reduced = self._sites, [], {}
-        closed = [part for _, part in waiting if isinstance(part, metrics.Normalised)]
-        known = iter(metrics.normalised_sums(closed))
-        sites = [
-            (key, self._sums_of(key, part, next(known)))
-            if isinstance(part, metrics.Normalised)
-            else (key, part)
-            for key, part in waiting
-        ]
-        if self._pool is not None:
-            self._pool.sites(sites)
-            return
-        channels = {part.per_channel.numel() for _, part in sites}
-        for count in sorted(channels):
-            same = [(key, part) for key, part in sites if part.per_channel.numel() == count]
-            values = metrics.combine([part for _, part in same])
-            self._cells.write_rows(self._cells.slot, [key for key, _ in same], values)
-
-    def _sums_of(
-        self, key: Key, part: metrics.Normalised, known: metrics.Sums | None
-    ) -> metrics.Sums:
-        """The sums of a BatchNorm's output: `known`, its closed form, where that can be trusted."""
-        if known is None:
-            x = part.tensor()
-            if x is not None:
-                return metrics.reduce(self._part(x), None, 1)
-            columns = _SITE_COLUMNS[key[1].removesuffix("_mean")]
-            self.miss(key[0], columns, "it was overwritten, and its batch variance overflowed")
-            nan = torch.full_like(part.per_channel, math.nan)
-            return metrics.Sums(nan, 1, math.nan, None, math.nan)
-        return known
 
     def _write_skip(self, rows: Iterable[tuple[int, list[metrics.Scalar], dict[str, str]]]) -> None:
         """Write what was measured of the skip path, and what could not be."""
@@ -656,7 +526,7 @@ class Recorder:
     def _write_gates(self) -> None:
         """Saturated and dead fractions over the activations that ran inside each block."""
         slot = self._cells.slot
-        for row, counts, sizes in self._gates.count(self._features):
+        for row, counts, sizes in self._gates.count(self._sites.features):
             if not counts:
                 columns = ("saturated_fraction", "dead_fraction")
                 self.miss(row, columns, "no known activation inside the block")
@@ -705,9 +575,9 @@ class Recorder:
 
     def conclude(self) -> None:
         """Write the gradients that came; say of which tensors none came because they have none."""
-        for row, (size, batch) in self._arrived.items():
+        for row, size in () if self.lookback is None else self.lookback.gradients():
             if (row, "grad_output") not in self._written:
-                self._cells.put(self._cells.slot, row, "grad_output", size * math.sqrt(batch))
+                self._cells.put(self._cells.slot, row, "grad_output", size)
                 self._cells.put(self._cells.slot, row, "grad_nonfinite", 0.0)
         for row, column in self._postponed - self._hooked:
             self.miss(row, _WITHOUT[column], _NO_GRADIENTS)
@@ -743,7 +613,8 @@ class Recorder:
             return
         self._see_backward()
         key = row, column
-        self.repeats += key in self._written or row in self._arrived
+        read = self.lookback is not None and self.lookback.has_read(row)
+        self.repeats += read or key in self._written
         self._written.add(key)
         size, broken = metrics.gradient(g, self._count)
         if self._pool is None:
@@ -823,12 +694,6 @@ class Recorder:
         if self._is_current(begun):
             self._see_backward()
             self.head.gap(slot, g, logits)
-
-
-def _agree(heard: NDArray[np.float64], seen: NDArray[np.float64]) -> bool:
-    """Whether two readings of one pass are of the same tensors; their sums may round apart."""
-    size = np.nanmax(np.abs(heard), axis=1, initial=0, keepdims=True)
-    return bool(np.allclose(heard, seen, rtol=1e-3, atol=1e-5 * size, equal_nan=True))
 
 
 def _scaled(x: Tensor, factor: float) -> Tensor:

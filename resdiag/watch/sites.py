@@ -1,0 +1,134 @@
+"""The moments of the blocks' tensors: read while a pass runs, completed when it has ended."""
+
+import math
+from collections.abc import Callable, Collection
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from resdiag.watch import metrics
+from resdiag.watch.blocks import Anatomy
+from resdiag.watch.buffer import Buffer, Key
+from resdiag.watch.catalog import SITES
+from resdiag.watch.pool import Pool
+
+COLUMNS = {site: tuple(f"{site}_{name}" for name in metrics.STATISTICS) for site in SITES}
+"""The columns of each site."""
+
+Part: TypeAlias = metrics.Sums | metrics.Normalised
+"""What was read of a tensor, or what is enough to know."""
+
+
+class Sites:
+    """The sites of one recorder: branch, shortcut, sum, ... of every block.
+
+    Args:
+        cells: Per-block buffer.
+        pool: Where several ranks record together.
+        samples: Samples of the batch on which moments are measured; None for all.
+        miss: Told of a block whose columns are NaN, and why.
+    """
+
+    def __init__(
+        self,
+        cells: Buffer,
+        pool: Pool | None,
+        samples: int | None,
+        miss: Callable[[int, tuple[str, ...], str], None],
+    ) -> None:
+        self.anatomy = Anatomy()
+        self._cells, self._pool, self._count, self._miss = cells, pool, samples, miss
+        self.clear()
+
+    def clear(self) -> None:
+        """Let go of a pass."""
+        self._waiting: list[tuple[Key, Part]] = []
+        self._parts: dict[Key, Part] = {}
+
+    def forget(self, row: int, sites: Collection[str]) -> None:
+        """Sites of a block will be measured again."""
+        again = {(row, f"{site}_mean") for site in sites}
+        self._waiting = [(key, part) for key, part in self._waiting if key not in again]
+
+    def measure(self, row: int, site: str, x: Tensor, *, is_sum: bool = False) -> None:
+        """Read as little of a site's tensor as its statistics need.
+
+        Args:
+            row: The block.
+            site: One of `catalog.SITES`.
+            x: The tensor.
+            is_sum: Whether it is the sum of the tensors at branch and shortcut.
+        """
+        self.keep(row, site, self._read(row, site, x, is_sum=is_sum))
+
+    def keep(self, row: int, site: str, part: Part) -> None:
+        """A site's tensor was read."""
+        self._parts[row, site] = part
+        self._waiting.append(((row, f"{site}_mean"), part))
+
+    def repeat(self, row: int, site: str, known: tuple[int, str]) -> None:
+        """A site's tensor is one that was read before, at that row and site."""
+        source = known[0], f"{known[1]}_mean"
+        self._cells.alias(row, f"{site}_mean", source, len(metrics.STATISTICS))
+        self._parts[row, site] = self._parts[known]
+
+    def read(self, x: Tensor, features: int | None) -> Part:
+        """What is needed of any tensor, its channels being this dimension."""
+        return metrics.normalised(x) or metrics.reduce(self.head(x), None, features)
+
+    def head(self, x: Tensor) -> Tensor:
+        """The samples of which moments are taken."""
+        return x if self._count is None or not x.dim() else x.detach()[: self._count]
+
+    def features(self, row: int, x: Tensor) -> int | None:
+        """The dimension of the channels in a tensor of a block, None if nothing said it."""
+        block = self.anatomy.blocks[row]
+        return block.features if x.dim() == len(block.shape) + 1 else None
+
+    def write(self) -> None:
+        """Complete the statistics of all sites, those of equally many channels at once."""
+        waiting = self._waiting
+        self.clear()
+        closed = [part for _, part in waiting if isinstance(part, metrics.Normalised)]
+        known = iter(metrics.normalised_sums(closed))
+        sites = [
+            (key, self._sums_of(key, part, next(known)))
+            if isinstance(part, metrics.Normalised)
+            else (key, part)
+            for key, part in waiting
+        ]
+        if self._pool is not None:
+            self._pool.sites(sites)
+            return
+        channels = {part.per_channel.numel() for _, part in sites}
+        for count in sorted(channels):
+            same = [(key, part) for key, part in sites if part.per_channel.numel() == count]
+            values = metrics.combine([part for _, part in same])
+            self._cells.write_rows(self._cells.slot, [key for key, _ in same], values)
+
+    def _read(self, row: int, site: str, x: Tensor, *, is_sum: bool) -> Part:
+        features = self.features(row, x)
+        if is_sum:
+            # a channel's sum over h + F is that over h plus that over F, if of the same samples
+            branch, shortcut = self._parts[row, "branch"], self._parts[row, "shortcut"]
+            if branch.per_channel.shape == shortcut.per_channel.shape and self._count is None:
+                known = branch.per_channel + shortcut.per_channel
+                return metrics.reduce(x, known, features)
+        if site == "output" and "norm" not in self.anatomy.blocks[row].after_add:
+            return metrics.reduce(self.head(x), None, features)
+        return self.read(x, features)
+
+    def _sums_of(
+        self, key: Key, part: metrics.Normalised, known: metrics.Sums | None
+    ) -> metrics.Sums:
+        """The sums of a BatchNorm's output: `known`, its closed form, where that can be trusted."""
+        if known is not None:
+            return known
+        x = part.tensor()
+        if x is not None:
+            return metrics.reduce(self.head(x), None, 1)
+        reason = "it was overwritten, and its batch variance overflowed"
+        self._miss(key[0], COLUMNS[key[1].removesuffix("_mean")], reason)
+        nan = torch.full_like(part.per_channel, math.nan)
+        return metrics.Sums(nan, 1, math.nan, None, math.nan)
