@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -124,6 +125,7 @@ class Lookback:
 
         return read
 
+    @torch.no_grad()
     def _measure(self, view: View) -> None:
         """Measure what a pass's graph shows of its blocks."""
         changes = list[_Skip]()

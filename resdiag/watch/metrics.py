@@ -537,6 +537,8 @@ def _inside_pieces(shape: torch.Size) -> tuple[int, ...] | None:
 
 def _dot(a: Tensor, b: Tensor) -> float:
     """Inner product from float32 products of pieces."""
+    if len(a) <= _PIECE:
+        return _look(torch.dot(a, b))
     pairs = zip(a.split(_PIECE), b.split(_PIECE), strict=True)
     return math.fsum(_look(torch.dot(p, q)) for p, q in pairs)
 

@@ -52,20 +52,17 @@ class Normed:
     def tensor(self, nodes: Sequence[Node], samples: int | None = None) -> Tensor:
         """Its first samples, computed again as the layer does, None for all."""
         node = nodes[self.node]
-        x = kept(node, "input")[:samples]
+        x, (gamma, beta) = kept(node, "input")[:samples], _affine(node)
+        scale = gamma * node._saved_result2  # type: ignore[attr-defined]
+        shift = torch.addcmul(beta, node._saved_result1, scale, value=-1)  # type: ignore[attr-defined]
         shape = (-1, *[1] * (x.dim() - 2))
-        gamma, beta = (leaf.detach() for leaf in _affine(node))
-        scale = gamma * kept(node, "result2")
-        shift = beta - kept(node, "result1") * scale
         return torch.mul(x, scale.view(shape)).add_(shift.view(shape))
 
     def moments(self, nodes: Sequence[Node]) -> Normalised:
         """What its moments follow from."""
         node = nodes[self.node]
-        scale, shift = _affine(node)
         size = kept(node, "input").numel()
-        kept(node, "result2")  # will be read: no hook may be on it
-        return Normalised(node, scale, shift, lambda: self.tensor(nodes), size)
+        return Normalised(node, *_affine(node), lambda: self.tensor(nodes), size)
 
 
 @dataclass(frozen=True)
