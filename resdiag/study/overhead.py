@@ -111,15 +111,15 @@ class Workload:
 
     @contextmanager
     def recorded(self, **choices: Any) -> Iterator[Callable[[], None]]:  # noqa: ANN401
-        """A monitor records the step; two before have found the blocks and made what stays.
+        """A monitor records the step; those before found the blocks and learned how passes go on.
 
         Args:
             **choices: Of `attach`.
         """
         with attach(self._model, optimizer=self._optimizer, **choices) as monitor:
             step = self._then(monitor)
-            step()
-            step()
+            for _ in range(3):
+                step()
             yield step
 
     @contextmanager

@@ -190,13 +190,14 @@ class Hindsight:
         if before is None:
             return None
         self._tries -= 1
-        sources = Sources(nodes)
-        alike = skeleton.fits(before) and self._learn_head(sources, features, logits)
-        if alike and self._learn_blocks(sources, nodes):
-            return self.look(outputs)
-        if not self._tries:
+        view = None
+        if skeleton.fits(before):
+            sources = Sources(nodes)
+            known = self._learn_head(sources, features, logits)
+            view = self.look(outputs) if known and self._learn_blocks(sources, nodes) else None
+        if view is None and not self._tries:
             self.give_up()
-        return None
+        return view
 
     def _learn_blocks(self, sources: Sources, nodes: Sequence[Node]) -> bool:
         """Note where the tensors of the blocks are; whether all can be had."""

@@ -29,7 +29,7 @@ class Lookback:
         sites: Takes the moments.
         write_skip: Takes the values of the skip path of all blocks.
         samples: Samples at the head of the batch on which P1 is measured; None for all.
-        whole: Whether gradients are measured on the whole batch.
+        moments: Samples on which gradients are measured; None for all.
 
     Attributes:
         hindsight: What is known of the model's passes.
@@ -41,12 +41,11 @@ class Lookback:
         sites: Sites,
         write_skip: Callable[[Iterator[_Skip]], None],
         samples: int | None,
-        *,
-        whole: bool,
+        moments: int | None,
     ) -> None:
         self.hindsight = Hindsight()
         self._cells, self._sites, self._write_skip = cells, sites, write_skip
-        self._samples, self._whole = samples, whole
+        self._samples, self._moments = samples, moments
         self.forget()
 
     def forget(self) -> None:
@@ -101,8 +100,10 @@ class Lookback:
         return row in self._norms
 
     def gradients(self) -> Iterator[tuple[int, float]]:
-        """Row and G2 of the gradients that were read."""
-        return ((row, size * math.sqrt(batch)) for row, (size, batch) in self._norms.items())
+        """Row and G2 of the gradients that were read, as `metrics.gradient` has it."""
+        for row, (size, batch) in self._norms.items():
+            count = min(batch, self._moments or batch)
+            yield row, size * math.sqrt(count) * (batch / count)
 
     def _reader(
         self, row: int, place: int, is_begun: Callable[[], bool], slow: Slow
@@ -111,13 +112,15 @@ class Lookback:
 
         It does the least that it can: during a backward pass none of its code is in the caches.
         """
-        norms, whole = self._norms, self._whole
+        norms, moments = self._norms, self._moments
 
         def read(gradients: tuple[Tensor | None, ...]) -> None:
             g = gradients[place]
             if g is None or norms is not self._norms:
                 return
-            size = metrics.trusted_norm(g) if whole and row not in norms and is_begun() else None
+            size = None
+            if row not in norms and is_begun():
+                size = metrics.trusted_norm(g if moments is None else g[:moments])
             if size is None:
                 slow(row, g)
             else:

@@ -156,9 +156,7 @@ class Recorder:
         self._fixed = self.missed = False
         self.lookback: Lookback | None = None
         if core and pool is None and not self._own_sites:  # the graph shows no more than that
-            self.lookback = Lookback(
-                cells, self._sites, self._write_skip, samples, whole=moments is None
-            )
+            self.lookback = Lookback(cells, self._sites, self._write_skip, samples, moments)
         self._begun: _Pass | None = None
         self._pass = weakref.ref(_Pass())
         self.end()
