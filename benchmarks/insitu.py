@@ -6,8 +6,8 @@
 At every block's output, and at its gradient, one of a few pieces of work is done and timed, chosen
 at random: nothing, an operation on 16 numbers, the norm of the tensor, its sums over channels. The
 median per width of the network is printed in microseconds, beside what the same work takes in a
-loop. Then the recorder's own calls are timed in the same way, and what it costs that torch shows
-each function to a mode before it runs.
+loop. Then the own calls of the recorder and of the naive loop are timed, in turns of a few steps,
+and what it costs that torch shows each function to a mode before it runs.
 """
 
 import argparse
@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from resdiag.models.resnet import build_model
-from resdiag.study.overhead import Workload, stopwatch
+from resdiag.study.overhead import Naive, Workload, stopwatch
 from resdiag.training.pages import keep_pages
 from resdiag.watch.gradients import Gradients
+from resdiag.watch.lookback import Lookback
 from resdiag.watch.metrics import norm
 from resdiag.watch.monitor import Monitor
 from resdiag.watch.recorder import Recorder
@@ -41,14 +42,19 @@ WORK: dict[str, Callable[[Tensor], object]] = {
     "norm": norm,
     "channel sums": lambda x: x.sum((2, 3)).sum(0),
 }
+FORWARD = ("started", "operands", "added", "closed", "finished", "look_back")
 CALLS: dict[type, tuple[str, ...]] = {
-    Recorder: ("started", "operands", "added", "closed", "finished", "_gradient"),
+    Naive: ("output", "gradients"),
+    Recorder: (*FORWARD, "_gradient", "_gap"),
+    Lookback: ("_take",),
     Gradients: ("before_update",),
     Monitor: ("step",),
     Repeat: ("_is_next", "enter", "leave", "_join", "_close"),
     Tracer: ("_come", "_go"),
 }
-"""What the recorder does in a step, without what it is told inside of another of these."""
+"""What is done in a step, each without what is done inside of another of these."""
+
+TURNS = 4
 
 
 def main() -> None:
@@ -57,8 +63,10 @@ def main() -> None:
     keep_pages()
     for name, cells in small_work(options).items():
         print(f"{name:<14}", *(f"{where} {us:6.0f}" for where, us in cells.items()), "us")
-    for name, ms in recorder(options).items():
-        print(f"{name:<28} {ms:6.1f} ms a step")
+    for title, calls in own_calls(options).items():
+        print(f"\n{title}: {calls.pop('all'):.1f} ms a step, of {calls.pop('step'):.0f}")
+        for name, ms in sorted(calls.items(), key=lambda item: -item[1]):
+            print(f"    {name:<26} {ms:6.1f}")
     shown, us = dispatch(options)
     print(f"{shown} convolutions are shown to a mode, {us:.0f} us each before it does anything")
 
@@ -108,8 +116,8 @@ def small_work(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     return cells
 
 
-def recorder(options: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds a step that the recorder spends in each of its calls, and the step itself."""
+def own_calls(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Milliseconds a step that recorder and naive loop spend in their calls, and of the step."""
     spent: dict[str, float] = defaultdict(float)
     inner: list[float] = []  # of the calls that are running, what is spent in calls inside
 
@@ -133,17 +141,28 @@ def recorder(options: argparse.Namespace) -> dict[str, float]:
 
     kept = {(kind, name): wrap(kind, name) for kind, names in CALLS.items() for name in names}
     workload = Workload(options.variant, options.depth, options.batch_size)
-    with workload.recorded(metrics=options.metrics) as step:
-        spent.clear()
-        begun = time.perf_counter()
-        for _ in range(options.steps):
-            step()
-        whole = time.perf_counter() - begun
+    arms = {
+        options.metrics: functools.partial(workload.recorded, metrics=options.metrics),
+        "naive": workload.naive,
+    }
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
+    for _ in range(TURNS):
+        for name, arm in arms.items():
+            with arm() as step:
+                for _ in range(max(1, options.steps // TURNS)):
+                    spent.clear()
+                    whole, _ = stopwatch(step)
+                    found[name].append({**spent, "all": sum(spent.values()), "step": whole})
     for (kind, name), call in kept.items():
         setattr(kind, name, call)
-    found = dict(sorted(spent.items(), key=lambda item: -item[1]))
-    found |= {"all of the recorder's calls": sum(spent.values()), "the step": whole}
-    return {name: 1000 * seconds / options.steps for name, seconds in found.items()}
+    return {arm: _medians(steps) for arm, steps in found.items()}
+
+
+def _medians(steps: list[dict[str, float]]) -> dict[str, float]:
+    """The median over steps of each of their numbers, in milliseconds."""
+    return {
+        name: 1000 * statistics.median(step.get(name, 0.0) for step in steps) for name in steps[0]
+    }
 
 
 class Idle(TorchFunctionMode):

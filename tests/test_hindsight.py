@@ -16,10 +16,11 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 
 from resdiag.models.resnet import build_model
+from resdiag.watch.lookback import _agree
 from resdiag.watch.monitor import attach
 from resdiag.watch.saved import Gone, kept
 from resdiag.watch.skeleton import walk
-from resdiag.watch.sources import Sources, edge_of
+from resdiag.watch.sources import Kept, Sources, edge_of
 
 WARNING = "ignore::resdiag.watch.monitor.WatchWarning"
 
@@ -349,3 +350,23 @@ def test_what_was_overwritten_is_gone():
         kept(y.grad_fn, "result")
     with pytest.raises(Gone):
         kept(y.grad_fn, "no_such_thing")
+
+
+def test_a_graph_that_shows_other_numbers_than_were_heard_is_not_believed(monkeypatch):
+    right = Kept.tensor
+    monkeypatch.setattr(Kept, "tensor", lambda *args: right(*args) * 1.01)
+    seen = record(Net(), 4)
+    assert seen[3] == []
+    assert seen[2] == []
+
+
+def test_two_readings_agree_where_only_their_sums_round_apart():
+    heard = np.array([[1.0, -2e-7, np.nan], [np.inf, 1e8, 3.0]])
+
+    def agrees(*change):
+        return _agree(heard, np.add(heard, np.reshape(change, (2, 3))))
+
+    assert agrees(1e-6, 1e-7, 0, 0, 1.0, 1.0)
+    assert not agrees(0, 1e-3, 0, 0, 0, 0)
+    assert not agrees(0, 0, 0, 0, 1e7, 0)
+    assert not _agree(heard, np.where(np.isnan(heard), 0.0, heard))

@@ -84,6 +84,22 @@ def stopwatch(step: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - start, time.process_time() - begun
 
 
+class Naive:
+    """What people write: mean and std of each block's output, gradient norms, `.item()`."""
+
+    def __init__(self) -> None:
+        self.log: list[float] = []
+
+    def output(self, module: nn.Module, args: object, output: torch.Tensor) -> None:
+        """A forward hook."""
+        self.log.extend([output.mean().item(), output.std().item()])
+
+    def gradients(self, model: nn.Module) -> None:
+        """After the backward pass."""
+        gradients = (p.grad for p in model.parameters())
+        self.log.extend(g.norm().item() for g in gradients if g is not None)
+
+
 class Workload:
     """A network in training on one batch of noise.
 
@@ -131,19 +147,15 @@ class Workload:
 
     @contextmanager
     def naive(self) -> Iterator[Callable[[], None]]:
-        """What people write: mean and std of each block's output, gradient norms, `.item()`."""
-        log: list[float] = []
-
-        def hook(module: nn.Module, args: object, output: torch.Tensor) -> None:
-            log.extend([output.mean().item(), output.std().item()])
+        """The loop that people write."""
+        loop = Naive()
 
         def step() -> None:
             self.step()
-            gradients = (p.grad for p in self._model.parameters())
-            log.extend(g.norm().item() for g in gradients if g is not None)
+            loop.gradients(self._model)
 
         blocks = map(self._model.get_submodule, self._model.unit_names)
-        handles = [block.register_forward_hook(hook) for block in blocks]
+        handles = [block.register_forward_hook(loop.output) for block in blocks]
         try:
             yield step
         finally:

@@ -108,25 +108,25 @@ class Lookback:
     def _reader(
         self, row: int, place: int, is_begun: Callable[[], bool], slow: Slow
     ) -> Callable[[tuple[Tensor | None, ...]], None]:
-        """Reads a gradient before the node runs that made the output.
-
-        It does the least that it can: during a backward pass none of its code is in the caches.
-        """
-        norms, moments = self._norms, self._moments
+        """Reads a gradient before the node runs that made the output."""
+        norms = self._norms
 
         def read(gradients: tuple[Tensor | None, ...]) -> None:
             g = gradients[place]
-            if g is None or norms is not self._norms:
-                return
-            size = None
-            if row not in norms and is_begun():
-                size = metrics.trusted_norm(g if moments is None else g[:moments])
-            if size is None:
-                slow(row, g)
-            else:
-                norms[row] = size, len(g)
+            if g is not None and norms is self._norms:
+                self._take(row, g, is_begun, slow)
 
         return read
+
+    def _take(self, row: int, g: Tensor, is_begun: Callable[[], bool], slow: Slow) -> None:
+        """Do the least: during a backward pass none of this code is in the caches."""
+        norms, moments, size = self._norms, self._moments, None
+        if row not in norms and is_begun():
+            size = metrics.trusted_norm(g if moments is None else g[:moments])
+        if size is None:
+            slow(row, g)
+        else:
+            norms[row] = size, len(g)
 
     @torch.no_grad()
     def _measure(self, view: View) -> None:
@@ -151,5 +151,5 @@ class Lookback:
 
 def _agree(heard: NDArray[np.float64], seen: NDArray[np.float64]) -> bool:
     """Whether two readings of one pass are of the same tensors; their sums may round apart."""
-    size = np.nanmax(np.abs(heard), axis=1, initial=0, keepdims=True)
+    size = np.abs(np.where(np.isfinite(heard), heard, 0)).max(axis=1, keepdims=True)
     return bool(np.allclose(heard, seen, rtol=1e-3, atol=1e-5 * size, equal_nan=True))
