@@ -13,6 +13,7 @@ from resdiag.errors import StorageError, UsageError
 from resdiag.explain.theory import predict
 from resdiag.show.kinds import KINDS
 from resdiag.show.plots import draw, render, save
+from resdiag.show.style import THEME
 from resdiag.show.view import Record
 from resdiag.watch.catalog import METRICS
 
@@ -401,3 +402,11 @@ def test_kinds_cost_no_matplotlib():
         "assert not slow, slow"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_theme_is_seaborns():
+    import seaborn as sns
+
+    theme = sns.axes_style("whitegrid")
+    others = {name for name in theme if name.startswith("font.")} | {"image.cmap"}
+    assert {name: value for name, value in theme.items() if name not in others} == THEME

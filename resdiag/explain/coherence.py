@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 from resdiag.explain.growth import Level
 from resdiag.explain.moments import Array, elu_mean, elu_second_moment, elu_slope_sq
@@ -181,6 +181,8 @@ def _head(variant: str, level: Level, classes: int, share: float) -> Gradient:
 
 def pull_of_logits(variance: float, classes: int) -> tuple[float, float]:
     """E[((p - y) . z)^2] and E[|p - y|^2] for Gaussian logits z of this variance, by quadrature."""
+    from scipy import stats  # half a second that few need
+
     points = stats.qmc.Sobol(classes, scramble=False).random_base2(_LOG2_SAMPLES)
     z = special.ndtri((points + 0.5 / 2**_LOG2_SAMPLES) % 1.0) * np.sqrt(variance)
     error = special.softmax(z, axis=1)

@@ -1,7 +1,6 @@
 """Heat maps of block against recorded step; non-finite cells are hatched, missing ones grey."""
 
 import numpy as np
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.patches import Patch
@@ -47,18 +46,19 @@ def draw_heat(
             np.ma.masked_array(missing.astype(float), ~missing), cmap="Greys", vmin=0, vmax=5,
             rasterized=True,
         )  # fmt: skip
-    sns.heatmap(
-        shown, ax=axes, mask=~finite, norm=norm, vmin=low, vmax=high, cmap=palette, cbar=True,
-        cbar_kws={"label": label, "pad": 0.015, "aspect": 18, "fraction": 0.06},
-        xticklabels=False, yticklabels=False, rasterized=True,
-    )  # fmt: skip
-    axes.invert_yaxis()
+    # not seaborn's, which draws the whole figure once to see whether labels overlap
+    mesh = axes.pcolormesh(
+        np.ma.masked_array(shown, ~finite), norm=norm, cmap=palette, rasterized=True
+    )
+    axes.set(xlim=(0, shown.shape[1]), ylim=(0, shown.shape[0]))
+    scale = axes.figure.colorbar(mesh, ax=axes, label=label, pad=0.015, aspect=18, fraction=0.06)
+    scale.outline.set_linewidth(0)
+    if scale.solids is not None:
+        scale.solids.set_rasterized(True)
     if log and np.log10(high) - np.log10(low) <= 2:
-        scale = axes.collections[-1].colorbar
-        if scale is not None:
-            scale.ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-            scale.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            scale.ax.yaxis.set_minor_formatter(NullFormatter())
+        scale.ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        scale.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        scale.ax.yaxis.set_minor_formatter(NullFormatter())
     _label_cells(axes, record, stride)
 
 
