@@ -300,6 +300,24 @@ def test_a_backward_pass_of_an_earlier_step_is_not_taken_for_one_of_this():
     assert frame.output_mean[frame.step == 3].notna().all()
 
 
+def test_after_a_pass_that_failed_half_way_the_next_one_is_read_whole():
+    model, (x, labels) = Net(), data()
+    twin = copy.deepcopy(model)
+    frames = []
+    for net, fails in ((model, True), (twin, False)):
+        with attach(net, metrics="core") as monitor:
+            for step in range(4):
+                net.zero_grad()
+                if fails and step == 3:
+                    with pytest.raises(RuntimeError):
+                        net(x[:, :, :, None])
+                F.cross_entropy(net(x), labels).backward()
+                monitor.step()
+            assert monitor._recorder.looks_back
+        frames.append(monitor.to_frame())
+    assert_close(*frames)
+
+
 def test_no_tensor_and_no_node_of_a_pass_stays_alive():
     model, (x, labels) = Net(), data()
     seen = []

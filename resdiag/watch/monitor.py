@@ -75,7 +75,8 @@ def attach(
             the data. By default "local", "unscaled" with a scaler, and "post_clip" once the loop
             is seen to rewrite gradients; see `Monitor.read_gradients`.
         metrics: "full" for all of `catalog.RECORDED`; "core" for `catalog.CORE`, which costs
-            about half.
+            half or less: on a CPU most networks' passes are then read from their autograd graphs
+            (docs/explanation/watching.md), where the first that differs is missed, and said.
         moment_samples: Samples at the head of the batch from which moments, gradient norms at
             activations and their non-finite shares are estimated; None for the whole batch. Of k
             samples a second moment has the relative standard error s / sqrt(k), with s the
