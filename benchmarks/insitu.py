@@ -28,11 +28,13 @@ from resdiag.models.resnet import build_model
 from resdiag.study.overhead import Naive, Workload, stopwatch
 from resdiag.training.pages import keep_pages
 from resdiag.watch.gradients import Gradients
+from resdiag.watch.hindsight import View
 from resdiag.watch.lookback import Lookback
 from resdiag.watch.metrics import norm
 from resdiag.watch.monitor import Monitor
 from resdiag.watch.recorder import Recorder
 from resdiag.watch.repeat import Repeat
+from resdiag.watch.sites import Sites
 from resdiag.watch.tracer import Tracer
 
 FEW = torch.randn(16)
@@ -47,6 +49,8 @@ CALLS: dict[type, tuple[str, ...]] = {
     Naive: ("output", "gradients"),
     Recorder: (*FORWARD, "_gradient", "_gap"),
     Lookback: ("_take",),
+    Sites: ("measure", "write"),
+    View: ("perturbation",),
     Gradients: ("before_update",),
     Monitor: ("step",),
     Repeat: ("_is_next", "enter", "leave", "_join", "_close"),

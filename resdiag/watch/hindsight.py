@@ -50,16 +50,16 @@ class _Known:
         same: Where a site is a tensor that an earlier one was: its row and site.
         sum: The sum, None where nothing is applied to it.
         after: What is applied to it.
-        ends: The edges of the sum and of the output.
-        numbers: What their nodes keep in numbers.
+        output: The edge of the output.
+        numbers: What the nodes of sum and output keep in numbers: index, name and value.
     """
 
     sources: tuple[Source, Source, Source]
     same: tuple[tuple[int, str] | None, ...]
     sum: Source | None
     after: tuple[Call, ...]
-    ends: tuple[tuple[int, int], tuple[int, int]]
-    numbers: tuple[object, ...]
+    output: tuple[int, int]
+    numbers: list[tuple[int, str, object]]
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class View:
 
     def outputs(self) -> Iterator[tuple[Node, int]]:
         """Row by row the node that makes a block's output, and which of its outputs that is."""
-        ends = (known.ends[1] for known in self.blocks)
-        return ((self.nodes[index], place) for index, place in ends)
+        edges = (known.output for known in self.blocks)
+        return ((self.nodes[index], place) for index, place in edges)
 
 
 class Hindsight:
@@ -194,7 +194,8 @@ class Hindsight:
         if skeleton.fits(before):
             sources = Sources(nodes)
             known = self._learn_head(sources, features, logits)
-            view = self.look(outputs) if known and self._learn_blocks(sources, nodes) else None
+            if known and self._learn_blocks(sources, nodes):
+                view = self._view(nodes, outputs)
         if view is None and not self._tries:
             self.give_up()
         return view
@@ -229,8 +230,13 @@ class Hindsight:
         nodes, skeleton = walk(outputs)
         if self._skeleton is None or not skeleton.fits(self._skeleton):
             return None
-        if any(_numbers(nodes, known.ends) != known.numbers for known in self._blocks):
+        numbers = (number for known in self._blocks for number in known.numbers)
+        if any(getattr(nodes[index], name) != value for index, name, value in numbers):
             return None
+        return self._view(nodes, outputs)
+
+    def _view(self, nodes: Sequence[Node], outputs: Sequence[Tensor]) -> View | None:
+        """A pass that was recognised; None if the classifier's result is no output."""
         if self._head is None:
             return View(nodes, self._blocks, None)
         source, (index, place) = self._head
@@ -256,7 +262,7 @@ def _locate(
         return None
     if not nodes[sum_[0]].name().startswith("AddBackward"):
         return None
-    total: Source = sources.find(heard.sum) or Added(sum_[0], branch, shortcut)
+    total: Source = sources.find(heard.sum) or Added(branch, shortcut)
     # nobody behind the last block may keep its output
     result = sources.find(heard.output) or (Led(total, heard.after) if heard.after else total)
     same = list[tuple[int, str] | None]()
@@ -265,9 +271,9 @@ def _locate(
         same.append(None if place is None else seen.get(place))
         if place is not None and site != "branch":
             seen.setdefault(place, (row, site))
-    found, ends = (branch, shortcut, result), (sum_, output)
-    unsettled = total if heard.after else None
-    return _Known(found, tuple(same), unsettled, heard.after, ends, _numbers(nodes, ends))
+    found, unsettled = (branch, shortcut, result), total if heard.after else None
+    numbers = _numbers(nodes, (sum_[0], output[0]))
+    return _Known(found, tuple(same), unsettled, heard.after, output, numbers)
 
 
 _NUMBERS = (
@@ -276,6 +282,11 @@ _NUMBERS = (
 )
 
 
-def _numbers(nodes: Sequence[Node], ends: Iterable[tuple[int, int]]) -> tuple[object, ...]:
+def _numbers(nodes: Sequence[Node], which: Iterable[int]) -> list[tuple[int, str, object]]:
     """The numbers that nodes keep: the scale of an operand, a slope."""
-    return tuple(getattr(nodes[index], name, None) for index, _ in ends for name in _NUMBERS)
+    return [
+        (index, name, getattr(nodes[index], name))
+        for index in which
+        for name in _NUMBERS
+        if hasattr(nodes[index], name)
+    ]

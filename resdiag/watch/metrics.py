@@ -22,7 +22,7 @@ from torch.autograd.graph import Node, saved_tensors_hooks
 
 from resdiag.watch import fused
 from resdiag.watch.calls import Call, compose
-from resdiag.watch.saved import Gone, kept
+from resdiag.watch.saved import Gone, affine, kept
 
 Scalar: TypeAlias = float | Tensor
 """A number for a tensor on the CPU, a 0-d float64 tensor for one on an accelerator."""
@@ -240,20 +240,14 @@ class Normalised(NamedTuple):
 def normalised(x: Tensor) -> Normalised | None:
     """The moments of `x` without reading it; None where `x` is not a BatchNorm's on the CPU."""
     node = x.grad_fn if is_fast(x) else None
-    if node is None or type(node).__name__ != "NativeBatchNormBackward0":
+    terms = None if node is None else affine(node)
+    if node is None or terms is None:
         return None
     try:
         kept(node, "result2")
     except Gone:  # reading it would compute the layer again
         return None
-    functions = node.next_functions
-    if not getattr(node, "_saved_training", False) or len(functions) != 3:
-        return None
-    scale = getattr(functions[1][0], "variable", None)
-    shift = getattr(functions[2][0], "variable", None)
-    if scale is None or shift is None:  # frozen, or without affine parameters
-        return None
-    return Normalised(node, scale, shift, _unchanged(x), x.numel())
+    return Normalised(node, *terms, _unchanged(x), x.numel())
 
 
 def _unchanged(x: Tensor) -> Callable[[], Tensor | None]:

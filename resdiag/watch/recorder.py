@@ -373,7 +373,7 @@ class Recorder:
         if self.lookback is not None and self._learning is not None:
             self.lookback.learn(outputs, features, logits)
         begun, self._begun = self._begun, None  # from here on only the graph keeps it
-        self._end(begun, features, logits)
+        self._classify(begun, features, logits)
 
     @_guarded
     def look_back(self, outputs: Sequence[Tensor]) -> None:
@@ -393,7 +393,7 @@ class Recorder:
             self._gradient(begun, slot, row, "grad_output", g)
 
         self.lookback.hook(view, lambda: self.seen_backward, slow)
-        self._end(begun, *(view.head or (None, None)))
+        self._classify(begun, *(view.head or (None, None)))
 
     @property
     def _learning(self) -> Hindsight | None:
@@ -401,7 +401,9 @@ class Recorder:
         known = None if self.lookback is None else self.lookback.hindsight
         return known if known is not None and known.listens else None
 
-    def _end(self, begun: "_Pass | None", features: Tensor | None, logits: Tensor | None) -> None:
+    def _classify(
+        self, begun: "_Pass | None", features: Tensor | None, logits: Tensor | None
+    ) -> None:
         """Measure the classifier."""
         if self.head.classify(features, logits) and logits is not None:
             slot, kept = self.head.slot, self.head.keep(logits)

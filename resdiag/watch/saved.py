@@ -1,6 +1,8 @@
 """What the nodes of an autograd graph keep for their backward passes, looked at without a trace."""
 
-from torch import Tensor
+from typing import Any
+
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 
@@ -23,3 +25,15 @@ def kept(node: Node, name: str) -> Tensor:
     if found is None:
         raise Gone(name)
     return found.detach()
+
+
+def affine(node: Node) -> tuple[nn.Parameter, nn.Parameter] | None:
+    """Scale and shift (C,) of a BatchNorm on the CPU that used the batch's statistics.
+
+    None for any other node, and for a layer that is frozen or has no affine parameters.
+    """
+    layer: Any = node  # what a node keeps is not in its type
+    if layer.name() != "NativeBatchNormBackward0" or not layer._saved_training:
+        return None
+    scale, shift = (getattr(ahead, "variable", None) for ahead, _ in layer.next_functions[1:])
+    return None if scale is None or shift is None else (scale, shift)

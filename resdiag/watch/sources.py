@@ -17,13 +17,10 @@ from torch.autograd.graph import Node
 from resdiag.watch.calls import Call, compose
 from resdiag.watch.metrics import Normalised
 from resdiag.watch.nested import tensors_in
-from resdiag.watch.saved import Gone, kept
+from resdiag.watch.saved import Gone, affine, kept
 
 Edge: TypeAlias = tuple[Node, int]
 """A tensor of the pass: the node that made it, and which of the node's outputs it is."""
-
-BATCH_NORM = "NativeBatchNormBackward0"
-"""The node of a BatchNorm."""
 
 
 def edge_of(x: Tensor) -> Edge | None:
@@ -52,9 +49,9 @@ class Normed:
     def tensor(self, nodes: Sequence[Node], samples: int | None = None) -> Tensor:
         """Its first samples, computed again as the layer does, None for all."""
         node = nodes[self.node]
-        x, (gamma, beta) = kept(node, "input")[:samples], _affine(node)
-        scale = gamma * node._saved_result2  # type: ignore[attr-defined]
-        shift = torch.addcmul(beta, node._saved_result1, scale, value=-1)  # type: ignore[attr-defined]
+        x, (gamma, beta) = kept(node, "input")[:samples], _terms(node)
+        scale = gamma * kept(node, "result2")
+        shift = torch.addcmul(beta, kept(node, "result1"), scale, value=-1)
         shape = (-1, *[1] * (x.dim() - 2))
         return torch.mul(x, scale.view(shape)).add_(shift.view(shape))
 
@@ -62,25 +59,18 @@ class Normed:
         """What its moments follow from."""
         node = nodes[self.node]
         size = kept(node, "input").numel()
-        return Normalised(node, *_affine(node), lambda: self.tensor(nodes), size)
+        return Normalised(node, *_terms(node), lambda: self.tensor(nodes), size)
 
 
 @dataclass(frozen=True)
 class Added:
     """It is the plain sum of two others."""
 
-    node: int
     left: "Source"
     right: "Source"
 
     def tensor(self, nodes: Sequence[Node], samples: int | None = None) -> Tensor:
-        """The sum over the first samples, None for all.
-
-        Raises:
-            Gone: The addition scales an operand.
-        """
-        if getattr(nodes[self.node], "_saved_alpha", 1) != 1:
-            raise Gone("alpha")
+        """The sum over the first samples, None for all."""
         left, right = self.left.tensor(nodes, samples), self.right.tensor(nodes, samples)
         return left.add_(right) if isinstance(self.left, Normed) else left + right
 
@@ -122,7 +112,7 @@ class Sources:
         if place is None:
             return None
         node = self._nodes[place[0]]
-        if node.name() == BATCH_NORM and place[1] == 0 and _is_training(node):
+        if place[1] == 0 and affine(node) is not None:
             return Normed(place[0])
         return self._kept.get(place)
 
@@ -147,24 +137,16 @@ class Sources:
                 yield place, Kept(self._at[node], short)
 
 
-def _is_training(node: Node) -> bool:
-    """Whether a BatchNorm used the batch's statistics and has trained scale and shift."""
-    functions = node.next_functions
-    if not getattr(node, "_saved_training", False) or len(functions) != 3:
-        return False
-    return all(getattr(function, "variable", None) is not None for function, _ in functions[1:])
-
-
-def _affine(node: Node) -> tuple[Tensor, Tensor]:
+def _terms(node: Node) -> tuple[Tensor, Tensor]:
     """A BatchNorm's scale and shift (C,).
 
     Raises:
         Gone: It does not use the batch's statistics any more.
     """
-    if not node._saved_training:  # type: ignore[attr-defined]
+    terms = affine(node)
+    if terms is None:
         raise Gone("training")
-    (_, _), (scale, _), (shift, _) = node.next_functions
-    return scale.variable, shift.variable  # type: ignore[union-attr]
+    return terms
 
 
 def _has_tensors(call: Call) -> bool:

@@ -162,7 +162,7 @@ class Tracer(TorchFunctionMode):
                 self._begin(compiled=is_running_compiled())
             elif not self._on:
                 self._begin_again(name)
-            if self._on and get_ident() == self._thread and (root or not self._later):
+            if self._on and get_ident() == self._thread:
                 if root:
                     inputs = [*tensors_in(args), *tensors_in(kwargs)]
                     self.tell(self._listener.started, inputs)
