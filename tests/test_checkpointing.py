@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from resdiag.watch.monitor import attach
-from resdiag.watch.recorder import _NO_GRADIENTS
+from resdiag.watch.backward import NO_BACKWARD
 
 
 class Checkpointed(Net):
@@ -189,4 +189,4 @@ def test_what_cannot_be_told_when_it_runs_again_is_nan_with_the_reason(kind):
     assert frame.grad_sum.isna().all()
     assert frame[["sum_mean", "branch_mean", "grad_param"]].notna().all(axis=None)
     entry = next(entry for entry in monitor.unavailable if entry["metric"] == "grad_sum")
-    assert entry == {"metric": "grad_sum", "blocks": [0, 1], "reason": _NO_GRADIENTS}
+    assert entry == {"metric": "grad_sum", "blocks": [0, 1], "reason": NO_BACKWARD}

@@ -62,7 +62,7 @@ def test_the_core_set_has_the_numbers_of_the_full_one(variant):
 
 def test_an_after_add_that_comes_later_leaves_p1_unknown_and_says_so():
     model, (images, labels) = Net(), data()
-    with attach(model, metrics="core") as monitor:
+    with attach(model, metrics="core", trace="always") as monitor:
         for turn in (False, True, False):
             model.block.has_relu = turn
             F.cross_entropy(model(images), labels).backward()

@@ -101,8 +101,3 @@ def test_what_is_not_finite_in_a_sample_that_is_not_looked_at_is_not_seen():
 def test_a_number_that_takes_nothing_is_refused(count):
     with pytest.raises(ValueError, match=f"moment_samples={count} must be at least 1"):
         attach(Unnormalised(), moment_samples=count)
-
-
-def test_compiled_passes_take_the_whole_batch():
-    with pytest.raises(ValueError, match="compiled passes take moments of the whole batch"):
-        attach(Unnormalised(), moment_samples=2, example_inputs=(data(2)[0],))

@@ -305,7 +305,7 @@ def test_training_is_bit_identical_and_nothing_is_left(name):
             if monitor is not None:
                 monitor.step()
         if monitor is not None:
-            assert not monitor._recorder.failure
+            assert not monitor._recorder.guard.failure
             assert len(monitor.to_frame()) == 3 * len(UNITS[name][1])
             monitor.close()
             assert traces(model) == before

@@ -19,10 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 from resdiag.errors import UsageError, unknown
 from resdiag.watch.addition import Addition
-from resdiag.watch.blocks import Block, _evaluating, _Finder
+from resdiag.watch.blocks import Block, BlockFinder, trace_once
 from resdiag.watch.calls import Call
+from resdiag.watch.events import Operands
 from resdiag.watch.sums import ADDITIONS, read_sum
-from resdiag.watch.tracer import Tracer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,12 +254,8 @@ def find_sites(
 ) -> tuple[list[Block], list[Site]]:
     """The blocks of a model, and the additions that can be changed; at most one a block."""
     finder = _Residual()
-    tracer = Tracer(model, finder, lambda: True, None)
-    try:
-        with _evaluating(model), torch.no_grad(), _Counter(finder):
-            model(*inputs, **kwargs)
-    finally:
-        tracer.close()
+    with _Counter(finder):
+        trace_once(model, inputs, kwargs, [finder])
     every = finder.anatomy.blocks
     return [block for block in every if block.shortcut != "none"], [
         Site(block=every[row], ordinal=ordinal, branch_first=first)
@@ -268,11 +264,11 @@ def find_sites(
     ]
 
 
-class _Residual(_Finder):
+class _Residual(BlockFinder):
     """Learns from the tracer which addition of the pass is a residual one.
 
     Attributes:
-        next: A residual addition that is about to be computed.
+        next: The operands of a residual addition that is about to be computed.
         met: Its place among the additions, and whether the branch is on the left.
         found: `met` by the block's row.
         parallel: Rows of blocks to which more branches are added.
@@ -280,18 +276,18 @@ class _Residual(_Finder):
 
     def __init__(self) -> None:
         super().__init__()
-        self.next: Addition | None = None
+        self.next: Operands | None = None
         self.met: tuple[int, bool] | None = None
         self.found: dict[int, tuple[int, bool]] = {}
         self.parallel: set[int] = set()
 
-    def operands(self, addition: Addition) -> None:
+    def operands(self, addition: Addition, tensors: Operands) -> None:
         """A residual addition is about to be computed."""
-        self.next, self.met = addition, None
+        self.next, self.met = tensors, None
 
-    def added(self, addition: Addition) -> None:
+    def added(self, addition: Addition, total: Tensor) -> None:
         """It is done; if it was no addition of two tensors, it cannot be changed."""
-        super().added(addition)
+        super().added(addition, total)
         if addition.extends:
             self.parallel.add(len(self.anatomy.blocks) - 1)
         elif self.met is not None:
@@ -317,9 +313,9 @@ class _Counter(TorchFunctionMode):
         """Every torch call, after the tracer has seen it."""
         operands = _equal_operands(func, args, dict(kwargs or {}))
         if operands is not None:
-            addition = self._finder.next
-            if addition is not None:
-                self._finder.met = self._count, addition.branch is operands[0]
+            tensors = self._finder.next
+            if tensors is not None:
+                self._finder.met = self._count, tensors.branch is operands[0]
             self._count += 1
         return func(*args, **(kwargs or {}))
 

@@ -2,23 +2,24 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from resdiag.watch.calls import Call
 
 
 @dataclass(eq=False)
 class Addition:
-    """One residual addition, as it happens.
+    """What is known of one residual addition; its tensors are told beside it, see `events`.
 
     Attributes:
         owner: Name of the module whose forward is running ("" is the model itself).
         ordinal: Number of residual additions that `owner` has done before in this pass.
-        origin: The block's input x: where both operands descend from; None if it is gone.
-        branch: F(x), before the addition.
-        shortcut: h(x).
+        entered: Shape of the block's input x, where both operands come from; None if it was freed.
+        shape: Shape of the sum.
+        dtype: Of the shortcut's elements.
         shortcut_count: Parameterised operations on the shortcut: 0 for an identity.
-        path: The calls that lead from `origin` to `shortcut` if they can be repeated, else None.
+        path: The calls that lead from x to the shortcut if they can be repeated, else None.
         shortcut_scale: Factor on the shortcut inside the addition (torch.add's alpha), mostly 1.
         branch_scale: The same for the branch.
         parameters: Parameters of the branch, the shortcut and (at the end) the after-add.
@@ -28,19 +29,19 @@ class Addition:
         features: The channel dimension of the sum, None if no operation says it.
         branch_module: The module whose output the branch is, "" if it is none's.
         shortcut_module: The same for the shortcut.
-        stream: Number of the shortcut in the lineage.
+        stream: Number of the shortcut in the pass.
         extends: Whether it adds a parallel branch to the unit that the addition before it began;
-            then `branch` is the sum of the branches.
-        sum: y = h + F, set once it is computed.
+            the branch is then the sum of the branches.
+        swapped: Whether the right operand is the shortcut.
         after: The after-add's calls, set at the end of the block.
         returned: Whether the block's output is what `owner` returns.
     """
 
     owner: str
     ordinal: int
-    origin: Tensor | None
-    branch: Tensor
-    shortcut: Tensor
+    entered: torch.Size | None
+    shape: torch.Size
+    dtype: torch.dtype
     shortcut_count: int
     path: tuple[Call, ...] | None
     shortcut_scale: float
@@ -54,12 +55,11 @@ class Addition:
     shortcut_module: str = ""
     stream: int = 0
     extends: bool = False
-    sum: Tensor | None = None
+    swapped: bool = False
     after: tuple[Call, ...] = ()
     returned: bool = False
 
-    def again(self) -> "Addition":
-        """A copy of its own to fill in; `copy.copy` takes ten times as long."""
-        other = object.__new__(Addition)
-        other.__dict__.update(self.__dict__)
-        return other
+    @property
+    def key(self) -> tuple[str, int]:
+        """What names the block in every pass."""
+        return self.owner, self.ordinal

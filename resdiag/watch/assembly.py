@@ -39,7 +39,7 @@ class Assembly:
         """Let the ranks make the metrics of all from what each has recorded in this step."""
         if not self._ranks.is_open:
             return
-        whole = self._now.forward and not self._recorder.failure
+        whole = self._now.forward and not self._recorder.guard.failure
         norm = torch.zeros((), dtype=torch.float64, device=self._gradients.device())
         if whole:
             norm = self._gradients.total.to(norm.device)
@@ -54,10 +54,10 @@ class Assembly:
                 self._gradients.weights,
             )
         except Exception as error:  # training goes on, whatever happened to the record
-            self._recorder.failure = str(error) or type(error).__name__
+            self._recorder.guard.failure = str(error) or type(error).__name__
             self._ranks.close()
             self._notes.say(
-                f"watching stopped at step {self._now.number}: {self._recorder.failure}"
+                f"watching stopped at step {self._now.number}: {self._recorder.guard.failure}"
             )
         if not self._now.forward:
             return

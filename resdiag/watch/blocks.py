@@ -1,6 +1,6 @@
 """Residual blocks of any model, found by watching the additions of one forward pass."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from resdiag.watch.addition import Addition
 from resdiag.watch.calls import Call
+from resdiag.watch.events import Observer, Silent
 from resdiag.watch.metrics import channel_dimension
-from resdiag.watch.tracer import Tracer
+from resdiag.watch.pass_driver import PassDriver
+from resdiag.watch.tracer import Surveyor, Tracing
 from resdiag.watch.units import Unit
 
 
@@ -62,6 +64,11 @@ class Block:
         """Channels of the sum."""
         return self.shape[channel_dimension(len(self.shape) + 1, self.features) - 1]
 
+    @property
+    def ends_at_sum(self) -> bool:
+        """Whether its output is its sum, so that one gradient is both's."""
+        return self.shortcut != "none" and self.after_add == "none"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {**asdict(self), "shape": list(self.shape), "branch": list(self.branch)}
@@ -105,17 +112,10 @@ class Anatomy:
             "branch_module": addition.branch_module,
             "shortcut_module": addition.shortcut_module,
             "features": addition.features,
-            "dtype": str(addition.shortcut.dtype).removeprefix("torch."),
+            "dtype": str(addition.dtype).removeprefix("torch."),
             "frozen_norm": torch.is_grad_enabled() and any(map(_is_frozen, addition.calls)),
         }
-        x = addition.origin
-        return self._add(
-            addition.owner,
-            addition.ordinal,
-            None if x is None else x.shape,
-            addition.shortcut.shape,
-            about,
-        )
+        return self._add(*addition.key, addition.entered, addition.shape, about)
 
     def add_unit(self, unit: Unit) -> int:
         """Add a module without a residual addition; returns its row."""
@@ -203,52 +203,25 @@ def _extent(shape: torch.Size, features: int | None) -> tuple[int, int]:
     return (shape[channel_dimension(len(shape), features)] if shape else 1), shape.numel()
 
 
-class _Finder:
-    """The listener of `find_blocks`: anatomy only, no numbers."""
-
-    counts_gates: bool = False
-    looks_back: bool = False
+class BlockFinder(Silent):
+    """Collects the anatomy of one pass, and no numbers."""
 
     def __init__(self) -> None:
         self.anatomy = Anatomy()
 
-    def started(self, inputs: Sequence[Tensor]) -> None:
-        """Nothing to measure."""
-
-    def operands(self, addition: Addition) -> None:
-        """Nothing to measure."""
-
-    def added(self, addition: Addition) -> None:
-        if addition.extends:
-            return
-        self.anatomy.add_block(addition)
+    def added(self, addition: Addition, total: Tensor) -> None:
+        """A block begins, or has one branch more."""
+        if not addition.extends:
+            self.anatomy.add_block(addition)
 
     def closed(self, addition: Addition, output: Tensor) -> None:
-        row = self.anatomy.rows[addition.owner, addition.ordinal]
+        """A block has ended."""
+        row = self.anatomy.rows[addition.key]
         self.anatomy.finish(row, addition.after, addition.parameters)
 
-    def passing(self, number: int, x: Tensor, features: int | None) -> None:
-        """Nothing to measure."""
-
-    def dismiss(self) -> None:
-        """Nothing was measured."""
-
     def unit(self, unit: Unit) -> None:
+        """A module stands for a block."""
         self.anatomy.add_unit(unit)
-
-    def same(self, old: Tensor, new: Tensor) -> None:
-        """Nothing is known by its identity."""
-
-    def activation(self, owners: tuple[str, ...], call: Call, x: Tensor) -> None:
-        """Nothing to measure."""
-
-    def finished(
-        self, features: Tensor | None, logits: Tensor | None, outputs: Sequence[Tensor]
-    ) -> None:
-        """Nothing to measure."""
-
-    def look_back(self, outputs: Sequence[Tensor]) -> None:
-        """Every pass is listened to."""
 
 
 def find_blocks(
@@ -300,14 +273,27 @@ def find_anatomy(
     model: nn.Module, *inputs: object, blocks: Sequence[str] | None = None, **kwargs: object
 ) -> Anatomy:
     """As `find_blocks`, with the parameters of each block; without additions, of units."""
-    finder = _Finder()
-    tracer = Tracer(model, finder, lambda: True, match_modules(model, blocks))
-    try:
-        with _evaluating(model), torch.no_grad():
-            model(*inputs, **kwargs)
-    finally:
-        tracer.close()
+    finder = BlockFinder()
+    trace_once(model, inputs, kwargs, [finder], match_modules(model, blocks))
     return finder.anatomy
+
+
+def trace_once(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    keywords: Mapping[str, Any],
+    observers: Sequence[Observer],
+    units: frozenset[str] | None = None,
+    surveyor: Surveyor | None = None,
+) -> None:
+    """Trace one pass in evaluation mode without gradients; mode and random state are put back."""
+    tracing = Tracing(model, units)
+    driver = PassDriver(model, lambda: tracing.begin(observers, surveyor))
+    try:
+        with evaluating(model), torch.no_grad():
+            model(*inputs, **keywords)
+    finally:
+        driver.close()
 
 
 def match_modules(model: nn.Module, patterns: Sequence[str] | None) -> frozenset[str] | None:
@@ -337,7 +323,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and a forked random state for one pass."""
     modes = {module: module.training for module in model.modules()}
     with torch.random.fork_rng():

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -64,6 +64,24 @@ class Buffer:
         """Forget what the open slot holds."""
         if self._cells is not None and self._steps:
             self._cells[self.slot].fill_(math.nan)
+
+    def reject(self, rows: Collection[int]) -> list[Key]:
+        """Rows of the open slot hold nothing: forget what was put, and that cells equal others.
+
+        Returns:
+            First columns of other rows that were to equal cells of these.
+        """
+        slot = self.slot
+        self._loose = [one for one in self._loose if one[0] != slot or one[1][0] not in rows]
+        aliases = self._aliases[slot]
+        lost = [
+            (row, self.columns[at])
+            for row, columns, source, _ in aliases
+            if source in rows and row not in rows
+            for at in range(columns.start, columns.stop)
+        ]
+        self._aliases[slot] = [alias for alias in aliases if alias[0] not in rows]
+        return lost
 
     def read_column(self, slot: int, name: str) -> Tensor:
         """One value per row, on the device; a view."""
@@ -129,19 +147,6 @@ class Buffer:
         here, there = self._at[first], self._at[source[1]]
         places = row, slice(here, here + width), source[0], slice(there, there + width)
         self._aliases[-1].append(places)
-
-    def take(self, slot: int) -> tuple[NDArray[np.float64], int]:
-        """A slot's cells (rows, columns), with aliases as what they stand for, and how many."""
-        assert self._cells is not None
-        values = self._cells[slot].numpy().copy()
-        self._fill(values, self._aliases[slot])
-        return values, len(self._aliases[slot])
-
-    def give(self, slot: int, taken: tuple[NDArray[np.float64], int]) -> None:
-        """Undo what was written to a slot since it was taken."""
-        assert self._cells is not None
-        self._cells[slot] = torch.from_numpy(taken[0])
-        del self._aliases[slot][taken[1] :]
 
     def flush(self, *, keep_open: bool = False) -> tuple[list[int], NDArray[np.float64]]:
         """Move all used slots to the host: the steps, and values (steps, rows, columns).

@@ -52,7 +52,7 @@ class Checks:
         """Say why a step that was due has no recorded pass."""
         if self._now.hidden:
             self._notes.say(_REMEDY)
-        elif self._passes.is_due() and not self._recorder.failure and not self._now.repeated:
+        elif self._passes.is_due() and not self._recorder.guard.failure and not self._now.repeated:
             self._notes.say(
                 "a step was due for recording, but no forward pass in training mode went through "
                 "the model's __call__: was forward() called directly, the model compiled, or in "
@@ -63,10 +63,10 @@ class Checks:
         """Say what is wrong with a recorded pass."""
         for metric, reason in self._stopped.items():
             self._notes.say(f"own metric '{metric}' stopped: {reason}")
-        if self._recorder.failure:
+        if self._recorder.guard.failure:
             self._notes.say(
                 f"watching stopped at step {self._now.number} after an error of resdiag, "
-                f"training goes on: {self._recorder.failure}"
+                f"training goes on: {self._recorder.guard.failure}"
             )
             return
         anatomy = self._recorder.anatomy
@@ -74,15 +74,14 @@ class Checks:
             self._notes.say(f"{describe_units(anatomy.blocks)}; blocks=[...] names others")
         if not anatomy.blocks:
             self._notes.say("no residual addition was found: name modules with blocks=[...]")
-        elif self._recorder.missed:
+        elif self._passes.follower.missed:
             self._notes.say(
-                f"the forward pass of step {self._now.number} was not like those before it: NaN at "
-                "its activations; the next step is recorded too, and from now on every pass is "
-                "followed call by call"
+                "the forward pass of a recorded step was not like the one that had been traced: "
+                "its numbers are NaN where they differ, and the next recorded pass is traced"
             )
-        elif not self._recorder.seen_backward and not self._now.compiled:
+        elif not self._recorder.backward.seen and not self._now.compiled:
             self._notes.say("a recorded step had no backward pass through the blocks")
-        if self._recorder.repeats:
+        if self._recorder.backward.repeats:
             self._notes.say("several backward passes reached the blocks: the last one is recorded")
         if self._recorder.strangers:
             self._notes.say(

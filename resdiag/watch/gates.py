@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +32,10 @@ class Gates:
         calls = {id(call) for call in activations}
         self._inside.append((row, [gate for call, gate in self._seen if id(call) in calls]))
 
+    def forget(self, rows: Container[int]) -> None:
+        """Blocks are not to be counted."""
+        self._inside = [(row, gates) for row, gates in self._inside if row not in rows]
+
     def count(
         self, features: Callable[[int, Tensor], int | None]
     ) -> Iterator[tuple[int, list[Tensor], list[int]]]:
@@ -51,7 +55,10 @@ def fractions(
     counts: Sequence[Tensor], sizes: Sequence[int]
 ) -> tuple[metrics.Scalar, metrics.Scalar]:
     """Shares of saturated units, and of channels all of whose units are: dead ones."""
-    full = [count == size // len(count) for count, size in zip(counts, sizes, strict=True)]
+    # NaN counts, of a graph that did not write them, stay NaN
+    full = [
+        (count == size // len(count)) + 0 * count for count, size in zip(counts, sizes, strict=True)
+    ]
     channels = sum(len(count) for count in counts)
     return _total(counts) / sum(sizes), _total(full) / channels
 
@@ -81,5 +88,5 @@ def _count_closed(gates: Iterable[tuple[Tensor, int | None]]) -> dict[int, Tenso
 def _total(counts: Sequence[Tensor]) -> metrics.Scalar:
     """The sum of everything in some tensors of counts."""
     if metrics.on_host(counts[0].device):
-        return float(sum(int(count.numpy().sum()) for count in counts))
+        return float(sum(float(count.numpy().sum()) for count in counts))
     return torch.cat([count.reshape(-1) for count in counts]).sum(dtype=torch.float64)

@@ -72,13 +72,13 @@ class Gradients:
         """Read now what the step of these optimizers would read later; see `Monitor`."""
         if point is not None and self._asked is None:
             self.point = self._asked = point
-        if self._step.forward and not self._recorder.failure:
+        if self._step.forward and not self._recorder.guard.failure:
             scaled = self._scale.is_still_on(owners)
             self._reading(point or self.point).take(scale=self._scale.now() if scaled else 1.0)
 
     def backward_begins(self) -> None:
         """The first gradient of the recorded pass has come: the loss scale is known now."""
-        self._step.factor = self._recorder.factor = self._scale.now()
+        self._step.factor = self._recorder.backward.factor = self._scale.now()
         if not self._rewriting.follows:
             blocks = [p for members in self._recorder.anatomy.parameters for p in members]
             self._rewriting.follow([*blocks, *self._model.parameters()])
@@ -135,15 +135,15 @@ class Gradients:
     def finish(self) -> None:
         """Complete what is known of the step's gradients and updates."""
         skipped = self._scale.is_used and not self._step.stepped
-        known = self._wants_updates and not self._recorder.failure
+        known = self._wants_updates and not self._recorder.guard.failure
         if self._step.pending or (skipped and known):
             if not self._step.pending:
                 self._reading(self.point).remember()
             self._write_updates()
-        if not self._recorder.failure:
+        if not self._recorder.guard.failure:
             self._reading(self.point).take()  # a scaler that skipped the step had unscaled them
         self._record.cells.settle()
-        if not self._recorder.failure:
+        if not self._recorder.guard.failure:
             self._write()
         if skipped:
             self._write_head("skipped", torch.ones(()))
@@ -152,7 +152,7 @@ class Gradients:
         """Gradients at activations came with the loss scale; parameters' were read without it."""
         factor = 1.0 if self._step.factor is None else self._step.factor
         cells, head = self._record.cells, self._record.head
-        if self._recorder.anatomy.blocks and not self._recorder.failure:
+        if self._recorder.anatomy.blocks and not self._recorder.guard.failure:
             cells.divide(cells.slot, _SCALED, factor)
         head.reserve(1, self.device())
         head.divide(head.slot, ("head_gap",), factor)
@@ -176,7 +176,7 @@ class Gradients:
                 self._write_there(point, norms)
         for row, members in enumerate(self._recorder.anatomy.parameters):
             if not members:
-                self._recorder.miss(row, ("update_ratio",), "the block has no parameters")
+                self._recorder.guard.miss(row, ("update_ratio",), "the block has no parameters")
 
     def _write_here(self, norms: ParameterNorms) -> None:
         per_block, self.total = norms.gradients()
@@ -186,8 +186,8 @@ class Gradients:
             cells.write_column(cells.slot, "grad_param", per_block)
         self._write_head("grad_norm", self.total)
         for row in norms.missing():
-            self._recorder.miss(row, ("grad_param",), "no parameter of it has a gradient")
-        if self._recorder.seen_backward and not norms.has_taken:
+            self._recorder.guard.miss(row, ("grad_param",), "no parameter of it has a gradient")
+        if self._recorder.backward.seen and not norms.has_taken:
             self._notes.say(
                 "no gradient was left when monitor.step() looked for them: was zero_grad() "
                 "called before it?"

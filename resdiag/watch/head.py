@@ -19,6 +19,8 @@ COLUMNS = (
     *HEAD_LOSS,
 )
 
+_NO_CLASSIFIER = "no linear layer with a gradient ends the forward pass"
+
 Reasons: TypeAlias = Mapping[str, dict[str, set[int]]]
 """Per column, why it is NaN and for which blocks; none for what is not about a block."""
 
@@ -48,11 +50,11 @@ class Head:
     def miss(
         self,
         *columns: str,
-        reason: str = "no linear layer with a gradient ends the forward pass",
+        reason: str = "",
     ) -> None:
         """Note why columns are NaN."""
         for column in columns:
-            self._reasons[column][reason] = set()  # no rows: it is not about a block
+            self._reasons[column][reason or _NO_CLASSIFIER] = set()  # no rows: it is not about a block
 
     def batch(self, inputs: Sequence[Tensor]) -> None:
         """Measure what goes into the model."""
@@ -63,7 +65,9 @@ class Head:
         if self._moments is None:
             self.miss(*DATA, reason="the model has no floating-point input")
 
-    def classify(self, features: Tensor | None, logits: Tensor | None) -> bool:
+    def classify(
+        self, features: Tensor | None, logits: Tensor | None, reason: str = ""
+    ) -> bool:
         """Measure what goes into the last linear layer; whether a gradient will come to `logits`.
 
         The moments of the batch are written here: now a tensor of the pass says where it runs.
@@ -73,18 +77,22 @@ class Head:
             self._buffer.reserve(1, (moments if features is None else features).device)
             self._buffer.write(self.slot, 0, DATA[0], moments)
         if features is None or logits is None:
-            self.miss("head_mean", "head_bias", "head_kick", *HEAD_LOSS)
+            self.miss("head_mean", "head_bias", "head_kick", *HEAD_LOSS, reason=reason)
             return False
-        self._buffer.reserve(1, features.device)
-        if self._pool is None:
-            self._buffer.write(self.slot, 0, "head_mean", metrics.statistics(features)[:3])
-        else:
-            self._pool.sites([((ROW, "head_mean"), metrics.reduce(features))])
-        size = torch.full((), features.shape[-1], dtype=torch.float64, device=features.device)
-        self._buffer.write(self.slot, 0, "head_size", size)
+        self.write_features(metrics.reduce(features), features.shape[-1], features.device)
         if not logits.requires_grad:
             self.miss("head_kick", *HEAD_LOSS)
         return logits.requires_grad
+
+    def write_features(self, read: metrics.Sums, width: int, device: torch.device) -> None:
+        """Write the moments of what goes into the classifier."""
+        self._buffer.reserve(1, device)
+        if self._pool is None:
+            self._buffer.write(self.slot, 0, "head_mean", metrics.combine([read])[0, :3])
+        else:
+            self._pool.sites([((ROW, "head_mean"), read)])
+        size = torch.full((), width, dtype=torch.float64, device=device)
+        self._buffer.write(self.slot, 0, "head_size", size)
 
     def keep(self, logits: Tensor) -> Logits | None:
         """What of the logits has to wait for their gradient."""
@@ -92,12 +100,15 @@ class Head:
 
     def gap(self, slot: int, g: Tensor, logits: Logits | None) -> None:
         """max_k |p_k - y_k|: the batch sum of dL/dlogits of a mean cross-entropy; and the loss."""
-        sums = g.detach().reshape(-1, g.shape[-1]).sum(0)
-        if self._pool is None:
-            self._buffer.write(slot, 0, "head_gap", torch.linalg.vector_norm(sums, math.inf))
-        else:
-            self._pool.gap(sums.double())
+        self.write_gap(slot, g.detach().reshape(-1, g.shape[-1]).sum(0))
         read = None if logits is None else logits.read(g)
         if logits is not None and read is not None:
             self.classes = logits.classes
             self._buffer.write(slot, 0, HEAD_LOSS[0], read)
+
+    def write_gap(self, slot: int, sums: Tensor) -> None:
+        """Write the head gap from the batch sum of dL/dlogits (K,)."""
+        if self._pool is None:
+            self._buffer.write(slot, 0, "head_gap", torch.linalg.vector_norm(sums, math.inf))
+        else:
+            self._pool.gap(sums.double())

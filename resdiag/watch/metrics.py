@@ -162,7 +162,7 @@ class Sums(NamedTuple):
     """
 
     per_channel: Tensor
-    size: int
+    size: Scalar
     second: Scalar
     spread: Scalar | None
     broken: Scalar

@@ -13,31 +13,35 @@ from resdiag.watch.assembly import Assembly
 from resdiag.watch.blocks import Block, match_modules
 from resdiag.watch.catalog import POINTS, SETS, derive
 from resdiag.watch.checks import Checks
-from resdiag.watch.compiled import Taps
+from resdiag.watch.collect import GraphRecorder
 from resdiag.watch.distributed import Ranks, find_ranks, is_reduced, unwrap
 from resdiag.watch.dynamo import compiled_parts
+from resdiag.watch.follow import Follower
+from resdiag.watch.forward import Recorder
 from resdiag.watch.gradients import Gradients
+from resdiag.watch.guard import Guard
 from resdiag.watch.lossscale import LossScale
 from resdiag.watch.notes import Notes
 from resdiag.watch.notes import WatchWarning as WatchWarning
 from resdiag.watch.optimizers import OptimizerSteps
 from resdiag.watch.own import own_metrics
 from resdiag.watch.ownvalues import OwnValues
+from resdiag.watch.pass_driver import PassDriver
 from resdiag.watch.passes import Passes
 from resdiag.watch.pool import Pool
 from resdiag.watch.ports import example
 from resdiag.watch.record import Listener, Record
-from resdiag.watch.recorder import Recorder
 from resdiag.watch.shards import Shards, is_sharded
 from resdiag.watch.state import State
 from resdiag.watch.step import Step
-from resdiag.watch.tracer import Tracer
-from resdiag.watch.walk import find_ports
+from resdiag.watch.survey import plan_of_example
+from resdiag.watch.tracer import Tracing
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _TAKES = ("first", "last")
+_TRACES = ("first", "always")
 
 
 def attach(
@@ -55,6 +59,7 @@ def attach(
     metrics: str = "full",
     moment_samples: int | None = None,
     example_inputs: object = None,
+    trace: str = "first",
 ) -> "Monitor":
     """Start watching a model. Nothing in it is edited, and its training stays the same bit for bit.
 
@@ -95,6 +100,9 @@ def attach(
         example_inputs: Inputs of one forward pass, a tuple or a mapping of keywords, on the model's
             device: the blocks are found at once, and passes that torch.compile runs are recorded
             too. Needed only for those; attach before compiling.
+        trace: "first" follows the first recorded pass operation by operation, and reads later ones
+            by hooks at the places that it found, as long as they are the same pass; "always"
+            follows every recorded pass, which costs more and misses no pass that differs.
 
     Returns:
         A `Monitor`: a context manager whose `step()` ends each training step.
@@ -122,6 +130,8 @@ def attach(
         raise ValueError(unknown("point", point, POINTS).message)
     if take not in _TAKES:
         raise ValueError(unknown("forward pass to take", take, _TAKES).message)
+    if trace not in _TRACES:
+        raise ValueError(unknown("trace", trace, _TRACES).message)
     if metrics not in SETS:
         raise ValueError(unknown("set of metrics", metrics, SETS).message)
     inner = unwrap(model)
@@ -137,15 +147,6 @@ def attach(
     reduced = ranks is not None or is_reduced(model)
     if moment_samples is not None and moment_samples < 1:
         raise ValueError(f"moment_samples={moment_samples} must be at least 1, or None for all")
-    if moment_samples is not None and example_inputs is not None:
-        raise ValueError("example_inputs: compiled passes take moments of the whole batch only")
-    if metrics == "core" and example_inputs is not None:
-        raise ValueError("example_inputs: compiled passes record metrics='full' only")
-    if ranks is not None and example_inputs is not None:
-        raise ValueError(
-            "example_inputs: compiled passes are not reduced over ranks; "
-            "attach(..., reduce=False) records each rank by itself"
-        )
     monitor = Monitor(
         inner,
         _optimizers(optimizer),
@@ -158,6 +159,7 @@ def attach(
         take_last=take == "last",
         core=metrics == "core",
         moments=moment_samples,
+        always=trace == "always",
     )
     if example_inputs is not None:
         monitor.prepare(*example(example_inputs))
@@ -191,8 +193,10 @@ class Monitor:
         take_last: bool,
         core: bool,
         moments: int | None,
+        always: bool,
     ) -> None:
-        self._optimizers, self._units, self._samples = optimizers, units, samples
+        self._optimizers, self._units = optimizers, units
+        self._samples, self._moments = samples, moments
         self._open, self._model = True, model
         self._own = OwnValues(own_metrics().values())
         notes, now = Notes(), Step()
@@ -203,6 +207,7 @@ class Monitor:
         self._recorder = Recorder(
             record.cells,
             record.head,
+            Guard(),
             samples,
             pool,
             lambda: self._gradients.backward_begins(),
@@ -212,31 +217,31 @@ class Monitor:
         )
         self._now, self._record, self._notes = now, record, notes
         state = self._state = State(model, now, self._recorder, record, scale, notes)
-        # before the tracer's, or it would enter a sharded module with tensors it does not know
-        self._shards = Shards(model, lambda a, b: self._tracer.same(a, b))
+        # its hooks come before those of a pass, which would see tensors that they do not know
+        self._shards = Shards(model, lambda a, b: self._driver.same(a, b))
         updates = bool(optimizers) and not core
         self._gradients = Gradients(state, self._shards, ranks, pool, point, updates=updates)
-        self._passes = Passes(state, schedule, self._gradients, take_last=take_last)
+        follower = Follower(Tracing(model, units), self._recorder, always=always)
+        self._passes = Passes(state, schedule, self._gradients, follower, take_last=take_last)
         given = bool(optimizers)
         self._checks = Checks(state, self._passes, self._own.stopped, given=given)
         self._assembly: Assembly | None = None
         if ranks is not None and pool is not None:
             self._assembly = Assembly(ranks, pool, state, self._gradients)
-        self._tracer = Tracer(model, self._recorder, self._passes.wanted, units, self._passes.again)
-        self._passes.seen = self._tracer.seen
+        self._driver = PassDriver(model, self._passes.begin, self._passes.seen)
         self._steps = OptimizerSteps(model, optimizers, self._before_update, self._after_update)
 
     def prepare(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
         """Find the blocks by one pass over example inputs, and get ready for torch.compile."""
         with self.paused():
-            found = find_ports(self._model, inputs, keywords, self._units)
-        self._passes.taps = Taps(
+            plan = plan_of_example(self._model, inputs, keywords, self._units)
+        self._passes.taps = GraphRecorder(
             self._model,
-            found,
+            plan,
             self._recorder,
             self._record.cells,
-            self._record.head,
             self._samples,
+            self._moments,
         )
         self._passes.arm()
 
@@ -330,6 +335,11 @@ class Monitor:
         self._passes.demanded = True
 
     @property
+    def passes_read(self) -> int:
+        """Recorded passes that were read by hooks; the others were traced."""
+        return self._passes.follower.reads
+
+    @property
     def is_recording(self) -> bool:
         """Whether this step's forward pass was recorded."""
         return self._now.forward
@@ -359,7 +369,8 @@ class Monitor:
 
     def close(self) -> None:
         """Remove every hook; what was recorded stays readable. Safe to call twice."""
-        self._tracer.close()
+        self._driver.close()
+        self._passes.follower.end()
         self._passes.close()
         self._shards.close()
         if self._assembly is not None:
@@ -404,7 +415,7 @@ class Monitor:
         """Metrics that are NaN for a reason: `{"metric", "blocks", "reason"}`."""
         missing: list[dict[str, Any]] = [
             {"metric": metric, "blocks": sorted(rows) or "all", "reason": reason}
-            for metric, reasons in self._recorder.reasons.items()
+            for metric, reasons in self._recorder.guard.reasons.items()
             for reason, rows in reasons.items()
         ]
         for metric, reason in self._own.stopped.items():
@@ -464,7 +475,7 @@ class Monitor:
             )
         now.stepped = now.updated = now.updating = True
         self._passes.adopt_hidden()
-        if now.forward and not self._recorder.failure and now.updates[id(optimizer)] == 1:
+        if now.forward and not self._recorder.guard.failure and now.updates[id(optimizer)] == 1:
             self._gradients.before_update(optimizer, owned)
 
     def _after_update(self, optimizer: Optimizer, owned: Collection[int] | None) -> None:
@@ -477,7 +488,8 @@ class Monitor:
         """Complete the recorded step."""
         if self._now.compiled:
             self._passes.collect()
-        self._recorder.conclude()
+        self._recorder.backward.conclude()
+        self._passes.follower.end()
         self._gradients.finish()
         self._checks.backward()
         self._recorder.end()

@@ -1,53 +1,71 @@
-"""Taps at operations that a module does in its own forward, where no module takes or returns them.
+"""Finds an operation that a module does in its own forward again in a later pass.
 
-torch.compile traces through a torch function mode that is active when the graph is entered, as long
-as what it keeps is the same at the end of the graph as at its beginning. An operation is known by
-its name and by how many of that name came before in the call of its module; that the counts are
-those of the pass over example inputs is checked at the end of every call.
+Some tensors no module takes or returns: the sum in `F.relu(x + f)`, or one that is overwritten at
+once. Where a plan has such a tensor, a torch function mode is entered for the pass; torch.compile
+traces through a mode that is active when the graph is entered, as long as what it keeps is the same
+at the end of the graph as at its beginning. An operation is known by its name and by how many of
+that name came before in the call of its module.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from resdiag.watch.dynamo import never_alone
-from resdiag.watch.ports import OPERATIONS
-from resdiag.watch.taps import Switch, Tap, pass_eager, pass_traced
+from resdiag.watch.ports import OPERATIONS, Plan, is_in
 
 Where = tuple[int, str, int]
 """Number of the module's call, name and ordinal of the operation."""
 
 
+class Handler(Protocol):
+    """What is done at the operations of one module."""
+
+    def before(
+        self,
+        where: Where,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """An operation is about to run; returns the arguments to run it with."""
+
+    def after(
+        self,
+        where: Where,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """It has run; returns the result to hand on."""
+
+
 class Frame:
-    """The hooks that tell which module's forward is running, and its taps.
+    """The hooks that tell that a module's forward is running.
 
     Args:
         name: The module's name.
-        switch: Whether to write.
         running: The open calls, innermost last; shared by all frames.
-        operands: Taps of operands by place.
-        results: Taps of results.
+        handler: What is done at its operations, None for nothing.
         expected: Per call of the module, how often it does which operation.
 
     Attributes:
         calls: Calls of the module in this pass.
-        has_changed: Whether a call did other operations than expected, so that no tap is right.
+        has_changed: Whether a call did other operations than expected.
     """
 
     def __init__(
         self,
         name: str,
-        switch: Switch,
         running: "list[tuple[Frame, dict[str, int]]]",
-        operands: Mapping[Where, list[tuple[int | str, Tap]]],
-        results: Mapping[Where, list[Tap]],
+        handler: Handler | None,
         expected: Mapping[int, tuple[tuple[str, int], ...]],
     ) -> None:
-        self.name, self.switch, self.running = name, switch, running
-        self.operands, self.results = dict(operands), dict(results)
+        self.name, self.running, self.handler = name, running, handler
         self.expected, self.repeated = dict(expected), len(expected) > 1
         self.calls, self.has_changed = 0, False
 
@@ -60,57 +78,52 @@ class Frame:
     def after(self, module: nn.Module, args: object, output: object) -> None:
         """The module's forward ends."""
         _, counts = self.running.pop()
-        if self.operands or self.results:
-            for name, count in self.expected.get(self.calls, ()):
+        if self.handler is not None:
+            expected = self.expected.get(self.calls, ())
+            if len(expected) != len(counts):
+                self.has_changed = True
+            for name, count in expected:
                 if counts.get(name, 0) != count:
                     self.has_changed = True
         if self.repeated:
             self.calls = self.calls + 1
 
-    @never_alone
-    def run(
-        self,
-        func: Callable[..., Any],
-        name: str,
-        ordinal: int,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:  # noqa: ANN401
-        """Do an operation of this module, tapped if it is one of interest."""
-        where, compiling = (self.calls, name, ordinal), torch.compiler.is_compiling()
-        on = (self.switch.on and torch.is_grad_enabled()) if compiling else self.switch.eager
-        if not on:
-            return func(*args, **kwargs)
-        taps = self.operands.get(where)
-        if taps is not None:
-            changed, named = list(args), dict(kwargs)
-            for place, tap in taps:
-                if isinstance(place, str):
-                    named[place] = _pass(tap, named[place])
-                else:
-                    changed[place] = _pass(tap, changed[place])
-            args, kwargs = tuple(changed), named
-        result = func(*args, **kwargs)
-        for tap in self.results.get(where, ()):
-            result = _pass(tap, result)
-        return result
-
-
-@never_alone
-def _pass(tap: Tap, x: Tensor) -> Tensor:
-    return pass_traced(tap, x) if torch.compiler.is_compiling() else pass_eager(tap, x)
-
 
 class Operations(TorchFunctionMode):
-    """Hands the operations of tapped modules to their frames while it is entered.
+    """Hands the operations of some modules to their handlers while it is entered.
 
     Attributes:
         running: The open calls, innermost last.
+        frames: The frames that tell them.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, plan: Plan, handlers: Mapping[str, Handler], names: Mapping[str, nn.Module]
+    ) -> None:
         super().__init__()
         self.running: list[tuple[Frame, dict[str, int]]] = []
+        self._modules = {
+            name: module
+            for name, module in names.items()
+            if any(is_in(name, owner) for owner in handlers)
+        }
+        self.frames = {
+            name: Frame(name, self.running, handlers.get(name), _expected(plan, name))
+            for name in self._modules
+        }
+
+    def install(self) -> Iterator[RemovableHandle]:
+        """Hooks on modules with such operations, and on all modules inside them."""
+        for name, module in self._modules.items():
+            yield module.register_forward_pre_hook(self.frames[name].before)
+            yield module.register_forward_hook(self.frames[name].after)
+
+    def reset(self) -> None:
+        """A pass begins."""
+        self.running.clear()
+        for frame in self.frames.values():
+            if frame.repeated:
+                frame.calls = 0
 
     @never_alone
     def __torch_function__(
@@ -128,4 +141,17 @@ class Operations(TorchFunctionMode):
         frame, counts = self.running[-1]
         ordinal = counts.get(name, 0)
         counts[name] = ordinal + 1
-        return frame.run(func, name, ordinal, args, kwargs)
+        if frame.handler is None:
+            return func(*args, **kwargs)
+        where = frame.calls, name, ordinal
+        args, kwargs = frame.handler.before(where, func, args, kwargs)
+        result = func(*args, **kwargs)
+        return frame.handler.after(where, func, args, kwargs, result)
+
+
+def _expected(plan: Plan, name: str) -> dict[int, tuple[tuple[str, int], ...]]:
+    """Per call of a module, how often it did which operation."""
+    return {
+        call: tuple(plan.operations.get((name, call), {}).items())
+        for call in range(plan.calls.get(name, 0))
+    }

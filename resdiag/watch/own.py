@@ -33,6 +33,7 @@ class OwnMetric:
 
     entry: Metric
     function: "Function"
+    compiles: bool = False
 
     def to_dict(self) -> dict[str, str]:
         """Plain data for a run's folder."""
@@ -52,6 +53,7 @@ def metric(
     source: str = "own",
     formula: str = "",
     reading: str = "",
+    compiles: bool = False,
 ) -> "Callable[[Function], Function]":
     """Register a function of a tensor as a metric; monitors attached from then on record it.
 
@@ -69,6 +71,8 @@ def metric(
         source: Where it comes from.
         formula: Its definition; the first line of the function's docstring if not given.
         reading: What a high or low value means.
+        compiles: Whether torch.compile may make the function a part of the model's graph: only then
+            is it computed in compiled passes. Nobody can stop it there if it fails.
 
     Returns:
         A decorator that returns the function as it was.
@@ -100,7 +104,7 @@ def metric(
             source=source,
             reading=reading or "own metric",
         )
-        _OWN[name] = OwnMetric(entry=entry, function=function)
+        _OWN[name] = OwnMetric(entry=entry, function=function, compiles=compiles)
         return function
 
     return register

@@ -1,17 +1,17 @@
 """Which of a loop's forward passes are recorded."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 
-from resdiag.watch.compiled import Taps
+from resdiag.watch.collect import GraphRecorder
 from resdiag.watch.dynamo import compiled_parts, is_capturing
+from resdiag.watch.follow import Follower
 from resdiag.watch.gradients import Gradients
 from resdiag.watch.lossscale import casts_to_half
-from resdiag.watch.replay import Replay
+from resdiag.watch.pass_driver import FollowedPass, Seen
 from resdiag.watch.state import State
-from resdiag.watch.tracer import Seen
 
 
 class Passes:
@@ -21,11 +21,13 @@ class Passes:
         state: The monitor's state.
         schedule: Whether a step of that number is due for recording.
         gradients: The parameters' gradients.
+        follower: Gives a pass what follows it.
         take_last: Whether the last pass of a step is recorded, not the first.
 
     Attributes:
         taps: What records compiled passes, if the model was prepared for them.
-        seen: What the tracer noticed.
+        seen: What was noticed of torch.compile.
+        follower: As given.
         demanded: Whether the next pass is recorded whatever the schedule says.
     """
 
@@ -34,10 +36,12 @@ class Passes:
         state: State,
         schedule: Callable[[int], bool],
         gradients: Gradients,
+        follower: Follower,
         *,
         take_last: bool,
     ) -> None:
-        self.taps: Taps | None = None
+        self.follower = follower
+        self.taps: GraphRecorder | None = None
         self.seen = Seen()
         self.demanded = False
         self._model, self._schedule, self._take_last = state.model, schedule, take_last
@@ -68,8 +72,11 @@ class Passes:
         if self.taps is not None:
             self.taps.arm(on=self.is_due())
 
-    def wanted(self) -> bool:
-        """Whether to trace the forward pass that begins: the first of a step that is due."""
+    def begin(self) -> FollowedPass | None:
+        """What follows the forward pass that begins: the first of a step that is due."""
+        return self.follower.begin() if self._is_wanted() else None
+
+    def _is_wanted(self) -> bool:
         compiled = self.seen.compiled
         if compiled or is_capturing() or compiled_parts(self._model):
             self._begin_compiled(whole=compiled)
@@ -89,17 +96,10 @@ class Passes:
         self._recorder.begin()
         return True
 
-    def again(self, name: str, called: Mapping[str, int]) -> Replay | None:
-        """What listens to a module that runs outside of a pass: see `Replay`."""
-        if not self._recorder.awaits(name) or not torch.is_grad_enabled():
-            return None
-        in_backward = torch._C._current_graph_task_id() != -1
-        return Replay(self._recorder, called) if in_backward else None
-
     def adopt_hidden(self) -> None:
         """Count a pass whose beginning no hook saw: inside somebody's graph, or a replayed one."""
         hidden, self.seen.in_graph = self.seen.in_graph, False
-        due = self.is_due() and not self._paused and not self._recorder.failure
+        due = self.is_due() and not self._paused and not self._recorder.guard.failure
         if self._step.forward or not due or not (hidden or self._captured):
             return
         if self.taps is None:
@@ -110,11 +110,7 @@ class Passes:
     def collect(self) -> None:
         """Bring what the taps wrote into the record."""
         assert self.taps is not None
-        try:
-            with torch.no_grad():
-                self.taps.collect()
-        except Exception as error:  # a mistake of ours must not end somebody's training
-            self._recorder.failure = f"{type(error).__name__}: {error}"
+        self.taps.collect()
 
     def close(self) -> None:
         """Remove the taps."""
@@ -124,8 +120,8 @@ class Passes:
     # -- inside --------------------------------------------------------------------------------
 
     def _is_due_now(self) -> bool:
-        wanted = self.demanded or self._recorder.missed or self.is_due()
-        return wanted and not self._recorder.failure
+        wanted = self.demanded or self.follower.missed or self.is_due()
+        return wanted and not self._recorder.guard.failure
 
     def _can_trace(self) -> bool:
         if torch._C._functorch.peek_interpreter_stack() is None:
@@ -173,6 +169,7 @@ class Passes:
         self.demanded = self._step.foreign = False
         self._step.factor = self._scale.now()
         self._record.begin(self._step.number, again=False)
+        self._recorder.begin()
 
     def _replaces(self) -> bool:
         """Whether a further forward pass of the step is recorded in place of the one before."""
@@ -192,4 +189,4 @@ class Passes:
     def _is_thrown_away(self) -> bool:
         """Whether the gradients of the recorded pass were set to None without being used."""
         cleared = all(p.grad is None for p in self._model.parameters())
-        return self._recorder.seen_backward and cleared and not self._gradients.has_taken
+        return self._recorder.backward.seen and cleared and not self._gradients.has_taken

@@ -115,9 +115,10 @@ class Pool:
             if column in self._at:
                 self.put(row, column, value, weight)
 
-    def gradient(self, row: int, column: str, size: Scalar, batch: int) -> None:
+    def gradient(self, row: int, column: str, size: Scalar, batch: Scalar) -> None:
         """G2 of a rank's own loss on its own `batch` samples."""
-        self.put(row, column, size / math.sqrt(max(1, batch)), float(batch))
+        root = batch.sqrt() if isinstance(batch, Tensor) else math.sqrt(max(1, batch))
+        self.put(row, column, size / root, batch)
 
     def sites(self, sites: Sequence[tuple[Key, metrics.Sums]]) -> None:
         """Tensors read for their moments, under the first of their columns."""
@@ -151,13 +152,15 @@ class Pool:
         parts = [part for _, part in self._sites]
         gates = [self._gates[row] for row, _ in layout.gates]
         nothing = torch.zeros(0, dtype=torch.float64, device=device)
-        channels = nothing.new_tensor([part.per_channel.numel() * part.size for part in parts])
+        channels = [part.per_channel.numel() * part.size for part in parts]
         return torch.cat(
             [
                 self._pack_scalars(layout, device),
                 *(part.per_channel.double() for part in parts),
-                nothing.new_tensor([float(part.size) for part in parts]),
-                stack([part.broken for part in parts], device) * channels if parts else nothing,
+                stack([part.size for part in parts], device) if parts else nothing,
+                stack([p.broken * n for p, n in zip(parts, channels, strict=True)], device)
+                if parts
+                else nothing,
                 *(count.double() for counts, _ in gates for count in counts),
                 nothing.new_tensor([float(size) for _, sizes in gates for size in sizes]),
                 nothing if self._gap is None else self._gap,

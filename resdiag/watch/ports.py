@@ -1,8 +1,10 @@
-"""Where tensors of a block pass in or out of a module or an operation, and can be tapped.
+"""Where the tensors of a model's blocks can be seen again in a later pass: the plan.
 
-A compiled forward shows nothing that runs in it, but the hooks of its modules are traced into its
-graph, and so is a torch function mode. One pass over example inputs (`watch/walk.py`) finds, for
-every tensor of interest, the modules and operations that take or return it.
+A pass that is traced shows every operation. A later pass shows only what hooks see: what modules
+take and return, and, where a torch function mode is entered, what operations take and return. A
+`Port` names such a place; a `Plan` says which tensor of which block was seen at which ports.
+`survey` writes it, `placement` chooses the ports to read, `verify` tells whether a later pass is
+the one that was planned.
 """
 
 from collections.abc import Mapping
@@ -15,9 +17,17 @@ from resdiag.watch.addition import Addition
 from resdiag.watch.blocks import Anatomy
 from resdiag.watch.calls import ACTIVATIONS, NORMALISATIONS, Call
 from resdiag.watch.sums import ADDITIONS
+from resdiag.watch.units import Unit
 
-OPERATIONS = frozenset(function.__name__ for function in ADDITIONS) | ACTIVATIONS | NORMALISATIONS
-"""Names of the functions that are counted, so that one of them can be found again in a graph."""
+OPERATIONS = (
+    frozenset(function.__name__ for function in ADDITIONS)
+    | ACTIVATIONS
+    | NORMALISATIONS
+    | {"linear"}
+)
+"""Names of the functions that are counted, so that one of them can be found again in a pass."""
+
+SITES = ("input", "branch", "shortcut", "sum", "output")
 
 
 @dataclass(frozen=True)
@@ -70,9 +80,15 @@ class Trail:
     visits: list[Visit] = field(default_factory=list)
     uses: list[int] = field(default_factory=list)
 
-    def value_port(self) -> Port | None:
-        """A port at which its values can be read; a module's, if there is one."""
-        ordered = sorted(self.visits, key=lambda visit: bool(visit.port.operation))
+    def value_port(self, owner: str = "") -> Port | None:
+        """A port at which its values can be read: a module's before an operation's.
+
+        Among several, one of `owner` or inside it: such a port is there whenever the block runs.
+        """
+        ordered = sorted(
+            self.visits,
+            key=lambda visit: (bool(visit.port.operation), not is_in(visit.port.module, owner)),
+        )
         return next((visit.port for visit in ordered), None)
 
     def gradient_port(self, *, operations: bool = False) -> Port | None:
@@ -94,23 +110,31 @@ class Trail:
 
     def _takers(self, *, operations: bool) -> list[Visit]:
         """Ports of modules, or of operations, where another tensor may take its place."""
-        ports = ((visit, visit.port) for visit in self.visits)
         takers = [
             visit
-            for visit, port in ports
-            if bool(port.operation) == operations and (port.is_output or not port.writes)
+            for visit in self.visits
+            if bool(visit.port.operation) == operations
+            and (visit.port.is_output or not visit.port.writes)
         ]
         # who calls y.add_(f) need not go on with what it returns
         return sorted(takers, key=lambda visit: visit.port.writes)
 
 
+def is_in(module: str, owner: str) -> bool:
+    """Whether a module is another one or inside it, by their names."""
+    return not owner or f"{module}.".startswith(f"{owner}.")
+
+
 @dataclass(eq=False)
-class Route:
-    """The tensors of one block, as trails; None where the block has no such tensor.
+class BlockPlan:
+    """The tensors of one block; None where the block has no such tensor.
 
     Attributes:
-        addition: The addition, with its calls, scales and path; None for a unit without one.
+        key: What names the block in every pass.
+        addition: The addition; None for a unit without one.
+        unit: The unit; None for a residual block.
         begin: When the addition began.
+        junction: The addition's own operation, its ordinal among the module's.
         input: x.
         branch: F(x).
         shortcut: h(x).
@@ -118,40 +142,59 @@ class Route:
         output: H.
         joined: Whether x is the output of the block before, or this is the first block.
         projection: Port at which x enters the module that makes h of it, if one module does.
-        gates: Activations inside, each with what goes into it.
+        activations: Activations inside, each with what goes into it.
+        extended: Whether a second addition gave it one more branch.
+        features: Of a unit, the channel dimensions of input and output, None where unknown.
     """
 
+    key: tuple[str, int]
     addition: Addition | None
+    unit: Unit | None
     begin: int
-    input: Trail | None
+    junction: Port | None = None
+    input: Trail | None = None
     branch: Trail | None = None
     shortcut: Trail | None = None
     sum: Trail | None = None
     output: Trail | None = None
     joined: bool = True
     projection: Port | None = None
-    gates: list[tuple[Call, Trail]] = field(default_factory=list)
+    activations: list[tuple[Call, Trail]] = field(default_factory=list)
+    extended: bool = False
+    features: tuple[int | None, int | None] = (None, None)
+
+    def trail(self, site: str) -> Trail | None:
+        """The tensor at one of `SITES`."""
+        found: Trail | None = getattr(self, site)
+        return found
+
+    @property
+    def after(self) -> tuple[Call, ...]:
+        """The calls that turn the sum into the output."""
+        return () if self.addition is None else self.addition.after
 
 
 @dataclass(eq=False)
-class Map:
-    """What one pass over example inputs found.
+class Plan:
+    """What one traced pass showed.
 
     Attributes:
         anatomy: The blocks.
-        routes: Their tensors, in the same order.
+        blocks: Their tensors, in the order of the pass.
         features: Input of the last linear layer.
         logits: Its output.
         calls: How often each module was called.
         operations: Per call of a module, how often it did which operation of `OPERATIONS` itself.
+        flaw: Why no later pass can be compared with it, or "".
     """
 
     anatomy: Anatomy
-    routes: list[Route]
-    features: Trail | None
-    logits: Trail | None
-    calls: dict[str, int]
-    operations: dict[tuple[str, int], dict[str, int]]
+    blocks: list[BlockPlan] = field(default_factory=list)
+    features: Trail | None = None
+    logits: Trail | None = None
+    calls: dict[str, int] = field(default_factory=dict)
+    operations: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)
+    flaw: str = ""
 
 
 def example(given: object) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

@@ -6,8 +6,9 @@ from dataclasses import replace
 import torch
 
 from resdiag.watch.addition import Addition
-from resdiag.watch.frame import Frame
+from resdiag.watch.events import Operands
 from resdiag.watch.lineage import Lineage, Meeting, Scope
+from resdiag.watch.module_stack import Frame
 from resdiag.watch.sums import Operand, Sum
 
 
@@ -46,35 +47,36 @@ class Residuals:
             return self._lineage.imagine(side.inputs, side.call)
         return self._lineage.number(side.inputs[0])
 
-    def parallel(self, frame: Frame, spelled: Sum) -> Addition | None:
+    def parallel(self, frame: Frame, spelled: Sum) -> tuple[Addition, Operands] | None:
         """The open block with one more branch of its own input, as in x + f(x) + g(x)."""
-        first, sides = frame.open, (spelled.left, spelled.right)
-        if first is None or frame.tail is None or frame.chain or spelled.is_difference:
+        first, tensors, total = frame.open, frame.tensors, frame.total
+        if first is None or tensors is None or total is None:
             return None
-        at = next((i for i, s in enumerate(sides) if s.inputs[0] is first.sum), None)
-        if at is None or first.sum is not frame.tail or sides[at].scale != 1:
+        if frame.tail is not total or frame.chain or spelled.is_difference:
             return None
-        more, begin = sides[1 - at], self._lineage.number(first.sum)
-        number = self._number(more)
-        origin = None if first.origin is None else self._lineage.number(first.origin)
-        if number is None or begin is None or origin is None or more.shape != first.sum.shape:
+        sides = spelled.left, spelled.right
+        at = next((i for i, s in enumerate(sides) if s.inputs[0] is total), None)
+        if at is None or sides[at].scale != 1 or tensors.origin is None:
             return None
-        lineage = self._lineage
-        if lineage.descends(number, begin) or not lineage.descends(number, origin):
+        flow, more = self._lineage, sides[1 - at]
+        number, begin = self._number(more), flow.number(total)
+        origin = flow.number(tensors.origin)
+        if number is None or begin is None or origin is None or more.shape != total.shape:
             return None
-        parallel = lineage.meet(origin, number, Scope(frozenset({origin}), frame.scope.start))
+        if flow.descends(number, begin) or not flow.descends(number, origin):
+            return None
+        parallel = flow.meet(origin, number, Scope(frozenset({origin}), frame.scope.start))
         if parallel is None or parallel.swapped:
             return None
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            branch = first.branch * first.branch_scale + more.make() * more.scale
-        return replace(
+            branch = tensors.branch * first.branch_scale + more.make() * more.scale
+        extended = replace(
             first,
-            branch=branch,
             branch_scale=1.0,
             branch_module="",
             parameters=[*first.parameters, *parallel.parameters],
             activations=[*first.activations, *parallel.activations],
             calls=(*first.calls, *parallel.calls),
             extends=True,
-            sum=None,
         )
+        return extended, Operands(tensors.origin, branch, tensors.shortcut)

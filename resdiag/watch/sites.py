@@ -1,6 +1,7 @@
 """The moments of the blocks' tensors: read while a pass runs, completed when it has ended."""
 
 import math
+import weakref
 from collections.abc import Callable, Collection
 from typing import TypeAlias
 
@@ -15,6 +16,29 @@ from resdiag.watch.pool import Pool
 
 COLUMNS = {site: tuple(f"{site}_{name}" for name in metrics.STATISTICS) for site in SITES}
 """The columns of each site."""
+
+
+class KnownTensors:
+    """Which tensors of a pass were measured, and at which row and site."""
+
+    def __init__(self) -> None:
+        self._at: dict[int, tuple[weakref.ref[Tensor], int, tuple[int, str]]] = {}
+
+    def clear(self) -> None:
+        """Forget the pass."""
+        self._at.clear()
+
+    def keep(self, x: Tensor, row: int, site: str, version: int | None = None) -> None:
+        """A tensor was measured, as it is now or as it was at a version."""
+        self._at[id(x)] = weakref.ref(x), x._version if version is None else version, (row, site)
+
+    def find(self, x: Tensor) -> tuple[int, str] | None:
+        """Row and site at which `x`, unchanged since, was measured."""
+        entry = self._at.get(id(x))
+        if entry is None or entry[0]() is not x or entry[1] != x._version:
+            return None
+        return entry[2]
+
 
 Part: TypeAlias = metrics.Sums | metrics.Normalised
 """What was read of a tensor, or what is enough to know."""

@@ -6,7 +6,7 @@ batch of activations.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,7 @@ COLUMNS = (
 NOT_ELEMENTWISE = "the after-add is a normalisation: it has no slope per unit"
 MIXED = "a projection shortcut mixes units: no unit gradient leads through it"
 BROKEN = "something stands between the blocks: no skip path leads through it"
+OTHER_PASS = "the shortcuts lead through a block that was not the one that had been traced"
 NEW_AFTER = "the block had no after-add in its first pass: its sum was not kept"
 _PER_UNIT = ("identity_defect", "identity_drift", "slope_mean", "slope_mean_sq")
 
@@ -101,12 +102,13 @@ class _Passage:
         h: Shortcut output, as it goes into the sum; None if `source` says what it is.
         path: Calls of a parameter-free shortcut, () for the identity, None for a projection.
         scale: Factor on the shortcut inside the addition.
-        new: Whether a stage begins.
+        stage: The block's stage; None for a block of which P1 alone is measured.
         joined: Whether the input is the sum or the output of the block before, or there is none.
         source: Which of the two h itself is, "sum" or "output"; "" if it is neither.
         u: The sum before the after-add.
         after: The after-add's calls, () for none.
         output: The block's output where it cannot be computed from u, else None.
+        rejected: Whether nothing that was seen of the block holds.
     """
 
     row: int
@@ -114,12 +116,13 @@ class _Passage:
     h: Tensor | None
     path: tuple[Call, ...] | None
     scale: float
-    new: bool
+    stage: int | None
     joined: bool
     source: str
     u: Tensor | None = None
     after: tuple[Call, ...] = ()
     output: Tensor | None = None
+    rejected: bool = False
 
     @property
     def is_elementwise(self) -> bool:
@@ -156,6 +159,8 @@ class SkipPath:
         self._iterate: Tensor | None = None  # what the after-adds since then made of it
         self._drift: Scalar = 0.0  # how far that is from the base
         self._passages: dict[int, _Passage] = {}
+        self._at: int | None = None  # the stage
+        self._is_adrift = False  # whether a block of the stage was rejected
 
     def forget(self) -> None:
         """Give the memory of the copies back."""
@@ -173,7 +178,7 @@ class SkipPath:
         path: tuple[Call, ...] | None,
         scale: float,
         *,
-        new: bool,
+        stage: int,
         joined: bool,
         source: str,
     ) -> None:
@@ -185,7 +190,7 @@ class SkipPath:
             h: Shortcut output, as it goes into the sum.
             path: Calls of a parameter-free shortcut, () for the identity, None for a projection.
             scale: Factor on the shortcut inside the addition.
-            new: Whether a stage begins: the per-stage products start again.
+            stage: The block's stage: with a new one the per-stage products start again.
             joined: Whether the input is the output of the block before, or this is the first.
             source: "sum" or "output" where the input is this tensor of the block before, else "".
         """
@@ -194,7 +199,7 @@ class SkipPath:
         source = source if path == () and scale == 1 and row - 1 in self._passages else ""
         shape = self.head(x) if x is not None and path else None
         copy = None if source else self._keep(row, "h", h)
-        self._passages[row] = _Passage(row, shape, copy, path, scale, new, joined, source)
+        self._passages[row] = _Passage(row, shape, copy, path, scale, stage, joined, source)
 
     def add(self, row: int, u: Tensor) -> None:
         """Pass a block's sum, before an in-place after-add overwrites it."""
@@ -204,7 +209,14 @@ class SkipPath:
 
     def pass_by(self, row: int) -> None:
         """Pass a block that has had no after-add so far: of the core set nothing is to be kept."""
-        self._passages[row] = _Passage(row, None, None, None, 1.0, False, False, "")
+        self._passages[row] = _Passage(row, None, None, None, 1.0, None, False, "")
+
+    def reject(self, stages: Mapping[int, int]) -> None:
+        """Nothing that was seen of some blocks, of these stages, holds."""
+        for row, stage in stages.items():
+            lost = _Passage(row, None, None, None, 1.0, stage, False, "", rejected=True)
+            self._passages[row] = lost
+        self._passages = {row: self._passages[row] for row in sorted(self._passages)}
 
     def close(self, row: int, output: Tensor, after: tuple[Call, ...]) -> None:
         """Pass a block's end.
@@ -245,6 +257,10 @@ class SkipPath:
         last: dict[str, Tensor] = {}  # the sum and the output of the block before
         for passage in self._passages.values():
             u, h = passage.u, last.get(passage.source, passage.h)
+            if passage.rejected or (h is None and passage.source):
+                last = {} if passage.rejected else self._ends(passage)
+                yield passage.row, [math.nan] * len(COLUMNS), self._lose(passage)
+                continue
             if u is None or h is None:  # an exception passed
                 continue
             self._cross(passage, h)
@@ -268,26 +284,49 @@ class SkipPath:
         outputs, sums = dict[int, Tensor](), dict[int, Tensor]()
         for row, passage in self._passages.items():
             u, output = passage.u, passage.output
-            if u is not None and passage.after:
+            if u is not None and passage.after and not passage.rejected:
                 outputs[row] = compose(passage.after)(u) if output is None else output
                 sums[row] = u
         changes = relative_changes(list(outputs.values()), list(sums.values()))
         known: dict[int, Scalar] = dict(zip(sums, changes, strict=True))
         for row, passage in self._passages.items():
-            lost = passage.u is None and passage.after
+            lost = passage.rejected or (passage.u is None and passage.after)
             values = [math.nan if lost else known.get(row, 0.0), *nothing]
-            if self.weigh is not None and passage.u is not None:
-                size = norm(passage.u)
+            if self.weigh is not None:
+                size = 1.0 if passage.u is None else norm(passage.u)
                 self.weigh(row, values, [size * size, *[0.0] * len(nothing)])
-            yield row, values, {COLUMNS[0]: NEW_AFTER} if lost else {}
+            why = OTHER_PASS if passage.rejected else NEW_AFTER
+            yield row, values, {COLUMNS[0]: why} if lost else {}
         self.reset()
+
+    def _ends(self, passage: _Passage) -> dict[str, Tensor]:
+        """What the next block may begin with."""
+        u, output = passage.u, passage.output
+        if u is None:
+            return {}
+        return {"sum": u, "output": compose(passage.after)(u) if output is None else output}
+
+    def _lose(self, passage: _Passage) -> dict[str, str]:
+        """A block that was rejected interrupts the products, and the stage's iterates."""
+        self._begin_stage(passage)
+        self._stage.lose(OTHER_PASS)
+        self._whole.lose(OTHER_PASS)
+        self._is_adrift = True
+        return dict.fromkeys(COLUMNS, OTHER_PASS)
+
+    def _begin_stage(self, passage: _Passage) -> bool:
+        """Whether a stage begins with a block: its product and its iterates do then."""
+        new, self._at = passage.stage != self._at, passage.stage
+        if new:
+            self._stage, self._base, self._iterate, self._drift = _Chain(), None, None, 0.0
+            self._is_adrift = False
+        return new
 
     def _cross(self, passage: _Passage, h: Tensor) -> None:
         """Lead the running products through the block's shortcut."""
-        if passage.new:
-            self._stage, self._base, self._iterate, self._drift = _Chain(), None, None, 0.0
+        new = self._begin_stage(passage)
         path = passage.path
-        for chain in (self._whole,) if passage.new else (self._stage, self._whole):
+        for chain in (self._whole,) if new else (self._stage, self._whole):
             if not passage.joined:
                 chain.lose(BROKEN)
             if path is None or any(call.is_activation for call in path):
@@ -335,6 +374,8 @@ class SkipPath:
     def _missing(self, after: tuple[Call, ...]) -> dict[str, str]:
         """Why columns of the block just measured are NaN."""
         reasons = {"skip_gain_stage": self._stage.lost, "skip_gain": self._whole.lost}
+        if self._is_adrift:
+            reasons["identity_drift"] = OTHER_PASS
         if not all(call.is_activation for call in after):
             reasons |= dict.fromkeys(_PER_UNIT, NOT_ELEMENTWISE)
         return {column: reason for column, reason in reasons.items() if reason}
@@ -342,7 +383,8 @@ class SkipPath:
     def _untouched(self, u: Tensor) -> list[Scalar]:
         """No after-add: P1 = P2 = 0, slope 1, by definition rather than by rounding."""
         gains = self._stage.mean(), self._whole.mean()
-        return [0.0, 0.0, *gains, self._drift, math.nan, _share(u < 0), 1.0, 1.0]
+        drift = math.nan if self._is_adrift else self._drift
+        return [0.0, 0.0, *gains, drift, math.nan, _share(u < 0), 1.0, 1.0]
 
     def _unmeasurable(self, u: Tensor, output: Tensor) -> list[Scalar]:
         """A normalisation after the addition: only what it does to the sum can be said."""
@@ -353,6 +395,8 @@ class SkipPath:
     def _advance(self, f: Callable[[Tensor], Tensor], *, idempotent: bool) -> Scalar:
         """P4: apply f once more to the iterate that began as the stage's first h."""
         base, iterate = self._base, self._iterate
+        if self._is_adrift:
+            return math.nan
         assert base is not None
         assert iterate is not None
         if not idempotent or iterate is base:

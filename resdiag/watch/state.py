@@ -7,7 +7,7 @@ from torch import nn
 from resdiag.watch.lossscale import LossScale
 from resdiag.watch.notes import Notes
 from resdiag.watch.record import Record
-from resdiag.watch.recorder import Recorder
+from resdiag.watch.forward import Recorder
 from resdiag.watch.step import Step
 
 
@@ -18,7 +18,7 @@ class State:
     Attributes:
         model: The model that is watched.
         now: The step under way.
-        recorder: What measures a pass that the tracer sees.
+        recorder: What measures the recorded pass.
         record: Where numbers are written.
         scale: The loss scale.
         notes: What could not be watched.

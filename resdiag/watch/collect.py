@@ -1,0 +1,309 @@
+"""Records passes of which Python sees nothing: those that torch.compile runs or CUDA replays.
+
+Every tensor of interest gets a tap where it passes in or out of a module or an operation. When the
+step has ended, what the taps wrote goes the way of everything else that is recorded: moments into
+`Sites`, first samples into `SkipPath` and `Gates`, gradients into `Backward`. So sums over ranks,
+sets of metrics and samples of the batch are those of eager passes.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from resdiag.watch import metrics
+from resdiag.watch.buffer import Buffer
+from resdiag.watch.calls import Call
+from resdiag.watch.dynamo import never_alone
+from resdiag.watch.forward import Recorder
+from resdiag.watch.gates import saturated
+from resdiag.watch.graph_placement import Placement
+from resdiag.watch.graph_taps import BROKEN, COUNT, MEANS, SECOND, Hook, Switch, Tap, TappedOperations
+from resdiag.watch.guard import guarded
+from resdiag.watch.operations import Handler, Operations, Where
+from resdiag.watch.ports import BlockPlan, Plan, Port, Trail
+
+INSIDE = (
+    "a compiled function around the model hides operations that are no modules: compile the model"
+)
+CHANGED = "the compiled pass did other operations than the pass over example_inputs"
+UNREACHED = "in the compiled pass no gradient came to this tensor"
+
+
+class GraphRecorder:
+    """The taps of one model, and what becomes of what they wrote.
+
+    Args:
+        model: The model.
+        plan: Where its tensors pass.
+        recorder: Takes the blocks, the reasons for what cannot be tapped, and what was written.
+        cells: Per-block buffer.
+        samples: Samples on which per-unit quantities are measured; None for all.
+        moments: Samples on which moments and gradients are measured; None for all.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        recorder: Recorder,
+        cells: Buffer,
+        samples: int | None,
+        moments: int | None,
+    ) -> None:
+        self.guard = recorder.guard
+        self._plan, self._recorder, self._cells = plan, recorder, cells
+        self._blocks = plan.anatomy.blocks
+        recorder.adopt(plan.anatomy)
+        ends = [block.output for block in plan.blocks if block.output is not None]
+        if ends:
+            cells.reserve(len(plan.blocks), ends[0].device)
+        self._placed = Placement(plan, recorder, samples, moments)
+        self._parts = [part for tap in self._placed.taps.values() for part in tap.tensors()]
+        self._switch, self._hooks = Switch(), list[Hook]()
+        self._was_entered = self._was_captured = False
+        self._operations: Operations | None = None
+        self._entered = ExitStack()
+        self._handles = list(self._install(model))
+
+    def begin(self, *, on: bool, captured: bool = False) -> None:
+        """Before a pass: whether to write.
+
+        Args:
+            on: Whether the taps of this pass write.
+            captured: A CUDA graph takes the pass down, and replays it without Python.
+        """
+        self._switch.on = self._switch.eager = on
+        for hook in self._hooks:
+            if hook.repeated:
+                hook.calls = 0
+        self._leave()
+        if on and self._operations is not None:
+            self._operations.reset()
+            self._entered.enter_context(self._operations)
+            self._was_entered = True
+            self._was_captured |= captured
+
+    def arm(self, *, on: bool) -> None:
+        """The same for a pass whose beginning Python does not see."""
+        self._switch.on = on
+
+    def close(self) -> None:
+        """Remove the hooks; graphs made with them are not used any more."""
+        self._leave()
+        self._switch.on = self._switch.eager = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    # -- hooks ---------------------------------------------------------------------------------
+
+    def _install(self, model: nn.Module) -> Iterator[RemovableHandle]:
+        places: dict[str, dict[tuple[bool, int], list[tuple[int | str | None, Tap]]]]
+        places = defaultdict(lambda: defaultdict(list))
+        inside: dict[str, list[tuple[Port, Tap]]] = defaultdict(list)
+        for port, tap in self._placed.taps.items():
+            if tap.tensors() and port.operation:
+                inside[port.module].append((port, tap))
+            elif tap.tensors():
+                places[port.module][port.is_output, port.call].append((port.place, tap))
+        for name, taps in places.items():
+            module = model.get_submodule(name)
+            hook = Hook(self._switch, dict(taps), repeated=self._plan.calls[name] > 1)
+            self._hooks.append(hook)
+            # both on every module: the call is counted when it ends
+            yield module.register_forward_pre_hook(hook.before, with_kwargs=True)
+            yield module.register_forward_hook(hook.after)
+        if inside:
+            handlers = {name: self._operations_of(taps) for name, taps in inside.items()}
+            self._operations = Operations(self._plan, handlers, dict(model.named_modules()))
+            yield from self._operations.install()
+            yield model.register_forward_hook(self._end, always_call=True)
+
+    def _operations_of(self, taps: list[tuple[Port, Tap]]) -> Handler:
+        operands: dict[Where, list[tuple[int | str, Tap]]] = defaultdict(list)
+        results: dict[Where, list[Tap]] = defaultdict(list)
+        for port, tap in taps:
+            where = port.call, port.operation, port.ordinal
+            if port.place is None:
+                results[where].append(tap)
+            else:
+                operands[where].append((port.place, tap))
+        return TappedOperations(self._switch, operands, results)
+
+    @never_alone
+    def _end(self, module: nn.Module, args: object, output: object) -> None:
+        """The model's forward has ended; where it is a part of somebody's graph, nothing began."""
+        if not torch.compiler.is_compiling():
+            self._leave()
+
+    def _leave(self) -> None:
+        self._entered.close()
+        if self._operations is not None:
+            self._operations.running.clear()
+
+    # -- what was written ----------------------------------------------------------------------
+
+    @guarded
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Hand on what the pass that has ended wrote, and wipe the taps."""
+        self._drop_unseen()
+        self._collect_moments()
+        self._collect_skip()
+        self._collect_activations()
+        self._recorder.complete()
+        self._collect_gradients()
+        self._collect_custom()
+        self._collect_classifier()
+        self._cells.settle()  # before what was put is wiped
+        if self._parts:
+            torch._foreach_mul_(self._parts, math.nan)
+
+    def _drop_unseen(self) -> None:
+        """Say what was not written as it should have been, and make it NaN."""
+        frames = {} if self._operations is None else self._operations.frames
+        changed = {name for name, frame in frames.items() if frame.has_changed}
+        entered = self._was_entered or self._was_captured
+        for row, columns, tap in self._placed.users:
+            if tap.port.operation and not (entered and tap.port.module not in changed):
+                self.guard.miss(row, columns, CHANGED if entered else INSIDE)
+                torch._foreach_mul_(tap.tensors(), math.nan)
+            elif tap.norm is not None and metrics.on_host(tap.norm.device):
+                gradients = tuple(c for c in columns if c.startswith("grad_"))
+                if gradients and tap.norm[0].isnan() and not tap.norm[1].isfinite():
+                    self.guard.miss(row, columns, UNREACHED)
+        self._was_entered = False
+
+    def _collect_moments(self) -> None:
+        first: dict[int, tuple[int, str]] = {}
+        sites = self._recorder.sites
+        for row, block in enumerate(self._plan.blocks):
+            for site in self._placed.sites:
+                trail = block.trail(site)
+                tap = self._placed.tap_of(trail)
+                if tap is None or tap.moments is None:
+                    continue
+                scale = _scale(block, site)
+                if scale == 1 and id(trail) in first:
+                    sites.repeat(row, site, first[id(trail)])
+                    continue
+                if scale == 1:
+                    first[id(trail)] = row, site
+                sites.keep(row, site, _sums(tap.moments, scale))
+
+    def _collect_gradients(self) -> None:
+        backward = self._recorder.backward
+        for row, column, tap, factor in self._placed.gradients:
+            assert tap.norm is not None
+            size, broken, batch = _scalars(tap.norm)
+            numel = batch * math.prod(self._blocks[row].shape)
+            backward.write(row, column, size * abs(factor), broken, batch, numel)
+            if column == "grad_sum" and self._blocks[row].ends_at_sum:
+                backward.end_at_sum(row)
+        for row, block in enumerate(self._plan.blocks):
+            if block.addition is None or block.input is None or self._recorder.is_core:
+                continue
+            total, scale = self._placed.gradient_tap(row, block.input)
+            via, factor = self._placed.shortcut_tap(row, block)
+            if total is not None and via is not None and total.tail is not None:
+                if via.tail is not None:
+                    backward.write_share(row, via.tail * factor, total.tail * scale)
+
+    def _collect_skip(self) -> None:
+        skip, core, joined = self._recorder.skip, self._recorder.is_core, True
+        head_of = self._placed.head_of
+        for row, block in enumerate(self._plan.blocks):
+            if core and not block.after and block.addition is not None:
+                skip.pass_by(row)
+                continue
+            addition, u = block.addition, head_of(block.sum)
+            h = u if core else head_of(block.shortcut)
+            x = head_of(block.input) if addition is not None and addition.path else h
+            if addition is None or u is None or h is None:
+                joined = False
+                continue
+            scale, joined = addition.shortcut_scale, joined and block.joined
+            if not core:
+                stage, h = self._blocks[row].stage, h if scale == 1 else h * scale
+                skip.open(
+                    row, x, h, addition.path, scale, stage=stage, joined=joined, source=""
+                )
+            skip.add(row, u)
+            output = head_of(block.output)
+            skip.close(row, u if output is None else output, addition.after)
+            joined = True
+
+    def _collect_activations(self) -> None:
+        if self._recorder.is_core:
+            return
+        for row, block in enumerate(self._plan.blocks):
+            heads = [(call, trail, self._placed.head_of(trail)) for call, trail in block.activations]
+            seen = [(call, trail, x) for call, trail, x in heads if x is not None]
+            if not seen or len(seen) < len(heads):
+                continue
+            closed = [_closed(call, x) for call, _, x in seen]
+            channels = [self._placed.channel(row, trail) for _, trail, _ in seen]
+            pairs = zip(closed, channels, strict=True)
+            counts = [one.sum(_others(one.dim(), channel)) for one, channel in pairs]
+            self._recorder.write_saturation(row, counts, [one.numel() for one in closed])
+
+    def _collect_custom(self) -> None:
+        for row, name, tap, index, backward in self._placed.custom:
+            values = tap.backward_values if backward else tap.values
+            if values is not None:
+                self._cells.put(self._cells.slot, row, name, _scalar(values[index]))
+
+    def _collect_classifier(self) -> None:
+        features, tap = self._plan.features, self._placed.logits_tap()
+        seen = self._placed.tap_of(features)
+        if features is None or seen is None or seen.moments is None or tap is None:
+            return
+        if tap.gap is not None:
+            head = self._recorder.head
+            head.write_features(_sums(seen.moments, 1.0), features.shape[-1], tap.gap.device)
+            head.write_gap(head.slot, tap.gap)
+
+
+def _scalar(x: Tensor) -> metrics.Scalar:
+    return float(x) if metrics.on_host(x.device) else x
+
+
+def _scalars(values: Tensor) -> list[Any]:
+    """The numbers of a tap: plain ones on the CPU, tensors on an accelerator."""
+    return values.tolist() if metrics.on_host(values.device) else list(values.unbind())
+
+
+def _sums(moments: Tensor, scale: float) -> metrics.Sums:
+    """What a tap wrote, times a factor, as `metrics.combine` takes it."""
+    second, broken, count = _scalars(moments[SECOND:])
+    return metrics.Sums(
+        per_channel=moments[MEANS] * (scale * count),
+        size=count,
+        second=second * scale**2,
+        spread=None,
+        broken=broken,
+    )
+
+
+def _scale(block: BlockPlan, site: str) -> float:
+    """The factor on an operand inside the addition."""
+    if block.addition is None:
+        return 1.0
+    scales = {"branch": block.addition.branch_scale, "shortcut": block.addition.shortcut_scale}
+    return scales.get(site, 1.0)
+
+
+def _closed(call: Call, x: Tensor) -> Tensor:
+    """Which units are saturated, 0 or 1; NaN where the tap did not write."""
+    return saturated(call, x).double() + 0 * x.double()
+
+
+def _others(dims: int, channel: int) -> tuple[int, ...]:
+    """All dimensions but that of the channels."""
+    return tuple(d for d in range(dims) if d != channel)

@@ -1,0 +1,247 @@
+"""Which pass is traced, and which is read at the places of a plan."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resdiag.watch.addition import Addition
+from resdiag.watch.dynamo import never_alone
+from resdiag.watch.events import Operands, Silent
+from resdiag.watch.forward import Recorder
+from resdiag.watch.hooks import Expected, TappedPass
+from resdiag.watch.pass_driver import FollowedPass
+from resdiag.watch.placement import place_reads
+from resdiag.watch.ports import is_in
+from resdiag.watch.survey import Survey
+from resdiag.watch.tracer import TracedPass, Tracing
+from resdiag.watch.units import Unit
+from resdiag.watch.verify import Edge, PassGraph, Pattern, edge_of
+
+_MISSES = 2
+"""How many more passes may differ from the expected one than be like it; then all are traced."""
+
+
+class Planner(Survey):
+    """A survey of a training pass: it notes what the autograd graph is like, too.
+
+    Args:
+        kept: `id` of the tensors that stay from pass to pass.
+        planned: Told at the end of the pass.
+    """
+
+    def __init__(self, kept: frozenset[int], planned: "Callable[[Planner], None]") -> None:
+        super().__init__()
+        self.kept, self.graph = kept, PassGraph(kept)
+        self.pattern: Pattern | None = None
+        self._planned = planned
+        self._edges: dict[int | None, Edge | None] = {}
+
+    def operands(self, addition: Addition, tensors: Operands) -> None:
+        """Note the edges of the operands."""
+        super().operands(addition, tensors)
+        if not addition.extends:
+            row = len(self.plan.blocks) - 1
+            self.graph.see(row, "input", tensors.origin)
+            self.graph.see(row, "branch", tensors.branch)
+            self.graph.see(row, "shortcut", tensors.shortcut)
+
+    def added(self, addition: Addition, total: Tensor) -> None:
+        """Note the edge of the sum."""
+        super().added(addition, total)
+        self.graph.see(self.row_of(addition.key), "sum", total)
+
+    def closed(self, addition: Addition, output: Tensor) -> None:
+        """Note the edge of the output."""
+        super().closed(addition, output)
+        self.graph.see(self.row_of(addition.key), "output", output)
+
+    def passing(self, number: int, x: Tensor, features: int | None) -> None:
+        """Note the edge of what may be a unit's."""
+        super().passing(number, x, features)
+        self._edges[number] = edge_of(x)
+
+    def unit(self, unit: Unit) -> None:
+        """Note the edges of a unit."""
+        super().unit(unit)
+        row = len(self.plan.blocks) - 1
+        self.graph.see_edge(row, "input", self._edges.get(unit.input))
+        self.graph.see_edge(row, "output", self._edges.get(unit.output))
+
+    def finished(
+        self, features: Tensor | None, logits: Tensor | None, outputs: Sequence[Tensor]
+    ) -> None:
+        """Write down the pattern."""
+        super().finished(features, logits, outputs)
+        self.graph.see_ends(features, logits, outputs)
+        self.pattern = Pattern(self.plan, self.graph, len(outputs))
+        self._planned(self)
+
+
+class Follower:
+    """Gives each recorded pass of a model what follows it.
+
+    The first pass is traced. What its plan can place and its graph can tell again is read by hooks
+    from then on; a pass that was not the expected one costs its numbers, and the next one is traced
+    again. A model whose passes differ all the time is always traced.
+
+    Args:
+        tracing: What is known of the model.
+        recorder: What records.
+        always: Whether every pass is to be traced.
+
+    Attributes:
+        reason: Why every pass is traced although none differed, or "".
+        missed: Whether the last pass was not the expected one.
+        reads: Passes that were read by hooks.
+    """
+
+    def __init__(self, tracing: Tracing, recorder: Recorder, *, always: bool = False) -> None:
+        self._tracing, self._recorder, self._always = tracing, recorder, always
+        self._names = {name: module for module, name in tracing.names.items()}
+        self._expected: Expected | None = None
+        self._again = Recompute(tracing, recorder)
+        self.reason, self.missed = "", False
+        self.reads = self._misses = 0
+
+    @property
+    def expects(self) -> bool:
+        """Whether the next pass is expected to be one that was traced."""
+        return self._expected is not None
+
+    @property
+    def always_traces(self) -> bool:
+        """Whether no plan is made any more."""
+        return self._always or bool(self.reason) or self._misses > _MISSES + self.reads
+
+    def begin(self) -> FollowedPass:
+        """A pass that is to be recorded begins."""
+        self.end()
+        if self._expected is not None:
+            return TappedPass(self._expected, self._recorder, self._judge)
+        self.missed = False
+        model = self._tracing.model
+        kept = frozenset(id(x) for x in (*model.parameters(), *model.buffers()))
+        planner = None if self.always_traces else Planner(kept, self._plan)
+        return self._tracing.begin(
+            [self._recorder], planner, lambda followed: self._again.arm(followed.calls)
+        )
+
+    def end(self) -> None:
+        """The step has ended: nothing of its pass runs again."""
+        self._again.disarm()
+
+    def _judge(self, as_expected: bool) -> None:  # noqa: FBT001 - told as a callback
+        self.missed = not as_expected
+        if as_expected:
+            self.reads += 1
+        else:
+            self._misses += 1
+            self._expected = None
+
+    def _plan(self, planner: Planner) -> None:
+        model, plan, pattern = self._tracing.model, planner.plan, planner.pattern
+        assert pattern is not None
+        reads = place_reads(plan, planner.kept, core=self._recorder.is_core)
+        unseen = pattern.unseen(plan)
+        self.reason = reads.reason
+        if self._recorder.backward.awaited():
+            self.reason = self.reason or "a part runs without gradients, and again with them"
+        if unseen and any(not p.is_cpu for p in model.parameters()):
+            # comparing numbers would make the host wait for the device
+            self.reason = self.reason or "no gradient leads through all blocks"
+        if not plan.blocks:
+            self.reason = self.reason or "no block was found"
+        if not self.reason:
+            self._expected = Expected(plan, reads, pattern, unseen, self._names, planner.kept)
+
+
+class _Again(Silent):
+    """Hooks the tensors of blocks that run again, and measures nothing twice."""
+
+    def __init__(self, recorder: Recorder, calls: Mapping[str, int]) -> None:
+        self._backward, self._rows = recorder.backward, recorder.anatomy.rows
+        self._recorder, self._calls = recorder, calls
+
+    def operands(self, addition: Addition, tensors: Operands) -> None:
+        """Hook the block's input and what leads to the shortcut."""
+        row = self._row(addition)
+        if row is not None and not addition.extends:
+            self._backward.hook_operands(row, addition, tensors)
+
+    def added(self, addition: Addition, total: Tensor) -> None:
+        """Hook the sum."""
+        row = self._row(addition)
+        if row is not None:
+            self._backward.hook_again(row, "sum", total)
+
+    def closed(self, addition: Addition, output: Tensor) -> None:
+        """Hook the output."""
+        row = self._row(addition)
+        if row is not None:
+            self._backward.hook_again(row, "output", output)
+
+    def same(self, old: Tensor, new: Tensor) -> None:
+        """A tensor was replaced by an equal one."""
+        self._recorder.same(old, new)
+
+    def _row(self, addition: Addition) -> int | None:
+        # of several calls of a module it is not known which one runs again
+        return self._rows.get(addition.key) if self._calls.get(addition.owner) == 1 else None
+
+
+class Recompute:
+    """Blocks that run once more in the backward pass, where their gradients can be had.
+
+    Activation checkpointing with `use_reentrant=True` runs the forward of a part without gradients,
+    and again, with gradients and on copies of its inputs, inside the backward pass. What the first
+    run computed was measured then; only the second one has tensors whose gradients can be hooked.
+    """
+
+    def __init__(self, tracing: Tracing, recorder: Recorder) -> None:
+        self._tracing, self._recorder = tracing, recorder
+        self._calls: Mapping[str, int] = {}
+        self._pass: TracedPass | None = None
+        self._root: nn.Module | None = None
+        self._armed = ExitStack()
+
+    def arm(self, calls: Mapping[str, int]) -> None:
+        """The forward pass has ended: are there blocks whose gradients are still to come?"""
+        owners = set(self._recorder.backward.awaited())
+        self._calls = calls
+        for module, name in self._tracing.names.items() if owners else ():
+            if name and self._tracing.is_framed(module):
+                if any(is_in(owner, name) for owner in owners):
+                    self._watch(module)
+
+    def disarm(self) -> None:
+        """Nothing runs again."""
+        self._stop()
+        self._armed.close()
+
+    def _watch(self, owner: nn.Module) -> None:
+        @never_alone
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            in_backward = torch._C._current_graph_task_id() != -1
+            if module is owner and self._pass is None and in_backward and torch.is_grad_enabled():
+                self._pass = self._tracing.begin([_Again(self._recorder, self._calls)])
+                self._root = module
+                self._pass.start(module, args, kwargs)
+
+        @never_alone
+        def leave(module: nn.Module, args: object, output: object) -> None:
+            if module is self._root and self._pass is not None:
+                self._pass.finish(module, output)
+                self._stop()
+
+        handle = owner.register_forward_pre_hook(enter, with_kwargs=True)
+        self._armed.callback(handle.remove)
+        self._armed.callback(owner.register_forward_hook(leave).remove)
+
+    def _stop(self) -> None:
+        followed, self._pass = self._pass, None
+        self._root = None
+        if followed is not None:
+            followed.stop()

@@ -1,0 +1,465 @@
+"""Measures the tensors of one pass as they are told, and writes them into the buffer.
+
+Who tells is an observer's affair: a `TracedPass` that follows every operation, or a `TappedPass`
+whose hooks stand at the places of a plan. Gradients are `Backward`'s.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from resdiag.watch import metrics
+from resdiag.watch.addition import Addition
+from resdiag.watch.backward import Backward
+from resdiag.watch.blocks import Anatomy
+from resdiag.watch.buffer import Buffer, Key
+from resdiag.watch.calls import Call
+from resdiag.watch.catalog import CORE, RECORDED
+from resdiag.watch.events import Operands
+from resdiag.watch.gates import Gates, fractions
+from resdiag.watch.guard import Guard, guarded
+from resdiag.watch.head import Head
+from resdiag.watch.ownvalues import OwnValues
+from resdiag.watch.pool import Pool
+from resdiag.watch.sites import COLUMNS as SITE_COLUMNS
+from resdiag.watch.sites import KnownTensors, Part, Sites
+from resdiag.watch.skip import COLUMNS, SkipPath
+from resdiag.watch.units import Unit
+
+NO_ADDITION = (
+    *(column for site in ("branch", "shortcut", "sum") for column in SITE_COLUMNS[site]),
+    "grad_sum",
+    "shortcut_share",
+    *COLUMNS,
+)
+"""The columns that a block without an addition does not have."""
+
+OTHER_PASS = "the forward pass of a step was not the one that had been traced"
+_NOT_CORE = "not in the core set: attach(metrics='full') records it"
+
+
+@dataclass(eq=False)
+class _Passed:
+    """A tensor that was measured before it is known whose it is.
+
+    Attributes:
+        tensor: The tensor, and its version then.
+        device: Where it is.
+        sums: What was read of it; None where it had been measured before.
+        place: Row and site where it was written first.
+        gradient: The cell in which its gradient is written.
+        handle: The hook that reads the gradient; None if none will come.
+        custom: Custom metrics by site.
+    """
+
+    tensor: tuple[weakref.ref[Tensor], int]
+    device: torch.device
+    sums: Part | None = None
+    place: tuple[int, str] | None = None
+    gradient: Key | None = None
+    handle: RemovableHandle | None = None
+    custom: dict[str, list[tuple[str, Tensor]]] = field(default_factory=dict)
+
+
+class Recorder:
+    """The observer that records one forward and backward pass.
+
+    Args:
+        cells: Per-block buffer; its columns are `catalog.RECORDED`.
+        head: Per-step buffer with one row; its columns begin with `head.COLUMNS`.
+        guard: Takes failures and reasons.
+        samples: Samples of the batch on which per-unit quantities are measured; None for all.
+        pool: Where several ranks record together: takes what they must add up, in place of the
+            buffers.
+        backward_begins: Called when the first gradient of a pass has come.
+        custom: Custom metrics.
+        core: Only the columns of `catalog.CORE`.
+        moments: Samples of the batch on which moments and gradients are measured; None for all.
+
+    Attributes:
+        backward: What reads the gradients.
+        head: What it writes of batch and classifier.
+        skip: What measures the skip path.
+        sites: What measures the moments.
+        is_core: As given.
+        is_whole: Whether the pass has ended as it should.
+        strangers: Additions of the pass that the first one had not.
+        skipped: Blocks of the first pass that this one did not run.
+        fixed: Whether the blocks are known.
+    """
+
+    def __init__(
+        self,
+        cells: Buffer,
+        head: Buffer,
+        guard: Guard,
+        samples: int | None,
+        pool: Pool | None = None,
+        backward_begins: Callable[[], None] = lambda: None,
+        custom: OwnValues | None = None,
+        *,
+        core: bool = False,
+        moments: int | None = None,
+    ) -> None:
+        self.guard, self.custom = guard, custom or OwnValues(())
+        self.sites = Sites(cells, pool, moments, guard.miss)
+        self.skip = SkipPath(samples, core=core)
+        self.skip.weigh = None if pool is None else pool.skip
+        self.head = Head(head, pool, guard.reasons)
+        self._known = KnownTensors()
+        self._custom_sites = self.custom.sites()
+        self._cells, self._pool, self._gates = cells, pool, Gates()
+        self.is_core, self.fixed = core, False
+        self.is_whole, self.strangers = False, 0
+        self.skipped: list[str] = []
+        self.backward = Backward(
+            cells,
+            self.sites,
+            self._known,
+            self.head,
+            self.custom,
+            guard,
+            pool,
+            backward_begins,
+            samples=moments,
+            unit_samples=samples,
+            core=core,
+        )
+        if core:
+            for column in set(RECORDED) - set(CORE):
+                guard.reasons[column][_NOT_CORE] = set()
+            for name in self.custom.at(("input", "sum", "grad_input", "grad_sum")):
+                guard.reasons[name][_NOT_CORE] = set()
+        self.end()
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The blocks."""
+        return self.sites.anatomy
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the pass's graph is gone: no backward pass will ever come through it."""
+        return self.is_whole and not self.backward.seen and self.backward.is_gone
+
+    def adopt(self, anatomy: Anatomy) -> None:
+        """Take blocks that were found beforehand."""
+        self.sites.anatomy, self.fixed = anatomy, bool(anatomy.blocks)
+
+    def begin(self) -> None:
+        """Begin a forward pass into the buffer's open slot."""
+        self.end()
+        if self._pool is not None:
+            self._pool.begin()
+        self.backward.begin()
+        self.is_whole, self.strangers, self.skipped = False, 0, []
+
+    def end(self) -> None:
+        """Let go of the pass."""
+        self.backward.end()
+        self.skip.reset()
+        self.sites.clear()
+        self._known.clear()
+        self._gates.clear()
+        self._ran: set[int] = set()
+        self._passed: dict[int, _Passed] = {}
+
+    def close(self) -> None:
+        """Let go of everything; nothing comes any more."""
+        self.end()
+        self.skip.forget()
+
+    # -- residual blocks -----------------------------------------------------------------------
+
+    @guarded
+    def started(self, inputs: Sequence[Tensor]) -> None:
+        """Measure the batch that goes in."""
+        self.head.batch(inputs)
+
+    @guarded
+    def operands(self, addition: Addition, tensors: Operands) -> None:
+        """Measure F(x), h(x) and x before an in-place addition overwrites one of them."""
+        row = self._row(addition, tensors.branch.device)
+        if row is None:
+            return
+        branch = _scaled(_spread(tensors.branch, tensors.shortcut), addition.branch_scale)
+        if addition.extends:  # a parallel branch joins: branch and sum are measured again
+            self.sites.forget(row, ("branch", "sum"))
+            self.backward.unhook_sum(row)
+            self._measure(row, "branch", branch, keep=False)
+            return
+        shortcut = _scaled(tensors.shortcut, addition.shortcut_scale)
+        self._measure(row, "branch", branch, keep=False)
+        self._measure(row, "shortcut", shortcut, keep=shortcut is tensors.shortcut)
+        if self.is_core:
+            return
+        x = tensors.origin
+        source = self._source(row, x)
+        if x is not None:
+            self._measure(row, "input", x)
+            self.backward.watch_input(row, x)
+        else:
+            missing = (*SITE_COLUMNS["input"], "grad_input", "shortcut_share")
+            self.guard.miss(row, missing, "the block's input was freed before its addition")
+        self.backward.watch_shortcut(row, addition, tensors)
+        self.skip.open(
+            row,
+            x,
+            shortcut,
+            addition.path,
+            addition.shortcut_scale,
+            stage=self.anatomy.blocks[row].stage,
+            joined=row == 0 or bool(source),
+            source=source,
+        )
+
+    @guarded
+    def added(self, addition: Addition, total: Tensor) -> None:
+        """Measure the sum; keep its first samples for what the after-add will do to them."""
+        row = self.anatomy.rows.get(addition.key)
+        if row is None:
+            return
+        bare = self.fixed and self.anatomy.blocks[row].after_add == "none"
+        if bare and self.is_core:
+            self.skip.pass_by(row)
+        else:
+            self.skip.add(row, total)
+        if not self.is_core:
+            self._measure(row, "sum", total, is_sum=True)
+            self.backward.hook(total, row, "grad_sum")
+
+    @guarded
+    def closed(self, addition: Addition, output: Tensor) -> None:
+        """Measure the output and what the after-add did."""
+        row = self.anatomy.rows.get(addition.key)
+        if row is None:
+            return
+        if not self.fixed:
+            self.anatomy.finish(row, addition.after, addition.parameters)
+        self.skip.close(row, output, addition.after)
+        self._measure(row, "output", output, is_sum=not addition.after)
+        self._ran.add(row)
+        if addition.after or self.is_core:
+            self.backward.hook(output, row, "grad_output")
+        else:
+            self.backward.end_at_sum(row)
+        if not self.is_core:
+            self._gates.assign(row, addition.activations)
+
+    @guarded
+    def activation(self, call: Call, x: Tensor) -> None:
+        """Remember which units of an activation are saturated, for the block it is in."""
+        if not self.is_core and x.is_floating_point() and x.numel():
+            self._gates.add(call, self.skip.head(x))
+
+    @guarded
+    def same(self, old: Tensor, new: Tensor) -> None:
+        """What was measured of a tensor holds for its equal."""
+        known = self._known.find(old)
+        if known is not None:
+            self._known.keep(new, *known)
+
+    # -- units ---------------------------------------------------------------------------------
+
+    @guarded
+    def passing(self, number: int, x: Tensor, features: int | None) -> None:
+        """Measure what may be a unit's input or output, and hook its gradient."""
+        if number in self._passed:
+            return
+        passed = self._passed[number] = _Passed((weakref.ref(x), x._version), x.device)
+        if self.fixed:  # else most of what passes is no unit's: no business of somebody's function
+            for site in self._custom_sites & {"input", "output"}:
+                self._compute_custom_of(passed, site, x)
+        passed.place = self._known.find(x)
+        if passed.place is not None:  # measured as a tensor of a residual block before
+            passed.gradient = passed.place[0], self.backward.column_of(*passed.place)
+            return
+        passed.sums = self.sites.read(x, features)
+        passed.handle = self.backward.hook_later(x, lambda: passed.gradient)
+
+    @guarded
+    def dismiss(self) -> None:
+        """No candidate tensor belongs to a unit: remove its hook."""
+        for passed in self._passed.values():
+            if passed.handle is not None:
+                passed.handle.remove()
+        self._passed.clear()
+
+    @guarded
+    def unit(self, unit: Unit) -> None:
+        """Measure a module that is a block without an addition: input and output only."""
+        key = (unit.owner, unit.ordinal)
+        if key not in self.anatomy.rows:
+            if self.fixed:
+                self.strangers += 1
+                return
+            row = self.anatomy.add_unit(unit)
+            self._cells.reserve(row + 1, self._passed[unit.output].device)
+        row = self.anatomy.rows[key]
+        self._ran.add(row)
+        self.guard.miss(row, NO_ADDITION, "the block has no residual addition")
+        entry = None if unit.input is None else self._passed.get(unit.input)
+        if not self.is_core:
+            if entry is None:
+                missing = (*SITE_COLUMNS["input"], "grad_input")
+                self.guard.miss(row, missing, "the module has no floating-point input")
+            else:
+                self._settle(row, "input", entry)
+            self._gates.assign(row, unit.activations)
+        self._settle(row, "output", self._passed[unit.output])
+
+    # -- the end -------------------------------------------------------------------------------
+
+    @guarded
+    def reject(self, keys: Iterable[tuple[str, int]]) -> None:
+        """Blocks of this pass are not those that were traced: what was seen of them is nothing."""
+        rows = {self.anatomy.rows[key] for key in keys if key in self.anatomy.rows}
+        self.backward.rejected |= rows
+        columns = (*RECORDED, *self.custom.ids)
+        for row in rows:
+            self.guard.miss(row, (c for c in columns if c not in _OF_PARAMETERS), OTHER_PASS)
+            self.sites.forget(row, SITE_COLUMNS)
+        for row, column in self._cells.reject(rows):
+            self.guard.miss(row, (column,), OTHER_PASS)
+        if rows:
+            self.skip.reject({row: self.anatomy.blocks[row].stage for row in rows})
+        self._gates.forget(rows)
+
+    @guarded
+    def finished(
+        self,
+        features: Tensor | None,
+        logits: Tensor | None,
+        outputs: Sequence[Tensor],
+        *,
+        reason: str = "",
+    ) -> None:
+        """Measure the classifier's input, and hook its output for the head kick."""
+        if self.fixed:
+            self.skipped = [b.name for b in self.anatomy.blocks if b.index not in self._ran]
+        self.fixed, self.is_whole = self.fixed or bool(self.anatomy.blocks), True
+        self.complete()
+        if self.head.classify(features, logits, reason) and logits is not None:
+            self.backward.watch_logits(logits)
+        self.backward.let_go()
+
+    def complete(self) -> None:
+        """Write what was measured in the forward pass and waits for its end."""
+        self.sites.write()
+        self._write_skip()
+        self._write_gates()
+
+    # -- measuring -----------------------------------------------------------------------------
+
+    def _row(self, addition: Addition, device: torch.device) -> int | None:
+        """The block's row, added during the first pass; None for an addition not seen then."""
+        row = self.anatomy.rows.get(addition.key)
+        if row is None and self.fixed:
+            self.strangers += 1
+        elif row is None:
+            row = self.anatomy.add_block(addition)
+            self._cells.reserve(row + 1, device)
+        return row
+
+    def _settle(self, row: int, site: str, passed: _Passed) -> None:
+        """A tensor that passed is a unit's: write what was measured, or say where it is."""
+        self._settle_custom(row, site, passed)
+        if passed.place is not None:
+            self.sites.repeat(row, site, passed.place)
+        elif passed.sums is not None:
+            self.sites.keep(row, site, passed.sums)
+            passed.place = row, site
+            x = passed.tensor[0]()
+            if x is not None:
+                self._known.keep(x, row, site, version=passed.tensor[1])
+        hooked = passed.handle is not None
+        known = self.backward.claim(row, f"grad_{site}", passed.gradient, hooked=hooked)
+        passed.gradient = known or passed.gradient
+
+    def _settle_custom(self, row: int, site: str, passed: _Passed) -> None:
+        x, version = passed.tensor[0](), passed.tensor[1]
+        if site in self._custom_sites and site not in passed.custom:
+            if x is None or x._version != version:
+                reason = "overwritten before it was known to be a unit's; later steps have it"
+                return self.guard.miss(row, self.custom.at((site,)), reason)
+            self._compute_custom_of(passed, site, x)
+        for name, value in passed.custom.get(site, ()):
+            self._cells.put(self._cells.slot, row, name, value)
+        return None
+
+    def _compute_custom_of(self, passed: _Passed, site: str, x: Tensor) -> None:
+        values = passed.custom[site] = list[tuple[str, Tensor]]()
+        self.custom.compute(site, x, lambda name, value: values.append((name, value)))
+
+    def _measure(
+        self, row: int, site: str, x: Tensor, *, keep: bool = True, is_sum: bool = False
+    ) -> None:
+        """Write a site's statistics, or an alias if this very tensor was measured before."""
+        if site in self._custom_sites:
+            slot = self._cells.slot
+            put = self._cells.put
+            self.custom.compute(site, x, lambda name, value: put(slot, row, name, value))
+        known = self._known.find(x)
+        if known is not None:
+            self.sites.repeat(row, site, known)
+            return
+        self.sites.measure(row, site, x, is_sum=is_sum)
+        if keep:
+            self._known.keep(x, row, site)
+
+    def _source(self, row: int, x: Tensor | None) -> str:
+        """Which tensor of the block before the block's input is, untouched: sum, output or ""."""
+        known = None if x is None else self._known.find(x)
+        return known[1] if known and known[0] == row - 1 and known[1] in ("sum", "output") else ""
+
+    def _write_skip(self) -> None:
+        """Write what was measured of the skip path, and what could not be."""
+        keys, values = list[Key](), list[metrics.Scalar]()
+        for row, measured, reasons in self.skip.finish():
+            keys.append((row, COLUMNS[0]))
+            values.extend(measured)
+            for column, reason in reasons.items():
+                self.guard.miss(row, (column,), reason)
+        if keys and self._pool is None:
+            table = metrics.stack(values, self._cells.device).view(len(keys), -1)
+            self._cells.write_rows(self._cells.slot, keys, table)
+
+    def _write_gates(self) -> None:
+        """Saturated and dead fractions over the activations that ran inside each block."""
+        for row, counts, sizes in self._gates.count(self.sites.features):
+            if counts:
+                self.write_saturation(row, counts, sizes)
+            else:
+                columns = ("saturated_fraction", "dead_fraction")
+                self.guard.miss(row, columns, "no known activation inside the block")
+        self._gates.clear()
+
+    def write_saturation(self, row: int, counts: Sequence[Tensor], sizes: Sequence[int]) -> None:
+        """Write the fractions of a block from its saturated units per channel, see `Gates.count`."""
+        if self._pool is not None:
+            per_channel = [n // len(c) for n, c in zip(sizes, counts, strict=True)]
+            self._pool.gates(row, counts, per_channel)
+            return
+        slot = self._cells.slot
+        saturated, dead = fractions(counts, sizes)
+        self._cells.put(slot, row, "saturated_fraction", saturated)
+        self._cells.put(slot, row, "dead_fraction", dead)
+
+
+_OF_PARAMETERS = ("grad_param", "update_ratio")
+
+
+def _spread(branch: Tensor, shortcut: Tensor) -> Tensor:
+    """The branch in the shape of the sum."""
+    if branch.shape == shortcut.shape:
+        return branch
+    return branch.detach().expand_as(shortcut)
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    """What goes into the sum where the addition scales an operand."""
+    return x if factor == 1 else x.detach() * factor

@@ -1,0 +1,266 @@
+"""Decides which tensor of a plan is tapped where, and says what cannot be."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from resdiag.watch import metrics
+from resdiag.watch.backward import OUTPUT_GRADIENT
+from resdiag.watch.batch import DATA, HEAD_LOSS
+from resdiag.watch.forward import NO_ADDITION, Recorder
+from resdiag.watch.graph_taps import Tap, numbers
+from resdiag.watch.ports import SITES, BlockPlan, Plan, Port, Trail
+from resdiag.watch.sites import COLUMNS as SITE_COLUMNS
+from resdiag.watch.skip import COLUMNS
+
+HIDDEN = (
+    "no module takes or returns this tensor, nor does an operation that can be told in a compiled "
+    "pass"
+)
+SPLIT = "its gradient comes together where no module or operation can be told in a compiled pass"
+CUSTOM = (
+    "in passes that torch.compile runs, custom metrics are computed only if they are registered "
+    "with compiles=True"
+)
+_CORE_SITES = ("branch", "shortcut", "output")
+
+
+class Placement:
+    """The taps of one plan.
+
+    Args:
+        plan: The plan.
+        recorder: Its options say what is of interest; reasons go there.
+        samples: Samples on which per-unit quantities are measured; None for all.
+        moments: Samples on which moments and gradients are measured; None for all.
+
+    Attributes:
+        taps: The taps by port.
+        users: Which columns of which row each tap feeds.
+        gradients: Row, column and tap of each gradient, with the factor to apply.
+        custom: Row, id, tap and place of each custom metric; whether it is one of a gradient.
+    """
+
+    def __init__(
+        self, plan: Plan, recorder: Recorder, samples: int | None, moments: int | None
+    ) -> None:
+        self.plan, self._recorder = plan, recorder
+        self._samples, self._moments = samples, moments
+        self.sites = _CORE_SITES if recorder.is_core else SITES
+        self.taps: dict[Port, Tap] = {}
+        self.users: list[tuple[int, tuple[str, ...], Tap]] = []
+        self.gradients: list[tuple[int, str, Tap, float]] = []
+        self.custom: list[tuple[int, str, Tap, int, bool]] = []
+        self._values: dict[int, Tap] = {}
+        reason = "a compiled pass does not show its batch"
+        recorder.head.miss(*DATA, *HEAD_LOSS, reason=reason)
+        for row, block in enumerate(plan.blocks):
+            self._place(row, block)
+        self._place_classifier()
+
+    def tap_of(self, trail: Trail | None) -> Tap | None:
+        """The tap that reads a tensor's values, one for all sites that it is."""
+        if trail is None:
+            return None
+        if id(trail) not in self._values:
+            port = trail.gradient_port() or trail.value_port()
+            if port is None:
+                return None
+            self._values[id(trail)] = self._tap_at(port)
+        return self._values[id(trail)]
+
+    def head_of(self, trail: Trail | None) -> Tensor | None:
+        """The first samples of a tensor, if they are kept."""
+        tap = None if trail is None else self._values.get(id(trail))
+        return None if tap is None else tap.head
+
+    def channel(self, row: int, trail: Trail) -> int:
+        """The dimension of the channels in a tensor of a block."""
+        block, dims = self.plan.anatomy.blocks[row], len(trail.shape)
+        known = block.features if dims == len(block.shape) + 1 else None
+        return metrics.channel_dimension(dims, known)
+
+    def gradient_tap(self, row: int, trail: Trail) -> tuple[Tap | None, float]:
+        """Where the whole gradient of a tensor passes, and what to multiply it with.
+
+        The gradient of a sum is also that of an operand which nothing but the addition uses.
+        """
+        port = trail.gradient_port()
+        if port is not None:
+            return self._tap_at(port), 1.0
+        for other in self.plan.blocks[: row + 1]:
+            if other.sum is trail and other.addition is not None:
+                operands = (
+                    (other.branch, other.addition.branch_scale),
+                    (other.shortcut, other.addition.shortcut_scale),
+                )
+                for operand, scale in operands:
+                    port = None if operand is None else operand.operand_port(other.begin)
+                    if port is not None and scale:
+                        return self._tap_at(port), 1 / scale
+        port = trail.gradient_port(operations=True)
+        return (None if port is None else self._tap_at(port)), 1.0
+
+    def shortcut_tap(self, row: int, block: BlockPlan) -> tuple[Tap | None, float]:
+        """Where the gradient that enters x through the shortcut passes, and its factor."""
+        if block.addition is None or block.sum is None:
+            return None, 1.0
+        if block.shortcut is block.input:
+            tap, factor = self.gradient_tap(row, block.sum)
+            return tap, factor * block.addition.shortcut_scale
+        if block.projection is None:
+            return None, 1.0
+        tap = self._tap_at(block.projection)
+        tap.separate = True  # x may be used elsewhere: of its gradient only this part is meant
+        return tap, 1.0
+
+    def logits_tap(self) -> Tap | None:
+        """Where the whole gradient of the logits passes."""
+        logits = self.plan.logits
+        port = None if logits is None else logits.gradient_port()
+        port = port or (None if logits is None else logits.gradient_port(operations=True))
+        return None if port is None else self._tap_at(port)
+
+    # -- one block -----------------------------------------------------------------------------
+
+    def _place(self, row: int, block: BlockPlan) -> None:
+        for site in self.sites:
+            self._place_values(row, site, block.trail(site))
+        if block.addition is None:
+            self._recorder.guard.miss(row, NO_ADDITION, "the block has no residual addition")
+        self._place_gradients(row, block)
+        self._place_skip(row, block)
+        if not self._recorder.is_core:
+            self._place_activations(row, block)
+            self._place_share(row, block)
+        self._place_custom(row, block)
+
+    def _tap_at(self, port: Port) -> Tap:
+        return self.taps.setdefault(port, Tap(port, self._moments))
+
+    def _place_values(self, row: int, site: str, trail: Trail | None) -> None:
+        if trail is None:
+            return
+        tap = self.tap_of(trail)
+        if tap is None:
+            self._recorder.guard.miss(row, SITE_COLUMNS[site], HIDDEN)
+            return
+        self.users.append((row, SITE_COLUMNS[site], tap))
+        if tap.moments is None:
+            self._place_moments(tap, trail, self.channel(row, trail))
+
+    @staticmethod
+    def _place_moments(tap: Tap, trail: Trail, channel: int) -> None:
+        tap.channel = channel
+        tap.moments = numbers(trail.shape[channel] + 3, trail)
+
+    def _place_head(self, row: int, columns: tuple[str, ...], trail: Trail | None) -> bool:
+        """Keep the first samples of a tensor; whether it can be seen."""
+        tap = self.tap_of(trail)
+        if tap is None or trail is None:
+            return False
+        self.users.append((row, columns, tap))
+        if tap.head is None:
+            tap.head = self._samples_of(trail)
+        return True
+
+    def _samples_of(self, trail: Trail) -> Tensor:
+        count = trail.shape[0] if self._samples is None else self._samples
+        dtype = torch.promote_types(trail.dtype, torch.float32)
+        shape = (count, *trail.shape[1:])
+        return torch.full(shape, math.nan, dtype=dtype, device=trail.device)
+
+    def _place_gradients(self, row: int, block: BlockPlan) -> None:
+        at_sum = self.plan.anatomy.blocks[row].ends_at_sum
+        ends = {"sum": block.sum, "output": None if at_sum else block.output, "input": block.input}
+        if self._recorder.is_core:
+            ends = {"output": block.output}
+        for site, trail in ends.items():
+            if trail is None:
+                continue
+            tap, factor = self.gradient_tap(row, trail)
+            lost = _lost(site, at_sum=at_sum)
+            if tap is None:
+                self._recorder.guard.miss(row, lost, SPLIT if trail.visits else HIDDEN)
+            else:
+                tap.norm = numbers(3, trail) if tap.norm is None else tap.norm
+                self.gradients.append((row, f"grad_{site}", tap, factor))
+                self.users.append((row, lost, tap))
+
+    def _place_skip(self, row: int, block: BlockPlan) -> None:
+        """Keep first samples of the shortcut and the sum, and of what else the skip path needs."""
+        if block.addition is None:
+            return
+        core = self._recorder.is_core
+        trails = [block.sum] if core else [block.shortcut, block.sum]
+        if core and not block.after:
+            return
+        if block.addition.path and not core:
+            trails.append(block.input)
+        if not all(call.is_activation for call in block.after):
+            trails.append(block.output)
+        columns = COLUMNS[:1] if core else (*COLUMNS[:5], *COLUMNS[6:])
+        if not all([self._place_head(row, columns, trail) for trail in trails]):
+            self._recorder.guard.miss(row, columns, HIDDEN)
+
+    def _place_activations(self, row: int, block: BlockPlan) -> None:
+        columns = ("saturated_fraction", "dead_fraction")
+        if not block.activations:
+            self._recorder.guard.miss(row, columns, "no known activation inside the block")
+        elif not all([self._place_head(row, columns, trail) for _, trail in block.activations]):
+            self._recorder.guard.miss(row, columns, HIDDEN)
+
+    def _place_share(self, row: int, block: BlockPlan) -> None:
+        """Keep first samples of dL/dx and of what came to it through the shortcut."""
+        if block.addition is None or block.input is None:
+            return
+        total, _ = self.gradient_tap(row, block.input)
+        via, _ = self.shortcut_tap(row, block)
+        if total is None or via is None:
+            reason = HIDDEN if via is None else SPLIT
+            self._recorder.guard.miss(row, ("shortcut_share",), reason)
+            return
+        for tap in (total, via):
+            self.users.append((row, ("shortcut_share",), tap))
+            tap.tail = self._samples_of(block.input) if tap.tail is None else tap.tail
+
+    def _place_custom(self, row: int, block: BlockPlan) -> None:
+        """Custom metrics of which the user says that they may become part of a graph."""
+        for one in self._recorder.custom.metrics:
+            name, site = one.entry.id, one.entry.site
+            backward = site.startswith("grad_")
+            trail = block.trail(site.removeprefix("grad_"))
+            if trail is None or not one.compiles:
+                self._recorder.guard.reasons[name].setdefault(CUSTOM, set())
+                continue
+            tap = self.gradient_tap(row, trail)[0] if backward else self.tap_of(trail)
+            if tap is None:
+                self._recorder.guard.miss(row, (name,), HIDDEN)
+            elif backward:
+                tap.backward_functions = (*tap.backward_functions, one.function)
+                tap.backward_values = numbers(len(tap.backward_functions), trail)
+                self.custom.append((row, name, tap, len(tap.backward_functions) - 1, True))
+            else:
+                tap.functions = (*tap.functions, one.function)
+                tap.values = numbers(len(tap.functions), trail)
+                self.custom.append((row, name, tap, len(tap.functions) - 1, False))
+
+    def _place_classifier(self) -> None:
+        features, logits = self.plan.features, self.plan.logits
+        seen, tap = self.tap_of(features), self.logits_tap()
+        if features is None or logits is None or seen is None or tap is None:
+            self._recorder.head.miss("head_mean", "head_bias", "head_kick")
+            return
+        if seen.moments is None:
+            self._place_moments(seen, features, metrics.channel_dimension(len(features.shape)))
+        tap.gap = numbers(logits.shape[-1], logits)
+
+
+def _lost(site: str, *, at_sum: bool) -> tuple[str, ...]:
+    """The columns that are NaN with the gradient of a site."""
+    if site == "input":
+        return ("grad_input",)
+    if site == "output":
+        return OUTPUT_GRADIENT
+    return ("grad_sum", *OUTPUT_GRADIENT) if at_sum else ("grad_sum",)

@@ -1,0 +1,298 @@
+"""What hooks write of a tensor that passes through a graph, and of its gradient.
+
+A graph that torch.compile makes, or that CUDA replays, runs no Python: what is to be known of it
+must be a part of it. Everything here is traced into the graph, or runs in a hook while it is
+captured; it is a pure function of tensors and of numbers that stay the same, and writes into
+tensors made beforehand. It may not look at a value: the shortcuts of `metrics` on a CPU rest on
+that, so these are writers of their own. `collect` hands on what they wrote.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resdiag.watch import fused
+from resdiag.watch.dynamo import never_alone, plain
+from resdiag.watch.operations import Where
+from resdiag.watch.ports import Port, Trail
+
+Function = Callable[[Tensor], Tensor]
+
+MEANS = slice(None, -3)
+SECOND, BROKEN, COUNT = -3, -2, -1
+"""Where a tap's `moments` holds channel means, E[x^2], non-finite fraction, elements a channel."""
+
+
+class Tap:
+    """What is written at one port; each part is a tensor made beforehand, or None.
+
+    Args:
+        port: The port.
+        samples: Samples at the head of the batch for moments and gradients; None for all.
+
+    Attributes:
+        port: The port.
+        moments: Of the tensor, float64 (C + 3,), see `MEANS`.
+        head: The first samples of the tensor.
+        norm: G2, non-finite fraction and batch size of the gradient, float64 (3,).
+        tail: The first samples of the gradient.
+        gap: The gradient's sum over the batch, float64 (K,).
+        values: Custom metrics of the tensor, float64 (n,), and their functions.
+        backward_values: The same of its gradient.
+        channel: The dimension of the channels.
+        separate: Whether the gradient of this use alone is wanted, not of the whole tensor.
+    """
+
+    def __init__(self, port: Port, samples: int | None) -> None:
+        self.port, self.samples = port, samples
+        self.moments: Tensor | None = None
+        self.head: Tensor | None = None
+        self.norm: Tensor | None = None
+        self.tail: Tensor | None = None
+        self.gap: Tensor | None = None
+        self.values: Tensor | None = None
+        self.backward_values: Tensor | None = None
+        self.functions: tuple[Function, ...] = ()
+        self.backward_functions: tuple[Function, ...] = ()
+        self.channel, self.separate = 1, False
+
+    def tensors(self) -> list[Tensor]:
+        """All parts that are there."""
+        parts = (
+            *(self.moments, self.head, self.norm, self.tail, self.gap),
+            *(self.values, self.backward_values),
+        )
+        return [part for part in parts if part is not None]
+
+    @property
+    def reads_gradient(self) -> bool:
+        """Whether anything of the gradient is written."""
+        parts = (self.norm, self.tail, self.gap, self.backward_values)
+        return any(part is not None for part in parts)
+
+
+def numbers(count: int, trail: Trail) -> Tensor:
+    """A part for so many numbers of a tensor."""
+    return torch.full((count,), math.nan, dtype=torch.float64, device=trail.device)
+
+
+class Switch:
+    """What all hooks look at; guarded by torch.compile, so that each state is one graph.
+
+    Attributes:
+        on: Whether passes write.
+        eager: Whether hooks that run outside of every graph write too.
+    """
+
+    def __init__(self) -> None:
+        self.on, self.eager = True, False
+
+
+class _Gradient(torch.autograd.Function):
+    """The identity, whose backward writes what the gradient is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tap: Tap) -> Tensor:  # noqa: ANN401
+        """A copy, which the compiler drops: an in-place operation may not overwrite a view."""
+        ctx.tap = tap
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        """Write into the parts."""
+        _write_gradient(ctx.tap, g)
+        return g, None
+
+
+class Hook:
+    """The forward hooks of one module.
+
+    Args:
+        switch: Whether to write.
+        taps: Per direction and number of the call, places and their taps.
+        repeated: Whether the module is called several times in a pass.
+    """
+
+    def __init__(
+        self,
+        switch: Switch,
+        taps: dict[tuple[bool, int], list[tuple[int | str | None, Tap]]],
+        *,
+        repeated: bool,
+    ) -> None:
+        self.switch, self.taps, self.repeated = switch, taps, repeated
+        self.calls = 0
+
+    @never_alone
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+        """Tap arguments."""
+        taps = self.taps.get((False, self.calls)) if _is_on(self.switch) else None
+        if taps is None:
+            return None
+        changed, named = list(args), dict(kwargs)
+        for place, tap in taps:
+            if isinstance(place, str):
+                named[place] = tapped(tap, named[place])
+            else:
+                changed[place] = tapped(tap, changed[place])  # type: ignore[index]
+        return tuple(changed), named
+
+    @never_alone
+    def after(self, module: nn.Module, args: object, output: Any) -> Any:  # noqa: ANN401
+        """Tap results, and count the call."""
+        call = self.calls
+        if self.repeated:
+            self.calls = call + 1
+        taps = self.taps.get((True, call)) if _is_on(self.switch) else None
+        if taps is None:
+            return None
+        for place, tap in taps:
+            if place is None:
+                output = tapped(tap, output)
+            elif isinstance(output, dict):
+                output = {**output, place: tapped(tap, output[place])}
+            else:
+                parts = [*output]
+                parts[place] = tapped(tap, parts[place])  # type: ignore[index]
+                output = type(output)(parts)
+        return output
+
+
+class TappedOperations:
+    """What is tapped at the operations of one module; an `operations.Handler`.
+
+    Args:
+        switch: Whether to write.
+        operands: Taps of operands by place.
+        results: Taps of results.
+    """
+
+    def __init__(
+        self,
+        switch: Switch,
+        operands: Mapping[Where, list[tuple[int | str, Tap]]],
+        results: Mapping[Where, list[Tap]],
+    ) -> None:
+        self.switch, self.operands, self.results = switch, dict(operands), dict(results)
+
+    @never_alone
+    def before(
+        self,
+        where: Where,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Tap operands."""
+        taps = self.operands.get(where) if _is_on(self.switch) else None
+        if taps is None:
+            return args, kwargs
+        changed, named = list(args), dict(kwargs)
+        for place, tap in taps:
+            if isinstance(place, str):
+                named[place] = tapped(tap, named[place])
+            else:
+                changed[place] = tapped(tap, changed[place])
+        return tuple(changed), named
+
+    @never_alone
+    def after(
+        self,
+        where: Where,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Tap the result."""
+        if _is_on(self.switch):
+            for tap in self.results.get(where, ()):
+                result = tapped(tap, result)
+        return result
+
+
+@never_alone
+def _is_on(switch: Switch) -> bool:
+    compiling = torch.compiler.is_compiling()
+    return (switch.on and torch.is_grad_enabled()) if compiling else switch.eager
+
+
+@never_alone
+def tapped(tap: Tap, x: Tensor) -> Tensor:
+    """Write what is to be written of `x`; return it with the gradient's tap behind it."""
+    if not torch.compiler.is_compiling():
+        return _pass_eager(tap, x)
+    _write_forward(tap, x.detach())
+    if x.requires_grad and tap.reads_gradient:
+        passed: Tensor = _Gradient.apply(x, tap)
+        return passed
+    return x
+
+
+@plain
+def _pass_eager(tap: Tap, x: Tensor) -> Tensor:
+    """The same for a hook outside of every graph: a tensor hook leaves the tensor as it is."""
+    with torch.no_grad():
+        _write_forward(tap, x.detach())
+    if x.requires_grad and tap.reads_gradient:
+        x = x.view_as(x) if tap.separate else x
+        x.register_hook(lambda g: _write_gradient(tap, g.detach()))
+    return x
+
+
+def _write_forward(tap: Tap, x: Tensor) -> None:
+    if tap.moments is not None:
+        values = moments_of(x if tap.samples is None else x[: tap.samples], tap.channel)
+        if values.shape == tap.moments.shape:
+            tap.moments.copy_(values)
+    if tap.head is not None:
+        _write_head(tap.head, x)
+    if tap.values is not None:
+        tap.values.copy_(torch.stack([f(x).double() for f in tap.functions]))
+
+
+def _write_gradient(tap: Tap, g: Tensor) -> None:
+    if tap.norm is not None:
+        tap.norm.copy_(gradient_of(g, tap.samples))
+    if tap.tail is not None:
+        _write_head(tap.tail, g)
+    if tap.gap is not None:
+        tap.gap.copy_(g.reshape(-1, g.shape[-1]).sum(0).double())
+    if tap.backward_values is not None:
+        tap.backward_values.copy_(torch.stack([f(g).double() for f in tap.backward_functions]))
+
+
+def _write_head(target: Tensor, x: Tensor) -> None:
+    head = x[: target.shape[0]]
+    if head.shape == target.shape:
+        target.copy_(head)
+
+
+def moments_of(x: Tensor, channel: int) -> Tensor:
+    """See `MEANS`: no look at a value, float64 throughout."""
+    if x.dim() < 2:
+        x, channel = x.reshape(1, -1), 1
+    count = torch.full((1,), x.numel() // x.shape[channel], dtype=torch.float64, device=x.device)
+    if fused.serves(x):
+        return torch.cat([fused.moments(x, channel), count])
+    wide = x.double()
+    mean = wide.mean([d for d in range(x.dim()) if d != channel])
+    rest = torch.stack([wide.square().mean(), x.isfinite().logical_not().double().mean()])
+    return torch.cat([mean, rest, count])
+
+
+def gradient_of(g: Tensor, samples: int | None) -> Tensor:
+    """G2, non-finite fraction and batch size, see `metrics.gradient`."""
+    batch = g.shape[0] if g.dim() else 1
+    scale = 1.0
+    if samples is not None and samples < batch:
+        g, scale = g[:samples], batch / samples
+    size = torch.full((1,), batch, dtype=torch.float64, device=g.device)
+    if fused.serves(g):
+        return torch.cat([fused.gradient(g) * g.new_tensor([scale, 1.0]), size])
+    root = math.sqrt(g.shape[0] if g.dim() else 1)
+    norm = g.double().square().sum().sqrt() * root * scale
+    return torch.cat([torch.stack([norm, g.isfinite().logical_not().double().mean()]), size])

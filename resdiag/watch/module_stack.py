@@ -1,0 +1,226 @@
+"""The modules whose forwards are running, and the blocks that are open in them."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from resdiag.watch.addition import Addition
+from resdiag.watch.calls import Call
+from resdiag.watch.events import Bus, Operands
+from resdiag.watch.lineage import Descent, Lineage, Scope
+from resdiag.watch.nested import first_floating, tensors_in
+from resdiag.watch.units import Unit
+
+
+@dataclass(eq=False)
+class Frame:
+    """One module whose forward is running.
+
+    Attributes:
+        name: The module's name.
+        module: The module.
+        entry: Its first floating-point input.
+        scope: The tensors that it was handed, and where its part of the pass begins.
+        number: Number of `entry` in the pass.
+        first_activation: How many activations ran before it.
+        open: The residual addition whose block has not ended.
+        tensors: Its operands.
+        total: Its sum.
+        tail: The sum, or what the after-add made of it so far.
+        chain: The calls after the sum that made the tail.
+        chain_parameters: Their parameters.
+        additions: Residual additions in its own forward.
+    """
+
+    name: str
+    module: nn.Module
+    entry: Tensor | None
+    scope: Scope
+    number: int | None
+    first_activation: int
+    open: Addition | None = None
+    tensors: Operands | None = None
+    total: Tensor | None = None
+    tail: Tensor | None = None
+    chain: tuple[Call, ...] = ()
+    chain_parameters: tuple[nn.Parameter, ...] = ()
+    additions: int = 0
+
+
+@dataclass(eq=False)
+class _EndingUnit:
+    """A unit whose module has ended, while the activations after it are still to come."""
+
+    unit: Unit
+    tail: Tensor
+    missing: int
+
+
+def _unseen(x: Tensor) -> Tensor:
+    raise NotImplementedError("stands for an operation that cannot be repeated")
+
+
+_UNSEEN = Call(_unseen, (), {})
+
+
+class ModuleStack:
+    """Opens and closes the blocks and units of one pass as modules begin and end.
+
+    Args:
+        flow: The tensors of the pass.
+        bus: Told of blocks and units that end.
+        tails: Names of units, and how many activations and normalisations after each belong to it.
+        chosen: Whether the units were chosen by the user.
+
+    Attributes:
+        frames: The modules that are running, outermost first.
+        activations: The activations of the pass so far.
+    """
+
+    def __init__(self, flow: Lineage, bus: Bus, tails: Mapping[str, int], *, chosen: bool) -> None:
+        self.frames: list[Frame] = []
+        self.activations: list[Call] = []
+        self._flow, self._bus, self._tails, self._chosen = flow, bus, tails, chosen
+        self._counts: Counter[str] = Counter()
+        self._ending: list[_EndingUnit] = []
+
+    def push(self, name: str, module: nn.Module, inputs: Sequence[Tensor]) -> None:
+        """A module's forward begins."""
+        entry = first_floating(inputs)
+        start = len(self._flow)
+        numbers = frozenset(self._flow.enter(tensor) for tensor in inputs)
+        number = None if entry is None else self._flow.number(entry)
+        scope = Scope(numbers, start)
+        self.frames.append(Frame(name, module, entry, scope, number, len(self.activations)))
+        if name in self._tails and entry is not None and number is not None:
+            self._pass(number, entry)
+
+    def pop(self, module: nn.Module, output: object) -> None:
+        """A module's forward has ended; so have those in it that an exception has left."""
+        frame = self.frames.pop()
+        while self.frames and frame.module is not module:
+            frame = self.frames.pop()
+        outputs = list(tensors_in(output))
+        first = outputs[0] if outputs else None
+        self._heal(frame, outputs)
+        if frame.open is not None:
+            self.close(frame, first)
+        if frame.name in self._tails and not frame.additions and first is not None:
+            self._begin_unit(frame, first)
+
+    def ordinal(self, owner: str) -> int:
+        """How many blocks a module had before, in this pass."""
+        self._counts[owner] += 1
+        return self._counts[owner] - 1
+
+    # -- blocks --------------------------------------------------------------------------------
+
+    def open(self, frame: Frame, addition: Addition, tensors: Operands, total: Tensor) -> None:
+        """The sum of a residual addition is there."""
+        frame.open, frame.tensors, frame.total, frame.tail = addition, tensors, total, total
+        frame.chain, frame.chain_parameters = (), ()
+        frame.additions += 1
+
+    def close_before(self, frame: Frame, origin: Tensor | None) -> None:
+        """The next addition of a module begins, on `origin`: the block before it ends."""
+        if frame.open is not None:
+            self.close(frame, self._handed_on(frame, origin))
+
+    def close(self, frame: Frame, returned: Tensor | None) -> None:
+        """End the open block of a frame at its module's output or at its next addition."""
+        addition, output = frame.open, frame.total
+        assert addition is not None
+        assert output is not None
+        if frame.chain and frame.tail is not None and returned is frame.tail:
+            output = frame.tail
+            addition.after = frame.chain
+            addition.parameters.extend(frame.chain_parameters)
+            addition.activations.extend(call for call in frame.chain if call.is_activation)
+        addition.returned = returned is output
+        frame.open = frame.tensors = frame.total = frame.tail = None
+        frame.chain, frame.chain_parameters = (), ()
+        self._bus.tell("closed", addition, output)
+
+    def owner_of(self, first: Tensor | None, call: Call, result: Tensor) -> Frame | None:
+        """The frame whose open block's sum (or its tail) this call turns into the output."""
+        if first is None or not call.is_after:
+            return None
+        for frame in reversed(self.frames):
+            if frame.open is not None and frame.tail is first and result.shape == first.shape:
+                return frame
+        return None
+
+    def _handed_on(self, frame: Frame, x: Tensor | None) -> Tensor | None:
+        """What the open block handed to the next one: its activated sum, if x was made from it."""
+        tail, activated = frame.tail, all(call.is_activation for call in frame.chain)
+        if tail is None or x is None or not activated:
+            return x
+        start, goal = self._flow.number(x), self._flow.number(tail)
+        if start is None or goal is None:
+            return x
+        return tail if self._flow.descends(start, goal) else x
+
+    def _heal(self, frame: Frame, outputs: list[Tensor]) -> None:
+        """Go on after an operation that no torch function shows, e.g. an autograd.Function."""
+        unseen = [x for x in outputs if x.requires_grad and self._flow.number(x) is None]
+        entries = frame.scope.entries
+        if unseen and entries:
+            parameters = tuple(frame.module.parameters())
+            descent = Descent(tuple(sorted(entries)), parameters, bool(parameters), born=False)
+            for tensor in unseen:
+                self._flow.mark(tensor, descent, _UNSEEN, alone=False)
+
+    # -- units ---------------------------------------------------------------------------------
+
+    def trail(self, first: Tensor | None, call: Call, number: int, result: Tensor) -> None:
+        """An activation or a normalisation right after a unit's module is part of the unit."""
+        for ending in self._ending:
+            if ending.tail is first and call.is_after:
+                break
+        else:
+            return
+        unit = ending.unit
+        ending.unit = replace(
+            unit,
+            output=number,
+            after=(*unit.after, call),
+            activations=[*unit.activations, *([call] if call.is_activation else [])],
+            parameters=[*unit.parameters, *self._flow.parameters(number)],
+        )
+        ending.tail, ending.missing = result, ending.missing - 1
+        if not ending.missing:
+            self._ending.remove(ending)
+            self._end_unit(ending.unit, result)
+
+    def _begin_unit(self, frame: Frame, output: Tensor) -> None:
+        """A module that is a unit has ended; as many activations as the first time may follow."""
+        number, entry = self._flow.enter(output), frame.entry
+        begun = Unit(
+            owner=frame.name,
+            ordinal=self.ordinal(frame.name),
+            input=frame.number,
+            output=number,
+            entered=None if entry is None else entry.shape,
+            shape=output.shape,
+            dtype=output.dtype,
+            features=self._flow.features(number),
+            after=(),
+            calls=self._flow.calls(frame.scope.start, number),
+            activations=self.activations[frame.first_activation :],
+            parameters=list(frame.module.parameters()),
+            chosen=not self._chosen,
+        )
+        missing = self._tails[frame.name]
+        if missing:
+            self._ending.append(_EndingUnit(begun, output, missing))
+        else:
+            self._end_unit(begun, output)
+
+    def _end_unit(self, unit: Unit, output: Tensor) -> None:
+        self._pass(unit.output, output)
+        self._bus.tell("unit", unit)
+
+    def _pass(self, number: int, x: Tensor) -> None:
+        self._bus.tell("passing", number, x, self._flow.features(number))

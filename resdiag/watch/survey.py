@@ -1,0 +1,326 @@
+"""Writes the plan of a pass while it is traced."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from resdiag.watch.addition import Addition
+from resdiag.watch.blocks import Anatomy, BlockFinder, trace_once
+from resdiag.watch.calls import Call
+from resdiag.watch.events import Operands
+from resdiag.watch.lineage import Lineage
+from resdiag.watch.nested import tensors_in
+from resdiag.watch.ports import OPERATIONS, BlockPlan, Plan, Port, Trail, Visit
+from resdiag.watch.units import Unit
+
+
+@dataclass(eq=False)
+class _Frame:
+    """One call of a module that is running."""
+
+    name: str
+    call: int
+    visits: list[tuple[Visit, int]]
+    operations: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(eq=False)
+class _Operation:
+    """An operation that has not returned yet."""
+
+    read: dict[int, tuple[Tensor, int]]
+    port: Port | None = None
+    operands: list[Visit] = field(default_factory=list)
+
+
+class Survey(BlockFinder):
+    """Notes where every tensor of a traced pass can be seen; each event is an instant.
+
+    A tensor is known by its number in the pass: what an in-place operation makes of it has another.
+
+    Args:
+        example: Whether the pass is one over example inputs, in evaluation mode: what hands on its
+            very input there (dropout, stochastic depth) will return another tensor in training, so
+            another one takes its place.
+    """
+
+    def __init__(self, *, example: bool = False) -> None:
+        super().__init__()
+        self.plan = Plan(self.anatomy)
+        self._example, self._flow = example, Lineage()
+        self._time = 0
+        self._trails: dict[int, Trail] = {}
+        self._calls: dict[str, int] = defaultdict(int)
+        self._open: list[_Frame] = []
+        self._passages: dict[tuple[int, int], Port] = {}
+        self._keys: dict[int, tuple[int | None, int | None]] = {}
+        self._activations: list[tuple[Call, Trail]] = []
+        self._passed: dict[int | None, tuple[Trail, int | None]] = {}
+        self._last: Trail | None = None
+        self._running: _Operation | None = None
+        self._waiting: _Frame | None = None
+
+    def begin(self, flow: Lineage) -> None:
+        """The pass begins."""
+        self._flow = flow
+
+    # -- modules -------------------------------------------------------------------------------
+
+    def enters(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A module's forward begins."""
+        call = self._calls[name]
+        self._calls[name] += 1
+        visits = [
+            (self._visit(Port(name, call, False, place), number, value), number)
+            for place, value in _arguments(args, kwargs)
+            if (number := self._flow.number(value)) is not None
+        ]
+        self._open.append(_Frame(name, call, visits))
+
+    def leaves(self, name: str, module: nn.Module, output: Any) -> Any:  # noqa: ANN401
+        """A module's forward has ended; an exception may have ended calls inside it."""
+        while self._open and self._open[-1].name != name:
+            self._open.pop()
+            self.plan.flaw = "an exception ended a module's forward"
+        if not self._open:
+            return output
+        frame = self._open.pop()
+        self.plan.operations[name, frame.call] = dict(frame.operations)
+        for visit, _ in frame.visits:
+            visit.end = self._tick()
+        handed_on = self._separate(module, frame, output)
+        if handed_on is output:
+            self._return(frame, output)
+        return handed_on
+
+    def same(self, old: Tensor, new: Tensor) -> None:
+        """A tensor was replaced by an equal one: by us, or by a wrapper of a module's."""
+        before, number = self._flow.number(old), self._flow.number(new)
+        frame, self._waiting = self._waiting, None
+        if number is not None and frame is not None:
+            self._return(frame, new)
+        elif number is not None and before is not None:
+            self._trails[number] = self._trail(before, old)
+
+    def _return(self, frame: _Frame, output: object) -> None:
+        for place, value in _results(output):
+            number = self._flow.number(value)
+            if number is not None:
+                self._visit(Port(frame.name, frame.call, True, place), number, value)
+                for visit, entered in frame.visits:
+                    self._passages[entered, number] = visit.port
+
+    def _separate(self, module: nn.Module, frame: _Frame, output: object) -> object:
+        """Another tensor of the same values where a module hands on its input today only."""
+        number = self._flow.number(output) if isinstance(output, Tensor) else None
+        if (
+            not self._example
+            or number is None
+            or not isinstance(output, Tensor)
+            or _is_idle(module)
+            or all(number != entered for _, entered in frame.visits)
+        ):
+            return output
+        with torch._C.DisableTorchFunction():
+            fresh = output.view_as(output)
+        self._waiting = frame
+        return fresh
+
+    # -- operations ----------------------------------------------------------------------------
+
+    def reads(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """An operation is about to run."""
+        read = {}
+        for x in (*tensors_in(args), *tensors_in(kwargs)):
+            number = self._flow.number(x)
+            if number is not None:
+                read[number] = x, x._version
+                self._trail(number, x)
+        self._running = _Operation(read)
+        name = getattr(func, "__name__", "")
+        if name in OPERATIONS and self._open:
+            self._count(name, args, kwargs)
+
+    def _count(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note the ports of an operation that can be found again."""
+        frame, running = self._open[-1], self._running
+        assert running is not None
+        ordinal = frame.operations[name]
+        frame.operations[name] += 1
+        writes = name.endswith("_") or bool(kwargs.get("inplace")) or "out" in kwargs
+        port = Port(frame.name, frame.call, True, None, name, ordinal, writes)
+        running.port = port
+        running.operands = [
+            self._visit(replace(port, is_output=False, place=place), number, value)
+            for place, value in _arguments(args, kwargs)
+            if (number := self._flow.number(value)) is not None
+        ]
+
+    def returns(self, result: Any) -> Any:  # noqa: ANN401
+        """It has run."""
+        running = self._running
+        assert running is not None
+        if self._example and any(x is result and x._version == v for x, v in running.read.values()):
+            with torch._C.DisableTorchFunction():
+                result = result.view_as(result)  # dropout, idle in evaluation mode only
+        time = self._tick()
+        for number in running.read:
+            self._trails[number].uses.append(time)
+        for visit in running.operands:
+            visit.end = self._tick()
+        return result
+
+    def wrote(self, result: Tensor) -> None:
+        """The result has its number."""
+        running, number = self._running, self._flow.number(result)
+        if running is None or running.port is None or number is None:
+            return
+        # what was written into a part of another tensor: nothing may take its place
+        borrowed = result._is_view() and any(x is result for x, _ in running.read.values())
+        if not borrowed:
+            self._visit(running.port, number, result)
+
+    # -- blocks --------------------------------------------------------------------------------
+
+    def operands(self, addition: Addition, tensors: Operands) -> None:
+        """Both operands of a residual addition are there."""
+        if addition.extends:
+            self._block(addition.key).extended = True
+            return
+        x = tensors.origin
+        running = self._running
+        entered = None if x is None else self._trail_of(x)
+        first = not self.plan.blocks
+        self.plan.blocks.append(
+            BlockPlan(
+                addition.key,
+                addition,
+                None,
+                begin=self._tick(),
+                junction=None if running is None else running.port,
+                input=entered,
+                branch=self._trail_of(tensors.branch),
+                shortcut=self._trail_of(tensors.shortcut),
+                joined=first or (entered is not None and entered is self._last),
+            )
+        )
+        numbers = (None if x is None else self._flow.number(x), self._flow.number(tensors.shortcut))
+        self._keys[len(self.plan.blocks) - 1] = numbers
+
+    def added(self, addition: Addition, total: Tensor) -> None:
+        """The sum, before an in-place after-add."""
+        super().added(addition, total)
+        self._block(addition.key).sum = self._last = self._trail_of(total)
+
+    def closed(self, addition: Addition, output: Tensor) -> None:
+        """The block's end."""
+        super().closed(addition, output)
+        block = self._block(addition.key)
+        block.addition = addition
+        block.output = self._last = self._trail_of(output)
+
+    def passing(self, number: int, x: Tensor, features: int | None) -> None:
+        """A tensor that may be a unit's input or output."""
+        self._passed[number] = self._trail(number, x), features
+
+    def unit(self, unit: Unit) -> None:
+        """A module without an addition."""
+        super().unit(unit)
+        block = BlockPlan((unit.owner, unit.ordinal), None, unit, self._time)
+        block.input, entered = self._passed.get(unit.input, (None, None))
+        block.output, left = self._passed[unit.output]
+        self._last, block.features = block.output, (entered, left)
+        self.plan.blocks.append(block)
+
+    def activation(self, call: Call, x: Tensor) -> None:
+        """What goes into an activation."""
+        trail = self._trail_of(x)
+        if trail is not None and x.is_floating_point() and x.numel():
+            self._activations.append((call, trail))
+
+    def finished(
+        self, features: Tensor | None, logits: Tensor | None, outputs: Sequence[Tensor]
+    ) -> None:
+        """The classifier, and what the blocks could not know before."""
+        if features is not None and logits is not None:
+            self.plan.features = self._trail_of(features)
+            self.plan.logits = self._trail_of(logits)
+        self.plan.calls = dict(self._calls)
+        for row, block in enumerate(self.plan.blocks):
+            thing = block.addition or block.unit
+            inside = set() if thing is None else {id(call) for call in thing.activations}
+            block.activations = [(call, x) for call, x in self._activations if id(call) in inside]
+            x, h = self._keys.get(row, (None, None))
+            if x is not None and h is not None:
+                block.projection = self._passages.get((x, h))
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def row_of(self, key: tuple[str, int]) -> int:
+        """The place of a block in the plan."""
+        blocks = self.plan.blocks
+        return next(row for row in reversed(range(len(blocks))) if blocks[row].key == key)
+
+    def _block(self, key: tuple[str, int]) -> BlockPlan:
+        return self.plan.blocks[self.row_of(key)]
+
+    def _visit(self, port: Port, number: int, x: Tensor) -> Visit:
+        time = self._tick()
+        visit = Visit(port, time, time)
+        self._trail(number, x).visits.append(visit)
+        return visit
+
+    def _tick(self) -> int:
+        self._time += 1
+        return self._time
+
+    def _trail_of(self, x: Tensor) -> Trail | None:
+        number = self._flow.number(x)
+        return None if number is None else self._trail(number, x)
+
+    def _trail(self, number: int, x: Tensor) -> Trail:
+        if number not in self._trails:
+            self._trails[number] = Trail(x.shape, x.dtype, x.device)
+        return self._trails[number]
+
+
+def plan_of_example(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    keywords: Mapping[str, Any],
+    units: frozenset[str] | None,
+) -> Plan:
+    """The plan of one pass over example inputs, for passes of which Python sees nothing."""
+    survey = Survey(example=True)
+    trace_once(model, inputs, keywords, [], units, survey)
+    return survey.plan
+
+
+def _arguments(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Iterator[tuple[int | str, Tensor]]:
+    """The tensors among arguments and their places."""
+    yield from ((place, x) for place, x in enumerate(args) if isinstance(x, Tensor))
+    yield from ((name, x) for name, x in kwargs.items() if isinstance(x, Tensor))
+
+
+def _results(output: object) -> Iterator[tuple[int | str | None, Tensor]]:
+    """The tensors at the top of a module's result and their places."""
+    if isinstance(output, Tensor):
+        yield None, output
+    elif type(output) in (tuple, list, dict):
+        places = output.items() if isinstance(output, dict) else enumerate(output)  # type: ignore[arg-type]
+        yield from ((place, value) for place, value in places if isinstance(value, Tensor))
+
+
+def _is_idle(module: nn.Module) -> bool:
+    """Whether a module hands on its input in training too."""
+    return isinstance(module, nn.Identity) or (
+        isinstance(module, nn.Sequential) and all(_is_idle(child) for child in module)
+    )

@@ -1,0 +1,240 @@
+"""Tells by the autograd graph of a pass whether its blocks are the planned ones.
+
+Hooks do not see that a pass differs: a branch that is scaled behind its last module shows the same
+tensors to them. The graph does. From a block's output it leads over the after-add to the addition,
+on to both operands, and back to the block's input. What the nodes on the way are, how they hang
+together, the leaves they end in and the numbers they keep is written down as a list of tokens, in
+the traced pass and in every later one; equal lists are equal blocks. All that was seen of a block
+must lie on the way where it lay before.
+
+Nodes know nothing of shapes, so batches of other sizes fit too.
+"""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+
+from resdiag.watch.ports import Plan
+from resdiag.watch.saved import Gone, kept
+
+Edge: TypeAlias = tuple[Node, int]
+"""A tensor of a pass: the node that made it, and which of the node's outputs it is."""
+
+Tokens: TypeAlias = list[object]
+
+AWAY = "away"
+"""Stands for a tensor that does not lie on the way."""
+
+_LIMIT = 20_000
+"""Nodes of one block; a longer way is not written down."""
+
+_NUMBERS = frozenset(
+    {
+        *("_saved_alpha", "_saved_beta", "_saved_scale", "_saved_input_scale", "_saved_value"),
+        *("_saved_negative_slope", "_saved_min", "_saved_max", "_saved_min_val", "_saved_max_val"),
+        *("_saved_threshold", "_saved_approximate", "_saved_weight", "_saved_p"),
+    }
+)
+"""Numbers that nodes of additions and activations keep."""
+
+_SHAPES = ("sizes", "numel", "sym_", "seed", "offset", "philox")
+"""Parts of the names of what nodes keep about shapes and random numbers: it differs by batch."""
+
+_ACCUMULATES = type(get_gradient_edge(torch.ones(1, requires_grad=True)).node)
+
+
+def edge_of(x: Tensor | None) -> Edge | None:
+    """The edge of a tensor; None where no gradient leads to it."""
+    if x is None:
+        return None
+    if x.grad_fn is not None:
+        return x.grad_fn, x.output_nr
+    if not x.requires_grad:
+        return None
+    leaf = get_gradient_edge(x)
+    return leaf.node, leaf.output_nr
+
+
+class PassGraph:
+    """The edges of what was seen in one pass: of blocks by row and site, and of its two ends.
+
+    Args:
+        kept: `id` of the tensors that stay from pass to pass: parameters and buffers.
+    """
+
+    def __init__(self, kept: frozenset[int]) -> None:
+        self._kept = kept
+        self._edges: dict[tuple[int, str], Edge | None] = {}
+        self._ends: dict[Edge, str] = {}
+
+    def see(self, row: int, site: str, x: Tensor | None) -> None:
+        """A tensor of a block was seen."""
+        self.see_edge(row, site, edge_of(x))
+
+    def see_edge(self, row: int, site: str, edge: Edge | None) -> None:
+        """The same for a tensor that may have been overwritten since."""
+        self._edges[row, site] = edge
+
+    def see_ends(
+        self, features: Tensor | None, logits: Tensor | None, outputs: Sequence[Tensor]
+    ) -> None:
+        """The pass has ended."""
+        self.see(_ENDS, "features", features)
+        self.see(_ENDS, "logits", logits)
+        for index, output in enumerate(outputs):
+            self.see(_ENDS, f"output {index}", output)
+
+    def edge(self, row: int, site: str) -> Edge | None:
+        """What was seen there."""
+        return self._edges.get((row, site))
+
+    def tokens(self, row: int, sites: Sequence[str], *, path: bool = False) -> Tokens | None:
+        """The way back from the last of some sites of a row to the first.
+
+        It ends at sums and outputs of the blocks before, too. None if no gradient leads along it,
+        so that nothing can be said.
+
+        Args:
+            row: The row.
+            sites: Sites that were seen, from the beginning of the way to its end.
+            path: Whether to write down all numbers that the nodes keep, for calls that will be
+                applied again.
+        """
+        edges = [self._edges.get((row, site)) for site in sites]
+        start, target = edges[-1], edges[0]
+        if start is None:
+            return None
+        stops = dict(self._ends)
+        if target is not None:
+            stops.setdefault(target, "start")
+        found, at = _walk(start, stops, self._kept, path=path)
+        for edge in edges[:-1]:
+            place: object = None
+            if edge is not None and edge in stops:
+                place = stops[edge]
+            elif edge is not None:
+                place = (at[edge[0]], edge[1]) if edge[0] in at else AWAY
+            found.append(place)
+        return found
+
+    def behind(self, row: int, site: str) -> Tokens | None:
+        """The way back from a tensor to the sums and outputs of the blocks before."""
+        start = self._edges.get((row, site))
+        return None if start is None else _walk(start, self._ends, self._kept, path=False)[0]
+
+    def end(self, row: int) -> None:
+        """The block's part of the graph is known: later ones end at its sum and output."""
+        for site in ("sum", "output"):
+            edge = self._edges.get((row, site))
+            if edge is not None:
+                self._ends.setdefault(edge, f"{site} {row}")
+
+
+def _walk(
+    start: Edge, stops: Mapping[Edge, str], kept: frozenset[int], *, path: bool
+) -> tuple[Tokens, dict[Node, int]]:
+    """Tokens of the nodes behind an edge, breadth first, and the places of the nodes."""
+    if start in stops:
+        return [stops[start]], {}
+    nodes, at = [start[0]], {start[0]: 0}
+    tokens: Tokens = [start[1]]
+    for node in nodes:  # grows on the way
+        kind = type(node)
+        tokens.append(kind)
+        tokens.extend(_numbers(node, kind, path=path))
+        for ahead, place in node.next_functions:
+            if ahead is None:
+                tokens.append(None)
+            elif (stop := stops.get((ahead, place))) is not None:
+                tokens.append(stop)
+            elif type(ahead) is _ACCUMULATES:
+                leaf = id(ahead.variable)  # type: ignore[attr-defined]
+                tokens.append(leaf if leaf in kept else "leaf")  # inputs are others in each pass
+            else:
+                index = at.setdefault(ahead, len(nodes))
+                if index == len(nodes):
+                    nodes.append(ahead)
+                tokens += (index, place)
+        if len(nodes) > _LIMIT:
+            break
+    return tokens, at
+
+
+def _numbers(node: Node, kind: type, *, path: bool) -> Iterator[object]:
+    """The numbers that a node keeps, of which the block's do not depend on the batch."""
+    for name in _names_of(kind, path=path):
+        yield getattr(node, name)
+    if path:
+        for name in _tensors_of(kind):
+            try:
+                value = kept(node, name)
+            except Gone:
+                continue
+            if not value.dim() and value.device.type == "cpu":  # a number in an operation
+                yield float(value)
+
+
+@functools.cache
+def _names_of(kind: type, *, path: bool) -> tuple[str, ...]:
+    """The attributes of a kind of node that are numbers: tensors have a raw form besides."""
+    names = (name for name in dir(kind) if name.startswith("_saved_"))
+    names = (name for name in names if not hasattr(kind, f"_raw{name}"))
+    if path:
+        return tuple(name for name in names if not any(word in name for word in _SHAPES))
+    return tuple(name for name in names if name in _NUMBERS)
+
+
+@functools.cache
+def _tensors_of(kind: type) -> tuple[str, ...]:
+    names = (name for name in dir(kind) if name.startswith("_raw_saved_"))
+    return tuple(name.removeprefix("_raw_saved_") for name in names)
+
+
+_BLOCK = ("input", "branch", "shortcut", "sum", "output")
+_ENDS = -1
+"""The row of the classifier and of what the model returns."""
+
+
+class Pattern:
+    """What the graph of one pass says of a plan's blocks and of its classifier.
+
+    Args:
+        plan: The plan.
+        graph: What was seen in the pass.
+        outputs: How many tensors the model returned.
+
+    Attributes:
+        blocks: Tokens of each block; None where no gradient tells.
+        ends: Tokens of the classifier and of the outputs.
+    """
+
+    def __init__(self, plan: Plan, graph: PassGraph, outputs: int) -> None:
+        self.blocks: list[tuple[Tokens | None, ...]] = []
+        for row, block in enumerate(plan.blocks):
+            whole = graph.tokens(row, _BLOCK if block.unit is None else ("input", "output"))
+            # a block that no plan knows may have come in between
+            parts: tuple[Tokens | None, ...] = (whole, graph.behind(row, "input"))
+            if block.addition is not None and block.addition.path:
+                parts = (*parts, graph.tokens(row, ("input", "shortcut"), path=True))
+            self.blocks.append(parts)
+            graph.end(row)
+        ends = [("features", "logits"), *(("logits", f"output {k}") for k in range(outputs))]
+        self.ends = [graph.tokens(_ENDS, sites) for sites in ends]
+        self.ends.append(graph.behind(_ENDS, "features"))
+
+    def unseen(self, plan: Plan) -> frozenset[int]:
+        """Rows of a traced pass whose sums no gradient shows: frozen, or run without gradients."""
+        return frozenset(
+            row
+            for row, (block, (whole, _, *path)) in enumerate(zip(plan.blocks, self.blocks, strict=True))
+            if block.unit is None
+            and (
+                whole is None
+                or any(place in (None, AWAY) for place in whole[-4:])
+                or (path and path[0] is None)
+            )
+        )
