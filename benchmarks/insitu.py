@@ -30,7 +30,7 @@ from resdiag.training.pages import keep_pages
 from resdiag.watch.gradients import Gradients
 from resdiag.watch.hindsight import View
 from resdiag.watch.lookback import Lookback
-from resdiag.watch.metrics import norm
+from resdiag.watch.measure.reductions import norm
 from resdiag.watch.monitor import Monitor
 from resdiag.watch.recorder import Recorder
 from resdiag.watch.repeat import Repeat

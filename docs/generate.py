@@ -27,7 +27,7 @@ from resdiag.show.kinds import KINDS
 from resdiag.study.calibration import SETS, Result, count_blocks_named, count_false_alarms, score
 from resdiag.study.faults import FAULTS
 from resdiag.training.recipe import RECIPES
-from resdiag.watch.catalog import METRICS, POINTS, SITES, Metric
+from resdiag.watch.base.catalog import METRICS, POINTS, SITES, Metric
 
 HERE = Path(__file__).resolve().parent / "reference"
 ROOT = HERE.parent.parent

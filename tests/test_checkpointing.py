@@ -105,7 +105,7 @@ def assert_same(seen, wanted):
         np.testing.assert_allclose(a.to_numpy(float), b.to_numpy(float), rtol=1e-5, atol=1e-9)
     assert seen.blocks == wanted.blocks
     assert seen.unavailable == wanted.unavailable
-    assert seen.notes == wanted.notes == []
+    assert seen.warnings == wanted.warnings == []
 
 
 @pytest.mark.parametrize("metrics", ["full", "core"])

@@ -17,8 +17,8 @@ from torchvision.models import resnet18
 
 from resdiag.models.resnet import build_model
 from resdiag.watch.lookback import _agree
+from resdiag.watch.measure.batchnorm import Gone, kept
 from resdiag.watch.monitor import attach
-from resdiag.watch.saved import Gone, kept
 from resdiag.watch.skeleton import walk
 from resdiag.watch.sources import Kept, Sources, edge_of
 
@@ -107,7 +107,7 @@ def record(model, steps, *, hindsight=True, before=lambda model, step: None, **o
             optimizer.step()
             monitor.step()
     weights = [p.detach().clone() for p in model.parameters()]
-    return monitor.to_frame(), monitor.to_frame("step"), monitor.notes, looked, weights
+    return monitor.to_frame(), monitor.to_frame("step"), monitor.warnings, looked, weights
 
 
 def assert_close(left, right, rtol=2e-5):
@@ -282,7 +282,7 @@ def test_a_second_backward_pass_replaces_the_first_and_is_told():
     frame = monitor.to_frame()
     once, thrice = (frame.grad_output[frame.step == step].to_numpy() for step in (2, 3))
     np.testing.assert_allclose(thrice, 3 * once, rtol=1e-4)
-    assert any("several backward passes" in note for note in monitor.notes)
+    assert any("several backward passes" in note for note in monitor.warnings)
 
 
 def test_a_backward_pass_of_an_earlier_step_is_not_taken_for_one_of_this():

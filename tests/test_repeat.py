@@ -30,7 +30,7 @@ def record(model, passes, *, repeating, **options):
             loss(model).backward()
             monitor.step()
         columns = monitor.drain()
-        return columns, monitor.notes, monitor.unavailable, memory._repeats
+        return columns, monitor.warnings, monitor.unavailable, memory._repeats
 
 
 def assert_same(repeated, followed):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from resdiag.watch.calls import Call
+from resdiag.watch.base.functions import Call
 
 
 @dataclass(eq=False)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from resdiag.watch.addition import Addition
-from resdiag.watch.calls import Call
-from resdiag.watch.metrics import channel_dimension
+from resdiag.watch.base.functions import Call
+from resdiag.watch.measure.reductions import channel_dimension
 from resdiag.watch.tracer import Tracer
 from resdiag.watch.units import Unit
 

@@ -17,16 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from resdiag.watch import metrics
-from resdiag.watch.batch import DATA, HEAD_LOSS
+from resdiag.watch.base.compilation import never_alone
 from resdiag.watch.buffer import Buffer
-from resdiag.watch.dynamo import never_alone
-from resdiag.watch.gates import saturated
+from resdiag.watch.measure import changes, moments, reductions
+from resdiag.watch.measure.changes import saturated
+from resdiag.watch.measure.model_ends import DATA, HEAD_LOSS
+from resdiag.watch.measure.moments import Sums
+from resdiag.watch.measure.skip_path import COLUMNS, SkipPath
 from resdiag.watch.operations import Frame, Operations, Where
 from resdiag.watch.ports import Map, Port, Route, Trail
 from resdiag.watch.recorder import _NO_ADDITION, _OUTPUT_GRADIENT, Recorder
 from resdiag.watch.sites import COLUMNS as SITE_COLUMNS
-from resdiag.watch.skip import COLUMNS, SkipPath
 from resdiag.watch.taps import Hook, Switch, Tap
 
 HIDDEN = (
@@ -34,7 +35,7 @@ HIDDEN = (
     "pass"
 )
 SPLIT = "its gradient comes together where no module or operation can be told in a compiled pass"
-OWN = "own metrics are not computed in passes that torch.compile runs"
+CUSTOM = "custom metrics are not computed in passes that torch.compile runs"
 INSIDE = (
     "a compiled function around the model hides operations that are no modules: compile the model"
 )
@@ -163,7 +164,7 @@ class Taps:
         """The dimension of the channels in a tensor of a block."""
         block, dims = self._blocks[row], len(trail.shape)
         known = block.features if dims == len(block.shape) + 1 else None
-        return metrics.channel_dimension(dims, known)
+        return reductions.channel_dimension(dims, known)
 
     def _place_head(self, row: int, columns: tuple[str, ...], trail: Trail | None) -> bool:
         """Keep the first samples of a tensor; whether it can be seen."""
@@ -267,7 +268,7 @@ class Taps:
             return
         if seen.moments is None:
             dims = len(features.shape)
-            self._place_moments(seen, features, metrics.channel_dimension(dims))
+            self._place_moments(seen, features, reductions.channel_dimension(dims))
         self._tap_at(port).gap = _numbers(1, logits)
 
     def _install(self, model: nn.Module) -> Iterator[RemovableHandle]:
@@ -335,8 +336,8 @@ class Taps:
 
     def collect(self) -> None:
         """Write the pass that has ended into the buffers' open slots, and wipe the taps."""
-        for one in self._recorder._own.metrics:
-            self._recorder.reasons[one.entry.id].setdefault(OWN, set())
+        for one in self._recorder._custom.metrics:
+            self._recorder.reasons[one.entry.id].setdefault(CUSTOM, set())
         self._drop_unseen()
         self._collect_moments()
         self._collect_gradients()
@@ -355,7 +356,7 @@ class Taps:
             if tap.port.operation and not (entered and tap.port.module not in changed):
                 self._recorder.miss(row, columns, CHANGED if entered else INSIDE)
                 torch._foreach_mul_(tap.tensors(), math.nan)
-            elif tap.norm is not None and metrics.on_host(tap.norm.device):
+            elif tap.norm is not None and reductions.on_host(tap.norm.device):
                 gradients = tuple(c for c in columns if c.startswith("grad_"))
                 if gradients and tap.norm[0].isnan() and not tap.norm[1].isfinite():
                     self._recorder.miss(row, columns, UNREACHED)
@@ -363,7 +364,7 @@ class Taps:
 
     def _collect_moments(self) -> None:
         first: dict[int, tuple[int, str]] = {}
-        sites: list[tuple[tuple[int, str], metrics.Sums]] = []
+        sites: list[tuple[tuple[int, str], Sums]] = []
         for row, route in enumerate(self._found.routes):
             for site in ("input", "branch", "shortcut", "sum", "output"):
                 trail = getattr(route, site)
@@ -373,7 +374,7 @@ class Taps:
                 scale = _scale(route, site)
                 if id(trail) in first and scale == 1:
                     known = first[id(trail)]
-                    for name in metrics.STATISTICS:
+                    for name in moments.STATISTICS:
                         source = (known[0], f"{known[1]}_{name}")
                         self._cells.alias(row, f"{site}_{name}", source)
                 else:
@@ -382,7 +383,7 @@ class Taps:
                     sites.append(((row, f"{site}_mean"), _sums(tap.moments, scale)))
         for count in sorted({part.per_channel.numel() for _, part in sites}):
             same = [(key, part) for key, part in sites if part.per_channel.numel() == count]
-            values = metrics.combine([part for _, part in same])
+            values = moments.combine([part for _, part in same])
             self._cells.write_rows(self._cells.slot, [key for key, _ in same], values)
 
     def _collect_gradients(self) -> None:
@@ -402,7 +403,7 @@ class Taps:
             via, factor = self._via(row, route)
             if total is None or via is None or total.tail is None or via.tail is None:
                 continue
-            share = metrics.share(via.tail * factor, total.tail * scale)
+            share = changes.share(via.tail * factor, total.tail * scale)
             self._cells.put(slot, row, "shortcut_share", share)
 
     def _collect_skip(self) -> None:
@@ -426,7 +427,7 @@ class Taps:
         keys, values = [], []
         for row, measured, reasons in path.finish():
             keys.append((row, COLUMNS[0]))
-            values.append(metrics.stack(measured, self._cells.device))
+            values.append(reductions.stack(measured, self._cells.device))
             for column, reason in reasons.items():
                 self._recorder.miss(row, (column,), reason)
         if values:
@@ -462,7 +463,7 @@ class Taps:
         if gap is None:
             return
         self._head.reserve(1, gap.device)
-        self._head.write(slot, 0, "head_mean", metrics.combine([_sums(seen.moments, 1.0)])[0, :3])
+        self._head.write(slot, 0, "head_mean", moments.combine([_sums(seen.moments, 1.0)])[0, :3])
         size = torch.full((), features.shape[-1], dtype=torch.float64, device=gap.device)
         self._head.write(slot, 0, "head_size", size)
         self._head.write(slot, 0, "head_gap", gap)
@@ -477,9 +478,9 @@ def _numbers(count: int, trail: Trail) -> Tensor:
     return torch.full((count,), math.nan, dtype=torch.float64, device=trail.device)
 
 
-def _sums(moments: Tensor, scale: float) -> metrics.Sums:
-    """What a tap wrote, times a factor, as `metrics.combine` takes it."""
-    return metrics.Sums(
+def _sums(moments: Tensor, scale: float) -> Sums:
+    """What a tap wrote, times a factor, as `moments.combine` takes it."""
+    return Sums(
         per_channel=moments[:-2] * scale,
         size=1,
         second=moments[-2] * scale**2,

@@ -7,9 +7,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from resdiag.watch import metrics
-from resdiag.watch.batch import DATA, HEAD_LOSS, Logits, describe_input
 from resdiag.watch.buffer import Buffer
+from resdiag.watch.measure.model_ends import DATA, HEAD_LOSS, Logits, describe_input
+from resdiag.watch.measure.moments import reduce, statistics
 from resdiag.watch.pool import HEAD as ROW
 from resdiag.watch.pool import Pool
 
@@ -77,9 +77,9 @@ class Head:
             return False
         self._buffer.reserve(1, features.device)
         if self._pool is None:
-            self._buffer.write(self.slot, 0, "head_mean", metrics.statistics(features)[:3])
+            self._buffer.write(self.slot, 0, "head_mean", statistics(features)[:3])
         else:
-            self._pool.sites([((ROW, "head_mean"), metrics.reduce(features))])
+            self._pool.sites([((ROW, "head_mean"), reduce(features))])
         size = torch.full((), features.shape[-1], dtype=torch.float64, device=features.device)
         self._buffer.write(self.slot, 0, "head_size", size)
         if not logits.requires_grad:

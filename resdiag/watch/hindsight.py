@@ -16,9 +16,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from resdiag.watch import metrics
 from resdiag.watch.addition import Addition
-from resdiag.watch.calls import Call
+from resdiag.watch.base.functions import Call
+from resdiag.watch.measure import changes, reductions
+from resdiag.watch.measure.batchnorm import Normalised
+from resdiag.watch.measure.reductions import Scalar
 from resdiag.watch.skeleton import Skeleton, walk
 from resdiag.watch.sources import Added, Edge, Led, Normed, Source, Sources, edge_of
 
@@ -80,7 +82,7 @@ class View:
         """Row and site at which the tensor of a site, by its place in `SITES`, was one before."""
         return self.blocks[row].same[at]
 
-    def read(self, row: int, at: int) -> Tensor | metrics.Normalised:
+    def read(self, row: int, at: int) -> Tensor | Normalised:
         """The tensor of a site, or what its moments follow from.
 
         Raises:
@@ -95,7 +97,7 @@ class View:
         """Whether a block's output is its sum."""
         return not self.blocks[row].after
 
-    def perturbation(self, row: int, samples: int | None) -> metrics.Scalar:
+    def perturbation(self, row: int, samples: int | None) -> Scalar:
         """P1 of a block on so many samples at the head of the batch.
 
         Raises:
@@ -105,7 +107,7 @@ class View:
         if known.sum is None:
             return 0.0
         u = known.sum.tensor(self.nodes, samples)
-        return metrics.change_by(known.after, u)
+        return changes.change_by(known.after, u)
 
     def outputs(self) -> Iterator[tuple[Node, int]]:
         """Row by row the node that makes a block's output, and which of its outputs that is."""
@@ -148,7 +150,7 @@ class Hindsight:
         """Both operands of a residual addition are there."""
         branch, shortcut, origin = addition.branch, addition.shortcut, addition.origin
         plain = addition.shortcut_scale == addition.branch_scale == 1 and not addition.extends
-        usual = metrics.is_fast(branch) and metrics.is_fast(shortcut)
+        usual = reductions.is_fast(branch) and reductions.is_fast(shortcut)
         self._heard[row] = None
         if plain and usual and branch.shape == shortcut.shape:
             entered = None if origin is None else edge_of(origin)
@@ -166,7 +168,7 @@ class Hindsight:
         usual = len(after) <= 1 and all(call.is_activation for call in after)
         if heard is not None:
             ended = replace(heard, output=edge_of(output), after=after)
-            self._heard[row] = ended if usual and metrics.is_fast(output) else None
+            self._heard[row] = ended if usual and reductions.is_fast(output) else None
 
     def learn(
         self,

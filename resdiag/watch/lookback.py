@@ -8,17 +8,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from resdiag.watch import metrics
 from resdiag.watch.buffer import Buffer
 from resdiag.watch.hindsight import SITES, Hindsight, View
-from resdiag.watch.saved import Gone
+from resdiag.watch.measure import reductions
+from resdiag.watch.measure.batchnorm import Gone, Normalised
+from resdiag.watch.measure.reductions import Scalar
+from resdiag.watch.measure.skip_path import COLUMNS
 from resdiag.watch.sites import Sites
-from resdiag.watch.skip import COLUMNS
 
 Slow = Callable[[int, Tensor], None]
 """Takes a block's row and the gradient of its output."""
 
-_Skip = tuple[int, list[metrics.Scalar], dict[str, str]]
+_Skip = tuple[int, list[Scalar], dict[str, str]]
 
 
 class Lookback:
@@ -100,7 +101,7 @@ class Lookback:
         return row in self._norms
 
     def gradients(self) -> Iterator[tuple[int, float]]:
-        """Row and G2 of the gradients that were read, as `metrics.gradient` has it."""
+        """Row and G2 of the gradients that were read, as `reductions.gradient` has it."""
         for row, (size, batch) in self._norms.items():
             count = min(batch, self._moments or batch)
             yield row, size * math.sqrt(count) * (batch / count)
@@ -122,7 +123,7 @@ class Lookback:
         """Do the least: during a backward pass none of this code is in the caches."""
         norms, moments, size = self._norms, self._moments, None
         if row not in norms and is_begun():
-            size = metrics.trusted_norm(g if moments is None else g[:moments])
+            size = reductions.trusted_norm(g if moments is None else g[:moments])
         if size is None:
             slow(row, g)
         else:
@@ -139,7 +140,7 @@ class Lookback:
                 x = None if known else view.read(row, at)
                 if known:
                     self._sites.repeat(row, site, known)
-                elif isinstance(x, metrics.Normalised):
+                elif isinstance(x, Normalised):
                     self._sites.keep(row, site, x)
                 elif x is not None:
                     is_sum = site == "output" and view.is_bare(row)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from resdiag.watch.dynamo import never_alone
+from resdiag.watch.base.compilation import never_alone
 from resdiag.watch.ports import OPERATIONS
 from resdiag.watch.taps import Switch, Tap, pass_eager, pass_traced
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from resdiag.watch.addition import Addition
+from resdiag.watch.base.functions import ACTIVATIONS, NORMALISATIONS, Call
 from resdiag.watch.blocks import Anatomy
-from resdiag.watch.calls import ACTIVATIONS, NORMALISATIONS, Call
 from resdiag.watch.sums import ADDITIONS
 
 OPERATIONS = frozenset(function.__name__ for function in ADDITIONS) | ACTIVATIONS | NORMALISATIONS

@@ -15,23 +15,23 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from resdiag.watch import metrics
 from resdiag.watch.addition import Addition
-from resdiag.watch.batch import Logits
+from resdiag.watch.base.catalog import CORE, RECORDED
+from resdiag.watch.base.custom import CustomValues
+from resdiag.watch.base.functions import Call
 from resdiag.watch.blocks import Anatomy
 from resdiag.watch.buffer import Buffer, Key
-from resdiag.watch.calls import Call
-from resdiag.watch.catalog import CORE, RECORDED
-from resdiag.watch.gates import Gates, fractions
 from resdiag.watch.head import Head
 from resdiag.watch.hindsight import Hindsight
 from resdiag.watch.lookback import Lookback
-from resdiag.watch.ownvalues import OwnValues
+from resdiag.watch.measure import changes, reductions
+from resdiag.watch.measure.changes import Saturation, ShortcutGradient, entries, fractions
+from resdiag.watch.measure.model_ends import Logits
+from resdiag.watch.measure.reductions import Scalar
+from resdiag.watch.measure.skip_path import COLUMNS, SkipPath
 from resdiag.watch.pool import Pool
-from resdiag.watch.shares import Shares, entries
 from resdiag.watch.sites import COLUMNS as SITE_COLUMNS
 from resdiag.watch.sites import Part, Sites
-from resdiag.watch.skip import COLUMNS, SkipPath
 from resdiag.watch.units import Unit
 
 _OUTPUT_GRADIENT = ("grad_output", "grad_nonfinite", "elasticity")
@@ -88,7 +88,7 @@ class _Passed:
         place: Row and site where it was written first.
         gradient: The cell in which its gradient is written.
         handle: The hook that reads the gradient; None if none is asked for.
-        own: Own metrics by site.
+        custom: Custom metrics by site.
     """
 
     device: torch.device
@@ -97,7 +97,7 @@ class _Passed:
     place: tuple[int, str] | None = None
     gradient: Key | None = None
     handle: RemovableHandle | None = None
-    own: dict[str, list[tuple[str, Tensor]]] = field(default_factory=dict)
+    custom: dict[str, list[tuple[str, Tensor]]] = field(default_factory=dict)
 
 
 class Recorder:
@@ -127,7 +127,7 @@ class Recorder:
         samples: int | None,
         pool: Pool | None = None,
         backward_begins: Callable[[], None] = lambda: None,
-        own: OwnValues | None = None,
+        custom: CustomValues | None = None,
         *,
         core: bool = False,
         moments: int | None = None,
@@ -140,22 +140,22 @@ class Recorder:
         self.skipped: list[str] = []
         self._backward_begins = backward_begins
         self.factor: Tensor | float = 1.0
-        self._own = own or OwnValues(())
-        self._own_sites = self._own.sites()
+        self._custom = custom or CustomValues(())
+        self._custom_sites = self._custom.sites()
         self._cells = cells
         self.head = Head(head, pool, self.reasons)
         self._skip, self._pool = SkipPath(samples, core=core), pool
-        self._gates, self._shares = Gates(), Shares(self._skip.head)
+        self._gates, self._shares = Saturation(), ShortcutGradient(self._skip.head)
         self._core, self.counts_gates, self._count = core, not core, moments
         if core:
             for column in set(RECORDED) - set(CORE):
                 self.reasons[column][_NOT_CORE] = set()
-            for name in self._own.at(("input", "sum", "grad_input", "grad_sum")):
+            for name in self._custom.at(("input", "sum", "grad_input", "grad_sum")):
                 self.reasons[name][_NOT_CORE] = set()
         self._skip.weigh = None if pool is None else pool.skip
         self._fixed = self.missed = False
         self.lookback: Lookback | None = None
-        if core and pool is None and not self._own_sites:  # the graph shows no more than that
+        if core and pool is None and not self._custom_sites:  # the graph shows no more than that
             self.lookback = Lookback(cells, self._sites, self._write_skip, samples, moments)
         self._begun: _Pass | None = None
         self._pass = weakref.ref(_Pass())
@@ -304,8 +304,8 @@ class Recorder:
             return
         passed = self._passed[number] = _Passed(x.device, (weakref.ref(x), x._version))
         if self._fixed:  # else most of what passes is no unit's: no business of somebody's function
-            for site in self._own_sites & {"input", "output"}:
-                self._compute_own_of(passed, site, x)
+            for site in self._custom_sites & {"input", "output"}:
+                self._compute_custom_of(passed, site, x)
         passed.place = self._find(x)
         if passed.place is not None:  # measured as a tensor of a residual block before
             passed.gradient = passed.place[0], self._grad_column(*passed.place)
@@ -423,7 +423,7 @@ class Recorder:
 
     def _settle(self, row: int, site: str, passed: _Passed) -> None:
         """A tensor that passed is a unit's: write what was measured, or say where it is."""
-        self._settle_own(row, site, passed)
+        self._settle_custom(row, site, passed)
         if passed.place is not None:
             self._sites.repeat(row, site, passed.place)
         elif passed.sums is not None:
@@ -442,20 +442,20 @@ class Recorder:
         else:
             self.miss(row, _WITHOUT[column], _NOT_ASKED)
 
-    def _settle_own(self, row: int, site: str, passed: _Passed) -> None:
+    def _settle_custom(self, row: int, site: str, passed: _Passed) -> None:
         x, version = passed.tensor[0](), passed.tensor[1]
-        if site in self._own_sites and site not in passed.own:
+        if site in self._custom_sites and site not in passed.custom:
             if x is None or x._version != version:
                 reason = "overwritten before it was known to be a unit's; later steps have it"
-                return self.miss(row, tuple(self._own.at((site,))), reason)
-            self._compute_own_of(passed, site, x)
-        for name, value in passed.own.get(site, ()):
+                return self.miss(row, tuple(self._custom.at((site,))), reason)
+            self._compute_custom_of(passed, site, x)
+        for name, value in passed.custom.get(site, ()):
             self._cells.put(self._cells.slot, row, name, value)
         return None
 
-    def _compute_own_of(self, passed: _Passed, site: str, x: Tensor) -> None:
-        values = passed.own[site] = list[tuple[str, Tensor]]()
-        self._own.compute(site, x, lambda name, value: values.append((name, value)))
+    def _compute_custom_of(self, passed: _Passed, site: str, x: Tensor) -> None:
+        values = passed.custom[site] = list[tuple[str, Tensor]]()
+        self._custom.compute(site, x, lambda name, value: values.append((name, value)))
 
     def _pass_back(self, begun: "_Pass | None", slot: int, passed: _Passed, g: Tensor) -> None:
         if begun is not None and passed.gradient is not None:
@@ -473,8 +473,8 @@ class Recorder:
         self, row: int, site: str, x: Tensor, *, keep: bool = True, is_sum: bool = False
     ) -> None:
         """Write a site's statistics, or an alias if this very tensor was measured before."""
-        if site in self._own_sites:
-            self._compute_own(row, site, x)
+        if site in self._custom_sites:
+            self._compute_custom(row, site, x)
         known = self._find(x)
         if known is not None:
             self._sites.repeat(row, site, known)
@@ -483,12 +483,12 @@ class Recorder:
         if keep:
             self._known[id(x)] = (weakref.ref(x), x._version, row, site)
 
-    def _compute_own(self, row: int, site: str, x: Tensor) -> None:
-        """Own metrics of a tensor or, without the loss scale, of a gradient."""
+    def _compute_custom(self, row: int, site: str, x: Tensor) -> None:
+        """Custom metrics of a tensor or, without the loss scale, of a gradient."""
         slot = self._cells.slot
-        self._own.compute(site, x, lambda name, value: self._cells.put(slot, row, name, value))
+        self._custom.compute(site, x, lambda name, value: self._cells.put(slot, row, name, value))
 
-    def _compute_own_gradients(self, row: int, column: str, g: Tensor) -> None:
+    def _compute_custom_gradients(self, row: int, column: str, g: Tensor) -> None:
         """A gradient is also that at the output, or at later blocks' inputs, of the same tensor."""
         places = [(row, column)] if column != "grad_input" else []
         if column == "grad_sum" and self._grad_column(row, "output") == "grad_sum":
@@ -496,8 +496,8 @@ class Recorder:
         places += [(child, "grad_input") for child in self._children.get((row, column), ())]
         g = g if isinstance(self.factor, float) and self.factor == 1 else g / self.factor
         for place, site in places:
-            if site in self._own_sites:
-                self._compute_own(place, site, g)
+            if site in self._custom_sites:
+                self._compute_custom(place, site, g)
 
     def _find(self, x: Tensor) -> tuple[int, str] | None:
         """Row and site at which `x`, unchanged since, was measured."""
@@ -511,16 +511,16 @@ class Recorder:
         known = None if x is None else self._find(x)
         return known[1] if known and known[0] == row - 1 and known[1] in ("sum", "output") else ""
 
-    def _write_skip(self, rows: Iterable[tuple[int, list[metrics.Scalar], dict[str, str]]]) -> None:
+    def _write_skip(self, rows: Iterable[tuple[int, list[Scalar], dict[str, str]]]) -> None:
         """Write what was measured of the skip path, and what could not be."""
-        keys, values = list[Key](), list[metrics.Scalar]()
+        keys, values = list[Key](), list[Scalar]()
         for row, measured, reasons in rows:
             keys.append((row, COLUMNS[0]))
             values.extend(measured)
             for column, reason in reasons.items():
                 self.miss(row, (column,), reason)
         if keys and self._pool is None:
-            table = metrics.stack(values, self._cells.device).view(len(keys), -1)
+            table = reductions.stack(values, self._cells.device).view(len(keys), -1)
             self._cells.write_rows(self._cells.slot, keys, table)
 
     def _write_gates(self) -> None:
@@ -616,13 +616,13 @@ class Recorder:
         read = self.lookback is not None and self.lookback.has_read(row)
         self.repeats += read or key in self._written
         self._written.add(key)
-        size, broken = metrics.gradient(g, self._count)
+        size, broken = reductions.gradient(g, self._count)
         if self._pool is None:
             self._cells.put(slot, row, column, size)
         else:
             self._pool.gradient(row, column, size, g.shape[0] if g.dim() else 1)
-        if self._own_sites:
-            self._compute_own_gradients(row, column, g)
+        if self._custom_sites:
+            self._compute_custom_gradients(row, column, g)
         if column == "grad_sum":
             self._shares.hold(row, g)
         if column == "grad_output" or column == self._grad_column(row, "output"):
@@ -676,12 +676,10 @@ class Recorder:
         via = self._shares.take(row)
         if via is None or via.shape != total.shape:
             return
-        size = 0.0 if self._pool is None else metrics.norm(total)
-        self._put(slot, row, "shortcut_share", metrics.share(via, total), size * size)
+        size = 0.0 if self._pool is None else reductions.norm(total)
+        self._put(slot, row, "shortcut_share", changes.share(via, total), size * size)
 
-    def _put(
-        self, slot: int, row: int, column: str, value: metrics.Scalar, weight: metrics.Scalar
-    ) -> None:
+    def _put(self, slot: int, row: int, column: str, value: Scalar, weight: Scalar) -> None:
         """Write a cell; `weight` is what the value is a mean over, for several ranks to add up."""
         if self._pool is None:
             self._cells.put(slot, row, column, value)

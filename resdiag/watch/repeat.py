@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from resdiag.watch.calls import Call
-from resdiag.watch.nested import tensors_in
+from resdiag.watch.base.functions import Call
+from resdiag.watch.base.tensors import tensors_in
 from resdiag.watch.routine import Joint, Routine, Step, Turn, agrees, kind_of
 from resdiag.watch.sums import read_sum
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from resdiag.watch.addition import Addition
-from resdiag.watch.calls import Call
+from resdiag.watch.base.functions import Call
 from resdiag.watch.recorder import Recorder
 from resdiag.watch.units import Unit
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from resdiag.watch.calls import Call
+from resdiag.watch.base.functions import Call
 from resdiag.watch.lineage import Descent, Lineage, Scope
 
 if TYPE_CHECKING:

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from resdiag.watch.calls import Call, compose
-from resdiag.watch.metrics import Normalised
-from resdiag.watch.nested import tensors_in
-from resdiag.watch.saved import Gone, affine, kept
+from resdiag.watch.base.functions import Call, compose
+from resdiag.watch.base.tensors import tensors_in
+from resdiag.watch.measure.batchnorm import Gone, Normalised, affine, kept
 
 Edge: TypeAlias = tuple[Node, int]
 """A tensor of the pass: the node that made it, and which of the node's outputs it is."""

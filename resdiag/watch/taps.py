@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resdiag.watch import fused
-from resdiag.watch.dynamo import never_alone, plain
+from resdiag.watch.base.compilation import never_alone, plain
+from resdiag.watch.measure import kernels
 from resdiag.watch.ports import Port
 
 
@@ -193,8 +193,8 @@ def _moments(x: Tensor, channel: int) -> Tensor:
     """Channel means, second moment, non-finite fraction: no look at a value, float64 throughout."""
     if x.dim() < 2:
         x, channel = x.reshape(1, -1), 1
-    if fused.serves(x):
-        return fused.moments(x, channel)
+    if kernels.serves(x):
+        return kernels.moments(x, channel)
     wide = x.double()
     mean = wide.mean([d for d in range(x.dim()) if d != channel])
     rest = torch.stack([wide.square().mean(), x.isfinite().logical_not().double().mean()])
@@ -202,8 +202,8 @@ def _moments(x: Tensor, channel: int) -> Tensor:
 
 
 def _gradient(g: Tensor) -> Tensor:
-    """G2 and non-finite fraction, see `metrics.gradient`."""
-    if fused.serves(g):
-        return fused.gradient(g)
+    """G2 and non-finite fraction, see `reductions.gradient`."""
+    if kernels.serves(g):
+        return kernels.gradient(g)
     size = g.double().square().sum().sqrt() * math.sqrt(g.shape[0] if g.dim() else 1)
     return torch.stack([size, g.isfinite().logical_not().double().mean()])

@@ -23,14 +23,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from resdiag.watch.addition import Addition
-from resdiag.watch.calls import Call, is_question
-from resdiag.watch.dynamo import is_running_compiled, never_alone, plain
+from resdiag.watch.base.compilation import is_running_compiled, never_alone, plain
+from resdiag.watch.base.functions import Call, is_question
+from resdiag.watch.base.tensors import first_floating, tensors_in
 from resdiag.watch.frame import Frame
 from resdiag.watch.lineage import Descent, Lineage, Scope
 from resdiag.watch.listener import Listener
 from resdiag.watch.makers import Makers
 from resdiag.watch.memory import Memory
-from resdiag.watch.nested import first_floating, tensors_in
 from resdiag.watch.repeat import Repeat
 from resdiag.watch.residual import Residuals
 from resdiag.watch.routine import Learner

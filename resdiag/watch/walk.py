@@ -11,9 +11,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from resdiag.watch.addition import Addition
+from resdiag.watch.base.functions import Call, is_question
+from resdiag.watch.base.tensors import tensors_in
 from resdiag.watch.blocks import Anatomy, _evaluating
-from resdiag.watch.calls import Call, is_question
-from resdiag.watch.nested import tensors_in
 from resdiag.watch.ports import OPERATIONS, Map, Port, Route, Trail, Visit
 from resdiag.watch.tracer import Tracer
 from resdiag.watch.units import Unit
