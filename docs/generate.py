@@ -116,7 +116,7 @@ def metrics_page() -> str:
     """Every metric with its formula, unit, site, source and reading."""
     recorded = sum(metric.derive is None for metric in METRICS.values())
     parts = [
-        _head("Metrics", "resdiag/watch/catalog.py"),
+        _head("Metrics", "resdiag/watch/base/catalog.py"),
         f"{len(METRICS)} metrics: {recorded} are recorded, {len(METRICS) - recorded} are derived "
         "from them when a run is read. A number that cannot be had is NaN, with the reason in "
         "the run's `unavailable` list; it is never left out.\n",
