@@ -21,6 +21,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from resdiag.watch.hindsight import View
+from resdiag.watch.lookback import Lookback
+from resdiag.watch.recorder import Recorder
+from resdiag.watch.repeat import Repeat
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -28,12 +32,8 @@ from resdiag.models.resnet import build_model
 from resdiag.study.overhead import Naive, Workload, stopwatch
 from resdiag.training.pages import keep_pages
 from resdiag.watch.gradients import Gradients
-from resdiag.watch.hindsight import View
-from resdiag.watch.lookback import Lookback
-from resdiag.watch.metrics import norm
+from resdiag.watch.measure.reductions import norm
 from resdiag.watch.monitor import Monitor
-from resdiag.watch.recorder import Recorder
-from resdiag.watch.repeat import Repeat
 from resdiag.watch.sites import Sites
 from resdiag.watch.tracer import Tracer
 

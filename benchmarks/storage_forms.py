@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resdiag.runs.segments import encode
-from resdiag.watch.catalog import RECORDED
+from resdiag.watch.base.catalog import RECORDED
 
 BLOCKS = 54
 SEGMENT = 512

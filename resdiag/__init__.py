@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from resdiag.show.plots import draw as draw
     from resdiag.study.saving import save as save
     from resdiag.study.surgery import lesion as lesion
+    from resdiag.watch.base.catalog import METRICS as METRICS
+    from resdiag.watch.base.custom import custom_metrics as custom_metrics
+    from resdiag.watch.base.custom import metric as metric
+    from resdiag.watch.base.custom import unregister_metric as unregister_metric
     from resdiag.watch.blocks import Block as Block
     from resdiag.watch.blocks import find_blocks as find_blocks
-    from resdiag.watch.catalog import METRICS as METRICS
     from resdiag.watch.monitor import Monitor as Monitor
     from resdiag.watch.monitor import attach as attach
-    from resdiag.watch.own import metric as metric
-    from resdiag.watch.own import own_metrics as own_metrics
-    from resdiag.watch.own import unregister as unregister
 
 __version__ = "0.1.0"
 
@@ -34,10 +34,10 @@ _HOMES = {
     "Monitor": "resdiag.watch.monitor",
     "find_blocks": "resdiag.watch.blocks",
     "Block": "resdiag.watch.blocks",
-    "METRICS": "resdiag.watch.catalog",
-    "metric": "resdiag.watch.own",
-    "own_metrics": "resdiag.watch.own",
-    "unregister": "resdiag.watch.own",
+    "METRICS": "resdiag.watch.base.catalog",
+    "metric": "resdiag.watch.base.custom",
+    "custom_metrics": "resdiag.watch.base.custom",
+    "unregister_metric": "resdiag.watch.base.custom",
     # the paper's networks
     "build_model": "resdiag.models.resnet",
     "Variant": "resdiag.models.variants",

@@ -7,7 +7,7 @@ import torch
 
 from resdiag.runs.config import RunConfig
 from resdiag.runs.store import RunWriter
-from resdiag.watch.catalog import RECORDED
+from resdiag.watch.base.catalog import RECORDED
 
 ENVIRONMENT = {"torch": "2.15.0", "threads": 1, "device": "cpu", "dtype": "float32", "git": "a"}
 DATA = {"name": "digits", "train": 1437, "sha256": "0" * 64}

@@ -7,7 +7,7 @@ from resdiag.explain.theory import predict
 from resdiag.models.variants import find_variant
 from resdiag.runs.config import RunConfig
 from resdiag.runs.folder import Run
-from resdiag.watch.catalog import RECORDED, SITES
+from resdiag.watch.base.catalog import RECORDED, SITES
 
 DENSE = (*range(11), *range(20, 151, 10))
 

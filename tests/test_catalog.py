@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resdiag.models.resnet import build_model
-from resdiag.watch import metrics, skip
-from resdiag.watch.catalog import (
+from resdiag.watch.base.catalog import (
     METRICS,
     POINTS,
     RECORDED,
@@ -23,6 +22,7 @@ from resdiag.watch.catalog import (
     SITES,
     derive,
 )
+from resdiag.watch.measure import moments, skip_path
 from resdiag.watch.monitor import attach
 
 DERIVED = [m for m in METRICS.values() if m.derive is not None and m.site != "run"]
@@ -35,7 +35,7 @@ def test_every_entry_is_filled_in_and_named_by_its_key():
         assert key.isidentifier()
         assert key == key.lower()
         for field in fields(metric):
-            if field.name != "derive":
+            if field.name not in ("derive", "over_ranks"):
                 assert getattr(metric, field.name), (key, field.name)
         assert metric.site in (*SITES, "block", "run")
         assert not metric.label.endswith(".")
@@ -55,10 +55,10 @@ def test_the_recorder_s_groups_of_columns_stand_together_in_the_catalogue():
     """Buffers are written in runs of neighbouring columns."""
     for site in SITES:
         start = RECORDED.index(f"{site}_mean")
-        expected = tuple(f"{site}_{name}" for name in metrics.STATISTICS)
+        expected = tuple(f"{site}_{name}" for name in moments.STATISTICS)
         assert RECORDED[start : start + len(expected)] == expected
     start = RECORDED.index("perturbation")
-    assert RECORDED[start : start + len(skip.COLUMNS)] == skip.COLUMNS
+    assert RECORDED[start : start + len(skip_path.COLUMNS)] == skip_path.COLUMNS
     start = RECORDED.index("saturated_fraction")
     assert RECORDED[start + 1] == "dead_fraction"
     assert set(RECORDED_PER_STEP) <= {*METRICS, "lr"}
@@ -89,7 +89,7 @@ def sorted_like(frame, entries):
 
 def test_derived_moments_are_those_of_the_tensor():
     x = 0.5 + torch.randn(6, 5, 4, 4)
-    values = dict(zip(metrics.STATISTICS, metrics.statistics(x).tolist(), strict=True))
+    values = dict(zip(moments.STATISTICS, moments.statistics(x).tolist(), strict=True))
     out = derive({f"sum_{name}": [value] for name, value in values.items()})
     channels = reference.by_channel(x)
     mu, var = channels.mean(1), channels.var(1)
@@ -158,7 +158,7 @@ def test_series_and_lists_and_arrays_are_the_same_to_derive():
 
 def test_the_catalogue_costs_neither_torch_nor_pandas():
     code = (
-        "import sys; import resdiag.watch.catalog; "
+        "import sys; import resdiag.watch.base.catalog; "
         "print([m for m in ('torch', 'pandas', 'matplotlib') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -8,8 +8,8 @@ from test_loops import Block, Net, data, sgd
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from resdiag.watch.monitor import attach
 from resdiag.watch.backward import NO_BACKWARD
+from resdiag.watch.monitor import attach
 
 
 class Checkpointed(Net):
@@ -105,7 +105,7 @@ def assert_same(seen, wanted):
         np.testing.assert_allclose(a.to_numpy(float), b.to_numpy(float), rtol=1e-5, atol=1e-9)
     assert seen.blocks == wanted.blocks
     assert seen.unavailable == wanted.unavailable
-    assert seen.notes == wanted.notes == []
+    assert seen.warnings == wanted.warnings == []
 
 
 @pytest.mark.parametrize("metrics", ["full", "core"])

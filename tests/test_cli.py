@@ -15,7 +15,7 @@ import pytest
 from resdiag.cli import app
 from resdiag.models.variants import VARIANTS
 from resdiag.runs import files
-from resdiag.watch.catalog import METRICS
+from resdiag.watch.base.catalog import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [

@@ -13,8 +13,8 @@ from torch._dynamo.utils import counters
 from torchvision import models
 
 from resdiag.models.resnet import build_model
-from resdiag.watch.batch import DATA, HEAD_LOSS
-from resdiag.watch.catalog import RECORDED, RECORDED_PER_STEP
+from resdiag.watch.base.catalog import RECORDED, RECORDED_PER_STEP
+from resdiag.watch.measure.model_ends import DATA, HEAD_LOSS
 from resdiag.watch.monitor import WatchWarning, attach
 
 
@@ -114,7 +114,7 @@ def test_a_compiled_model_is_one_graph_with_the_numbers_of_eager(name):
     assert not counters["graph_break"]
     wanted = record(build(name))
     assert seen.blocks == wanted.blocks
-    assert seen.notes == []
+    assert seen.warnings == []
     assert_same(seen, wanted, rtol=1e-3 if name == "resnet50" else 1e-4)
 
 
@@ -175,7 +175,7 @@ def test_a_language_model_is_one_graph_with_the_numbers_of_eager():
     assert not counters["graph_break"]
     assert len(seen.blocks) == 4
     assert seen.blocks == wanted.blocks
-    assert seen.notes == wanted.notes == []
+    assert seen.warnings == wanted.warnings == []
     assert_same(seen, wanted)
 
 

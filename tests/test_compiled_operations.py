@@ -8,8 +8,9 @@ from test_compiled import _fresh_compiler, assert_same, sgd  # noqa: F401
 from torch import nn
 from torch._dynamo.utils import counters
 
-from resdiag.watch.catalog import RECORDED
-from resdiag.watch.compiled import CHANGED, HIDDEN, INSIDE, UNREACHED
+from resdiag.watch.base.catalog import RECORDED
+from resdiag.watch.collect import CHANGED, INSIDE, UNREACHED
+from resdiag.watch.graph_placement import HIDDEN
 from resdiag.watch.monitor import attach
 
 WIDTH = 16
@@ -157,7 +158,7 @@ def test_operations_are_tapped_in_one_graph_with_the_numbers_of_eager(shape):
     seen, wanted = run(model, x, y, "aot_eager"), run(twin, x, y)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
-    assert seen.notes == []
+    assert seen.warnings == []
     assert seen.blocks == wanted.blocks
     hidden = missing(seen, HIDDEN)
     # the way of a gradient through x.clone() is no single operation of interest

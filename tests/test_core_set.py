@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from resdiag.models.resnet import build_model
-from resdiag.watch.catalog import CORE
+from resdiag.watch.base.catalog import CORE
 from resdiag.watch.monitor import attach
 
 

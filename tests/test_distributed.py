@@ -13,7 +13,7 @@ import torch.multiprocessing
 import two_ranks
 from torch import nn
 
-from resdiag.watch.batch import DATA, HEAD_LOSS
+from resdiag.watch.measure.model_ends import DATA, HEAD_LOSS
 from resdiag.watch.monitor import attach
 
 HOWTO = Path(__file__).parent.parent / "docs" / "howto" / "distributed.md"

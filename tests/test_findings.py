@@ -23,7 +23,7 @@ from resdiag.explain.finding import confidence
 from resdiag.explain.verdict import NAMES, judge
 from resdiag.runs.folder import Run
 from resdiag.runs.watched import WatchedConfig
-from resdiag.watch.catalog import SITES
+from resdiag.watch.base.catalog import SITES
 
 BLOCKS, STEPS = 6, 20
 

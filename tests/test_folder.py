@@ -25,7 +25,7 @@ from resdiag.errors import ResdiagError, UsageError
 from resdiag.runs import files
 from resdiag.runs.commit import Commit
 from resdiag.runs.folder import Run, find_runs, latest_run, load, open_run
-from resdiag.watch.catalog import METRICS, RECORDED
+from resdiag.watch.base.catalog import METRICS, RECORDED
 
 
 def test_a_run_reads_as_it_was_written(tmp_path):

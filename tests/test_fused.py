@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from resdiag.watch import fused, metrics
+from resdiag.watch.measure import kernels, moments, reductions
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="no Triton for this platform"
@@ -50,22 +50,22 @@ def compiled(name, types, constants):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from resdiag.watch import fusedkernels
+    from resdiag.watch.measure import triton_kernels
 
     types = {**types, **dict.fromkeys(constants, "constexpr")}
-    source = ASTSource(getattr(fusedkernels, name), types, constants)
+    source = ASTSource(getattr(triton_kernels, name), types, constants)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
     assert len(made.asm["cubin"]) > 1000
     return made
 
 
 def test_nothing_on_a_cpu_is_read_by_them_whatever_was_chosen(monkeypatch):
-    monkeypatch.setenv(fused.CHOICE, "triton")
-    fused._is_chosen.cache_clear()
+    monkeypatch.setenv(kernels.CHOICE, "triton")
+    kernels._is_chosen.cache_clear()
     try:
-        assert not fused.serves(torch.ones(4, 4))
+        assert not kernels.serves(torch.ones(4, 4))
     finally:
-        fused._is_chosen.cache_clear()
+        kernels._is_chosen.cache_clear()
 
 
 @needs_triton
@@ -74,9 +74,9 @@ def test_on_a_gpu_they_compute_what_the_plain_operations_do(monkeypatch):
         pytest.skip("no CUDA device")
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.randn(32, 16, 32, 32, device="cuda").contiguous(memory_format=layout)
-        plain = metrics.statistics(x), *metrics.gradient(x)
-        monkeypatch.setattr(fused, "_is_chosen", lambda: True)
-        quick = metrics.statistics(x), *metrics.gradient(x)
+        plain = moments.statistics(x), *reductions.gradient(x)
+        monkeypatch.setattr(kernels, "_is_chosen", lambda: True)
+        quick = moments.statistics(x), *reductions.gradient(x)
         monkeypatch.undo()
         for found, expected in zip(quick, plain, strict=True):
             torch.testing.assert_close(

@@ -99,7 +99,7 @@ def test_graphs_train_bit_for_bit_what_eager_does_and_record_it_to_rounding(
     assert len(capture.tapes) == 2  # with the recorder and without; 40 test images are no batch
     assert len(capture.tapes[0].operations) > len(capture.tapes[1].operations)
     assert weights(graphs.model) == weights(eager.model)
-    assert not graphs.monitor.notes
+    assert not graphs.monitor.warnings
     columns = ["loss", "error", "lr", "test_error", "train_error"]
     np.testing.assert_array_equal(other.curve()[columns], run.curve()[columns])
     seen, wanted = other.metrics(), run.metrics()

@@ -342,4 +342,4 @@ def test_a_callback_tells_its_sinks_everything_it_recorded(tmp_path):
         tag = f"grad_output/block_{row.block:03d}"
         assert events[tag, row.step] == pytest.approx(row.grad_output, rel=1e-6)
     assert len(frame) == 8
-    assert watch.monitor.notes == []
+    assert watch.monitor.warnings == []

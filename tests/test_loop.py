@@ -182,7 +182,7 @@ def test_an_explosion_is_recorded_whatever_the_schedule(tmp_path, first):
     assert np.isfinite(metrics[metrics["step"] < exploded]["output_mean"]).all()
     assert not np.isfinite(curve["grad_norm"][exploded])
     assert curve["test_error"].isna().all()
-    assert training.monitor.notes == []
+    assert training.monitor.warnings == []
 
 
 def test_recording_the_explosion_again_changes_no_bit(tmp_path):

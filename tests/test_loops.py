@@ -367,7 +367,7 @@ def run(loop, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("error", WatchWarning)
         monitor = loop(Net(), attach, **options)
-    assert not monitor.notes
+    assert not monitor.warnings
     return monitor
 
 
@@ -403,7 +403,7 @@ def test_parameters_changed_by_hand_have_their_gradients_read_at_step():
             for p in model.parameters():
                 p -= 0.1 * p.grad
         monitor.step()
-    assert not monitor.notes
+    assert not monitor.warnings
     assert at(monitor, "grad_param") == close(g1(model))
     reasons = {e["metric"]: e["reason"] for e in monitor.unavailable}
     assert reasons["lr"] == "no optimizer was seen to step in a recorded step"
@@ -448,7 +448,7 @@ def test_a_step_called_twice_is_reported(every):
         monitor.step()
         with pytest.warns(WatchWarning, match="counts steps double"):
             monitor.step()
-    assert len(monitor.notes) == 1
+    assert len(monitor.warnings) == 1
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -464,7 +464,7 @@ def test_a_step_before_the_optimizers_or_in_every_micro_batch_is_reported(parts)
             ):
                 monitor.step()
         optimizer.step()
-    assert len(monitor.notes) == 1
+    assert len(monitor.warnings) == 1
 
 
 def test_evaluation_and_paused_passes_between_steps_are_ignored():
@@ -485,7 +485,7 @@ def test_evaluation_and_paused_passes_between_steps_are_ignored():
             with torch.no_grad():
                 model(x)
             monitor.step()
-    assert not monitor.notes
+    assert not monitor.warnings
     assert len(monitor.to_frame()) == 4
 
 
@@ -521,7 +521,7 @@ def test_accumulation_without_clipping_is_not_taken_for_clipping():
         optimizer.step()
         monitor.step()
     assert monitor.point == "local"
-    assert len(monitor.notes) == 1
+    assert len(monitor.warnings) == 1
 
 
 def test_a_pass_to_take_that_is_not_there_is_refused_with_the_nearest():
@@ -649,7 +649,7 @@ def test_a_loss_that_is_not_a_number_is_recorded():
         monitor.step()
     assert at(monitor, "grad_nonfinite") == [1, 1]
     assert np.isnan(per_step(monitor, "grad_norm")).all()
-    assert not monitor.notes
+    assert not monitor.warnings
 
 
 def test_half_precision_without_a_scaler_is_reported():
@@ -775,7 +775,7 @@ def test_a_pass_whose_result_was_dropped_is_replaced():
         x, y = data(seed=0)
         F.cross_entropy(model(x), y).backward()
         monitor.step()
-    assert not monitor.notes
+    assert not monitor.warnings
     assert at(monitor, "grad_output") == close(g2(first_gradients(twin)))
 
 
@@ -847,7 +847,7 @@ def test_two_networks_with_an_optimizer_each_are_recorded_in_their_own_steps(
         assert at(mon_g, "grad_output", step) == close(g2(fake_sums))
         assert at(mon_g, "grad_param", step) == close(g1(g))
         opt_g.step()
-    assert not [note for note in mon_g.notes + mon_d.notes if not note.startswith("several")]
+    assert not [note for note in mon_g.warnings + mon_d.warnings if not note.startswith("several")]
 
 
 def test_a_monitor_that_was_dropped_without_closing_frees_its_model():
@@ -888,7 +888,7 @@ def test_frozen_parts_are_nan_with_a_reason_and_the_rest_is_there():
     reasons = {(e["metric"], e["reason"]) for e in monitor.unavailable if e["blocks"] == [0]}
     assert ("grad_param", "no parameter of it has a gradient") in reasons
     assert ("grad_output", "this tensor does not require a gradient") in reasons
-    assert not monitor.notes
+    assert not monitor.warnings
 
 
 class Shared(Net):
@@ -967,7 +967,7 @@ def test_containers_go_in_and_out_and_a_model_may_return_its_loss(kind):
         loss.backward()
         monitor.step()
     assert at(monitor, "grad_output") == close(g2(first_gradients(twin)))
-    assert not monitor.notes
+    assert not monitor.warnings
 
 
 class Dataclassed(nn.Module):
@@ -1036,7 +1036,7 @@ def test_batches_of_other_sizes_and_empty_ones_are_recorded():
     assert at(monitor, "grad_output", 1) == close(g2(sums))
     assert np.isnan(at(monitor, "output_mean", 2)).all()
     assert at(monitor, "grad_param", 2) == [0, 0]
-    assert not monitor.notes
+    assert not monitor.warnings
 
 
 def test_functional_calls_are_recorded_but_for_parameters_that_are_not_the_models():
@@ -1072,7 +1072,7 @@ def test_a_copy_of_a_watched_model_is_not_watched():
         F.cross_entropy(model(x), y).backward()
         F.cross_entropy(average(x + 1), y).backward()
         monitor.step()
-    assert not monitor.notes
+    assert not monitor.warnings
     assert at(monitor, "grad_output") == close(g2(first_gradients(Net())))
 
 
@@ -1124,7 +1124,7 @@ def test_a_language_model_that_returns_its_loss_is_recorded(reentrant):
             monitor.step()
         ends.append([p.grad for p in model.parameters()])
     assert all(map(torch.equal, *ends))
-    assert not monitor.notes
+    assert not monitor.warnings
     assert len(monitor.blocks) == 4
     frame = monitor.to_frame()
     assert frame[["grad_param", "output_mean"]].notna().all(axis=None)

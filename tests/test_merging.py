@@ -6,7 +6,7 @@ from made_runs import contents, make_checkpoint, make_curve, make_metrics, open_
 from resdiag.runs.commit import COMMIT, PREVIOUS, Commit
 from resdiag.runs.folder import open_run
 from resdiag.runs.merging import COUNT
-from resdiag.watch.catalog import METRICS, RECORDED, derive, inputs_of
+from resdiag.watch.base.catalog import METRICS, RECORDED, derive, inputs_of
 
 
 def test_many_commits_leave_few_segments_with_every_row_once(tmp_path):
@@ -56,13 +56,13 @@ def test_a_damaged_segment_is_not_merged_and_does_not_end_the_training(tmp_path)
         assert len(Commit.read(writer.folder / COMMIT).parts("curve")) < COUNT
 
 
-def test_old_columns_of_own_metrics_survive_a_merge(tmp_path):
+def test_old_columns_of_custom_metrics_survive_a_merge(tmp_path):
     with open_writer(tmp_path) as writer:
-        writer.describe([], [], own=[{"id": "mine", "label": "mine", "unit": "1"}])
+        writer.describe([], [], custom=[{"id": "mine", "label": "mine", "unit": "1"}])
         for step in range(1, COUNT):
             rows = make_metrics(step - 1, step) | {"mine": np.full(3, step, np.float32)}
             writer.commit(step, rows, make_curve(step - 1, step), *make_checkpoint(step))
-        writer._keys.pop("own_metrics")
+        writer._keys.pop("custom_metrics")
         rows = make_metrics(COUNT - 1, COUNT)
         writer.commit(COUNT, rows, make_curve(COUNT - 1, COUNT), *make_checkpoint(COUNT))
     assert len(Commit.read(writer.folder / COMMIT).parts("metrics")) == 1

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from resdiag.models.resnet import build_model
-from resdiag.watch import metrics
+from resdiag.watch.measure import reductions
 from resdiag.watch.monitor import attach
 
 MOMENTS = ("mean", "channel_mean_rms", "channel_std", "mean_q10", "mean_q50", "mean_q90")
@@ -83,8 +83,8 @@ def test_the_squared_gradient_norm_of_a_slice_has_no_bias():
     """E[G2^2] over random slices is G2^2 of the batch: a mean over samples, times B^2."""
     generator = torch.Generator().manual_seed(0)
     g = torch.randn(12, 3, 4, generator=generator) * torch.rand(12, 1, 1, generator=generator)
-    whole, _ = metrics.gradient(g)
-    slices = [metrics.gradient(g.roll(shift, 0), 5)[0] ** 2 for shift in range(12)]
+    whole, _ = reductions.gradient(g)
+    slices = [reductions.gradient(g.roll(shift, 0), 5)[0] ** 2 for shift in range(12)]
     assert np.mean(slices) == pytest.approx(whole**2, rel=1e-6)
     assert min(slices) < whole**2 < max(slices)
 
@@ -92,9 +92,9 @@ def test_the_squared_gradient_norm_of_a_slice_has_no_bias():
 def test_what_is_not_finite_in_a_sample_that_is_not_looked_at_is_not_seen():
     g = torch.ones(4, 2)
     g[3, 0] = torch.nan
-    assert metrics.gradient(g, 3)[1] == 0
-    assert metrics.gradient(g, 4)[1] == pytest.approx(1 / 8)
-    assert metrics.gradient(g, 9)[1] == pytest.approx(1 / 8)
+    assert reductions.gradient(g, 3)[1] == 0
+    assert reductions.gradient(g, 4)[1] == pytest.approx(1 / 8)
+    assert reductions.gradient(g, 9)[1] == pytest.approx(1 / 8)
 
 
 @pytest.mark.parametrize("count", [0, -3])

@@ -19,8 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from resdiag.models.resnet import build_model
 from resdiag.models.variants import VARIANTS
-from resdiag.watch import metrics
-from resdiag.watch.catalog import CORE, RECORDED
+from resdiag.watch.base.catalog import CORE, RECORDED
 from resdiag.watch.monitor import WatchWarning, attach
 
 
@@ -237,7 +236,7 @@ def test_a_schedule_records_the_first_steps_and_then_every_nth():
         train(model, 10, monitor=monitor)
     assert sorted(set(monitor.to_frame().step)) == [0, 1, 4, 8]
     assert monitor.to_frame("step").step.to_list() == [0, 1, 4, 8]
-    assert not monitor.notes
+    assert not monitor.warnings
 
 
 def test_a_resumed_training_counts_on():
@@ -376,7 +375,7 @@ def test_listeners_hear_what_is_drained_and_a_failing_one_is_left_out_with_a_not
         for name, values in drained.items():
             parts = np.concatenate([part[at][name] for part in heard])
             assert np.array_equal(parts, values, equal_nan=True)
-    assert len([note for note in monitor.notes if "no longer told" in note]) == 1
+    assert len([note for note in monitor.warnings if "no longer told" in note]) == 1
 
 
 def test_a_gradient_that_comes_after_its_step_belongs_to_no_step():
@@ -414,7 +413,7 @@ def test_a_forward_pass_that_failed_can_be_repeated_in_its_step():
     expected = reference.columns(units, 4, [0, 1, 2])
     reference.assert_columns_agree(monitor.to_frame(), expected)
     assert len(monitor.to_frame("step")) == 1
-    assert not monitor.notes
+    assert not monitor.warnings
 
 
 def _raise(error):
@@ -620,9 +619,9 @@ class HostReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("variant", ["original", "elu_after", "plain", "elu_nobn"])
-def test_no_operation_of_a_recorded_step_makes_the_host_wait(monkeypatch, variant):
+def test_no_operation_of_a_recorded_step_makes_the_host_wait(as_on_an_accelerator, variant):
     # as on an accelerator: the numbers of a CPU tensor are the host's own
-    monkeypatch.setattr(metrics, "on_host", lambda device: False)
+    as_on_an_accelerator()
     model = small(variant)
     optimizer = sgd(model)
     images, labels = batch(4)
@@ -644,9 +643,9 @@ def test_host_reads_are_seen_by_the_counter():
 
 
 @pytest.mark.parametrize("variant", ["elu_nobn", "elu_after", "original"])
-def test_the_accelerator_path_gives_the_same_numbers(monkeypatch, variant):
+def test_the_accelerator_path_gives_the_same_numbers(as_on_an_accelerator, variant):
     fast = watch_and_walk(variant, 8)[0].to_frame()
-    monkeypatch.setattr(metrics, "on_host", lambda device: False)
+    as_on_an_accelerator()
     exact = watch_and_walk(variant, 8)[0].to_frame()
     expected = {name: exact[name].to_numpy(np.float64) for name in RECORDED}
     reference.assert_columns_agree(fast, expected, rtol=2e-5)
@@ -699,7 +698,7 @@ def test_the_same_note_is_given_once():
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             monitor.step()
-    assert len(monitor.notes) == 1
+    assert len(monitor.warnings) == 1
 
 
 def test_a_step_without_backward_is_reported_and_keeps_its_forward_numbers():
@@ -756,7 +755,7 @@ def test_paused_passes_are_ignored_and_nest():
         assert monitor.blocks == []
         train(model, 1, monitor=monitor)
     assert len(monitor.to_frame()) == 3
-    assert not monitor.notes
+    assert not monitor.warnings
 
 
 def test_an_addition_that_the_first_pass_had_not_is_reported():
@@ -912,7 +911,7 @@ def test_a_slot_used_again_keeps_nothing_of_the_step_before():
     assert frame[frame.step == 16][["grad_output", "grad_input", "grad_sum"]].isna().all(axis=None)
 
 
-@pytest.mark.parametrize("where", ["reduce", "combine", "gradient"])
+@pytest.mark.parametrize("where", ["moments.reduce", "moments.combine", "reductions.gradient"])
 def test_an_error_of_ours_ends_the_watching_and_not_the_training(monkeypatch, where):
     def broken(*_):
         raise ZeroDivisionError("planted")
@@ -922,7 +921,7 @@ def test_an_error_of_ours_ends_the_watching_and_not_the_training(monkeypatch, wh
     with attach(model) as monitor:
         for step in range(3):
             if step == 1:
-                monkeypatch.setattr(f"resdiag.watch.metrics.{where}", broken)
+                monkeypatch.setattr(f"resdiag.watch.measure.{where}", broken)
             for net in (model, twin):
                 net.zero_grad()
                 net(images).square().sum().backward()

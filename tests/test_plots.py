@@ -15,7 +15,7 @@ from resdiag.show.kinds import KINDS
 from resdiag.show.plots import draw, render, save
 from resdiag.show.style import THEME
 from resdiag.show.view import Record
-from resdiag.watch.catalog import METRICS
+from resdiag.watch.base.catalog import METRICS
 
 NONFINITE, THEORY = "non-finite", "theory (no fitted constant)"
 

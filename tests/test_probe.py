@@ -16,8 +16,8 @@ from resdiag.explain.theory import predict
 from resdiag.models.example import Example
 from resdiag.models.source import build_source
 from resdiag.study.batch import open_batch
+from resdiag.study.curvature import largest_curvature
 from resdiag.study.probe import choose_loss, load_weights, probe_model
-from resdiag.watch.curvature import largest_curvature
 
 TINY_GPT2 = [
     word

@@ -20,10 +20,11 @@ from torch import nn
 import resdiag
 from resdiag.errors import ResdiagError
 from resdiag.integrations import session
-from resdiag.watch import distributed, monitor, skip
+from resdiag.study.curvature import largest_curvature
+from resdiag.watch import distributed
 from resdiag.watch.assembly import Assembly
-from resdiag.watch.compiled import HIDDEN, OWN, SPLIT
-from resdiag.watch.curvature import largest_curvature
+from resdiag.watch.graph_placement import CUSTOM, HIDDEN, SPLIT
+from resdiag.watch.measure import skip_path
 from resdiag.watch.monitor import WatchWarning, attach
 
 ROOT = Path(__file__).parent
@@ -74,10 +75,10 @@ def test_a_run_that_cannot_be_saved_ends_no_training(monkeypatch, capsys):
         raise ResdiagError("no space left")
 
     monkeypatch.setattr(session, "save", full)
-    watched = SimpleNamespace(notes=[])
+    watched = SimpleNamespace(warnings=[])
     part = SimpleNamespace(_losses={}, monitor=watched, _folder=None, _name="net")
     session.Session._save(part)
-    assert watched.notes == ["the run was not saved: no space left"]
+    assert watched.warnings == ["the run was not saved: no space left"]
     assert "the run was not saved: no space left" in capsys.readouterr().err
 
 
@@ -101,14 +102,6 @@ def test_without_an_optimizer_the_update_ratio_says_what_it_needs():
 
 
 # -- compiled passes -------------------------------------------------------------------------------
-
-
-def test_example_inputs_are_refused_where_they_cannot_be_used(monkeypatch):
-    with pytest.raises(ValueError, match="compiled passes record metrics='full' only"):
-        attach(Net(), metrics="core", example_inputs=(data()[0],))
-    monkeypatch.setattr(monitor, "find_ranks", lambda model: object())
-    with pytest.raises(ValueError, match="compiled passes are not reduced over ranks"):
-        attach(Net(), example_inputs=(data()[0],))
 
 
 class Doubled(nn.Module):
@@ -138,8 +131,8 @@ def test_what_a_compiled_pass_hides_is_said():
             F.cross_entropy(torch.compile(model, backend="eager")(x), y).backward()
             watched.step()
     finally:
-        resdiag.unregister("largest")
-    assert {OWN, HIDDEN, SPLIT} <= reasons(watched)
+        resdiag.unregister_metric("largest")
+    assert {CUSTOM, HIDDEN, SPLIT} <= reasons(watched)
 
 
 # -- blocks ----------------------------------------------------------------------------------------
@@ -160,8 +153,8 @@ class Shortcut(Net):
 
 def test_reasons_of_the_skip_path():
     projected = once(Shortcut(nn.Linear(6, 6)))
-    assert skip.MIXED in reasons(projected)
-    assert skip.BROKEN in reasons(once(Shortcut(nn.Identity())))
+    assert skip_path.MIXED in reasons(projected)
+    assert skip_path.BROKEN in reasons(once(Shortcut(nn.Identity())))
     says = "no gradient leads from the shortcut back to the block's input"
     assert says in reasons(once(Shortcut(torch.detach)))
 
@@ -222,7 +215,7 @@ class Overwriting(nn.Module):
         return self.head(torch.tanh(self.layer(self.stem(x).mul_(2))))
 
 
-def test_an_own_metric_of_an_overwritten_output_says_that_later_steps_have_it():
+def test_a_custom_metric_of_an_overwritten_output_says_that_later_steps_have_it():
     @resdiag.metric(site="output")
     def largest(output: torch.Tensor) -> torch.Tensor:
         return output.abs().max()
@@ -231,7 +224,7 @@ def test_an_own_metric_of_an_overwritten_output_says_that_later_steps_have_it():
         says = "overwritten before it was known to be a unit's; later steps have it"
         assert says in reasons(once(Overwriting()))
     finally:
-        resdiag.unregister("largest")
+        resdiag.unregister_metric("largest")
 
 
 # -- curvature -------------------------------------------------------------------------------------
@@ -280,7 +273,7 @@ def test_a_first_step_that_not_every_rank_recorded_is_nan_and_said():
         with pytest.warns(WatchWarning, match="not recorded by every rank"):
             watched.step()
         frame = watched.to_frame()
-    assert "step 0 was not recorded by every rank: its numbers are NaN" in watched.notes
+    assert "step 0 was not recorded by every rank: its numbers are NaN" in watched.warnings
     assert frame[["output_mean", "grad_output", "grad_param"]].isna().all(axis=None)
 
 
@@ -341,21 +334,21 @@ PROVOKED = {
     "the gradients differ from rank to rank": "no_sync()",
     "{} on rank {}": "rank 0, ",
     "torch.compile ran the forward pass and hides it": "example_inputs=(...)",
-    "no module takes or returns this tensor": "OWN, HIDDEN, SPLIT} <= reasons",
-    "its gradient comes together where no": "OWN, HIDDEN, SPLIT} <= reasons",
-    "own metrics are not computed in passes that": "OWN, HIDDEN, SPLIT} <= reasons",
+    "no module takes or returns this tensor": "CUSTOM, HIDDEN, SPLIT} <= reasons",
+    "its gradient comes together where no": "CUSTOM, HIDDEN, SPLIT} <= reasons",
+    "custom metrics are computed only if they": "CUSTOM, HIDDEN, SPLIT} <= reasons",
     "a compiled function around the model hides": "missing(seen, INSIDE)",
     "did other operations than the pass": "missing(seen, CHANGED)",
     "no gradient came to this tensor": "missing(seen, UNREACHED)",
-    "its forward ran without gradients": "_NO_GRADIENTS}",
-    "a projection shortcut mixes units": "skip.MIXED in reasons",
-    "something stands between the blocks": "skip.BROKEN in reasons",
+    "its forward ran without gradients": "NO_BACKWARD}",
+    "a projection shortcut mixes units": "skip_path.MIXED in reasons",
+    "something stands between the blocks": "skip_path.BROKEN in reasons",
     "DataParallel runs copies": "use DistributedDataParallel",
     "FullyShardedDataParallel (FSDP1)": "use torch.distributed.fsdp.fully_shard (FSDP2)",
     "; blocks=[...] names others": "no residual addition: 3 modules stand",
     "no residual addition: {} for blocks": "no residual addition: 3 modules stand",
     "no residual addition was found": 'match="no residual addition"',
-    "own metric '{}' stopped": "own metric 'bad' stopped",
+    "custom metric '{}' stopped": "custom metric 'bad' stopped",
     "came without a step of the optimizer": 'match="once per update, aft"',
     "the optimizer stepped twice": "without monitor.step",
     "had no backward pass through the blocks": 'match="no backward pass"',
@@ -364,7 +357,7 @@ PROVOKED = {
     "DeepSpeed reduces gradients": "DistributedDataParallel or fully_shard",
     "not an optimizer: {}": "not an optimizer: GradScaler",
     "the model is already compiled": "before torch.compile, with example_inputs",
-    "own metric '{}' is there already": "'mine' is there already",
+    "custom metric '{}' is there already": "'mine' is there already",
     "it draws random numbers": "it draws random numbers",
     "inside a torch.func transform": "inside a torch.func",
     "autocast to float16 without scaler=": "float16 without scaler=",
@@ -381,8 +374,8 @@ PROVOKED = {
 def said():
     """Texts of four words and more in the code of the watching, gaps as {}."""
     for room in ("watch", "integrations"):
-        for path in sorted((ROOT.parent / "resdiag" / room).glob("*.py")):
-            if path.name != "catalog.py":  # the metrics' descriptions
+        for path in sorted((ROOT.parent / "resdiag" / room).rglob("*.py")):
+            if path.name not in ("catalog.py", "site_metrics.py"):  # the metrics' descriptions
                 yield from (f"{path.name}: {text}" for text in texts(ast.parse(path.read_text())))
 
 

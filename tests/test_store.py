@@ -26,7 +26,7 @@ from made_runs import (
 from resdiag.errors import BusyError, StorageError, UsageError
 from resdiag.runs import files, lock, segments
 from resdiag.runs.folder import open_run
-from resdiag.watch.catalog import RECORDED
+from resdiag.watch.base.catalog import RECORDED
 
 OPERATIONS = ("open", "write", "fsync", "rename", "unlink", "mkdir")
 

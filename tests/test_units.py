@@ -286,7 +286,7 @@ def test_the_numbers_are_those_of_plain_hooks_on_a_twin_that_overwrites_nothing(
                 assert row.input_second_moment == pytest.approx(expected, rel=1e-4)
             members = [p.grad.norm() for p in twin.get_submodule(block.owner).parameters()]
             assert row.grad_param == pytest.approx(torch.stack(members).norm().item(), rel=1e-4)
-    assert monitor.notes == [n for n in monitor.notes if "no residual addition" in n]
+    assert monitor.warnings == [n for n in monitor.warnings if "no residual addition" in n]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -317,7 +317,7 @@ def test_attach_says_in_one_line_that_there_is_no_addition_and_why_skip_metrics_
     model = mlp(3, 8, 2.0)
     with pytest.warns(WatchWarning, match=r"no residual addition: 3 modules stand .*: 0 \.\. 4; "):
         monitor = watch(model, torch.randn(4, 8))
-    assert len(monitor.notes) == 1
+    assert len(monitor.warnings) == 1
     missing = {row["metric"]: row["reason"] for row in monitor.unavailable}
     assert missing["skip_gain"] == missing["grad_sum"] == "the block has no residual addition"
     frame = monitor.to_frame()
@@ -335,8 +335,8 @@ def test_steps_that_skip_or_repeat_a_unit_say_so():
     frame = monitor.to_frame()
     counts = frame.output_second_moment.notna().groupby(frame.step).sum().tolist()
     assert counts == [3, 2, 3]
-    assert any("left out" in note for note in monitor.notes)
-    assert any("had not" in note for note in monitor.notes)
+    assert any("left out" in note for note in monitor.warnings)
+    assert any("had not" in note for note in monitor.warnings)
 
 
 def test_the_verdict_names_a_plain_network_that_explodes():

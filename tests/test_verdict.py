@@ -18,7 +18,7 @@ from resdiag.explain.verdict import NAMES, judge, render
 from resdiag.models.variants import VARIANTS
 from resdiag.runs.config import RunConfig
 from resdiag.runs.folder import Run
-from resdiag.watch.catalog import RECORDED, RECORDED_PER_STEP, SITES
+from resdiag.watch.base.catalog import RECORDED, RECORDED_PER_STEP, SITES
 
 LN10 = math.log(10)
 NORMALISED = ("original", "elu_after", "elu", "no_relu", "relu_pre")

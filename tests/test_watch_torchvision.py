@@ -12,7 +12,7 @@ from test_monitor import assert_reasons_are_complete, assert_watching_changes_no
 from torch import nn
 from torchvision import models
 
-from resdiag.watch.catalog import RECORDED
+from resdiag.watch.base.catalog import RECORDED
 from resdiag.watch.monitor import attach
 
 

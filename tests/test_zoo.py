@@ -191,7 +191,7 @@ def test_parallel_branches_are_measured_as_one_branch():
     assert row.grad_sum == pytest.approx(2 * (2 * total).norm().item(), rel=1e-5)
     share = (2 * total * x.grad).sum() / x.grad.square().sum()
     assert row.shortcut_share == pytest.approx(share.item(), rel=1e-5)
-    assert monitor.notes == []
+    assert monitor.warnings == []
 
 
 def test_an_attribute_that_turns_a_tensor_is_a_call_like_any_other():

@@ -64,7 +64,7 @@ def train(model, loss, *, watched=None, steps=STEPS, monitored=True, **options):
         out |= {
             "frame": monitor.to_frame(),
             "curve": monitor.to_frame("step"),
-            "notes": monitor.notes,
+            "notes": monitor.warnings,
             "blocks": [block.to_dict() for block in monitor.blocks],
             "unavailable": monitor.unavailable,
         }
@@ -139,7 +139,7 @@ def absent(rank):
         ddp.zero_grad()
     frame = monitor.to_frame()
     monitor.close()
-    return {"frame": frame, "notes": monitor.notes}
+    return {"frame": frame, "notes": monitor.warnings}
 
 
 def unreduced(rank):
@@ -152,7 +152,7 @@ def unreduced(rank):
         monitor.step()
     frame, curve = monitor.to_frame(), monitor.to_frame("step")
     monitor.close()
-    return {"frame": frame, "curve": curve, "notes": monitor.notes}
+    return {"frame": frame, "curve": curve, "notes": monitor.warnings}
 
 
 def _stopped(model, images, labels, **options):
@@ -162,7 +162,7 @@ def _stopped(model, images, labels, **options):
     monitor.step()
     rows = monitor.to_frame().drop(columns=["step", "block", "point"])
     monitor.close()
-    return {"notes": monitor.notes, "all NaN": bool(rows.isna().all(axis=None))}
+    return {"notes": monitor.warnings, "all NaN": bool(rows.isna().all(axis=None))}
 
 
 def strangers(rank):
@@ -191,7 +191,7 @@ def late(rank):
             monitor.step()
     monitor.close()
     weight = float(sum(p.detach().sum() for p in ddp.parameters()))
-    return {"notes": monitor.notes, "weight": weight}
+    return {"notes": monitor.warnings, "weight": weight}
 
 
 def lonely(rank):
@@ -213,7 +213,7 @@ def joined(rank):
         F.cross_entropy(ddp(make_batch(0)[0]), make_batch(0)[1]).backward()
         monitor.step()
     monitor.close()
-    return {"notes": monitor.notes}
+    return {"notes": monitor.warnings}
 
 
 def points(rank):
@@ -229,7 +229,7 @@ def points(rank):
         nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
         optimizer.step()
         monitor.step()
-        out[point] = {"frame": monitor.to_frame(), "notes": monitor.notes}
+        out[point] = {"frame": monitor.to_frame(), "notes": monitor.warnings}
         monitor.close()
     return out
 
@@ -322,7 +322,7 @@ def broken(rank):
     monitor.step()
     frame = monitor.to_frame()
     monitor.close()
-    return {"frame": frame, "notes": monitor.notes}
+    return {"frame": frame, "notes": monitor.warnings}
 
 
 CASES = {

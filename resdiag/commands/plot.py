@@ -38,7 +38,7 @@ def plot(
 ) -> None:
     """Draw a plot of one run, or of several on one axis."""
     from resdiag.show.kinds import KINDS, find_kind
-    from resdiag.watch.catalog import METRICS
+    from resdiag.watch.base.catalog import METRICS
 
     if list_kinds or not kind:
         rows = [(entry.name, entry.question, entry.reading) for entry in KINDS.values()]
@@ -47,11 +47,11 @@ def plot(
     stem, endings = _plan_files(out, formats)
     if re.fullmatch(r"[a-z][a-z0-9_]*", kind) and kind not in {**KINDS, **METRICS}:
         try:
-            opened = open_runs(paths, runs)  # only the runs know their own metrics
+            opened = open_runs(paths, runs)  # only the runs know their custom metrics
         except UsageError:
             find_kind(kind)  # a mistyped kind is told before a missing run
             raise
-        entry = find_kind(kind, [metric for run in opened for metric in run.own])
+        entry = find_kind(kind, [metric for run in opened for metric in run.custom_metrics])
     else:
         entry = find_kind(kind)
         opened = open_runs(paths, runs)

@@ -11,7 +11,7 @@ import pandas as pd
 
 from resdiag.explain.finding import Evidence, Finding, NotJudged, Outcome, confidence
 from resdiag.explain.observed import Observed
-from resdiag.watch.calls import NORMALISATIONS
+from resdiag.watch.base.functions import NORMALISATIONS
 
 LARGEST_BRANCH = 50.0
 """RMS of a branch over that of its shortcut."""

@@ -106,7 +106,7 @@ class Session:
         self.monitor.to_frame()  # what is still on the device comes to the host, and to the sinks
         self.monitor.close()
         self._feed.close(status)
-        self.monitor.notes.extend(self._feed.notes)
+        self.monitor.warnings.extend(self._feed.notes)
         if self._writes:
             self._save()
 
@@ -123,7 +123,7 @@ class Session:
             line = f"{folder}: {verdict.get('name')}. {verdict.get('summary')}"
         except ResdiagError as error:
             line = f"the run was not saved: {error.message}"
-            self.monitor.notes.append(line)
+            self.monitor.warnings.append(line)
         print(f"resdiag: {line}", file=sys.stderr)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resdiag.show.kinds import KINDS
-from resdiag.watch.catalog import inputs_of
+from resdiag.watch.base.catalog import inputs_of
 
 if TYPE_CHECKING:
     import pandas as pd

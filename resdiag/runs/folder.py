@@ -14,7 +14,7 @@ from resdiag.errors import UsageError
 from resdiag.runs.commit import BLOCKS, COMMIT, PREVIOUS, RUN, VERDICT, Commit
 from resdiag.runs.files import Damaged, from_json, read_file
 from resdiag.runs.watched import Config, WatchedConfig, read_config
-from resdiag.watch.catalog import METRICS, derive, inputs_of
+from resdiag.watch.base.catalog import METRICS, derive, inputs_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +38,7 @@ class Run:
         unavailable: Metrics that could not be had: metric, blocks, reason.
         point: Where gradients were read, one of `catalog.POINTS`.
         notes: What could not be watched, in words.
-        own: Own metrics among the columns: id, label, unit, site, ...
+        custom_metrics: Custom metrics among the columns: id, label, unit, site, ...
         verdict: The conclusion, once there is one.
         drift: Changes of environment between resumes.
         metrics_frame: Recorded block-level rows of a run that has no folder.
@@ -56,7 +56,7 @@ class Run:
     unavailable: list[dict[str, Any]] = field(default_factory=list)
     point: str = "local"
     notes: tuple[str, ...] = ()
-    own: list[dict[str, Any]] = field(default_factory=list)
+    custom_metrics: list[dict[str, Any]] = field(default_factory=list)
     verdict: dict[str, Any] | None = None
     drift: tuple[dict[str, Any], ...] = ()
     metrics_frame: "pd.DataFrame | None" = None
@@ -67,7 +67,8 @@ class Run:
         """Recorded and derived metrics, one row per (step, block).
 
         Args:
-            names: Those to read, recorded, derived or own; unknown ones are left out. None for all.
+            names: Those to read, recorded, derived or custom; None for all. Unknown ones are left
+                out.
 
         Raises:
             UsageError: A segment is damaged; the message names it.
@@ -239,7 +240,9 @@ def _open(folder: Path, commit: Commit | None) -> Run:
         unavailable=_entries(folder, blocks, "unavailable", {"metric": str}),
         point=str(blocks.get("point", "local")),
         notes=tuple(map(str, blocks.get("notes", ()))),
-        own=_entries(folder, blocks, "own_metrics", {"id": str, "label": str, "unit": str}),
+        custom_metrics=_entries(
+            folder, blocks, "custom_metrics", {"id": str, "label": str, "unit": str}
+        ),
         verdict=_read_json(folder, commit, VERDICT) if commit else None,
         drift=commit.drift if commit else (),
         commit=commit,

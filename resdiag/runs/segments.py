@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from resdiag.runs.files import Damaged
-from resdiag.watch.catalog import RECORDED, RECORDED_PER_STEP
+from resdiag.watch.base.catalog import RECORDED, RECORDED_PER_STEP
 
 METRICS = pa.schema(
     [("step", pa.int32()), ("block", pa.int16()), *((name, pa.float32()) for name in RECORDED)]
@@ -32,8 +32,8 @@ CURVE = pa.schema(
 )  # fmt: skip
 """One row per optimizer step."""
 
-OWN = "own_metrics"
-"""Key of a segment's metadata: the columns of own metrics, separated by commas."""
+CUSTOM = "custom_metrics"
+"""Key of a segment's metadata: the columns of custom metrics, separated by commas."""
 
 SCHEMAS = {"metrics": METRICS, "curve": CURVE}
 """The schema of each table by the name of its folder."""
@@ -50,7 +50,7 @@ def encode(table: str, columns: Mapping[str, Any], keys: Mapping[str, str]) -> b
     Raises:
         ValueError: A column is unknown, or step or block is missing (a mistake of the caller).
     """
-    schema = _with_own(SCHEMAS[table], table, keys.get(OWN, "").split(","))
+    schema = _with_custom(SCHEMAS[table], table, keys.get(CUSTOM, "").split(","))
     stray = set(columns) - set(schema.names)
     if stray:
         raise ValueError(f"no such column in {table}: {', '.join(sorted(stray))}")
@@ -70,11 +70,11 @@ def encode(table: str, columns: Mapping[str, Any], keys: Mapping[str, str]) -> b
     return bytes(sink.getvalue())
 
 
-def _with_own(schema: pa.Schema, table: str, names: Iterable[str]) -> pa.Schema:
-    """The schema with a column per own metric."""
+def _with_custom(schema: pa.Schema, table: str, names: Iterable[str]) -> pa.Schema:
+    """The schema with a column per custom metric."""
     known = set(schema.names)
-    own = [name for name in names if name and name not in known and table == "metrics"]
-    return pa.schema([*schema, *((name, pa.float32()) for name in own)])
+    custom = [name for name in names if name and name not in known and table == "metrics"]
+    return pa.schema([*schema, *((name, pa.float32()) for name in custom)])
 
 
 def _array(columns: Mapping[str, Any], field: pa.Field, rows: int) -> pa.Array:
@@ -103,8 +103,8 @@ def decode(
         Damaged: A segment is not a Parquet file of this table.
     """
     files = [(path, _open(path, data)) for path, data in parts]
-    own = dict.fromkeys(name for _, file in files for name in _own_names(file))
-    schema = _with_own(SCHEMAS[table], table, own)
+    custom = dict.fromkeys(name for _, file in files for name in _custom_names(file))
+    schema = _with_custom(SCHEMAS[table], table, custom)
     if names is not None:
         schema = pa.schema([field for field in schema if field.name in {"step", "block", *names}])
     tables = [_decode_part(schema, path, file) for path, file in files]
@@ -120,9 +120,9 @@ def _open(path: Path, data: bytes) -> pq.ParquetFile:
         raise _damaged(path, error) from error
 
 
-def _own_names(file: pq.ParquetFile) -> list[str]:
-    """The own metrics that a segment says it has."""
-    listed = (file.metadata.metadata or {}).get(OWN.encode(), b"").decode("ascii", "replace")
+def _custom_names(file: pq.ParquetFile) -> list[str]:
+    """The custom metrics that a segment says it has."""
+    listed = (file.metadata.metadata or {}).get(CUSTOM.encode(), b"").decode("ascii", "replace")
     return [name for name in listed.split(",") if name in file.schema.names] if listed else []
 
 

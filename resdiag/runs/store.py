@@ -27,7 +27,7 @@ from resdiag.runs.files import from_json, make_folder, remove_file, to_json, wri
 from resdiag.runs.lock import Lock
 from resdiag.runs.merging import merge
 from resdiag.runs.resume import check_same, recover
-from resdiag.runs.segments import OWN, SCHEMAS, encode
+from resdiag.runs.segments import CUSTOM, SCHEMAS, encode
 from resdiag.runs.watched import Config
 
 
@@ -132,7 +132,7 @@ class RunWriter:
         unavailable: list[dict[str, Any]],
         point: str = "local",
         notes: Sequence[str] = (),
-        own: Sequence[Mapping[str, str]] = (),
+        custom: Sequence[Mapping[str, str]] = (),
     ) -> None:
         """Say once, before the first commit, what the rows are about; later calls change nothing.
 
@@ -141,18 +141,18 @@ class RunWriter:
             unavailable: Metrics that cannot be had: metric, blocks, reason.
             point: Where gradients are read, one of `catalog.POINTS`.
             notes: What could not be watched, in words.
-            own: Own metrics among the columns: id, label, unit, site, ...
+            custom: Custom metrics among the columns: id, label, unit, site, ...
         """
         self._keys["point"] = point
-        if own:
-            self._keys[OWN] = ",".join(entry["id"] for entry in own)
+        if custom:
+            self._keys[CUSTOM] = ",".join(entry["id"] for entry in custom)
         if BLOCKS not in self._lasting:
             document: dict[str, Any] = {
                 "schema": SCHEMA, "point": point, "blocks": blocks, "unavailable": unavailable,
                 **({"notes": list(notes)} if notes else {}),
             }  # fmt: skip
-            if own:
-                document[OWN] = [dict(entry) for entry in own]
+            if custom:
+                document[CUSTOM] = [dict(entry) for entry in custom]
             self._lasting[BLOCKS] = write_file(self.folder / BLOCKS, to_json(document))
 
     def commit(
@@ -229,12 +229,12 @@ class RunWriter:
         self.close()
 
     def _encode(self, table: str, rows: Mapping[str, Any], new: Mapping[str, Any]) -> bytes:
-        """A segment; merged rows may have own metrics that are not recorded any more."""
+        """A segment; merged rows may have custom metrics that are not recorded any more."""
         old = [name for name in rows if name not in new and name not in SCHEMAS[table].names]
         if not old:
             return encode(table, rows, self._keys)
-        own = dict.fromkeys([*filter(None, self._keys.get(OWN, "").split(",")), *old])
-        return encode(table, rows, {**self._keys, OWN: ",".join(own)})
+        custom = dict.fromkeys([*filter(None, self._keys.get(CUSTOM, "").split(",")), *old])
+        return encode(table, rows, {**self._keys, CUSTOM: ",".join(custom)})
 
     def _write(self, files: dict[str, str], name: str, data: bytes) -> None:
         """Write one file and note its hash."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from resdiag.errors import UsageError, unknown
 from resdiag.runs.config import RunConfig
-from resdiag.watch.catalog import RECORDED
+from resdiag.watch.base.catalog import RECORDED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -145,8 +145,8 @@ def as_run(
         seed=seed,
     )
     frame = monitor.to_frame()
-    own = [entry["id"] for entry in monitor.own]
-    recorded = [name for name in ("step", "block", *RECORDED, *own) if name in frame]
+    custom = [entry["id"] for entry in monitor.custom_metrics]
+    recorded = [name for name in ("step", "block", *RECORDED, *custom) if name in frame]
     return Run(
         config=config,
         blocks=[block.to_dict() for block in monitor.blocks],
@@ -155,8 +155,8 @@ def as_run(
         steps=about["steps"],
         unavailable=monitor.unavailable,
         point=monitor.point,
-        notes=tuple(monitor.notes),
-        own=[dict(entry) for entry in monitor.own],
+        notes=tuple(monitor.warnings),
+        custom_metrics=[dict(entry) for entry in monitor.custom_metrics],
         metrics_frame=frame[recorded],
         curve_frame=per_step,
     )
@@ -199,7 +199,7 @@ def write_run(
         folder=folder,
     )
     with writer:
-        writer.describe(run.blocks, run.unavailable, run.point, run.notes, run.own)
+        writer.describe(run.blocks, run.unavailable, run.point, run.notes, run.custom_metrics)
         tables = [
             {str(name): frame[name].to_numpy() for name in frame.columns}
             for frame in (run.metrics_frame, run.curve_frame)

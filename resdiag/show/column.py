@@ -1,4 +1,4 @@
-"""Any metric per block, built in or own: by block, and block against step for one run."""
+"""Any metric per block, built in or custom: by block, and block against step for one run."""
 
 import numpy as np
 from matplotlib.axes import Axes

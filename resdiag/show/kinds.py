@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from resdiag.errors import UsageError, unknown
-from resdiag.watch.own import known_metrics
+from resdiag.watch.base.custom import known_metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +139,12 @@ KINDS: Mapping[str, PlotKind] = MappingProxyType({row.name: row for row in _ROWS
 """Every kind of plot by name, in the order of the documentation."""
 
 
-def find_kind(name: str, own: Iterable[Mapping[str, str]] = ()) -> PlotKind:
+def find_kind(name: str, custom: Iterable[Mapping[str, str]] = ()) -> PlotKind:
     """Look a kind of plot up by name, or make one of a metric per block.
 
     Args:
         name: One of `KINDS`, or the id of a metric.
-        own: Own metrics that the runs to draw have: id, label, unit, ...
+        custom: Custom metrics that the runs to draw have: id, label, unit, ...
 
     Raises:
         UsageError: There is none; the message has the nearest match.
@@ -158,11 +158,11 @@ def find_kind(name: str, own: Iterable[Mapping[str, str]] = ()) -> PlotKind:
     labels = {m.id: (m.label, m.formula, m.reading) for m in metrics.values()}
     labels |= {
         entry["id"]: (entry["label"], entry.get("formula", ""), entry.get("reading", ""))
-        for entry in own
+        for entry in custom
     }
     if name not in labels:
         near = unknown("plot", name, [*KINDS, *labels]).message.partition(" known:")[0]
-        listed = ", ".join([*KINDS, *(entry["id"] for entry in own)])
+        listed = ", ".join([*KINDS, *(entry["id"] for entry in custom)])
         raise UsageError(f"{near} known: {listed}; or any metric of `resdiag metrics`")
     label, formula, reading = labels[name]
     return PlotKind(

@@ -7,7 +7,7 @@ from resdiag.errors import UsageError
 from resdiag.show.grouping import group_runs
 from resdiag.show.kinds import PlotKind
 from resdiag.show.view import Record, View
-from resdiag.watch.catalog import METRICS
+from resdiag.watch.base.catalog import METRICS
 
 if TYPE_CHECKING:
     from resdiag.runs.folder import Run

@@ -37,7 +37,7 @@ def draw(
     """Draw one kind of plot; several runs are compared on the same axes.
 
     Args:
-        kind: One of `KINDS`, or the id of any metric per block, also of an own one.
+        kind: One of `KINDS`, or the id of any metric per block, also of a custom one.
         runs: A run or a monitor, or several; runs that differ in their seed only are drawn as a
             band.
         step: Recorded step to show by block; None shows the first and the last ones.
@@ -51,7 +51,7 @@ def draw(
             needs, or without the step asked for.
     """
     opened = _opened(runs)
-    entry = find_kind(kind, [metric for run in opened for metric in run.own])
+    entry = find_kind(kind, [metric for run in opened for metric in run.custom_metrics])
     if not opened:
         raise UsageError(f"plot '{kind}' needs a run", "resdiag run --variant elu_pre --depth 20")
     from resdiag.show.column import draw_column

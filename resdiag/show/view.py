@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from resdiag.errors import UsageError
 from resdiag.show.kinds import PlotKind
 from resdiag.show.style import Look, step_looks
-from resdiag.watch.catalog import inputs_of
+from resdiag.watch.base.catalog import inputs_of
 
 if TYPE_CHECKING:
     import pandas as pd

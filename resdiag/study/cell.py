@@ -134,13 +134,13 @@ def _train(
     status = "stopped"
     try:
         with options.turn as turn, turn.interrupt() as interrupt, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the monitor's notes are returned instead
+            warnings.simplefilter("ignore")  # the monitor's warnings are returned instead
             training = Training(config, data, writer, feed.write, turn=turn)
             status = training.run(display, interrupt)
     finally:
         display.close()
         feed.close(status)
-    return status, interrupt.signal, (*training.monitor.notes, *feed.notes)
+    return status, interrupt.signal, (*training.monitor.warnings, *feed.notes)
 
 
 def summarise(outcome: Outcome) -> dict[str, Any]:

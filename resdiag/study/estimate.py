@@ -8,7 +8,7 @@ from resdiag.models.variants import count_blocks
 from resdiag.study.grid import Cell
 from resdiag.study.ledger import ENDED, Entry
 from resdiag.training.recipe import Request, resolve
-from resdiag.watch.catalog import RECORDED
+from resdiag.watch.base.catalog import RECORDED
 
 SIZES = {
     "digits": (1437, 360),

@@ -17,10 +17,10 @@ from resdiag.explain.theory import CRITICAL, critical_lr, predict
 from resdiag.models.resnet import ResNet, build_model
 from resdiag.models.variants import find_variant
 from resdiag.runs.watched import WatchedConfig, as_run
+from resdiag.study.curvature import largest_curvature
 from resdiag.study.firststep import RISE, critical_rate
 from resdiag.training.augment import Augmenter
 from resdiag.training.data import open_data
-from resdiag.watch.curvature import largest_curvature
 from resdiag.watch.monitor import attach
 
 _PRODUCTS = 6

@@ -25,7 +25,7 @@ from resdiag.runs.environment import environment
 from resdiag.runs.folder import Run, open_run
 from resdiag.runs.watched import WatchedConfig, as_run, write_run
 from resdiag.study.batch import open_batch
-from resdiag.watch.curvature import Curvature, largest_curvature
+from resdiag.study.curvature import Curvature, largest_curvature
 from resdiag.watch.monitor import Monitor, WatchWarning, attach
 
 PLOTS = ("signal", "gradnorms", "growth", "biasshift", "skip")
@@ -339,7 +339,7 @@ def _record(
     config: WatchedConfig, source: str,
 ) -> tuple[Run, Loss]:  # fmt: skip
     with monitor, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", WatchWarning)  # notes say it
+        warnings.simplefilter("ignore", WatchWarning)  # the monitor's list says it
         torch.manual_seed(seed)
         taken = _forward(model, example, labels, loss, seed)
         taken.value.backward()

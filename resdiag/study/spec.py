@@ -22,7 +22,7 @@ from resdiag.study.settings import (
     passing,
     refuse,
 )
-from resdiag.watch.catalog import METRICS
+from resdiag.watch.base.catalog import METRICS
 
 MOST_BYTES = 1_000_000
 MOST_MISTAKES = 50

@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from resdiag.errors import UsageError, unknown
 from resdiag.watch.addition import Addition
+from resdiag.watch.base.functions import Call
 from resdiag.watch.blocks import Block, BlockFinder, trace_once
-from resdiag.watch.calls import Call
 from resdiag.watch.events import Operands
 from resdiag.watch.sums import ADDITIONS, read_sum
 

@@ -317,7 +317,7 @@ class Training:
                 [block.to_dict() for block in self.monitor.blocks],
                 self.monitor.unavailable,
                 self.monitor.point,
-                own=self.monitor.own,
+                custom=self.monitor.custom_metrics,
             )
         self._committer.commit(
             Piece(

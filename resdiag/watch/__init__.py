@@ -1,4 +1,4 @@
 """Watching: find the residual blocks of any model and record what happens to them.
 
-Imports torch and numpy only; `catalog` imports neither.
+Imports torch and numpy only; `base.catalog` imports neither.
 """

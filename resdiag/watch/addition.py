@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from resdiag.watch.calls import Call
+from resdiag.watch.base.functions import Call
 
 
 @dataclass(eq=False)

@@ -24,12 +24,12 @@ class Assembly:
     def __init__(self, ranks: Ranks, pool: Pool, state: State, gradients: Gradients) -> None:
         self._ranks, self._pool, self._now = ranks, pool, state.now
         self._recorder, self._record = state.recorder, state.record
-        self._gradients, self._notes = gradients, state.notes
+        self._gradients, self._warnings = gradients, state.warnings
 
     def check(self) -> None:
         """Say what past meetings tell of the ranks; waits for the device."""
         for text in self._ranks.check():
-            self._notes.say(text)
+            self._warnings.say(text)
 
     def close(self) -> None:
         """Let go of the ranks."""
@@ -56,7 +56,7 @@ class Assembly:
         except Exception as error:  # training goes on, whatever happened to the record
             self._recorder.guard.failure = str(error) or type(error).__name__
             self._ranks.close()
-            self._notes.say(
+            self._warnings.say(
                 f"watching stopped at step {self._now.number}: {self._recorder.guard.failure}"
             )
         if not self._now.forward:
@@ -67,7 +67,7 @@ class Assembly:
             self._record.cells.wipe()
             self._record.head.wipe()
             if self._ranks.is_open:
-                self._notes.say(
+                self._warnings.say(
                     f"step {self._now.number} was not recorded by every rank: its numbers are NaN"
                 )
 

@@ -1,4 +1,4 @@
-"""Reads the gradients of one recorded pass by hooks that are set on its tensors in the forward pass.
+"""Reads the gradients of one recorded pass by hooks that the forward pass sets on its tensors.
 
 Module backward hooks refuse in-place activations (pytorch#61519), and references kept for later are
 overwritten by them; a tensor hook gets the gradient of the tensor as it was when the hook was set.
@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from resdiag.watch import metrics
 from resdiag.watch.addition import Addition
+from resdiag.watch.base.custom import CustomValues
 from resdiag.watch.buffer import Buffer, Key
 from resdiag.watch.events import Operands
 from resdiag.watch.guard import Guard, guarded
 from resdiag.watch.head import Head
-from resdiag.watch.ownvalues import OwnValues
+from resdiag.watch.measure import changes, reductions
+from resdiag.watch.measure.changes import ShortcutGradient, entries
+from resdiag.watch.measure.reductions import Scalar
 from resdiag.watch.pool import Pool
-from resdiag.watch.shares import Shares, entries
 from resdiag.watch.sites import KnownTensors, Sites
 
 OUTPUT_GRADIENT = ("grad_output", "grad_nonfinite", "elasticity")
@@ -72,7 +73,7 @@ class Backward:
         sites: Sites,
         known: KnownTensors,
         head: Head,
-        custom: OwnValues,
+        custom: CustomValues,
         guard: Guard,
         pool: Pool | None,
         begins: Callable[[], None],
@@ -86,7 +87,7 @@ class Backward:
         self._custom, self._custom_sites = custom, custom.sites()
         self._pool, self._begins, self._core = pool, begins, core
         self._samples, self._unit_samples = samples, unit_samples
-        self._shares = Shares(self.head_of)
+        self._shares = ShortcutGradient(self.head_of)
         self.factor: Tensor | float = 1.0
         self.seen, self.repeats = False, 0
         self._begun: _Pass | None = None
@@ -139,9 +140,7 @@ class Backward:
         if column == "grad_sum":
             self._sum_hooks[row] = handle
 
-    def hook_later(
-        self, x: Tensor, key: Callable[[], Key | None]
-    ) -> RemovableHandle | None:
+    def hook_later(self, x: Tensor, key: Callable[[], Key | None]) -> RemovableHandle | None:
         """Hook a tensor whose column is known when its gradient comes; None where none will."""
         if not x.requires_grad:
             return None
@@ -152,7 +151,8 @@ class Backward:
             if begun is not None and known is not None:
                 self._gradient(begun, slot, *known, g)
 
-        return x.register_hook(back)
+        handle: RemovableHandle = x.register_hook(back)
+        return handle
 
     def claim(self, row: int, column: str, source: Key | None, *, hooked: bool) -> Key | None:
         """Say whose gradient a hook reads that was set for a unit; returns the column it has."""
@@ -278,7 +278,7 @@ class Backward:
         key = row, column
         self.repeats += key in self._written
         self._written.add(key)
-        size, broken = metrics.gradient(g, self._samples)
+        size, broken = reductions.gradient(g, self._samples)
         self.write(row, column, size, broken, g.shape[0] if g.dim() else 1, g.numel())
         if self._custom_sites:
             self._compute_custom(row, column, g)
@@ -293,10 +293,10 @@ class Backward:
         self,
         row: int,
         column: str,
-        size: metrics.Scalar,
-        broken: metrics.Scalar,
-        batch: metrics.Scalar,
-        numel: metrics.Scalar,
+        size: Scalar,
+        broken: Scalar,
+        batch: Scalar,
+        numel: Scalar,
     ) -> None:
         """Write G2, and where it is that of the output its non-finite fraction."""
         if self._pool is None:
@@ -309,10 +309,10 @@ class Backward:
     def write_share(self, row: int, via: Tensor, total: Tensor) -> None:
         """Write how much of the gradient at a block's input came through its shortcut."""
         if via.shape == total.shape and row not in self.rejected:
-            size = 0.0 if self._pool is None else metrics.norm(total)
-            self._put(row, "shortcut_share", metrics.share(via, total), size * size)
+            size = 0.0 if self._pool is None else reductions.norm(total)
+            self._put(row, "shortcut_share", changes.share(via, total), size * size)
 
-    def _put(self, row: int, column: str, value: metrics.Scalar, weight: metrics.Scalar) -> None:
+    def _put(self, row: int, column: str, value: Scalar, weight: Scalar) -> None:
         """Write a cell; `weight` is what the value is a mean over, for several ranks to add up."""
         if self._pool is None:
             self._cells.put(self._cells.slot, row, column, value)
@@ -329,13 +329,10 @@ class Backward:
         slot = self._cells.slot
         for place, site in places:
             if site in self._custom_sites and place not in self.rejected:
-                self._custom.compute(
-                    site, g, lambda name, x, at=place: self._cells.put(slot, at, name, x)
-                )
+                for name, value in self._custom.compute(site, g):
+                    self._cells.put(slot, place, name, value)
 
     @guarded
     def _collect(self, begun: "_Pass", row: int, g: Tensor | None) -> None:
         if g is not None and self._is_current(begun):
             self._shares.collect(row, g)
-
-

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from resdiag.watch.addition import Addition
-from resdiag.watch.calls import Call
+from resdiag.watch.base.functions import Call
 from resdiag.watch.events import Observer, Silent
-from resdiag.watch.metrics import channel_dimension
+from resdiag.watch.measure.reductions import channel_dimension
 from resdiag.watch.pass_driver import PassDriver
 from resdiag.watch.tracer import Surveyor, Tracing
 from resdiag.watch.units import Unit

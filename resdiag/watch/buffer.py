@@ -1,6 +1,5 @@
 """Where numbers wait on the device until they cross to the host, many steps at a time."""
 
-import functools
 import math
 from collections.abc import Collection, Sequence
 
@@ -9,10 +8,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from resdiag.watch.metrics import Scalar, stack
+from resdiag.watch.measure.reductions import Scalar, stack
 
 Key = tuple[int, str]
 """A cell of one step: row and column name."""
+
+_KEPT = 128
 
 
 class Buffer:
@@ -35,6 +36,9 @@ class Buffer:
         self._steps: list[int] = []
         self._taken = 0  # slots that were flushed while a later one was open
         self._aliases: list[list[tuple[int, slice, int, slice]]] = []
+        # kept: sending numbers to an accelerator makes the host wait; of this buffer, so that they
+        # go with it
+        self._places: dict[tuple[tuple[int, ...], int, torch.device], Tensor] = {}
 
     @property
     def is_full(self) -> bool:
@@ -110,7 +114,7 @@ class Buffer:
         """Write vectors (n, k) into the k consecutive columns that begin at each key."""
         assert self._cells is not None
         starts = tuple(row * len(self.columns) + self._at[name] for row, name in keys)
-        self._cells[slot].view(-1)[_index(starts, values.shape[1], values.device)] = values
+        self._cells[slot].view(-1)[self._index(starts, values.shape[1], values.device)] = values
 
     def put(self, slot: int, row: int, name: str, value: Scalar) -> None:
         """Keep a value for a cell until `settle`: many small writes become one."""
@@ -176,8 +180,12 @@ class Buffer:
         for row, columns, source, there in aliases if cells.size else ():
             cells[row, columns] = cells[source, there]  # a source was known before its aliases
 
-
-@functools.lru_cache(maxsize=128)
-def _index(starts: tuple[int, ...], width: int, device: torch.device) -> Tensor:
-    """Flat places (n, width); kept: sending numbers to an accelerator makes the host wait."""
-    return torch.tensor(starts, device=device).unsqueeze(1) + torch.arange(width, device=device)
+    def _index(self, starts: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+        """Flat places (n, width)."""
+        key = starts, width, device
+        if key not in self._places:
+            if len(self._places) >= _KEPT:
+                self._places.clear()
+            first = torch.tensor(starts, device=device).unsqueeze(1)
+            self._places[key] = first + torch.arange(width, device=device)
+        return self._places[key]

@@ -2,8 +2,8 @@
 
 Every tensor of interest gets a tap where it passes in or out of a module or an operation. When the
 step has ended, what the taps wrote goes the way of everything else that is recorded: moments into
-`Sites`, first samples into `SkipPath` and `Gates`, gradients into `Backward`. So sums over ranks,
-sets of metrics and samples of the batch are those of eager passes.
+`Sites`, first samples into `SkipPath` and `Saturation`, gradients into `Backward`. So sums over
+ranks, sets of metrics and samples of the batch are those of eager passes.
 """
 
 import math
@@ -16,17 +16,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from resdiag.watch import metrics
+from resdiag.watch.base.compilation import never_alone
+from resdiag.watch.base.functions import Call
 from resdiag.watch.buffer import Buffer
-from resdiag.watch.calls import Call
-from resdiag.watch.dynamo import never_alone
 from resdiag.watch.forward import Recorder
-from resdiag.watch.gates import saturated
 from resdiag.watch.graph_placement import Placement
-from resdiag.watch.graph_taps import BROKEN, COUNT, MEANS, SECOND, Hook, Switch, Tap, TappedOperations
+from resdiag.watch.graph_taps import (
+    MEANS,
+    SECOND,
+    Hook,
+    Switch,
+    Tap,
+    TappedOperations,
+)
 from resdiag.watch.guard import guarded
+from resdiag.watch.measure import reductions
+from resdiag.watch.measure.changes import saturated
+from resdiag.watch.measure.moments import Sums
+from resdiag.watch.measure.reductions import Scalar
 from resdiag.watch.operations import Handler, Operations, Where
-from resdiag.watch.ports import BlockPlan, Plan, Port, Trail
+from resdiag.watch.ports import BlockPlan, Plan, Port
 
 INSIDE = (
     "a compiled function around the model hides operations that are no modules: compile the model"
@@ -174,7 +183,7 @@ class GraphRecorder:
             if tap.port.operation and not (entered and tap.port.module not in changed):
                 self.guard.miss(row, columns, CHANGED if entered else INSIDE)
                 torch._foreach_mul_(tap.tensors(), math.nan)
-            elif tap.norm is not None and metrics.on_host(tap.norm.device):
+            elif tap.norm is not None and reductions.on_host(tap.norm.device):
                 gradients = tuple(c for c in columns if c.startswith("grad_"))
                 if gradients and tap.norm[0].isnan() and not tap.norm[1].isfinite():
                     self.guard.miss(row, columns, UNREACHED)
@@ -211,9 +220,10 @@ class GraphRecorder:
                 continue
             total, scale = self._placed.gradient_tap(row, block.input)
             via, factor = self._placed.shortcut_tap(row, block)
-            if total is not None and via is not None and total.tail is not None:
-                if via.tail is not None:
-                    backward.write_share(row, via.tail * factor, total.tail * scale)
+            if total is None or via is None:
+                continue
+            if total.tail is not None and via.tail is not None:
+                backward.write_share(row, via.tail * factor, total.tail * scale)
 
     def _collect_skip(self) -> None:
         skip, core, joined = self._recorder.skip, self._recorder.is_core, True
@@ -231,9 +241,7 @@ class GraphRecorder:
             scale, joined = addition.shortcut_scale, joined and block.joined
             if not core:
                 stage, h = self._blocks[row].stage, h if scale == 1 else h * scale
-                skip.open(
-                    row, x, h, addition.path, scale, stage=stage, joined=joined, source=""
-                )
+                skip.open(row, x, h, addition.path, scale, stage=stage, joined=joined, source="")
             skip.add(row, u)
             output = head_of(block.output)
             skip.close(row, u if output is None else output, addition.after)
@@ -243,7 +251,9 @@ class GraphRecorder:
         if self._recorder.is_core:
             return
         for row, block in enumerate(self._plan.blocks):
-            heads = [(call, trail, self._placed.head_of(trail)) for call, trail in block.activations]
+            heads = [
+                (call, trail, self._placed.head_of(trail)) for call, trail in block.activations
+            ]
             seen = [(call, trail, x) for call, trail, x in heads if x is not None]
             if not seen or len(seen) < len(heads):
                 continue
@@ -270,19 +280,19 @@ class GraphRecorder:
             head.write_gap(head.slot, tap.gap)
 
 
-def _scalar(x: Tensor) -> metrics.Scalar:
-    return float(x) if metrics.on_host(x.device) else x
+def _scalar(x: Tensor) -> Scalar:
+    return float(x) if reductions.on_host(x.device) else x
 
 
 def _scalars(values: Tensor) -> list[Any]:
     """The numbers of a tap: plain ones on the CPU, tensors on an accelerator."""
-    return values.tolist() if metrics.on_host(values.device) else list(values.unbind())
+    return values.tolist() if reductions.on_host(values.device) else list(values.unbind())
 
 
-def _sums(moments: Tensor, scale: float) -> metrics.Sums:
-    """What a tap wrote, times a factor, as `metrics.combine` takes it."""
+def _sums(moments: Tensor, scale: float) -> Sums:
+    """What a tap wrote, times a factor, as `moments.combine` takes it."""
     second, broken, count = _scalars(moments[SECOND:])
-    return metrics.Sums(
+    return Sums(
         per_channel=moments[MEANS] * (scale * count),
         size=count,
         second=second * scale**2,

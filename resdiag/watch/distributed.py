@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from resdiag.watch.base.tensors import mesh_of, placements_of
 from resdiag.watch.pool import Layout, Pool
-from resdiag.watch.shards import is_sharded, is_sharding, mesh_of, placements_of
+from resdiag.watch.shards import is_sharded, is_sharding
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

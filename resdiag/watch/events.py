@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from resdiag.watch.addition import Addition
-from resdiag.watch.calls import Call
+from resdiag.watch.base.functions import Call
 from resdiag.watch.units import Unit
 
 

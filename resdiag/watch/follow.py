@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from resdiag.watch.addition import Addition
-from resdiag.watch.dynamo import never_alone
+from resdiag.watch.base.compilation import never_alone
 from resdiag.watch.events import Operands, Silent
 from resdiag.watch.forward import Recorder
 from resdiag.watch.hooks import Expected, TappedPass
@@ -25,7 +25,7 @@ _MISSES = 2
 
 
 class Planner(Survey):
-    """A survey of a training pass: it notes what the autograd graph is like, too.
+    """A survey of a training pass: it warnings what the autograd graph is like, too.
 
     Args:
         kept: `id` of the tensors that stay from pass to pass.
@@ -133,7 +133,7 @@ class Follower:
         """The step has ended: nothing of its pass runs again."""
         self._again.disarm()
 
-    def _judge(self, as_expected: bool) -> None:  # noqa: FBT001 - told as a callback
+    def _judge(self, as_expected: bool) -> None:
         self.missed = not as_expected
         if as_expected:
             self.reads += 1
@@ -212,9 +212,9 @@ class Recompute:
         owners = set(self._recorder.backward.awaited())
         self._calls = calls
         for module, name in self._tracing.names.items() if owners else ():
-            if name and self._tracing.is_framed(module):
-                if any(is_in(owner, name) for owner in owners):
-                    self._watch(module)
+            around = bool(name) and any(is_in(owner, name) for owner in owners)
+            if around and self._tracing.is_framed(module):
+                self._watch(module)
 
     def disarm(self) -> None:
         """Nothing runs again."""

@@ -12,22 +12,23 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from resdiag.watch import metrics
 from resdiag.watch.addition import Addition
 from resdiag.watch.backward import Backward
+from resdiag.watch.base.catalog import CORE, RECORDED
+from resdiag.watch.base.custom import CustomValues
+from resdiag.watch.base.functions import Call
 from resdiag.watch.blocks import Anatomy
 from resdiag.watch.buffer import Buffer, Key
-from resdiag.watch.calls import Call
-from resdiag.watch.catalog import CORE, RECORDED
 from resdiag.watch.events import Operands
-from resdiag.watch.gates import Gates, fractions
 from resdiag.watch.guard import Guard, guarded
 from resdiag.watch.head import Head
-from resdiag.watch.ownvalues import OwnValues
+from resdiag.watch.measure import reductions
+from resdiag.watch.measure.changes import Saturation, fractions
+from resdiag.watch.measure.reductions import Scalar
+from resdiag.watch.measure.skip_path import COLUMNS, SkipPath
 from resdiag.watch.pool import Pool
 from resdiag.watch.sites import COLUMNS as SITE_COLUMNS
 from resdiag.watch.sites import KnownTensors, Part, Sites
-from resdiag.watch.skip import COLUMNS, SkipPath
 from resdiag.watch.units import Unit
 
 NO_ADDITION = (
@@ -100,19 +101,19 @@ class Recorder:
         samples: int | None,
         pool: Pool | None = None,
         backward_begins: Callable[[], None] = lambda: None,
-        custom: OwnValues | None = None,
+        custom: CustomValues | None = None,
         *,
         core: bool = False,
         moments: int | None = None,
     ) -> None:
-        self.guard, self.custom = guard, custom or OwnValues(())
+        self.guard, self.custom = guard, custom or CustomValues(())
         self.sites = Sites(cells, pool, moments, guard.miss)
         self.skip = SkipPath(samples, core=core)
         self.skip.weigh = None if pool is None else pool.skip
         self.head = Head(head, pool, guard.reasons)
         self._known = KnownTensors()
         self._custom_sites = self.custom.sites()
-        self._cells, self._pool, self._gates = cells, pool, Gates()
+        self._cells, self._pool, self._gates = cells, pool, Saturation()
         self.is_core, self.fixed = core, False
         self.is_whole, self.strangers = False, 0
         self.skipped: list[str] = []
@@ -392,17 +393,15 @@ class Recorder:
         return None
 
     def _compute_custom_of(self, passed: _Passed, site: str, x: Tensor) -> None:
-        values = passed.custom[site] = list[tuple[str, Tensor]]()
-        self.custom.compute(site, x, lambda name, value: values.append((name, value)))
+        passed.custom[site] = self.custom.compute(site, x)
 
     def _measure(
         self, row: int, site: str, x: Tensor, *, keep: bool = True, is_sum: bool = False
     ) -> None:
         """Write a site's statistics, or an alias if this very tensor was measured before."""
         if site in self._custom_sites:
-            slot = self._cells.slot
-            put = self._cells.put
-            self.custom.compute(site, x, lambda name, value: put(slot, row, name, value))
+            for name, value in self.custom.compute(site, x):
+                self._cells.put(self._cells.slot, row, name, value)
         known = self._known.find(x)
         if known is not None:
             self.sites.repeat(row, site, known)
@@ -418,14 +417,14 @@ class Recorder:
 
     def _write_skip(self) -> None:
         """Write what was measured of the skip path, and what could not be."""
-        keys, values = list[Key](), list[metrics.Scalar]()
+        keys, values = list[Key](), list[Scalar]()
         for row, measured, reasons in self.skip.finish():
             keys.append((row, COLUMNS[0]))
             values.extend(measured)
             for column, reason in reasons.items():
                 self.guard.miss(row, (column,), reason)
         if keys and self._pool is None:
-            table = metrics.stack(values, self._cells.device).view(len(keys), -1)
+            table = reductions.stack(values, self._cells.device).view(len(keys), -1)
             self._cells.write_rows(self._cells.slot, keys, table)
 
     def _write_gates(self) -> None:
@@ -439,7 +438,7 @@ class Recorder:
         self._gates.clear()
 
     def write_saturation(self, row: int, counts: Sequence[Tensor], sizes: Sequence[int]) -> None:
-        """Write the fractions of a block from its saturated units per channel, see `Gates.count`."""
+        """Write the fractions of a block from its saturated units per channel."""
         if self._pool is not None:
             per_channel = [n // len(c) for n, c in zip(sizes, counts, strict=True)]
             self._pool.gates(row, counts, per_channel)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from resdiag.watch.distributed import Ranks, may_reduce
-from resdiag.watch.parameters import ParameterNorms
+from resdiag.watch.measure.parameter_norms import ParameterNorms
 from resdiag.watch.pool import Pool
 from resdiag.watch.rewriting import Rewriting
 from resdiag.watch.shards import Shards, is_sharded
@@ -48,7 +48,7 @@ class Gradients:
         self.rated = False
         self.total = torch.zeros((), dtype=torch.float64)
         self._model, self._step, self._scale = state.model, state.now, state.scale
-        self._recorder, self._record, self._notes = state.recorder, state.record, state.notes
+        self._recorder, self._record, self._warnings = state.recorder, state.record, state.warnings
         self._shards = shards
         self._ranks, self._pool, self._asked, self._wants_updates = ranks, pool, point, updates
         self._rewriting = Rewriting()
@@ -120,7 +120,7 @@ class Gradients:
             return self.point  # a reduction over ranks is a rewriting as well
         if self._reading(self.point).has_taken:
             return "post_clip"
-        self._notes.say(
+        self._warnings.say(
             "the loop rewrote the gradients (clipped them?) before the optimizer's step: parameter "
             f"gradients are read after that, point 'post_clip' instead of '{self.point}'; call "
             "monitor.read_gradients('pre_clip') before it to have both"
@@ -188,7 +188,7 @@ class Gradients:
         for row in norms.missing():
             self._recorder.guard.miss(row, ("grad_param",), "no parameter of it has a gradient")
         if self._recorder.backward.seen and not norms.has_taken:
-            self._notes.say(
+            self._warnings.say(
                 "no gradient was left when monitor.step() looked for them: was zero_grad() "
                 "called before it?"
             )
@@ -197,7 +197,7 @@ class Gradients:
         per_block, total = norms.gradients()
         if self._pool is not None and self._pool.sharded:
             per_block, total = per_block * math.nan, total * math.nan
-            self._notes.say(
+            self._warnings.say(
                 "parameters are shards, whose gradients are added up at one point only: "
                 f"grad_param_{point} is NaN; to record that one, attach(..., "
                 f"point='{point}')"

@@ -1,18 +1,19 @@
 """Decides which tensor of a plan is tapped where, and says what cannot be."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from resdiag.watch import metrics
 from resdiag.watch.backward import OUTPUT_GRADIENT
-from resdiag.watch.batch import DATA, HEAD_LOSS
 from resdiag.watch.forward import NO_ADDITION, Recorder
 from resdiag.watch.graph_taps import Tap, numbers
+from resdiag.watch.measure import reductions
+from resdiag.watch.measure.model_ends import DATA, HEAD_LOSS
+from resdiag.watch.measure.skip_path import COLUMNS
 from resdiag.watch.ports import SITES, BlockPlan, Plan, Port, Trail
 from resdiag.watch.sites import COLUMNS as SITE_COLUMNS
-from resdiag.watch.skip import COLUMNS
 
 HIDDEN = (
     "no module takes or returns this tensor, nor does an operation that can be told in a compiled "
@@ -79,7 +80,7 @@ class Placement:
         """The dimension of the channels in a tensor of a block."""
         block, dims = self.plan.anatomy.blocks[row], len(trail.shape)
         known = block.features if dims == len(block.shape) + 1 else None
-        return metrics.channel_dimension(dims, known)
+        return reductions.channel_dimension(dims, known)
 
     def gradient_tap(self, row: int, trail: Trail) -> tuple[Tap | None, float]:
         """Where the whole gradient of a tensor passes, and what to multiply it with.
@@ -155,15 +156,17 @@ class Placement:
         tap.channel = channel
         tap.moments = numbers(trail.shape[channel] + 3, trail)
 
-    def _place_head(self, row: int, columns: tuple[str, ...], trail: Trail | None) -> bool:
-        """Keep the first samples of a tensor; whether it can be seen."""
-        tap = self.tap_of(trail)
-        if tap is None or trail is None:
-            return False
-        self.users.append((row, columns, tap))
-        if tap.head is None:
-            tap.head = self._samples_of(trail)
-        return True
+    def _place_heads(
+        self, row: int, columns: tuple[str, ...], trails: Sequence[Trail | None]
+    ) -> bool:
+        """Keep the first samples of some tensors; whether all can be seen."""
+        seen = [
+            (trail, tap) for trail in trails if trail is not None and (tap := self.tap_of(trail))
+        ]
+        for trail, tap in seen:
+            self.users.append((row, columns, tap))
+            tap.head = self._samples_of(trail) if tap.head is None else tap.head
+        return len(seen) == len(trails)
 
     def _samples_of(self, trail: Trail) -> Tensor:
         count = trail.shape[0] if self._samples is None else self._samples
@@ -201,14 +204,14 @@ class Placement:
         if not all(call.is_activation for call in block.after):
             trails.append(block.output)
         columns = COLUMNS[:1] if core else (*COLUMNS[:5], *COLUMNS[6:])
-        if not all([self._place_head(row, columns, trail) for trail in trails]):
+        if not self._place_heads(row, columns, trails):
             self._recorder.guard.miss(row, columns, HIDDEN)
 
     def _place_activations(self, row: int, block: BlockPlan) -> None:
         columns = ("saturated_fraction", "dead_fraction")
         if not block.activations:
             self._recorder.guard.miss(row, columns, "no known activation inside the block")
-        elif not all([self._place_head(row, columns, trail) for _, trail in block.activations]):
+        elif not self._place_heads(row, columns, [trail for _, trail in block.activations]):
             self._recorder.guard.miss(row, columns, HIDDEN)
 
     def _place_share(self, row: int, block: BlockPlan) -> None:
@@ -253,7 +256,7 @@ class Placement:
             self._recorder.head.miss("head_mean", "head_bias", "head_kick")
             return
         if seen.moments is None:
-            self._place_moments(seen, features, metrics.channel_dimension(len(features.shape)))
+            self._place_moments(seen, features, reductions.channel_dimension(len(features.shape)))
         tap.gap = numbers(logits.shape[-1], logits)
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resdiag.watch import fused
-from resdiag.watch.dynamo import never_alone, plain
+from resdiag.watch.base.compilation import never_alone, plain
+from resdiag.watch.measure import kernels
 from resdiag.watch.operations import Where
 from resdiag.watch.ports import Port, Trail
 
@@ -276,8 +276,8 @@ def moments_of(x: Tensor, channel: int) -> Tensor:
     if x.dim() < 2:
         x, channel = x.reshape(1, -1), 1
     count = torch.full((1,), x.numel() // x.shape[channel], dtype=torch.float64, device=x.device)
-    if fused.serves(x):
-        return torch.cat([fused.moments(x, channel), count])
+    if kernels.serves(x):
+        return torch.cat([kernels.moments(x, channel), count])
     wide = x.double()
     mean = wide.mean([d for d in range(x.dim()) if d != channel])
     rest = torch.stack([wide.square().mean(), x.isfinite().logical_not().double().mean()])
@@ -291,8 +291,8 @@ def gradient_of(g: Tensor, samples: int | None) -> Tensor:
     if samples is not None and samples < batch:
         g, scale = g[:samples], batch / samples
     size = torch.full((1,), batch, dtype=torch.float64, device=g.device)
-    if fused.serves(g):
-        return torch.cat([fused.gradient(g) * g.new_tensor([scale, 1.0]), size])
+    if kernels.serves(g):
+        return torch.cat([kernels.gradient(g) * g.new_tensor([scale, 1.0]), size])
     root = math.sqrt(g.shape[0] if g.dim() else 1)
     norm = g.double().square().sum().sqrt() * root * scale
     return torch.cat([torch.stack([norm, g.isfinite().logical_not().double().mean()]), size])

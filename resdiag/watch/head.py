@@ -7,9 +7,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from resdiag.watch import metrics
-from resdiag.watch.batch import DATA, HEAD_LOSS, Logits, describe_input
 from resdiag.watch.buffer import Buffer
+from resdiag.watch.measure import moments
+from resdiag.watch.measure.model_ends import DATA, HEAD_LOSS, Logits, describe_input
+from resdiag.watch.measure.moments import Sums, reduce
 from resdiag.watch.pool import HEAD as ROW
 from resdiag.watch.pool import Pool
 
@@ -54,7 +55,9 @@ class Head:
     ) -> None:
         """Note why columns are NaN."""
         for column in columns:
-            self._reasons[column][reason or _NO_CLASSIFIER] = set()  # no rows: it is not about a block
+            self._reasons[column][reason or _NO_CLASSIFIER] = (
+                set()
+            )  # no rows: it is not about a block
 
     def batch(self, inputs: Sequence[Tensor]) -> None:
         """Measure what goes into the model."""
@@ -65,9 +68,7 @@ class Head:
         if self._moments is None:
             self.miss(*DATA, reason="the model has no floating-point input")
 
-    def classify(
-        self, features: Tensor | None, logits: Tensor | None, reason: str = ""
-    ) -> bool:
+    def classify(self, features: Tensor | None, logits: Tensor | None, reason: str = "") -> bool:
         """Measure what goes into the last linear layer; whether a gradient will come to `logits`.
 
         The moments of the batch are written here: now a tensor of the pass says where it runs.
@@ -79,16 +80,16 @@ class Head:
         if features is None or logits is None:
             self.miss("head_mean", "head_bias", "head_kick", *HEAD_LOSS, reason=reason)
             return False
-        self.write_features(metrics.reduce(features), features.shape[-1], features.device)
+        self.write_features(reduce(features), features.shape[-1], features.device)
         if not logits.requires_grad:
             self.miss("head_kick", *HEAD_LOSS)
         return logits.requires_grad
 
-    def write_features(self, read: metrics.Sums, width: int, device: torch.device) -> None:
+    def write_features(self, read: Sums, width: int, device: torch.device) -> None:
         """Write the moments of what goes into the classifier."""
         self._buffer.reserve(1, device)
         if self._pool is None:
-            self._buffer.write(self.slot, 0, "head_mean", metrics.combine([read])[0, :3])
+            self._buffer.write(self.slot, 0, "head_mean", moments.combine([read])[0, :3])
         else:
             self._pool.sites([((ROW, "head_mean"), read)])
         size = torch.full((), width, dtype=torch.float64, device=device)

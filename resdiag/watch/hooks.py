@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from resdiag.watch.addition import Addition
-from resdiag.watch.calls import compose
-from resdiag.watch.dynamo import never_alone
+from resdiag.watch.base.compilation import never_alone
+from resdiag.watch.base.functions import compose
+from resdiag.watch.base.tensors import tensors_in
 from resdiag.watch.events import Operands
 from resdiag.watch.forward import Recorder
 from resdiag.watch.guard import guarded
-from resdiag.watch.nested import tensors_in
 from resdiag.watch.operations import Operations, Where
 from resdiag.watch.placement import ENDS, OPERANDS, Reads, Role
 from resdiag.watch.ports import BlockPlan, Plan, Port
@@ -263,9 +263,8 @@ class TappedPass:
         self._tell(seen, 1, lambda: self._recorder.added(block.addition, x))
 
     def _tell_output(self, row: int, block: BlockPlan, seen: _Seen, x: Tensor) -> None:
-        if row in self._expected.unseen and seen.last is not None:
-            if not _is_near(seen.last, self._recorder.skip.head(x)):
-                seen.told = -1
+        if seen.last is not None and not _is_near(seen.last, self._recorder.skip.head(x)):
+            seen.told = -1
         self._tell(seen, 2, lambda: self._recorder.closed(block.addition, x))
 
     def _sum_of(self, addition: Addition, tensors: Operands) -> Tensor | None:
@@ -303,7 +302,10 @@ class TappedPass:
     def _end(self, outputs: list[Tensor]) -> None:
         features, logits = self._ends.get("features"), self._ends.get("logits")
         self._graph.see_ends(features, logits, outputs)
-        pattern, known = Pattern(self._expected.plan, self._graph, len(outputs)), self._expected.pattern
+        pattern, known = (
+            Pattern(self._expected.plan, self._graph, len(outputs)),
+            self._expected.pattern,
+        )
         pairs = zip(self._blocks, self._seen, pattern.blocks, known.blocks, strict=True)
         changed = self._expected.unseen if self._has_changed() else frozenset()
         order = [row for row in self._expected.reads.order if row in self._order]
@@ -311,7 +313,10 @@ class TappedPass:
             block.key
             for row, (block, seen, now, then) in enumerate(pairs)
             # running products go through the blocks in their order
-            if self._order != order or row in changed or now != then or (block.unit is None and seen.told != 3)
+            if self._order != order
+            or row in changed
+            or now != then
+            or (block.unit is None and seen.told != 3)
         ]
         if wrong:
             self._recorder.reject(wrong)

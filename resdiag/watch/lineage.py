@@ -8,8 +8,7 @@ from typing import TypeAlias, cast
 
 from torch import Tensor, nn
 
-from resdiag.watch.calls import Call
-from resdiag.watch.features import features_after
+from resdiag.watch.base.functions import Call, features_after
 
 _LEFT, _RIGHT = 1, 2
 

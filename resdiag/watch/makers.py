@@ -1,12 +1,11 @@
 """Which module made a tensor."""
 
-import weakref
 from collections.abc import Mapping
 from threading import get_ident
 
 from torch import Tensor, nn
 
-from resdiag.watch.nested import tensors_in
+from resdiag.watch.base.tensors import TensorTable, tensors_in
 
 
 class Makers:
@@ -18,7 +17,7 @@ class Makers:
 
     def __init__(self, names: Mapping[nn.Module, str]) -> None:
         self._names = names
-        self._known: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        self._known = TensorTable[str]()
         self._thread = 0
 
     def begin(self) -> None:
@@ -34,13 +33,12 @@ class Makers:
         name = self._names.get(module)
         if name and get_ident() == self._thread:
             for tensor in tensors_in(output):
-                self._known[id(tensor)] = (weakref.ref(tensor), name)
+                self._known.set(tensor, name)
 
     def same(self, old: Tensor, new: Tensor) -> None:
         """A tensor was replaced by an equal one."""
-        self._known[id(new)] = (weakref.ref(new), self.of(old))
+        self._known.set(new, self.of(old))
 
     def of(self, tensor: Tensor) -> str:
         """The name of the module that made a tensor, "" if none did."""
-        reference, name = self._known.get(id(tensor), (None, ""))
-        return name if reference is not None and reference() is tensor else ""
+        return self._known.get(tensor) or ""

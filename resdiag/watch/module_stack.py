@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from resdiag.watch.addition import Addition
-from resdiag.watch.calls import Call
+from resdiag.watch.base.functions import Call
+from resdiag.watch.base.tensors import first_floating, tensors_in
 from resdiag.watch.events import Bus, Operands
 from resdiag.watch.lineage import Descent, Lineage, Scope
-from resdiag.watch.nested import first_floating, tensors_in
 from resdiag.watch.units import Unit
 
 

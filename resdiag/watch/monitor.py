@@ -10,22 +10,21 @@ from torch.optim import Optimizer
 
 from resdiag.errors import unknown
 from resdiag.watch.assembly import Assembly
+from resdiag.watch.base.catalog import POINTS, SETS, derive
+from resdiag.watch.base.compilation import compiled_parts
+from resdiag.watch.base.custom import CustomValues, custom_metrics
+from resdiag.watch.base.warnings import Warnings
+from resdiag.watch.base.warnings import WatchWarning as WatchWarning
 from resdiag.watch.blocks import Block, match_modules
-from resdiag.watch.catalog import POINTS, SETS, derive
 from resdiag.watch.checks import Checks
 from resdiag.watch.collect import GraphRecorder
 from resdiag.watch.distributed import Ranks, find_ranks, is_reduced, unwrap
-from resdiag.watch.dynamo import compiled_parts
 from resdiag.watch.follow import Follower
 from resdiag.watch.forward import Recorder
 from resdiag.watch.gradients import Gradients
 from resdiag.watch.guard import Guard
 from resdiag.watch.lossscale import LossScale
-from resdiag.watch.notes import Notes
-from resdiag.watch.notes import WatchWarning as WatchWarning
 from resdiag.watch.optimizers import OptimizerSteps
-from resdiag.watch.own import own_metrics
-from resdiag.watch.ownvalues import OwnValues
 from resdiag.watch.pass_driver import PassDriver
 from resdiag.watch.passes import Passes
 from resdiag.watch.pool import Pool
@@ -198,9 +197,9 @@ class Monitor:
         self._optimizers, self._units = optimizers, units
         self._samples, self._moments = samples, moments
         self._open, self._model = True, model
-        self._own = OwnValues(own_metrics().values())
-        notes, now = Notes(), Step()
-        record = Record(self._own.ids, notes)
+        self._custom = CustomValues(custom_metrics().values())
+        warnings, now = Warnings(), Step()
+        record = Record(self._custom.ids, warnings)
         pool = None
         if ranks is not None:
             pool = Pool(record.cells, record.head, ranks.size, sharded=ranks.sharded)
@@ -211,12 +210,12 @@ class Monitor:
             samples,
             pool,
             lambda: self._gradients.backward_begins(),
-            self._own,
+            self._custom,
             core=core,
             moments=moments,
         )
-        self._now, self._record, self._notes = now, record, notes
-        state = self._state = State(model, now, self._recorder, record, scale, notes)
+        self._now, self._record, self._warnings = now, record, warnings
+        state = self._state = State(model, now, self._recorder, record, scale, warnings)
         # its hooks come before those of a pass, which would see tensors that they do not know
         self._shards = Shards(model, lambda a, b: self._driver.same(a, b))
         updates = bool(optimizers) and not core
@@ -224,7 +223,7 @@ class Monitor:
         follower = Follower(Tracing(model, units), self._recorder, always=always)
         self._passes = Passes(state, schedule, self._gradients, follower, take_last=take_last)
         given = bool(optimizers)
-        self._checks = Checks(state, self._passes, self._own.stopped, given=given)
+        self._checks = Checks(state, self._passes, self._custom.stopped, given=given)
         self._assembly: Assembly | None = None
         if ranks is not None and pool is not None:
             self._assembly = Assembly(ranks, pool, state, self._gradients)
@@ -248,9 +247,9 @@ class Monitor:
     # -- the loop ------------------------------------------------------------------------------
 
     @property
-    def notes(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """What could not be watched, in words, without repetition."""
-        return self._notes.texts
+        return self._warnings.texts
 
     @property
     def point(self) -> str:
@@ -317,7 +316,7 @@ class Monitor:
 
         Args:
             listener: Called with the columns of `drain()`, those that are new each time; derived
-                metrics are not among them. What it raises ends its listening and becomes a note.
+                metrics are not among them. What it raises ends its listening and becomes a warning.
         """
         self._record.listeners.append(listener)
 
@@ -418,7 +417,7 @@ class Monitor:
             for metric, reasons in self._recorder.guard.reasons.items()
             for reason, rows in reasons.items()
         ]
-        for metric, reason in self._own.stopped.items():
+        for metric, reason in self._custom.stopped.items():
             missing.append({"metric": metric, "blocks": "all", "reason": f"stopped: {reason}"})
         if not self._optimizers:
             reason = "attach(optimizer=...) is needed to see updates"
@@ -430,9 +429,9 @@ class Monitor:
         return missing
 
     @property
-    def own(self) -> list[dict[str, str]]:
-        """The own metrics that are recorded, as plain data: id, label, unit, site, ..."""
-        return [one.to_dict() for one in self._own.metrics]
+    def custom_metrics(self) -> list[dict[str, str]]:
+        """The custom metrics that are recorded, as plain data: id, label, unit, site, ..."""
+        return [one.to_dict() for one in self._custom.metrics]
 
     def drain(self) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
         """Take what was recorded since the last drain: per-block columns and per-step columns."""
@@ -469,7 +468,7 @@ class Monitor:
             return
         now.updates[id(optimizer)] += 1
         if now.updates[id(optimizer)] == 2:
-            self._notes.say(
+            self._warnings.say(
                 "the optimizer stepped twice without monitor.step() in between: call it after each "
                 "of its steps, or only the first is recorded and steps are counted wrong"
             )

@@ -14,7 +14,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from resdiag.watch.dynamo import never_alone
+from resdiag.watch.base.compilation import never_alone
 from resdiag.watch.ports import OPERATIONS, Plan, is_in
 
 Where = tuple[int, str, int]

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from resdiag.watch.dynamo import is_running_compiled, never_alone, plain
+from resdiag.watch.base.compilation import is_running_compiled, never_alone, plain
 
 
 class FollowedPass(Protocol):

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import torch
 
+from resdiag.watch.base.compilation import compiled_parts, is_capturing
 from resdiag.watch.collect import GraphRecorder
-from resdiag.watch.dynamo import compiled_parts, is_capturing
 from resdiag.watch.follow import Follower
 from resdiag.watch.gradients import Gradients
 from resdiag.watch.lossscale import casts_to_half
@@ -46,7 +46,7 @@ class Passes:
         self.demanded = False
         self._model, self._schedule, self._take_last = state.model, schedule, take_last
         self._step, self._recorder, self._record = state.now, state.recorder, state.record
-        self._gradients, self._scale, self._notes = gradients, state.scale, state.notes
+        self._gradients, self._scale, self._warnings = gradients, state.scale, state.warnings
         self._paused = self._captured = False
 
     @property
@@ -126,7 +126,7 @@ class Passes:
     def _can_trace(self) -> bool:
         if torch._C._functorch.peek_interpreter_stack() is None:
             return True
-        self._notes.say(
+        self._warnings.say(
             "the model ran inside a torch.func transform (grad, vmap), whose tensors hold no "
             "numbers that could be read: not recorded"
         )
@@ -134,7 +134,7 @@ class Passes:
 
     def _check_scale(self) -> None:
         if not self._scale.is_known and casts_to_half():
-            self._notes.say(
+            self._warnings.say(
                 "autocast to float16 without scaler=: if a GradScaler scales the loss, gradients "
                 "at activations are recorded with its scale; attach(..., scaler=scaler)"
             )
@@ -159,7 +159,7 @@ class Passes:
         if first:
             self._open_compiled()
         elif due:
-            self._notes.say(
+            self._warnings.say(
                 "several compiled forward passes in one step: the "
                 f"{'first' if whole else 'last'} one is recorded"
             )
@@ -180,7 +180,7 @@ class Passes:
             return True
         take_last = self._take_last and not self._step.stepped
         which = "last" if take_last else "first"
-        self._notes.say(
+        self._warnings.say(
             f"several forward passes in one step: the {which} one is recorded, its activations and "
             "the gradients of its own loss there; parameter gradients are those that accumulate"
         )

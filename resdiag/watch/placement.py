@@ -4,11 +4,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
-from resdiag.watch.calls import Call
-from resdiag.watch.nested import tensors_in
-from resdiag.watch.ports import SITES, BlockPlan, Plan, Port, Trail, is_in
+from resdiag.watch.base.tensors import tensors_in
+from resdiag.watch.ports import BlockPlan, Plan, Port, Trail, is_in
 
 ENDS = -1
 """The row of the classifier."""
@@ -78,9 +75,11 @@ def place_reads(plan: Plan, kept: frozenset[int], *, core: bool) -> Reads:
             if port is None:
                 reads.reason = f"nothing shows an activation of block {block.key[0]}"
                 return reads
-            roles.setdefault(port, []).append(Role(row, _ORDER.index("activation"), "activation", index))
-    for site, trail in (("features", plan.features), ("logits", plan.logits)):
-        port = None if trail is None else trail.value_port()
+            roles.setdefault(port, []).append(
+                Role(row, _ORDER.index("activation"), "activation", index)
+            )
+    for site, end in (("features", plan.features), ("logits", plan.logits)):
+        port = None if end is None else end.value_port()
         if port is not None:
             roles.setdefault(port, []).append(Role(ENDS, 0, site))
     reads.order = sorted(range(len(times)), key=times.__getitem__)

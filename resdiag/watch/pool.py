@@ -22,24 +22,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from resdiag.watch import metrics
+from resdiag.watch.base.catalog import METRICS, RECORDED
 from resdiag.watch.buffer import Buffer, Key
-from resdiag.watch.metrics import Scalar, stack
-from resdiag.watch.skip import COLUMNS
+from resdiag.watch.measure import moments
+from resdiag.watch.measure.moments import Sums
+from resdiag.watch.measure.reductions import Scalar, stack
+from resdiag.watch.measure.skip_path import COLUMNS
 
-_MEAN = (
-    "skip_gain_stage",
-    "skip_gain",
-    "negative_fraction",
-    "slope_mean",
-    "slope_mean_sq",
-    "grad_nonfinite",
-    "shortcut_share",
-)
-_RMS = ("perturbation", "identity_defect", "identity_drift", "update_ratio")
-_GRADIENT = ("grad_input", "grad_sum", "grad_output")
-_NORM = ("grad_param",)
-_SHARDED = ("update_ratio", "grad_param")
+_SHARDS = " of shards"
+_COMBINED = {name: METRICS[name].over_ranks for name in RECORDED if METRICS[name].over_ranks}
+_HOW = {name: how.removesuffix(_SHARDS) for name, how in _COMBINED.items()}
 HEAD = -1
 """The row that stands for the classifier's input among the sites."""
 
@@ -90,7 +82,7 @@ class Pool:
     def __init__(self, cells: Buffer, head: Buffer, ranks: int, *, sharded: bool) -> None:
         self._cells, self._head, self._ranks = cells, head, ranks
         self._columns = tuple(
-            name for name in (*_MEAN, *_RMS, *_GRADIENT, *_NORM) if sharded or name not in _SHARDED
+            name for name, how in _COMBINED.items() if sharded or not how.endswith(_SHARDS)
         )
         self._at = {name: i for i, name in enumerate(self._columns)}
         self.sharded = sharded
@@ -99,7 +91,7 @@ class Pool:
     def begin(self) -> None:
         """Begin a pass."""
         self._scalars: dict[Key, tuple[Scalar, Scalar]] = {}
-        self._sites: list[tuple[Key, metrics.Sums]] = []
+        self._sites: list[tuple[Key, Sums]] = []
         self._gates: dict[int, tuple[list[Tensor], list[int]]] = {}
         self._gap: Tensor | None = None
 
@@ -110,7 +102,7 @@ class Pool:
         self._scalars[row, column] = value, weight
 
     def skip(self, row: int, values: Sequence[Scalar], weights: Sequence[Scalar]) -> None:
-        """The skip path's columns, see `skip.COLUMNS`; each has its own denominator as weight."""
+        """The skip path's columns, see `skip_path.COLUMNS`, with their denominators as weights."""
         for column, value, weight in zip(COLUMNS, values, weights, strict=True):
             if column in self._at:
                 self.put(row, column, value, weight)
@@ -120,7 +112,7 @@ class Pool:
         root = batch.sqrt() if isinstance(batch, Tensor) else math.sqrt(max(1, batch))
         self.put(row, column, size / root, batch)
 
-    def sites(self, sites: Sequence[tuple[Key, metrics.Sums]]) -> None:
+    def sites(self, sites: Sequence[tuple[Key, Sums]]) -> None:
         """Tensors read for their moments, under the first of their columns."""
         self._sites.extend(sites)
 
@@ -210,11 +202,11 @@ class Pool:
         out = torch.zeros(layout.rows * len(layout.scalars), 3, dtype=torch.float64, device=device)
         if self._scalars:
             places = [row * len(layout.scalars) + self._at[name] for row, name in self._scalars]
-            squared = [name not in _MEAN for _, name in self._scalars]
+            squared = [_HOW[name] != "mean" for _, name in self._scalars]
             values = stack([value for value, _ in self._scalars.values()], device)
             weights = stack([weight for _, weight in self._scalars.values()], device)
             root = torch.tensor(squared, device=device)
-            whole = torch.tensor([name in (*_GRADIENT, *_NORM) for _, name in self._scalars])
+            whole = torch.tensor([_HOW[name] in ("gradient", "norm") for _, name in self._scalars])
             numerators = torch.where(root, values.square(), values)
             scaled = torch.where((weights == 0) & ~root, 0.0, numerators * weights)
             numerators = torch.where(whole.to(device), numerators, scaled)
@@ -227,11 +219,11 @@ class Pool:
         above, below, present = sums.unbind(2)
         for name, at in self._at.items():
             a, b = above[:, at], below[:, at]
-            if name in _GRADIENT:
+            if _HOW[name] == "gradient":
                 values = (a * b).sqrt() / self._ranks
-            elif name in _NORM:
+            elif _HOW[name] == "norm":
                 values = a.sqrt()
-            elif name in _RMS:
+            elif _HOW[name] == "rms":
                 values = torch.where(a == 0, a, a / b).sqrt()
             else:
                 values = a / b
@@ -254,7 +246,7 @@ class Pool:
             mu = torch.stack([means[i] for i in which])
             at = torch.tensor(which, device=total.device)
             squared = mu.square().mean(1)
-            values = metrics.describe(mu, squared, spreads[at], broken[at] / count)
+            values = moments.describe(mu, squared, spreads[at], broken[at] / count)
             values = _only(values, valid)
             inner = [i for i, (row, _) in enumerate(keys) if row != HEAD]
             if inner:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from resdiag.watch.addition import Addition
+from resdiag.watch.base.functions import ACTIVATIONS, NORMALISATIONS, Call
 from resdiag.watch.blocks import Anatomy
-from resdiag.watch.calls import ACTIVATIONS, NORMALISATIONS, Call
 from resdiag.watch.sums import ADDITIONS
 from resdiag.watch.units import Unit
 

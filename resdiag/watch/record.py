@@ -9,12 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from resdiag.watch.batch import DATA, HEAD_LOSS
+from resdiag.watch.base.catalog import RECORDED, RECORDED_PER_STEP
+from resdiag.watch.base.warnings import Warnings
 from resdiag.watch.blocks import Block
 from resdiag.watch.buffer import Buffer
-from resdiag.watch.catalog import RECORDED, RECORDED_PER_STEP
 from resdiag.watch.head import COLUMNS as HEAD
-from resdiag.watch.notes import Notes
+from resdiag.watch.measure.model_ends import DATA, HEAD_LOSS
 from resdiag.watch.told import Told, join
 
 Columns: TypeAlias = dict[str, NDArray[Any]]
@@ -30,8 +30,8 @@ class Record:
     """The record of one monitor.
 
     Args:
-        own: Columns of own metrics.
-        notes: Told about listeners that raised.
+        custom: Columns of custom metrics.
+        warnings: Told about listeners that raised.
 
     Attributes:
         cells: Per-block buffer.
@@ -40,12 +40,12 @@ class Record:
         told: Losses that the loop tells.
     """
 
-    def __init__(self, own: Sequence[str], notes: Notes) -> None:
-        self.cells = Buffer((*RECORDED, *own), _SLOTS)
+    def __init__(self, custom: Sequence[str], warnings: Warnings) -> None:
+        self.cells = Buffer((*RECORDED, *custom), _SLOTS)
         self.head = Buffer(_STEP_COLUMNS, _SLOTS)
         self.listeners: list[Listener] = []
         self.told = Told()
-        self._notes = notes
+        self._warnings = warnings
         self._rates: list[tuple[float, float, float]] = []
         self._extra: list[tuple[int, str, Tensor, Tensor]] = []
         self._metrics: list[Columns] = []
@@ -129,7 +129,9 @@ class Record:
                 listener(metrics, curve)
             except Exception as error:
                 self.listeners.remove(listener)
-                self._notes.say(f"{_name(listener)} is no longer told what is recorded: {error!r}")
+                self._warnings.say(
+                    f"{_name(listener)} is no longer told what is recorded: {error!r}"
+                )
 
 
 def _gap(rows: int) -> NDArray[np.float64]:

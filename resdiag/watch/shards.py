@@ -12,16 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-
-def mesh_of(tensor: Tensor) -> Any:  # noqa: ANN401 - torch.distributed.tensor is slow to import
-    """The device mesh of a DTensor; None for any other tensor."""
-    return getattr(tensor, "device_mesh", None)
-
-
-def placements_of(tensor: Tensor) -> Sequence[Any]:
-    """How a DTensor lies on its mesh, one placement per dimension of the mesh."""
-    placements: Sequence[Any] = getattr(tensor, "placements", ())
-    return placements
+from resdiag.watch.base.tensors import mesh_of
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -33,31 +24,6 @@ def is_sharding(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on a module."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # nobody can have called it before
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor; any other tensor as it is."""
-    if mesh_of(tensor) is None:
-        return tensor
-    dtensor: Any = tensor
-    part: Tensor = dtensor.to_local()
-    return part
-
-
-def shares(parameters: Sequence[Tensor], ranks: int) -> list[float]:
-    """At which weights the squares of all ranks' parts add up to those of the parameters.
-
-    A shard counts once; what every rank has, a `ranks`-th; in between are copies of shards.
-    """
-    out = []
-    for parameter in parameters:
-        mesh, copies = mesh_of(parameter), 1
-        if mesh is None:
-            copies = ranks
-        for dimension, placement in enumerate(placements_of(parameter)):
-            copies *= mesh.size(dimension) if placement.is_replicate() else 1
-        out.append(1 / copies)
-    return out
 
 
 class Shards:

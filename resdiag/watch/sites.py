@@ -8,13 +8,15 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from resdiag.watch import metrics
+from resdiag.watch.base.catalog import SITES
 from resdiag.watch.blocks import Anatomy
 from resdiag.watch.buffer import Buffer, Key
-from resdiag.watch.catalog import SITES
+from resdiag.watch.measure import batchnorm, moments
+from resdiag.watch.measure.batchnorm import Normalised
+from resdiag.watch.measure.moments import Sums
 from resdiag.watch.pool import Pool
 
-COLUMNS = {site: tuple(f"{site}_{name}" for name in metrics.STATISTICS) for site in SITES}
+COLUMNS = {site: tuple(f"{site}_{name}" for name in moments.STATISTICS) for site in SITES}
 """The columns of each site."""
 
 
@@ -40,7 +42,7 @@ class KnownTensors:
         return entry[2]
 
 
-Part: TypeAlias = metrics.Sums | metrics.Normalised
+Part: TypeAlias = Sums | Normalised
 """What was read of a tensor, or what is enough to know."""
 
 
@@ -94,12 +96,12 @@ class Sites:
     def repeat(self, row: int, site: str, known: tuple[int, str]) -> None:
         """A site's tensor is one that was read before, at that row and site."""
         source = known[0], f"{known[1]}_mean"
-        self._cells.alias(row, f"{site}_mean", source, len(metrics.STATISTICS))
+        self._cells.alias(row, f"{site}_mean", source, len(moments.STATISTICS))
         self._parts[row, site] = self._parts[known]
 
     def read(self, x: Tensor, features: int | None) -> Part:
         """What is needed of any tensor, its channels being this dimension."""
-        return metrics.normalised(x) or metrics.reduce(self.head(x), None, features)
+        return batchnorm.normalised(x) or moments.reduce(self.head(x), None, features)
 
     def head(self, x: Tensor) -> Tensor:
         """The samples of which moments are taken."""
@@ -114,11 +116,11 @@ class Sites:
         """Complete the statistics of all sites, those of equally many channels at once."""
         waiting = self._waiting
         self.clear()
-        closed = [part for _, part in waiting if isinstance(part, metrics.Normalised)]
-        known = iter(metrics.normalised_sums(closed))
+        closed = [part for _, part in waiting if isinstance(part, Normalised)]
+        known = iter(batchnorm.normalised_sums(closed))
         sites = [
             (key, self._sums_of(key, part, next(known)))
-            if isinstance(part, metrics.Normalised)
+            if isinstance(part, Normalised)
             else (key, part)
             for key, part in waiting
         ]
@@ -128,7 +130,7 @@ class Sites:
         channels = {part.per_channel.numel() for _, part in sites}
         for count in sorted(channels):
             same = [(key, part) for key, part in sites if part.per_channel.numel() == count]
-            values = metrics.combine([part for _, part in same])
+            values = moments.combine([part for _, part in same])
             self._cells.write_rows(self._cells.slot, [key for key, _ in same], values)
 
     def _read(self, row: int, site: str, x: Tensor, *, is_sum: bool) -> Part:
@@ -138,21 +140,19 @@ class Sites:
             branch, shortcut = self._parts[row, "branch"], self._parts[row, "shortcut"]
             if branch.per_channel.shape == shortcut.per_channel.shape and self._count is None:
                 known = branch.per_channel + shortcut.per_channel
-                return metrics.reduce(x, known, features)
+                return moments.reduce(x, known, features)
         if site == "output" and "norm" not in self.anatomy.blocks[row].after_add:
-            return metrics.reduce(self.head(x), None, features)
+            return moments.reduce(self.head(x), None, features)
         return self.read(x, features)
 
-    def _sums_of(
-        self, key: Key, part: metrics.Normalised, known: metrics.Sums | None
-    ) -> metrics.Sums:
+    def _sums_of(self, key: Key, part: Normalised, known: Sums | None) -> Sums:
         """The sums of a BatchNorm's output: `known`, its closed form, where that can be trusted."""
         if known is not None:
             return known
         x = part.tensor()
         if x is not None:
-            return metrics.reduce(self.head(x), None, 1)
+            return moments.reduce(self.head(x), None, 1)
         reason = "it was overwritten, and its batch variance overflowed"
         self._miss(key[0], COLUMNS[key[1].removesuffix("_mean")], reason)
         nan = torch.full_like(part.per_channel, math.nan)
-        return metrics.Sums(nan, 1, math.nan, None, math.nan)
+        return Sums(nan, 1, math.nan, None, math.nan)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resdiag.watch.nested import tensors_in
+from resdiag.watch.base.tensors import TensorTable, tensors_in
 from resdiag.watch.sums import Operand, Sum
 
 _OPERANDS = 2
@@ -17,7 +17,7 @@ class Stacks:
     """Pairs of tensors that were stacked in one pass."""
 
     def __init__(self) -> None:
-        self._pairs: dict[int, tuple[weakref.ref[Tensor], list[weakref.ref[Tensor]], int]] = {}
+        self._pairs = TensorTable[tuple[list[weakref.ref[Tensor]], int]]()
 
     def clear(self) -> None:
         """Forget the pass."""
@@ -30,15 +30,15 @@ class Stacks:
         if len(tensors) != _OPERANDS:
             return False
         kept = [weakref.ref(tensor) for tensor in tensors]
-        self._pairs[id(result)] = (weakref.ref(result), kept, dim)
+        self._pairs.set(result, (kept, dim))
         return True
 
     def read(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Sum | None:
         """The sum over the stacking dimension of two stacked tensors, if the call is one."""
         if func not in (torch.sum, Tensor.sum) or len(args) != _OPERANDS:
             return None
-        reference, kept, dim = self._pairs.get(id(args[0]), (None, [], 0))
-        if reference is None or reference() is not args[0] or args[1] not in (dim, (dim,), [dim]):
+        kept, dim = self._pairs.get(args[0]) or ([], 0)
+        if not kept or args[1] not in (dim, (dim,), [dim]):
             return None
         left, right = (tensor() for tensor in kept)
         if left is None or right is None:

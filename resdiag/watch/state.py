@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from resdiag.watch.lossscale import LossScale
-from resdiag.watch.notes import Notes
-from resdiag.watch.record import Record
+from resdiag.watch.base.warnings import Warnings
 from resdiag.watch.forward import Recorder
+from resdiag.watch.lossscale import LossScale
+from resdiag.watch.record import Record
 from resdiag.watch.step import Step
 
 
@@ -21,7 +21,7 @@ class State:
         recorder: What measures the recorded pass.
         record: Where numbers are written.
         scale: The loss scale.
-        notes: What could not be watched.
+        warnings: What could not be watched.
     """
 
     model: nn.Module
@@ -29,4 +29,4 @@ class State:
     recorder: Recorder
     record: Record
     scale: LossScale
-    notes: Notes
+    warnings: Warnings

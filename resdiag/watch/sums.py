@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resdiag.watch.calls import Call
+from resdiag.watch.base.functions import Call
 
 _ADD = frozenset(
     {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}

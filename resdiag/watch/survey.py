@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from resdiag.watch.addition import Addition
-from resdiag.watch.blocks import Anatomy, BlockFinder, trace_once
-from resdiag.watch.calls import Call
+from resdiag.watch.base.functions import Call
+from resdiag.watch.base.tensors import tensors_in
+from resdiag.watch.blocks import BlockFinder, trace_once
 from resdiag.watch.events import Operands
 from resdiag.watch.lineage import Lineage
-from resdiag.watch.nested import tensors_in
 from resdiag.watch.ports import OPERATIONS, BlockPlan, Plan, Port, Trail, Visit
 from resdiag.watch.units import Unit
 

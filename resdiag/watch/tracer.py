@@ -1,10 +1,10 @@
 """Follows one forward pass and sees it as residual blocks.
 
-Every tensor of the pass is a node of a `Lineage`. At an addition, walk back from both operands to the
-last tensor that they share: that is the block's input x, and the two ways from there are the branch
-and the shortcut (`Lineage.meet` has the conditions). No list of classes, no names: what counts are
-the operations on the two ways. An activation or a normalisation applied to the sum is the
-after-add.
+Every tensor of the pass is a node of a `Lineage`. At an addition, walk back from both operands to
+the last tensor that they share: that is the block's input x, and the two ways from there are the
+branch and the shortcut (`Residuals.judge` has the conditions). No list of classes, no names: what
+counts are the operations on the two ways. An activation or a normalisation applied to the sum is
+the after-add.
 
 One block is one residual unit: in `x + attention(h) + mlp(h)` the second sum adds a parallel branch
 to the unit that the first one began, however the terms are put in order.
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from resdiag.watch.addition import Addition
-from resdiag.watch.calls import Call, is_question
-from resdiag.watch.dynamo import never_alone
+from resdiag.watch.base.compilation import never_alone
+from resdiag.watch.base.functions import Call, is_question
+from resdiag.watch.base.tensors import first_floating, tensors_in
 from resdiag.watch.events import Bus, Observer, Operands
 from resdiag.watch.lineage import Lineage
 from resdiag.watch.makers import Makers
 from resdiag.watch.module_stack import Frame, ModuleStack
-from resdiag.watch.nested import first_floating, tensors_in
 from resdiag.watch.residual import Residuals
 from resdiag.watch.stacks import Stacks
 from resdiag.watch.sums import ADDITIONS, Sum, read_sum

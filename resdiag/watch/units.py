@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from resdiag.watch.calls import Call
+from resdiag.watch.base.functions import Call
 from resdiag.watch.lineage import Lineage
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

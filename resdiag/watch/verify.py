@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from resdiag.watch.measure.batchnorm import Gone, kept
 from resdiag.watch.ports import Plan
-from resdiag.watch.saved import Gone, kept
 
 Edge: TypeAlias = tuple[Node, int]
 """A tensor of a pass: the node that made it, and which of the node's outputs it is."""
@@ -230,7 +230,9 @@ class Pattern:
         """Rows of a traced pass whose sums no gradient shows: frozen, or run without gradients."""
         return frozenset(
             row
-            for row, (block, (whole, _, *path)) in enumerate(zip(plan.blocks, self.blocks, strict=True))
+            for row, (block, (whole, _, *path)) in enumerate(
+                zip(plan.blocks, self.blocks, strict=True)
+            )
             if block.unit is None
             and (
                 whole is None

@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from resdiag.watch import metrics
-from resdiag.watch.shards import local, shares
+from resdiag.watch.base.tensors import local, mesh_of, placements_of
+from resdiag.watch.measure.reductions import norms, on_host
 
 _Index = tuple[Tensor, Tensor, Tensor]
 _KEPT = 16
@@ -38,7 +38,7 @@ class ParameterNorms:
         self._everything = tuple(range(len(self._parameters)))
         self._copies: list[Tensor] | None = None
         self._sizes: Tensor | None = None
-        self._shares = None if ranks is None else torch.tensor(shares(self._parameters, ranks))
+        self._shares = None if ranks is None else torch.tensor(_shares(self._parameters, ranks))
         self._taken: set[int] = set()
         self._parts: list[tuple[tuple[int, ...], Tensor]] = []
 
@@ -155,6 +155,22 @@ class ParameterNorms:
 
 def _norms(tensors: list[Tensor]) -> Tensor:
     """Euclidean norms (P,), float64, finite whenever the elements are."""
-    if tensors[0].device.type != "cpu":
+    if not on_host(tensors[0].device):
         return torch.stack(torch._foreach_norm(tensors, 2, torch.float64))
-    return metrics.norms(tensors)
+    return norms(tensors)
+
+
+def _shares(parameters: Sequence[Tensor], ranks: int) -> list[float]:
+    """At which weights the squares of all ranks' parts add up to those of the parameters.
+
+    A shard counts once; what every rank has, a `ranks`-th; in between are copies of shards.
+    """
+    out = []
+    for parameter in parameters:
+        mesh, copies = mesh_of(parameter), 1
+        if mesh is None:
+            copies = ranks
+        for dimension, placement in enumerate(placements_of(parameter)):
+            copies *= mesh.size(dimension) if placement.is_replicate() else 1
+        out.append(1 / copies)
+    return out

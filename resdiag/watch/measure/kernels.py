@@ -1,8 +1,9 @@
 """Statistics of a tensor on a CUDA device in two launches instead of a dozen.
 
-The plain operations of torch (`metrics`, `taps`) are the reference, and what everything else uses.
-No GPU was at hand when these kernels were written: they are tested in Triton's interpreter and
-compiled for one, and serve only where they are asked for, by RESDIAG_KERNELS=triton.
+The plain operations of torch (`moments`, `reductions`, `taps`) are the reference, and what
+everything else uses. No GPU was at hand when these kernels were written: they are tested in
+Triton's interpreter and compiled for one, and serve only where they are asked for, by
+RESDIAG_KERNELS=triton.
 """
 
 import functools
@@ -51,7 +52,7 @@ def gradient(g: Tensor) -> Tensor:
 
 def _launch(x: Tensor, channel: int, out: Tensor, *, samples: int) -> Tensor:
     """Moments, or the norm where there is a number of samples to multiply it with."""
-    from resdiag.watch import fusedkernels
+    from resdiag.watch.measure import triton_kernels
 
     places = _places(x, channel)
     if places is None:
@@ -63,10 +64,10 @@ def _launch(x: Tensor, channel: int, out: Tensor, *, samples: int) -> Tensor:
     programs = -(-rows // (tall * _STEPS)), -(-channels // wide)
     shape = (programs[0], channels, 3)
     parts = torch.empty(shape, dtype=torch.float64, device=x.device)
-    fusedkernels.read[programs](
+    triton_kernels.read[programs](
         x, parts, rows, channels, inner, *strides, TALL=tall, WIDE=wide, STEPS=_STEPS
     )
-    fusedkernels.finish[(1,)](
+    triton_kernels.finish[(1,)](
         parts, out, programs[0], channels, rows, samples,
         WIDE=_power(channels), IS_NORM=samples > 0,
     )  # fmt: skip

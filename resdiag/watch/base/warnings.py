@@ -7,8 +7,8 @@ class WatchWarning(UserWarning):
     """Something could not be watched; the run goes on."""
 
 
-class Notes:
-    """Texts without repetition; each is a warning as well."""
+class Warnings:
+    """Texts without repetition; each is a Python warning as well."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []

@@ -1,4 +1,4 @@
-"""Own metrics: recorded as their function says, kept in runs, drawn; and what they may not do."""
+"""Custom metrics: recorded as their function says, kept in runs, drawn; what they may not do."""
 
 import json
 import re
@@ -17,9 +17,15 @@ from resdiag.errors import UsageError
 from resdiag.runs.folder import load
 from resdiag.show.kinds import find_kind
 from resdiag.show.plots import draw
-from resdiag.watch.catalog import METRICS, RECORDED
+from resdiag.watch.base.catalog import METRICS, RECORDED
+from resdiag.watch.base.custom import (
+    custom_metrics,
+    known_metrics,
+    metric,
+    scope,
+    unregister_metric,
+)
 from resdiag.watch.monitor import WatchWarning, attach
-from resdiag.watch.own import known_metrics, metric, own_metrics, scope, unregister
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +97,7 @@ def test_a_metric_of_a_gradient_gets_it_without_the_loss_scale(scale):
     assert at(monitor, "mine") == close([float(g.abs().max()) for g in twin_pass()["grad_output"]])
 
 
-def test_the_core_set_has_own_metrics_where_it_looks_and_a_reason_elsewhere():
+def test_the_core_set_has_custom_metrics_where_it_looks_and_a_reason_elsewhere():
     register(lambda x: x.mean(), id="seen")
     register(lambda g: g.norm(), site="grad_sum", id="unseen")
     model = Net()
@@ -102,10 +108,10 @@ def test_the_core_set_has_own_metrics_where_it_looks_and_a_reason_elsewhere():
     assert monitor.to_frame().seen.notna().all()
     assert monitor.to_frame().unseen.isna().all()
     assert "core" in next(e["reason"] for e in monitor.unavailable if e["metric"] == "unseen")
-    assert not monitor.notes
+    assert not monitor.warnings
 
 
-def test_training_with_own_metrics_ends_in_the_same_bits():
+def test_training_with_custom_metrics_ends_in_the_same_bits():
     register(lambda x: x.std(), id="one")
     register(lambda g: g.norm(), site="grad_input", id="two")
     ends = []
@@ -133,7 +139,7 @@ def test_the_decorated_function_stays_what_it_was():
         """share of u = 0"""
         return (x == 0).double().mean()
 
-    entry = own_metrics()["zero_share"].entry
+    entry = custom_metrics()["zero_share"].entry
     assert float(zero_share(torch.zeros(3))) == 1.0
     assert (entry.label, entry.formula, entry.source) == (
         "share of zeros",
@@ -143,7 +149,7 @@ def test_the_decorated_function_stays_what_it_was():
     assert known_metrics()["zero_share"] is entry
     assert "zero_share" not in METRICS
     assert at(once(Net()), "zero_share") == [0, 0]
-    resdiag.unregister("zero_share")
+    resdiag.unregister_metric("zero_share")
     assert "zero_share" not in once(Net()).to_frame()
 
 
@@ -164,10 +170,12 @@ def test_what_could_not_be_recorded_is_refused_when_it_is_registered():
     with pytest.raises(TypeError, match="must take one tensor: missing a required argument: 'y'"):
         register(lambda x, y: x)
     register(lambda x: x.mean())
-    with pytest.raises(ValueError, match=r"'mine' is there already: unregister\('mine'\) first"):
+    with pytest.raises(
+        ValueError, match=r"'mine' is there already: unregister_metric\('mine'\) first"
+    ):
         register(lambda x: x.std())
-    with pytest.raises(ValueError, match="unknown own metric 'mien'; did you mean 'mine'"):
-        unregister("mien")
+    with pytest.raises(ValueError, match="unknown custom metric 'mien'; did you mean 'mine'"):
+        unregister_metric("mien")
 
 
 def _raises(x):
@@ -194,7 +202,7 @@ def test_a_metric_that_does_not_behave_is_stopped_and_the_training_is_not(what, 
     with attach(model) as monitor:
         before = torch.get_rng_state()
         F.cross_entropy(model(x), y).backward()
-        with pytest.warns(WatchWarning, match=f"own metric 'bad' stopped: {reason}"):
+        with pytest.warns(WatchWarning, match=f"custom metric 'bad' stopped: {reason}"):
             monitor.step()
         assert torch.equal(before, torch.get_rng_state())
     torch.set_rng_state(state)
@@ -231,8 +239,8 @@ def _nothing():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two trained runs with an own metric that is not registered any more."""
-    root = tmp_path_factory.mktemp("own")
+    """Two trained runs with a custom metric that is not registered any more."""
+    root = tmp_path_factory.mktemp("custom")
     with scope():
         metric(site="output", label="kurtosis of the output", source="textbook")(kurtosis)
         for seed in (0, 1):
@@ -247,26 +255,26 @@ def kurtosis(x):
     return centred.pow(4).mean() / centred.square().mean().square()
 
 
-def test_a_run_keeps_an_own_metric_and_who_reads_it_needs_no_registration(runs):
+def test_a_run_keeps_a_custom_metric_and_who_reads_it_needs_no_registration(runs):
     frame = load(runs)
     assert frame["kurtosis"].between(1, 1000).all()  # at least 1 by Jensen
     assert set(RECORDED) < set(frame.columns)
     run = resdiag.open_run(sorted(p for p in runs.iterdir() if p.is_dir())[0])
-    (entry,) = run.own
+    (entry,) = run.custom_metrics
     assert (entry["id"], entry["label"], entry["site"]) == (
         "kurtosis", "kurtosis of the output", "output",
     )  # fmt: skip
     assert "kurtosis" in run.metrics()
 
 
-def test_runs_with_and_without_an_own_metric_are_read_together(runs, tmp_path):
+def test_runs_with_and_without_a_custom_metric_are_read_together(runs, tmp_path):
     plain = train(tmp_path, seed=7)[2]
     assert "kurtosis" not in plain.metrics()
-    assert plain.own == []
+    assert plain.custom_metrics == []
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_an_own_metric_is_drawn_by_its_name(runs, count, tmp_path):
+def test_a_custom_metric_is_drawn_by_its_name(runs, count, tmp_path):
     opened = [resdiag.open_run(p) for p in sorted(runs.iterdir()) if p.is_dir()][:count]
     figure = draw("kurtosis", opened)
     assert figure.get_label().startswith("Kurtosis of the output by block")
@@ -306,8 +314,8 @@ def test_registered_metrics_are_in_the_table():
     ]
 
 
-@pytest.mark.parametrize("name", ["own-metrics", "loops"])
-def test_the_pages_about_loops_and_own_metrics_print_what_they_show(name, capsys):
+@pytest.mark.parametrize("name", ["custom-metrics", "loops"])
+def test_the_pages_about_loops_and_custom_metrics_print_what_they_show(name, capsys):
     text = (Path(__file__).resolve().parent.parent / "docs" / "howto" / f"{name}.md").read_text(
         "utf-8"
     )
@@ -327,7 +335,7 @@ def test_every_test_that_the_page_about_loops_names_is_there():
         assert f"def {name}" in tests, name
 
 
-def test_own_metrics_of_a_network_without_additions_are_those_of_its_units():
+def test_custom_metrics_of_a_network_without_additions_are_those_of_its_units():
     register(lambda x: x.abs().mean())
     model = torch.nn.Sequential(
         torch.nn.Linear(4, 4), torch.nn.ReLU(inplace=True), torch.nn.Linear(4, 4), torch.nn.Tanh(),

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""The kernels of `fused`, in Triton's language; imported where they are launched."""
+"""What `kernels` launches, in Triton's language; imported where they are launched."""
 
 import triton
 import triton.language as tl

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resdiag.watch import metrics
+from resdiag.watch.measure import moments
 
 DATA = ("data_mean", "data_std", "data_nonfinite")
 """What `describe_input` returns, in order."""
@@ -41,8 +41,8 @@ def describe_input(inputs: Sequence[Tensor]) -> Tensor | None:
     x = x.detach()
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     # as one channel: on the CPU a sum and a norm take a tenth of the time of `torch.std_mean`
-    moments = metrics.combine([metrics.reduce(wide.unsqueeze(1), None, 1)])[0]
-    mean, std, broken = (moments[metrics.STATISTICS.index(name)] for name in _MOMENTS)
+    values = moments.combine([moments.reduce(wide.unsqueeze(1), None, 1)])[0]
+    mean, std, broken = (values[moments.STATISTICS.index(name)] for name in _MOMENTS)
     return torch.stack([mean, std * math.sqrt(x.numel() / (x.numel() - 1)), broken])
 
 

@@ -13,27 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resdiag.watch import metrics
-from resdiag.watch.calls import Call, compose
-from resdiag.watch.metrics import (
-    Scalar,
-    norm,
-    quotient,
-    relative_change,
-    relative_changes,
-    slope_at,
-)
+from resdiag.watch.base.functions import Call, compose
+from resdiag.watch.measure.changes import relative_change, relative_changes, slope_at
+from resdiag.watch.measure.reductions import Scalar, norm, on_host, quotient
 
 COLUMNS = (
-    "perturbation",
-    "identity_defect",
-    "skip_gain_stage",
-    "skip_gain",
-    "identity_drift",
-    "branch_ratio",
-    "negative_fraction",
-    "slope_mean",
-    "slope_mean_sq",
+    *("perturbation", "identity_defect", "skip_gain_stage", "skip_gain", "identity_drift"),
+    *("branch_ratio", "negative_fraction", "slope_mean", "slope_mean_sq"),
 )
 """What `SkipPath.close` returns, in order; the branch ratio is filled in elsewhere."""
 
@@ -182,18 +168,7 @@ class SkipPath:
         joined: bool,
         source: str,
     ) -> None:
-        """Pass a block's shortcut.
-
-        Args:
-            row: The block.
-            x: Block input, None if unknown.
-            h: Shortcut output, as it goes into the sum.
-            path: Calls of a parameter-free shortcut, () for the identity, None for a projection.
-            scale: Factor on the shortcut inside the addition.
-            stage: The block's stage: with a new one the per-stage products start again.
-            joined: Whether the input is the output of the block before, or this is the first.
-            source: "sum" or "output" where the input is this tensor of the block before, else "".
-        """
+        """Pass a block's shortcut; see `_Passage`, `x` is None if it is unknown."""
         path = None if x is None else path
         # what the block before made is computed from its sum: no second copy
         source = source if path == () and scale == 1 and row - 1 in self._passages else ""
@@ -219,13 +194,7 @@ class SkipPath:
         self._passages = {row: self._passages[row] for row in sorted(self._passages)}
 
     def close(self, row: int, output: Tensor, after: tuple[Call, ...]) -> None:
-        """Pass a block's end.
-
-        Args:
-            row: The block.
-            output: The block's output.
-            after: The after-add's calls, () for none.
-        """
+        """Pass a block's end, after the after-add's calls, () for none."""
         passage = self._passages[row]
         passage.after = after
         if not passage.is_elementwise:
@@ -406,7 +375,7 @@ class SkipPath:
 
 
 def _mean(x: Tensor) -> Scalar:
-    if not metrics.on_host(x.device):
+    if not on_host(x.device):
         return x.mean(dtype=torch.float64)
     # the CPU sums float32 pairwise: exact to 1e-7, and four times as fast
     return float((x.mean() if x.dtype == torch.float32 else x.mean(dtype=torch.float64)).numpy())
@@ -415,8 +384,6 @@ def _mean(x: Tensor) -> Scalar:
 def _share(x: Tensor) -> Scalar:
     """Share of True."""
     count = torch.count_nonzero(x)
-    return (
-        int(count.numpy()) / max(1, x.numel())
-        if metrics.on_host(x.device)
-        else count.double() / x.numel()
-    )
+    if on_host(x.device):
+        return int(count.numpy()) / max(1, x.numel())
+    return count.double() / x.numel()
