@@ -1,14 +1,50 @@
 """Whether an addition joins a shortcut and a branch."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor, nn
 
 from resdiag.watch.addition import Addition
+from resdiag.watch.calls import Call
 from resdiag.watch.frame import Frame
-from resdiag.watch.lineage import Lineage, Meeting, Scope
+from resdiag.watch.lineage import Depth, Lineage, Scope
 from resdiag.watch.sums import Operand, Sum
+
+_LEFT, _RIGHT = 1, 2
+_NONE: Depth = (0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What lies between a shortcut and a branch and the last tensor that both came from.
+
+    Attributes:
+        swapped: Whether the right operand is the shortcut.
+        origin: That tensor: the block's input; None if it is gone.
+        shortcut: The shortcut's number.
+        shortcut_count: Parameterised calls between it and the shortcut.
+        path: The calls that lead from it to the shortcut if they can be repeated, else None.
+        parameters: Parameters used on the way to either operand.
+        calls: The calls on the branch, in order.
+        activations: Activations on the way to either operand.
+        is_learned: Whether a parameterised transformation is on the branch.
+        begins_activated: Whether the origin was normalised or activated inside the module.
+        features: The channel dimension of the sum, if known.
+    """
+
+    swapped: bool
+    origin: Tensor | None
+    shortcut: int
+    shortcut_count: int
+    path: tuple[Call, ...] | None
+    parameters: list[nn.Parameter]
+    calls: tuple[Call, ...]
+    activations: list[Call]
+    is_learned: bool
+    begins_activated: bool
+    features: int | None
 
 
 class Residuals:
@@ -35,7 +71,7 @@ class Residuals:
             # a module that does nothing but add its inputs stands for the one that called it
             if {left, right} <= frame.scope.entries and frame is not frames[0]:
                 continue
-            meeting = self._lineage.meet(left, right, frame.scope)
+            meeting = self.judge(left, right, frame.scope)
             # where the shortcut was handed in and the branch half done, it may as well
             if meeting is not None or not {left, right} & frame.scope.entries:
                 return meeting
@@ -62,7 +98,7 @@ class Residuals:
         lineage = self._lineage
         if lineage.descends(number, begin) or not lineage.descends(number, origin):
             return None
-        parallel = lineage.meet(origin, number, Scope(frozenset({origin}), frame.scope.start))
+        parallel = self.judge(origin, number, Scope(frozenset({origin}), frame.scope.start))
         if parallel is None or parallel.swapped:
             return None
         with torch._C.DisableTorchFunction(), torch.no_grad():
@@ -78,3 +114,142 @@ class Residuals:
             extends=True,
             sum=None,
         )
+
+    def judge(self, left: int, right: int, scope: Scope) -> Meeting | None:
+        """What the two operands of an addition have in common, if that makes it residual.
+
+        Walk back from both, latest tensor first, to the first one on both ways: x. Of the two ways
+        from there the shorter one, in parameterised and then in other transforming operations, is
+        the shortcut. The addition is residual if
+
+        - the branch transforms at all (convolution, linear map, attention, pooling, ...), and more
+          often than the shortcut does: else they are parallel branches,
+        - the shortcut does not but for linear maps: no product of two tensors of the pass, no
+          activation between two maps,
+        - they are not different pieces of x, as in Res2Net's hierarchy of splits,
+        - no residual sum on the branch has a shortcut that passes x by: else x is only added to
+          somebody else's stream again and again, as a position bias is,
+        - the shortcut begins inside the module whose forward runs the addition, or at its input.
+        """
+        ways = {left: _LEFT}
+        ways[right] = ways.get(right, 0) | _RIGHT
+        between: list[int] = []
+        origin = None
+        for number in self._lineage.walk(ways, min(scope.entries, default=0)):
+            if ways[number] == _LEFT | _RIGHT:
+                origin = number
+                break
+            between.append(number)
+        if origin is None:
+            return None
+        depths = self._depths(origin, reversed(between))
+        one, other = depths[left], depths[right]
+        if one[:2] == other[:2]:
+            return None
+        swapped = other < one
+        shortcut, branch = (right, left) if swapped else (left, right)
+        short, long = (_RIGHT, _LEFT) if swapped else (_LEFT, _RIGHT)
+        on_shortcut = [n for n in reversed(between) if ways[n] == short]
+        on_branch = [n for n in reversed(between) if ways[n] == long and n in depths]
+        if depths[branch][:2] == (0, 0) or not self._is_shortcut(on_shortcut):
+            return None
+        if self._are_pieces(origin, on_shortcut, on_branch):
+            return None
+        if any(
+            (s := self._lineage.node(n).stream) is not None and s not in depths for n in on_branch
+        ):
+            return None
+        if not _is_inside(scope, origin, on_shortcut, on_branch, depths[shortcut] == _NONE):
+            return None
+        inside = [n for n in between if n in depths or n >= scope.start]
+        return self._meeting(swapped, origin, shortcut, branch, on_shortcut, on_branch, inside)
+
+    def _meeting(
+        self,
+        swapped: bool,
+        origin: int,
+        shortcut: int,
+        branch: int,
+        on_shortcut: list[int],
+        on_branch: list[int],
+        inside: list[int],
+    ) -> Meeting:
+        node = self._lineage.node
+        calls = tuple(call for n in on_branch if (call := node(n).call) is not None)
+        at, reference = node(origin), node(origin).tensor
+        # the stream's own: a branch that mixes tokens, turned, has its features where they are
+        found = (node(n).features for n in (shortcut, origin, branch))
+        return Meeting(
+            swapped=swapped,
+            origin=None if reference is None else reference(),
+            shortcut=shortcut,
+            shortcut_count=sum(bool(node(n).parameters) for n in on_shortcut),
+            path=self._path(shortcut, origin),
+            parameters=[p for n in inside for p in node(n).parameters],
+            calls=calls,
+            activations=[
+                call for n in inside if (call := node(n).call) is not None and call.is_activation
+            ],
+            is_learned=any(node(n).depth[0] for n in on_branch),
+            begins_activated=at.call is not None
+            and (at.call.is_activation or at.call.is_normalisation),
+            features=next((f for f in found if f is not None), None),
+        )
+
+    def _depths(self, origin: int, numbers: Iterable[int]) -> dict[int, Depth]:
+        """The longest way from the origin to each tensor that descends from it."""
+        depths = {origin: _NONE}
+        for number in numbers:
+            node = self._lineage.node(number)
+            before = [depths[parent] for parent in node.parents if parent in depths]
+            if before:
+                (a, b, c), (d, e, f) = max(before), node.depth
+                depths[number] = (a + d, b + e, c + f)
+        return depths
+
+    def _is_shortcut(self, numbers: list[int]) -> bool:
+        """Whether a way is the identity or a linear map, activated at its ends at most."""
+        mapped = activated = False
+        for number in numbers:
+            node = self._lineage.node(number)
+            if node.is_opaque or (mapped and activated and node.is_transform):
+                return False
+            mapped = mapped or node.is_transform
+            acts = node.call is not None and node.call.is_activation
+            activated = mapped and (activated or acts)
+        return True
+
+    def _are_pieces(self, origin: int, on_shortcut: list[int], on_branch: list[int]) -> bool:
+        """Whether the shortcut and the branch begin with different pieces of the origin."""
+        pieces = [
+            {self._lineage.node(n).piece for n in way if origin in self._lineage.node(n).parents}
+            for way in (on_shortcut, on_branch)
+        ]
+        one, other = pieces
+        return bool(one) and "" not in one | other and one.isdisjoint(other)
+
+    def _path(self, number: int, origin: int) -> tuple[Call, ...] | None:
+        """Calls from `origin` to a tensor if each can be repeated, else None."""
+        calls: list[Call] = []
+        while number != origin:
+            node = self._lineage.node(number)
+            if node.call is None or not node.repeatable or number < origin:
+                return None
+            calls.append(node.call)
+            (number,) = node.parents
+        return tuple(reversed(calls))
+
+
+def _is_inside(
+    scope: Scope, origin: int, on_shortcut: list[int], on_branch: list[int], identity: bool
+) -> bool:
+    """Whether the shortcut begins inside the module or at its input.
+
+    A branch may come from outside if the shortcut is the module's very input, as where a module
+    gets x and F(x) and adds them; a shortcut may where the module gets x and h(x).
+    """
+    if any(number in scope.entries for number in on_shortcut):
+        handed = on_shortcut[-1] in scope.entries and origin in scope.entries
+        if not handed:
+            return False
+    return identity or not any(number in scope.entries for number in on_branch)

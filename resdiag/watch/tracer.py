@@ -2,7 +2,7 @@
 
 Every tensor of the pass is a node of a lineage. At an addition, walk back from both operands to the
 last tensor that they share: that is the block's input x, and the two ways from there are the branch
-and the shortcut (`Lineage.meet` has the conditions). No list of classes, no names: what counts are
+and the shortcut (`Residuals.judge` says when). No list of classes, no names: what counts are
 the operations on the two ways. An activation or a normalisation applied to the sum is the
 after-add.
 
