@@ -13,6 +13,7 @@ from torchvision import models
 
 from resdiag.models.resnet import build_model
 from resdiag.models.variants import VARIANTS
+from resdiag.watch import skip
 from resdiag.watch.blocks import find_blocks
 from resdiag.watch.monitor import attach
 
@@ -556,3 +557,101 @@ def test_awkward_networks(name):
     function, shortcuts = AWKWARD[name]
     found = find_blocks(_Awkward(function), torch.randn(4, 6))
     assert [block.shortcut for block in found] == shortcuts
+
+
+# -- a gate on the shortcut ------------------------------------------------------------------------
+
+
+class _Highway(nn.Module):
+    """x' = t * H(x) + (1 - t) * x, three times (Srivastava et al. 2015, arXiv:1505.00387)."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.mix = mix
+        self.h, self.t = (nn.ModuleList(nn.Linear(6, 6) for _ in range(3)) for _ in "ht")
+
+    def forward(self, x):
+        for h, t in zip(self.h, self.t, strict=True):
+            x = self.mix(x, F.relu(h(x)), torch.sigmoid(t(x)))
+        return x
+
+
+GATED = {
+    "t h + (1 - t) x": lambda x, h, t: t * h + (1 - t) * x,
+    "h t + x (1 - t)": lambda x, h, t: h * t + x * (1 - t),
+    "(1 - t) h + t x": lambda x, h, t: (1 - t) * h + t * x,
+    "the rest first": lambda x, h, t: torch.mul(x, torch.ones_like(t) - t) + t * h,
+    "a negative": lambda x, h, t: (-t + 1) * x + t * h,
+    "dropout": lambda x, h, t: F.dropout(t * h, 0.5, training=False) + (1 - t) * x,
+    "x + t (h - x)": lambda x, h, t: x + t * (h - x),
+    "in place": lambda x, h, t: x.clone().mul_(1 - t).add_(h * t),
+    "lerp": torch.lerp,
+    "lerp by keyword": lambda x, h, t: x.lerp(end=h, weight=t),
+    "addcmul": lambda x, h, t: torch.addcmul(t * h, x, 1 - t),
+    "addcmul of a step": lambda x, h, t: torch.addcmul(x, t, h - x),
+}
+
+NOT_GATED = {
+    "a linear unit": (lambda x, h, t: h * t, []),
+    "two gates": (lambda x, h, t: t * h + torch.tanh(t) * x, []),
+    "the same gate twice": (lambda x, h, t: t * h + t * x, []),
+    "a mixture of two maps": (lambda x, h, t: t * h + (1 - t) * F.gelu(t.log()), []),
+    "squeeze and excitation": (lambda x, h, t: x + t * h, ["identity"] * 3),
+    "a number": (lambda x, h, t: torch.lerp(x, h, 0.3), ["identity"] * 3),
+    "a constant": (lambda x, h, t: torch.lerp(x, h, torch.tensor(0.3)), ["identity"] * 3),
+}
+
+
+@pytest.mark.parametrize("spelling", GATED)
+def test_a_gate_on_the_shortcut_is_a_kind_of_its_own(spelling):
+    torch.manual_seed(0)
+    model, x = _Highway(GATED[spelling]), torch.randn(5, 6)
+    with attach(model, samples=None) as monitor:
+        model(x).square().sum().backward()
+        monitor.step()
+    assert [block.shortcut for block in monitor.blocks] == ["gated"] * 3
+    frame = monitor.to_frame()
+    with torch.no_grad():
+        for row in range(3):
+            h, t = F.relu(model.h[row](x)), torch.sigmoid(model.t[row](x))
+            if spelling == "(1 - t) h + t x":
+                t = 1 - t
+            at, kept = frame.iloc[row], (1 - t) * x
+            assert at.shortcut_second_moment == pytest.approx(kept.square().mean().item(), rel=1e-4)
+            ratio = ((t * h).norm() / kept.norm()).item()
+            assert at.branch_ratio == pytest.approx(ratio, rel=1e-4)
+            x = t * h + kept
+    members = {id(p) for p in monitor._recorder.anatomy.parameters[0]}
+    assert members == {id(p) for p in [*model.h[0].parameters(), *model.t[0].parameters()]}
+    assert frame.skip_gain.isna().all()
+    assert frame.shortcut_share.isna().all()
+    reasons = {entry["reason"] for entry in monitor.unavailable}
+    assert {skip.MIXED, "a gate on the shortcut depends on the block's input"} <= reasons
+
+
+@pytest.mark.parametrize("name", NOT_GATED)
+def test_a_product_is_not_yet_a_gate(name):
+    function, shortcuts = NOT_GATED[name]
+    found = find_blocks(_Highway(function), torch.randn(4, 6))
+    assert [block.shortcut for block in found] == shortcuts
+
+
+@pytest.mark.parametrize(
+    "step", [lambda h, q, z: (1 - z) * h + z * q, lambda h, q, z: h + z * (q - h)]
+)
+def test_a_recurrent_cell_s_gate_is_none(step):
+    """It holds a state against what comes in, as in a GRU: not one input against its branch."""
+
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.z, self.q = nn.Linear(12, 6), nn.Linear(12, 6)
+
+        def forward(self, x):
+            h = torch.tanh(x[:, 0])
+            for at in (1, 2, 3):
+                both = torch.cat([h, x[:, at]], 1)
+                h = step(h, torch.tanh(self.q(both)), torch.sigmoid(self.z(both)))
+            return h
+
+    assert find_blocks(Recurrent(), torch.randn(2, 4, 6)) == []

@@ -348,7 +348,7 @@ PROVOKED = {
     "did other operations than the pass": "missing(seen, CHANGED)",
     "no gradient came to this tensor": "missing(seen, UNREACHED)",
     "its forward ran without gradients": "_NO_GRADIENTS}",
-    "a projection shortcut mixes units": "skip.MIXED in reasons",
+    "a projection or a gate is on the shortcut": "skip.MIXED in reasons",
     "something stands between the blocks": "skip.BROKEN in reasons",
     "DataParallel runs copies": "use DistributedDataParallel",
     "FullyShardedDataParallel (FSDP1)": "use torch.distributed.fsdp.fully_shard (FSDP2)",

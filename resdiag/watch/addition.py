@@ -29,6 +29,8 @@ class Addition:
         branch_module: The module whose output the branch is, "" if it is none's.
         shortcut_module: The same for the shortcut.
         stream: Number of the shortcut in the lineage.
+        is_gated: Whether a gate multiplies the shortcut, as in t * f(x) + (1 - t) * x; then
+            `branch` and `shortcut` are the two products.
         extends: Whether it adds a parallel branch to the unit that the addition before it began;
             then `branch` is the sum of the branches.
         sum: y = h + F, set once it is computed.
@@ -53,10 +55,18 @@ class Addition:
     branch_module: str = ""
     shortcut_module: str = ""
     stream: int = 0
+    is_gated: bool = False
     extends: bool = False
     sum: Tensor | None = None
     after: tuple[Call, ...] = ()
     returned: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What the shortcut is, in a word."""
+        if self.is_gated:
+            return "gated"
+        return "projection" if self.shortcut_count else "identity"
 
     def again(self) -> "Addition":
         """A copy of its own to fill in; `copy.copy` takes ten times as long."""

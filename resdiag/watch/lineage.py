@@ -29,6 +29,7 @@ class Node:
         features: The dimension that parameterised operations treated as channels, if known.
         discrete: It has no floating point: nothing descends from it through gradients.
         stream: Of a residual sum, the operand that is the shortcut.
+        gate: Of a product with a difference, as in x + t * (f - x), the other factor.
     """
 
     tensor: "weakref.ref[Tensor] | None"
@@ -40,6 +41,7 @@ class Node:
     features: int | None = None
     discrete: bool = False
     stream: int | None = None
+    gate: Tensor | None = None
 
     @property
     def is_opaque(self) -> bool:
@@ -107,7 +109,7 @@ class Lineage:
         bare = Lineage()
         for node in self._nodes:
             call = None if node.call is None else node.call.without_tensors(kept)
-            bare._nodes.append(replace(node, tensor=None, call=call))
+            bare._nodes.append(replace(node, tensor=None, call=call, gate=None))
         return bare
 
     def resume(
@@ -188,6 +190,7 @@ class Lineage:
             piece,
             None if discrete else self._features(result, descent, call),
             discrete,
+            gate=self._gate(descent.parents, call),
         )
         return self._add(result, node)
 
@@ -300,6 +303,16 @@ class Lineage:
             return known
         shape = None if before is None else before.shape
         return features_after(call, result, descent.parameters, shape, known)
+
+    def _gate(self, parents: tuple[int, ...], call: Call | None) -> Tensor | None:
+        """The factor of a difference: whoever adds the product next may have let go of it."""
+        if call is None or not call.is_product or len(parents) != 2:
+            return None
+        for value, gate in (parents, parents[::-1]):
+            made, reference = self._nodes[value].call, self._nodes[gate].tensor
+            if made is not None and made.name in ("sub", "subtract") and reference is not None:
+                return reference()
+        return None
 
     def _add(self, tensor: Tensor, node: Node) -> int:
         self._nodes.append(node)

@@ -656,6 +656,11 @@ class Recorder:
         x, h = addition.origin, addition.shortcut
         if x is None or not x.requires_grad:
             return
+        if addition.is_gated:  # the gate's own gradient is the branch's as well
+            self.miss(
+                row, ("shortcut_share",), "a gate on the shortcut depends on the block's input"
+            )
+            return
         if h is x:
             self._shares.pass_on(row, addition.shortcut_scale)
             return

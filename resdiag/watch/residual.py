@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from resdiag.watch.addition import Addition
 from resdiag.watch.calls import Call
 from resdiag.watch.frame import Frame
+from resdiag.watch.gated import Mix, read_mix
 from resdiag.watch.lineage import Depth, Lineage, Scope
 from resdiag.watch.sums import Operand, Sum
 
@@ -32,6 +33,8 @@ class Meeting:
         is_learned: Whether a parameterised transformation is on the branch.
         begins_activated: Whether the origin was normalised or activated inside the module.
         features: The channel dimension of the sum, if known.
+        is_gated: Whether a gate multiplies the shortcut.
+        sides: The operands, shortcut first, as they enter the sum; set once it is called residual.
     """
 
     swapped: bool
@@ -45,6 +48,8 @@ class Meeting:
     is_learned: bool
     begins_activated: bool
     features: int | None
+    is_gated: bool = False
+    sides: tuple[Operand, Operand] = ()  # type: ignore[assignment]
 
 
 class Residuals:
@@ -61,7 +66,11 @@ class Residuals:
         """Whether two operands are a shortcut and a branch, seen from the module that adds them."""
         numbers = [self._number(side) for side in (spelled.left, spelled.right)]
         left, right = numbers
-        if left is None or right is None or left == right:
+        if left is None or right is None:
+            return None
+        mix = read_mix(self._lineage, spelled, left, right)
+        left, right = (mix.left, mix.right) if mix is not None else (left, right)
+        if left == right:
             return None
         try:
             torch.broadcast_shapes(spelled.left.shape, spelled.right.shape)
@@ -71,11 +80,23 @@ class Residuals:
             # a module that does nothing but add its inputs stands for the one that called it
             if {left, right} <= frame.scope.entries and frame is not frames[0]:
                 continue
-            meeting = self.judge(left, right, frame.scope)
+            meeting = self.judge(left, right, frame.scope, mix)
             # where the shortcut was handed in and the branch half done, it may as well
             if meeting is not None or not {left, right} & frame.scope.entries:
-                return meeting
+                return None if meeting is None else self._accept(meeting, spelled, mix)
         return None
+
+    def _accept(self, meeting: Meeting, spelled: Sum, mix: Mix | None) -> Meeting | None:
+        """The operands of a sum that is residual by the ways to them."""
+        sides = spelled.left, spelled.right
+        if mix is not None and mix.shares is not None:
+            sides = mix.shares
+        elif mix is None and spelled.is_difference and (meeting.swapped or not meeting.is_learned):
+            return None
+        shortcut, branch = sides[::-1] if meeting.swapped else sides
+        if shortcut.shape != torch.broadcast_shapes(shortcut.shape, branch.shape):
+            return None
+        return replace(meeting, sides=(shortcut, branch))
 
     def _number(self, side: Operand) -> int | None:
         if side.call is not None:
@@ -115,7 +136,7 @@ class Residuals:
             sum=None,
         )
 
-    def judge(self, left: int, right: int, scope: Scope) -> Meeting | None:
+    def judge(self, left: int, right: int, scope: Scope, mix: Mix | None = None) -> Meeting | None:
         """What the two operands of an addition have in common, if that makes it residual.
 
         Walk back from both, latest tensor first, to the first one on both ways: x. Of the two ways
@@ -130,6 +151,9 @@ class Residuals:
         - no residual sum on the branch has a shortcut that passes x by: else x is only added to
           somebody else's stream again and again, as a position bias is,
         - the shortcut begins inside the module whose forward runs the addition, or at its input.
+
+        Of a mixture, the operands are what the gate takes its shares of. A gate that x is but one
+        source of is a recurrent cell's, which holds a state against what comes in.
         """
         ways = {left: _LEFT}
         ways[right] = ways.get(right, 0) | _RIGHT
@@ -161,8 +185,27 @@ class Residuals:
             return None
         if not _is_inside(scope, origin, on_shortcut, on_branch, depths[shortcut] == _NONE):
             return None
-        inside = [n for n in between if n in depths or n >= scope.start]
-        return self._meeting(swapped, origin, shortcut, branch, on_shortcut, on_branch, inside)
+        if mix is None:
+            inside = [n for n in between if n in depths or n >= scope.start]
+        else:
+            made = dict.fromkeys((left, right, mix.gate, *mix.operands), _LEFT)
+            inside = [n for n in self._lineage.walk(made, origin) if n != origin]
+            if origin in made and self._is_recurrent(mix.gate, origin):
+                return None
+        found = self._meeting(swapped, origin, shortcut, branch, on_shortcut, on_branch, inside)
+        return found if mix is None else replace(found, is_gated=True, path=None)
+
+    def _is_recurrent(self, gate: int, origin: int) -> bool:
+        """Whether a gate was made of a tensor and of something else that was there before it."""
+        queue, seen, mixed = [gate], {gate, origin}, False
+        while queue:
+            node = self._lineage.node(queue.pop())
+            mixed = mixed or (not node.parents and node.call is not None)
+            for parent in set(node.parents) - seen:
+                seen.add(parent)
+                mixed = mixed or parent < origin
+                queue.append(parent)
+        return mixed
 
     def _meeting(
         self,

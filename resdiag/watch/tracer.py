@@ -627,12 +627,7 @@ class Tracer(TorchFunctionMode):
         meeting = self._residuals.meet(spelled, self._frames)
         if meeting is None:
             return None
-        sides = spelled.left, spelled.right
-        shortcut, branch = sides[::-1] if meeting.swapped else sides
-        if spelled.is_difference and (meeting.swapped or not meeting.is_learned):
-            return None
-        if shortcut.shape != torch.broadcast_shapes(shortcut.shape, branch.shape):
-            return None
+        shortcut, branch = meeting.sides
         if frame.open is not None:
             self._close(frame, self._passed(frame, meeting.origin))
         with torch._C.DisableTorchFunction():
@@ -655,7 +650,10 @@ class Tracer(TorchFunctionMode):
             "" if self._makers is None else self._makers.of(f),
             "" if self._makers is None else self._makers.of(h),
             meeting.shortcut,
+            is_gated=meeting.is_gated,
         )
+        if self._learner is not None and meeting.is_gated:
+            self._learner.spoil()
         if self._learner is not None:
             self._learner.join(addition, swapped=meeting.swapped)
         self._dismiss()

@@ -1,0 +1,154 @@
+"""A gate on the shortcut, as in a Highway network: the spellings of t * f + (1 - t) * x."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resdiag.watch.calls import Call
+from resdiag.watch.lineage import Lineage
+from resdiag.watch.sums import Operand, Sum, rest_of
+
+_COMPLEMENTS = ("rsub", "neg")
+_HARMLESS = (
+    frozenset({"add", "radd", "sub", "subtract", "to", "clone", "contiguous", "type_as", "float"})
+    | {"sigmoid"}  # sigmoid(-z) = 1 - sigmoid(z)
+    | {"view", "reshape", "flatten", "squeeze", "unsqueeze", "expand", "expand_as", "view_as"}
+    | {"transpose", "permute", "T", "mT"}
+)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Two tensors of which a gate takes complementary shares.
+
+    Attributes:
+        left: Number of the tensor of which the left operand is a share.
+        right: The same of the right operand.
+        gate: Number of the gate.
+        operands: Numbers of the operands of the addition.
+        shares: The two shares where they are not the operands, as in x + t * (f - x).
+    """
+
+    left: int
+    right: int
+    gate: int
+    operands: tuple[int, int]
+    shares: tuple[Operand, Operand] | None = None
+
+
+@dataclass(frozen=True)
+class _Product:
+    """One reading of a product: `gate` times `value`, or what the gate leaves of it."""
+
+    number: int
+    value: int
+    gate: int
+    is_rest: bool = False
+
+
+def read_mix(lineage: Lineage, spelled: Sum, left: int, right: int) -> Mix | None:
+    """The mixture that a sum of two operands is; None if it is none."""
+    if spelled.left.scale != 1 or abs(spelled.right.scale) != 1:
+        return None
+    if not spelled.is_difference:
+        for one in _products(lineage, left):
+            for other in _products(lineage, right):
+                if _share_one(lineage, one, other):
+                    return Mix(one.value, other.value, one.gate, (left, right))
+    return _read_step(lineage, spelled, left, right)
+
+
+def _products(lineage: Lineage, number: int) -> Iterator[_Product]:
+    """The readings of a tensor as a product of a gate and another tensor."""
+    node = lineage.node(number)
+    while node.call is not None and len(set(node.parents)) == 1 and not node.is_transform:
+        number = node.parents[0]  # what dropout or a layer scale did to the product
+        node = lineage.node(number)
+    if node.call is None or len(set(node.parents)) != len(node.parents) or len(node.parents) != 2:
+        return
+    one, other = node.parents
+    if node.call.function is rest_of:
+        yield _Product(number, one, other, is_rest=True)
+    elif node.call.is_product:
+        yield _Product(number, one, other)
+        yield _Product(number, other, one)
+
+
+def _share_one(lineage: Lineage, one: _Product, other: _Product) -> bool:
+    """Whether what one gate takes is what the other leaves."""
+    signs = dict(_origins(lineage, one.gate))
+    wanted = one.is_rest == other.is_rest
+    return any(
+        n in signs and (signs[n] != sign) == wanted for n, sign in _origins(lineage, other.gate)
+    )
+
+
+def _origins(lineage: Lineage, number: int) -> Iterator[tuple[int, bool]]:
+    """What a gate is an affine function of, itself first, and whether it falls as that grows."""
+    falls = False
+    yield number, falls
+    while len(lineage.node(number).parents) == 1:
+        call, (before,) = lineage.node(number).call, lineage.node(number).parents
+        if call is None or call.name not in (*_COMPLEMENTS, *_HARMLESS):
+            return
+        subtracted = call.name in ("sub", "subtract") and _is_second(lineage, call, before)
+        falls ^= call.name in _COMPLEMENTS or subtracted
+        number = before
+        yield number, falls
+
+
+def _is_second(lineage: Lineage, call: Call, number: int) -> bool:
+    """Whether a tensor is the second operand of a call."""
+    second = call.args[0] if call.args else call.kwargs.get("other")
+    return isinstance(second, Tensor) and lineage.number(second) == number
+
+
+def _read_step(lineage: Lineage, spelled: Sum, left: int, right: int) -> Mix | None:
+    """A step x + t * (f - x) towards f, or x - t * (x - f)."""
+    for swapped, (start, step) in enumerate(((left, right), (right, left))):
+        sides = (spelled.right, spelled.left) if swapped else (spelled.left, spelled.right)
+        for product in _products(lineage, step):
+            node = lineage.node(product.value)
+            if node.call is None or node.call.name not in ("sub", "subtract"):
+                continue
+            if product.number != step or len(node.parents) != 2 or node.call.kwargs.get("alpha"):
+                continue
+            to, off = node.parents[::-1] if spelled.is_difference else node.parents
+            if off == start and not (spelled.is_difference and swapped):
+                shares = _shares(lineage, sides, product)
+                ordered = ((to, start) if swapped else (start, to)), (left, right)
+                return Mix(
+                    *ordered[0],
+                    product.gate,
+                    ordered[1],
+                    shares[::-1] if shares and swapped else shares,
+                )
+    return None
+
+
+def _shares(
+    lineage: Lineage, sides: tuple[Operand, Operand], product: _Product
+) -> tuple[Operand, Operand] | None:
+    """What a step leaves of its start, and what it takes of its goal; None if the gate is gone."""
+    start, step = sides
+    gate = lineage.node(product.number).gate
+    gate = next((x for x in step.inputs if lineage.number(x) == product.gate), gate)
+    if gate is None:
+        return None
+    x, t = start.inputs[0], gate
+    return (
+        Operand((x, t), call=Call(rest_of, (), {})),
+        Operand((x, t, *step.inputs), call=Call(_goal if step.scale > 0 else _goal_off, (), {})),
+    )
+
+
+def _goal(x: Tensor, t: Tensor, *step: Tensor) -> Tensor:
+    """What t * (f - x), or its factors, has of f."""
+    return t * x + (step[0] if len(step) == 1 else torch.mul(*step))
+
+
+def _goal_off(x: Tensor, t: Tensor, *step: Tensor) -> Tensor:
+    """The same for t * (x - f)."""
+    return t * x - (step[0] if len(step) == 1 else torch.mul(*step))
