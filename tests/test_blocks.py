@@ -16,6 +16,7 @@ from resdiag.models.variants import VARIANTS
 from resdiag.watch import skip
 from resdiag.watch.blocks import find_blocks
 from resdiag.watch.monitor import attach
+from resdiag.watch.shares import TANGLED
 
 COUNTS = {
     "resnet18": 8,
@@ -626,7 +627,7 @@ def test_a_gate_on_the_shortcut_is_a_kind_of_its_own(spelling):
     assert frame.skip_gain.isna().all()
     assert frame.shortcut_share.isna().all()
     reasons = {entry["reason"] for entry in monitor.unavailable}
-    assert {skip.MIXED, "a gate on the shortcut depends on the block's input"} <= reasons
+    assert {skip.MIXED, TANGLED} <= reasons
 
 
 @pytest.mark.parametrize("name", NOT_GATED)
@@ -655,3 +656,82 @@ def test_a_recurrent_cell_s_gate_is_none(step):
             return h
 
     assert find_blocks(Recurrent(), torch.randn(2, 4, 6)) == []
+
+
+# -- two streams -----------------------------------------------------------------------------------
+
+STREAMS = {
+    "halves": lambda m, x: m.stem(x).chunk(2, 1),
+    "slices": lambda m, x: ((y := m.stem(x))[:, :6], y[:, 6:]),
+    "the same twice": lambda m, x: (m.one(x),) * 2,
+    "copies": lambda m, x: torch.cat([m.one(x)] * 2, 1).chunk(2, 1),
+    "two maps": lambda m, x: (m.one(x), m.other(x)),
+}
+
+
+class _Coupled(nn.Module):
+    """a = a + f(b), b = b + g(a), three times, as in RevNet (Gomez et al. 2017, arXiv:1707.04585)."""
+
+    def __init__(self, begin, joins=False):
+        super().__init__()
+        self.begin, self.joins = begin, joins
+        self.stem, self.one, self.other = nn.Linear(12, 12), nn.Linear(12, 6), nn.Linear(12, 6)
+        self.f, self.g = (nn.ModuleList(nn.Linear(6, 6) for _ in range(3)) for _ in "fg")
+
+    def forward(self, x):
+        a, b = self.begin(self, x)
+        for f, g in zip(self.f, self.g, strict=True):
+            a = a + F.relu(f(b))
+            b = b + F.relu(g(a))
+            if self.joins:
+                a, b = torch.cat([a, b], 1).chunk(2, 1)
+        return torch.cat([a, b], 1)
+
+
+@pytest.mark.parametrize("joins", [False, True])
+@pytest.mark.parametrize("begin", STREAMS)
+def test_every_addition_of_two_streams_is_a_block(begin, joins):
+    model = _Coupled(STREAMS[begin], joins)
+    x = torch.randn(4, 12)
+    with attach(model, samples=None) as monitor:
+        model(x).square().sum().backward()
+        monitor.step()
+    assert len(monitor.blocks) == 6
+    assert monitor.notes == []
+    if begin == "two maps":
+        return
+    at = monitor.to_frame().iloc[0]
+    with torch.no_grad():
+        a, b = STREAMS[begin](model, x)
+        ratio = (F.relu(model.f[0](b)).norm() / a.norm()).item()
+    assert at.branch_ratio == pytest.approx(ratio, rel=1e-5)
+
+
+def test_a_bias_added_in_every_layer_is_no_stream_although_the_stream_comes_from_it():
+    def biased(net, x, a, b, c, d):
+        bias = F.embedding((x[:, 0] > 0).long(), d.weight)
+        h = c(x)
+        for layer in (a, b, a):
+            h = h + F.relu(layer(h) + bias)
+        return h
+
+    found = find_blocks(Net(biased), torch.randn(4, 6))
+    assert [block.branch for block in found] == [("linear", "add", "relu")] * 3
+
+
+def test_pieces_of_three_are_a_hierarchy():
+    class Hierarchy(nn.Module):
+        """Res2Net, with every piece used."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem, self.maps = nn.Linear(6, 6), nn.ModuleList(nn.Linear(2, 2) for _ in "abc")
+
+        def forward(self, x):
+            h, out = 0, []
+            for piece, f in zip(self.stem(x).chunk(3, 1), self.maps, strict=True):
+                h = f(piece + h)
+                out.append(h)
+            return torch.cat(out, 1)
+
+    assert find_blocks(Hierarchy(), torch.randn(4, 6)) == []

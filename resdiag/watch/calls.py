@@ -147,6 +147,11 @@ class Call:
         return self.name in ("mul", "rmul", "imul", "multiply")
 
     @property
+    def is_sum(self) -> bool:
+        """Whether it adds or subtracts."""
+        return self.name in ("add", "radd", "iadd", "sub", "rsub", "isub", "subtract")
+
+    @property
     def normalises(self) -> bool:
         """Whether it is a normalisation or a step of one that is written by hand."""
         return self.is_normalisation or self.name in _STATISTICS

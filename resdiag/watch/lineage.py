@@ -28,6 +28,7 @@ class Node:
         piece: Which piece of its parent it is ("" for the whole): a split gives unlike pieces.
         features: The dimension that parameterised operations treated as channels, if known.
         discrete: It has no floating point: nothing descends from it through gradients.
+        size: How many elements it has.
         stream: Of a residual sum, the operand that is the shortcut.
         gate: Of a product with a difference, as in x + t * (f - x), the other factor.
     """
@@ -40,6 +41,7 @@ class Node:
     piece: str = ""
     features: int | None = None
     discrete: bool = False
+    size: int = 0
     stream: int | None = None
     gate: Tensor | None = None
 
@@ -147,7 +149,10 @@ class Lineage:
         """A tensor is the input of a module: it is part of the pass."""
         number = self.number(tensor)
         if number is None:
-            number = self._add(tensor, Node(weakref.ref(tensor), discrete=_is_discrete(tensor)))
+            number = self._add(
+                tensor,
+                Node(weakref.ref(tensor), discrete=_is_discrete(tensor), size=tensor.numel()),
+            )
         return number
 
     def descend(self, inputs: Iterable[Tensor]) -> Descent:
@@ -190,6 +195,7 @@ class Lineage:
             piece,
             None if discrete else self._features(result, descent, call),
             discrete,
+            result.numel(),
             gate=self._gate(descent.parents, call),
         )
         return self._add(result, node)

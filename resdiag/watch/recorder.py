@@ -28,7 +28,7 @@ from resdiag.watch.hindsight import Hindsight
 from resdiag.watch.lookback import Lookback
 from resdiag.watch.ownvalues import OwnValues
 from resdiag.watch.pool import Pool
-from resdiag.watch.shares import Shares, entries
+from resdiag.watch.shares import TANGLED, Shares, entries
 from resdiag.watch.sites import COLUMNS as SITE_COLUMNS
 from resdiag.watch.sites import Part, Sites
 from resdiag.watch.skip import COLUMNS, SkipPath
@@ -656,15 +656,13 @@ class Recorder:
         x, h = addition.origin, addition.shortcut
         if x is None or not x.requires_grad:
             return
-        if addition.is_gated:  # the gate's own gradient is the branch's as well
-            self.miss(
-                row, ("shortcut_share",), "a gate on the shortcut depends on the block's input"
-            )
-            return
         if h is x:
             self._shares.pass_on(row, addition.shortcut_scale)
             return
-        leaving = entries(h, x)
+        leaving = None if addition.is_gated else entries(h, x)
+        if leaving is None:
+            self.miss(row, ("shortcut_share",), TANGLED)
+            return
         if not leaving and torch.is_grad_enabled():
             reason = "no gradient leads from the shortcut back to the block's input"
             self.miss(row, ("shortcut_share",), reason)

@@ -11,6 +11,7 @@ from resdiag.watch.calls import Call
 from resdiag.watch.frame import Frame
 from resdiag.watch.gated import Mix, read_mix
 from resdiag.watch.lineage import Depth, Lineage, Scope
+from resdiag.watch.streams import are_pieces, was_added
 from resdiag.watch.sums import Operand, Sum
 
 _LEFT, _RIGHT = 1, 2
@@ -147,9 +148,10 @@ class Residuals:
           often than the shortcut does: else they are parallel branches,
         - the shortcut does not but for linear maps: no product of two tensors of the pass, no
           activation between two maps,
-        - they are not different pieces of x, as in Res2Net's hierarchy of splits,
-        - no residual sum on the branch has a shortcut that passes x by: else x is only added to
-          somebody else's stream again and again, as a position bias is,
+        - they are not different pieces of x, as in Res2Net's hierarchy of splits; but the two halves
+          of x are two streams, as in a RevNet,
+        - no residual sum on the branch has a shortcut that passes x by if x was added to something
+          before: else it is a position bias, added to somebody else's stream again and again,
         - the shortcut begins inside the module whose forward runs the addition, or at its input.
 
         Of a mixture, the operands are what the gate takes its shares of. A gate that x is but one
@@ -177,11 +179,12 @@ class Residuals:
         on_branch = [n for n in reversed(between) if ways[n] == long and n in depths]
         if depths[branch][:2] == (0, 0) or not self._is_shortcut(on_shortcut):
             return None
-        if self._are_pieces(origin, on_shortcut, on_branch):
+        if are_pieces(self._lineage, origin, on_shortcut, on_branch):
             return None
-        if any(
+        passed_by = any(
             (s := self._lineage.node(n).stream) is not None and s not in depths for n in on_branch
-        ):
+        )
+        if passed_by and was_added(self._lineage, origin):
             return None
         if not _is_inside(scope, origin, on_shortcut, on_branch, depths[shortcut] == _NONE):
             return None
@@ -262,15 +265,6 @@ class Residuals:
             activated = mapped and (activated or acts)
         return True
 
-    def _are_pieces(self, origin: int, on_shortcut: list[int], on_branch: list[int]) -> bool:
-        """Whether the shortcut and the branch begin with different pieces of the origin."""
-        pieces = [
-            {self._lineage.node(n).piece for n in way if origin in self._lineage.node(n).parents}
-            for way in (on_shortcut, on_branch)
-        ]
-        one, other = pieces
-        return bool(one) and "" not in one | other and one.isdisjoint(other)
-
     def _path(self, number: int, origin: int) -> tuple[Call, ...] | None:
         """Calls from `origin` to a tensor if each can be repeated, else None."""
         calls: list[Call] = []
@@ -278,9 +272,17 @@ class Residuals:
             node = self._lineage.node(number)
             if node.call is None or not node.repeatable or number < origin:
                 return None
-            calls.append(node.call)
+            calls.append(_piece_of(node.call, node.piece))
             (number,) = node.parents
         return tuple(reversed(calls))
+
+
+def _piece_of(call: Call, piece: str) -> Call:
+    """A call that returns one tensor: of a split, one of those it returns."""
+    name, _, index = piece.partition(" ")
+    if not index.isdigit() or name != call.name:
+        return call
+    return Call(lambda x: call(x)[int(index)], (), {})
 
 
 def _is_inside(
