@@ -670,7 +670,7 @@ STREAMS = {
 
 
 class _Coupled(nn.Module):
-    """a = a + f(b), b = b + g(a), three times, as in RevNet (Gomez et al. 2017, arXiv:1707.04585)."""
+    """a = a + f(b), b = b + g(a), three times (RevNet: Gomez et al. 2017, arXiv:1707.04585)."""
 
     def __init__(self, begin, joins=False):
         super().__init__()
@@ -735,3 +735,105 @@ def test_pieces_of_three_are_a_hierarchy():
             return torch.cat(out, 1)
 
     assert find_blocks(Hierarchy(), torch.randn(4, 6)) == []
+
+
+# -- what is a part of a layer ---------------------------------------------------------------------
+
+
+class _StateSpace(nn.Module):
+    """C h + D x on what it is handed, as S4 has it, or on a part of a map of it, as Mamba does."""
+
+    def __init__(self, expands):
+        super().__init__()
+        self.expands, width = expands, 12 if expands else 6
+        self.up, self.down = nn.Linear(6, 24), nn.Linear(width, 6)
+        self.scan, self.d = nn.Linear(width, width), nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        gate = x
+        if self.expands:
+            x, gate = self.up(x).chunk(2, 2)
+            x = F.silu(x)
+        y = self.scan(x).cumsum(1) + x * self.d
+        return self.down(y * F.silu(gate))
+
+
+class _PreNorm(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(6), layer
+
+    def forward(self, x):
+        return x + self.layer(self.norm(x))
+
+
+class _Scaled(nn.Module):
+    """A shortcut with a learned scale, as in PoolFormer v2, pre-norm or post-norm."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.before, self.norm, self.layer = before, nn.LayerNorm(6), nn.Linear(6, 6)
+        self.scale = nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        if self.before:
+            return x * self.scale + self.layer(self.norm(x))
+        x = self.norm(torch.addcmul(self.layer(x), x, self.scale))
+        return self.norm(torch.addcmul(self.layer(x), x, self.scale))
+
+
+@pytest.mark.parametrize("expands", [True, False])
+def test_the_skip_of_a_state_space_is_a_part_of_the_mixer(expands):
+    model = nn.Sequential(*(_PreNorm(_StateSpace(expands)) for _ in range(3)))
+    assert [b.name for b in find_blocks(model, torch.randn(2, 4, 6))] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize(("before", "count"), [(True, 3), (False, 6)])
+def test_a_learned_scale_on_a_stream_is_none(before, count):
+    stem = [nn.Linear(6, 6), nn.LayerNorm(6), nn.ReLU()]
+    model = nn.Sequential(nn.Sequential(*stem), *(_Scaled(before) for _ in range(3)))
+    assert len(find_blocks(model, torch.randn(2, 6))) == count
+
+
+def test_a_position_made_of_a_detached_prediction_is_no_branch():
+    """As RT-DETR embeds the boxes that it predicted; a branch detached as a whole is a block."""
+
+    def refined(net, x, a, b, c, d):
+        place = b(torch.sigmoid(a(x)).detach())
+        return x + c((x + place).relu())
+
+    assert [block.branch[-1] for block in find_blocks(Net(refined), torch.randn(2, 6))] == [
+        "linear"
+    ]
+    whole = [lambda n, x, a, b, *_: x + a(x).detach(), lambda n, x, a, b, *_: x + a(x.detach())]
+    for function in whole:
+        assert len(find_blocks(Net(function), torch.randn(2, 6))) == 1
+
+
+PARAMETRIZED = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETRIZED)
+def test_a_weight_that_is_computed_from_parameters_is_a_weight(name):
+    class Projected(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layers = (nn.Conv2d(4, 4, size, padding=size // 2) for size in (3, 3, 1))
+            self.f, self.g, self.h = map(PARAMETRIZED[name], layers)
+
+        def forward(self, x):
+            return F.relu(self.g(F.relu(self.f(x))) + self.h(x))
+
+    model = nn.Sequential(*(Projected() for _ in range(3)))
+    with attach(model, samples=None) as monitor:
+        model(torch.randn(2, 4, 5, 5)).square().sum().backward()
+        monitor.step()
+    assert [block.shortcut for block in monitor.blocks] == ["projection"] * 3
+    assert {block.branch for block in monitor.blocks} == {("conv2d", "relu", "conv2d")}
+    for row, block in enumerate(model):
+        members = {id(p) for p in monitor._recorder.anatomy.parameters[row]}
+        assert members == {id(p) for p in block.parameters()}

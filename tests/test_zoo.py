@@ -117,8 +117,8 @@ TRANSFORMERS = {
     "mpnet": (_TWO, 2 * 2, "2 layers: attention, MLP; relative position bias"),
     "mamba": (
         {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, **_TEXT},
-        2 * 2,
-        "2 layers: x + mixer, in it the state space's own skip C h + D x",
+        2,
+        "2 layers: x + mixer; the state space's own skip C h + D x is a part of it",
     ),
 }
 

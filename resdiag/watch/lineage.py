@@ -155,6 +155,16 @@ class Lineage:
             )
         return number
 
+    def are_weights(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether what goes into a module of the pass is made of parameters alone.
+
+        Then the module makes a weight, e.g. by a parametrisation, and belongs to no stream.
+        """
+        known = bool(self._nodes and tensors)
+        return known and all(
+            self.number(x) is None and self._made_of(x) is not None for x in tensors
+        )
+
     def descend(self, inputs: Iterable[Tensor]) -> Descent:
         """What the inputs of a call hand on to its results."""
         parents: list[int] = []
@@ -327,10 +337,13 @@ class Lineage:
 
     def _made_of(self, tensor: Tensor) -> tuple[nn.Parameter, ...] | None:
         """The parameters that a tensor is, or was computed from alone; None if it is neither."""
+        # first: x.H of a parameter, without gradients, is a leaf that asks for one
+        reference, parameters = self._weights.get(id(tensor), (None, ()))
+        if reference is not None and reference() is tensor:
+            return parameters
         if isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad):
             return (cast(nn.Parameter, tensor),)  # or what functional_call puts in its place
-        reference, parameters = self._weights.get(id(tensor), (None, ()))
-        return parameters if reference is not None and reference() is tensor else None
+        return None
 
 
 def _is_discrete(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ from resdiag.watch.calls import Call
 from resdiag.watch.frame import Frame
 from resdiag.watch.gated import Mix, read_mix
 from resdiag.watch.lineage import Depth, Lineage, Scope
-from resdiag.watch.streams import are_pieces, was_added
+from resdiag.watch.streams import are_pieces, is_cut, is_inner, was_added
 from resdiag.watch.sums import Operand, Sum
 
 _LEFT, _RIGHT = 1, 2
@@ -25,6 +25,7 @@ class Meeting:
     Attributes:
         swapped: Whether the right operand is the shortcut.
         origin: That tensor: the block's input; None if it is gone.
+        begin: Its number.
         shortcut: The shortcut's number.
         shortcut_count: Parameterised calls between it and the shortcut.
         path: The calls that lead from it to the shortcut if they can be repeated, else None.
@@ -34,12 +35,14 @@ class Meeting:
         is_learned: Whether a parameterised transformation is on the branch.
         begins_activated: Whether the origin was normalised or activated inside the module.
         features: The channel dimension of the sum, if known.
-        is_gated: Whether a gate multiplies the shortcut.
+        is_scaled: Whether a parameter multiplies the shortcut.
+        is_gated: Whether a gate does.
         sides: The operands, shortcut first, as they enter the sum; set once it is called residual.
     """
 
     swapped: bool
     origin: Tensor | None
+    begin: int
     shortcut: int
     shortcut_count: int
     path: tuple[Call, ...] | None
@@ -49,6 +52,7 @@ class Meeting:
     is_learned: bool
     begins_activated: bool
     features: int | None
+    is_scaled: bool
     is_gated: bool = False
     sides: tuple[Operand, Operand] = ()  # type: ignore[assignment]
 
@@ -84,11 +88,19 @@ class Residuals:
             meeting = self.judge(left, right, frame.scope, mix)
             # where the shortcut was handed in and the branch half done, it may as well
             if meeting is not None or not {left, right} & frame.scope.entries:
-                return None if meeting is None else self._accept(meeting, spelled, mix)
+                return None if meeting is None else self._accept(meeting, spelled, mix, frames)
         return None
 
-    def _accept(self, meeting: Meeting, spelled: Sum, mix: Mix | None) -> Meeting | None:
-        """The operands of a sum that is residual by the ways to them."""
+    def _accept(
+        self, meeting: Meeting, spelled: Sum, mix: Mix | None, frames: Sequence[Frame]
+    ) -> Meeting | None:
+        """The operands of a sum that is residual by the ways to them.
+
+        A shortcut that a parameter multiplies is a layer's own where it begins inside the layer:
+        the D x of a state space is a part of the branch that the mixer is.
+        """
+        if meeting.is_scaled and is_inner(self._lineage, meeting.begin, frames):
+            return None
         sides = spelled.left, spelled.right
         if mix is not None and mix.shares is not None:
             sides = mix.shares
@@ -148,10 +160,11 @@ class Residuals:
           often than the shortcut does: else they are parallel branches,
         - the shortcut does not but for linear maps: no product of two tensors of the pass, no
           activation between two maps,
-        - they are not different pieces of x, as in Res2Net's hierarchy of splits; but the two halves
-          of x are two streams, as in a RevNet,
+        - they are not different pieces of x, as in Res2Net's hierarchy of splits; but two halves of
+          x are two streams, as in a RevNet,
         - no residual sum on the branch has a shortcut that passes x by if x was added to something
           before: else it is a position bias, added to somebody else's stream again and again,
+        - the branch is not detached between two of its maps,
         - the shortcut begins inside the module whose forward runs the addition, or at its input.
 
         Of a mixture, the operands are what the gate takes its shares of. A gate that x is but one
@@ -180,6 +193,8 @@ class Residuals:
         if depths[branch][:2] == (0, 0) or not self._is_shortcut(on_shortcut):
             return None
         if are_pieces(self._lineage, origin, on_shortcut, on_branch):
+            return None
+        if depths[branch][0] and is_cut(self._lineage, branch, depths):
             return None
         passed_by = any(
             (s := self._lineage.node(n).stream) is not None and s not in depths for n in on_branch
@@ -228,6 +243,7 @@ class Residuals:
         return Meeting(
             swapped=swapped,
             origin=None if reference is None else reference(),
+            begin=origin,
             shortcut=shortcut,
             shortcut_count=sum(bool(node(n).parameters) for n in on_shortcut),
             path=self._path(shortcut, origin),
@@ -240,6 +256,10 @@ class Residuals:
             begins_activated=at.call is not None
             and (at.call.is_activation or at.call.is_normalisation),
             features=next((f for f in found if f is not None), None),
+            is_scaled=any(
+                (call := node(n).call) is not None and call.is_product and node(n).parameters
+                for n in on_shortcut
+            ),
         )
 
     def _depths(self, origin: int, numbers: Iterable[int]) -> dict[int, Depth]:

@@ -372,6 +372,7 @@ class Tracer(TorchFunctionMode):
             self._pop(module, output)
 
     def _push(self, name: str, module: nn.Module, inputs: list[Tensor]) -> None:
+        inputs = [] if self._lineage.are_weights(inputs) else inputs
         entry = first_floating(inputs)
         start = len(self._lineage)
         numbers = [self._lineage.enter(tensor) for tensor in inputs]

@@ -122,7 +122,7 @@ class Search:
     def enter(self, name: str, module: nn.Module, x: Tensor | None) -> None:
         """A module's forward begins on `x`, its first floating-point input."""
         start, number = len(self._lineage), None
-        if x is not None:
+        if x is not None and not self._lineage.are_weights([x]):
             number = self._lineage.enter(x)
             if next(module.parameters(), None) is not None:
                 self._pass(number, x)
