@@ -249,11 +249,19 @@ TRANSFORMERS = {
     "wav2vec2": (_SOUND, 5, f"{_LAYERS}; x + position convolution"),
     "hubert": (_SOUND, 5, f"{_LAYERS}; x + position convolution"),
     "wav2vec2-conformer": (_SOUND, 8, "2 layers: MLP, attention, convolution, MLP"),
+    "wav2vec2-bert": (_TEXT, 8, "2 layers: MLP, attention, convolution, MLP"),
+    "audio-spectrogram-transformer": (_TEXT, 4, _LAYERS),
+    "speech_to_text": ({**_BART, "conv_channels": 16}, 13, _CODER),
+    "encodec": ({}, 10, "encoder and decoder: 4 units, x + LSTM; weights are normalised"),
+    "reformer": ({}, 12, "6 layers of two streams: attention, MLP"),
+    "falcon_mamba": ({"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "vocab_size": 50},
+                     2, "2 layers: x + mixer"),
+    "rt_detr": ({}, 40, "3+4+6+3 of the backbone, 2 of the encoder, 4 scales, 6 layers of 3"),
     "detr": (_DETR, 16 + 2 * 2 + 3 * 3, "ResNet-50; position embeddings added in every layer"),
 }  # fmt: skip
 
 ALWAYS = {"dla34", "repvit_m0_9", "dpn68", "gcresnet33ts", "regnet_x_400mf", "r3d_18", "bart",
-          "deberta", "cohere", "detr"}  # fmt: skip
+          "deberta", "cohere", "detr", "reformer", "encodec"}  # fmt: skip
 """What a rule was made for, and some of the rest."""
 
 

@@ -54,7 +54,7 @@ class Meeting:
     features: int | None
     is_scaled: bool
     is_gated: bool = False
-    sides: tuple[Operand, Operand] = ()  # type: ignore[assignment]
+    sides: tuple[Operand, ...] = ()
 
 
 class Residuals:

@@ -98,9 +98,9 @@ def read_sum(
         weight = float(given[2])
         return Sum(Operand(tensors[:1], 1 - weight), Operand(tensors[1:], weight))
     if function in _LERP and len(tensors) == 3:
-        start, end, weight = tensors
+        start, end, gate = tensors
         rest, product = Call(rest_of, (), {}), Call(torch.mul, (), {})
-        return Sum(Operand((start, weight), call=rest), Operand((end, weight), call=product))
+        return Sum(Operand((start, gate), call=rest), Operand((end, gate), call=product))
     if function in _ADDCMUL and len(tensors) == 3:
         product = Call(torch.mul, (), {})
         scale = float(kwargs.get("value", 1))
