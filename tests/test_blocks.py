@@ -585,6 +585,7 @@ GATED = {
     "a negative": lambda x, h, t: (-t + 1) * x + t * h,
     "dropout": lambda x, h, t: F.dropout(t * h, 0.5, training=False) + (1 - t) * x,
     "x + t (h - x)": lambda x, h, t: x + t * (h - x),
+    "x - (-t) (h - x)": lambda x, h, t: torch.sub(x, (h - x) * t, alpha=-1),
     "in place": lambda x, h, t: x.clone().mul_(1 - t).add_(h * t),
     "lerp": torch.lerp,
     "lerp by keyword": lambda x, h, t: x.lerp(end=h, weight=t),
@@ -592,12 +593,15 @@ GATED = {
     "addcmul of a step": lambda x, h, t: torch.addcmul(x, t, h - x),
 }
 
+_MASK = torch.tensor([[0.0, 1.0] * 3])
+
 NOT_GATED = {
     "a linear unit": (lambda x, h, t: h * t, []),
     "two gates": (lambda x, h, t: t * h + torch.tanh(t) * x, []),
     "the same gate twice": (lambda x, h, t: t * h + t * x, []),
     "a mixture of two maps": (lambda x, h, t: t * h + (1 - t) * F.gelu(t.log()), []),
     "squeeze and excitation": (lambda x, h, t: x + t * h, ["identity"] * 3),
+    "a mask": (lambda x, h, t: _MASK * h + (1 - _MASK) * x, ["identity"] * 3),
     "a number": (lambda x, h, t: torch.lerp(x, h, 0.3), ["identity"] * 3),
     "a constant": (lambda x, h, t: torch.lerp(x, h, torch.tensor(0.3)), ["identity"] * 3),
 }
@@ -837,3 +841,44 @@ def test_a_weight_that_is_computed_from_parameters_is_a_weight(name):
     for row, block in enumerate(model):
         members = {id(p) for p in monitor._recorder.anatomy.parameters[row]}
         assert members == {id(p) for p in block.parameters()}
+
+
+class _Gate(nn.Module):
+    """x and what a sublayer made of it, as in GTrXL (Parisotto et al. 2019, arXiv:1910.06764)."""
+
+    def __init__(self):
+        super().__init__()
+        self.z, self.q = nn.Linear(12, 6), nn.Linear(12, 6)
+
+    def forward(self, x, y):
+        z = torch.sigmoid(self.z(torch.cat([x, y], -1)))
+        return (1 - z) * x + z * torch.tanh(self.q(torch.cat([x, y], -1)))
+
+
+def _one_map(net, x, a, b, c, d):
+    """The branch and its gate are halves of one map, as AllenNLP has it."""
+    h, t = F.linear(x, torch.cat([a.weight, b.weight])).chunk(2, 1)
+    t = torch.sigmoid(t)
+    return t * x + (1 - t) * torch.relu(h)
+
+
+def _composed(net, x, a, b, c, d):
+    """What a mask lets through of the network's own result."""
+    mask = (x.cumsum(1) > 0).float()
+    return mask * b(torch.relu(a(x))) + (1 - mask) * x
+
+
+def test_gates_of_other_forms():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.f, self.gate = nn.LayerNorm(6), nn.Linear(6, 6), _Gate()
+
+        def forward(self, x):
+            return self.gate(x, self.f(self.norm(x)))
+
+    found = find_blocks(nn.Sequential(Layer(), Layer()), torch.randn(4, 6))
+    assert [(b.name, b.shortcut) for b in found] == [("0.gate", "gated"), ("1.gate", "gated")]
+    (block,) = find_blocks(Net(_one_map), torch.randn(4, 6))
+    assert block.shortcut == "gated"
+    assert find_blocks(Net(_composed), torch.randn(4, 6)) == []

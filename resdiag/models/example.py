@@ -159,10 +159,10 @@ class _Maker:
             length = 2 * int(getattr(config, "max_source_positions", 50))
             return self._normal((int(bins), length))
         if name == "input_values":
-            spectrum = [getattr(config, said, None) for said in ("max_length", "num_mel_bins")]
+            sizes: list[Any] = [getattr(config, n, None) for n in ("max_length", "num_mel_bins")]
             channels = getattr(config, "audio_channels", None)
-            if all(isinstance(size, int) for size in spectrum):
-                return self._normal(tuple(map(int, spectrum)))
+            if all(isinstance(size, int) for size in sizes):  # a spectrogram
+                return self._normal(tuple(sizes))
             return self._normal((*([channels] if channels else []), _SAMPLES_OF_AUDIO))
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         vocabulary = getattr(text, "vocab_size", None)

@@ -1,5 +1,6 @@
 """A gate on the shortcut, as in a Highway network: the spellings of t * f + (1 - t) * x."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -52,7 +53,7 @@ def read_mix(lineage: Lineage, spelled: Sum, left: int, right: int) -> Mix | Non
     """The mixture that a sum of two operands is; None if it is none."""
     if spelled.left.scale != 1 or abs(spelled.right.scale) != 1:
         return None
-    if not spelled.is_difference:
+    if spelled.right.scale > 0:
         for one in _products(lineage, left):
             for other in _products(lineage, right):
                 if _share_one(lineage, one, other):
@@ -107,48 +108,37 @@ def _is_second(lineage: Lineage, call: Call, number: int) -> bool:
 
 def _read_step(lineage: Lineage, spelled: Sum, left: int, right: int) -> Mix | None:
     """A step x + t * (f - x) towards f, or x - t * (x - f)."""
-    for swapped, (start, step) in enumerate(((left, right), (right, left))):
-        sides = (spelled.right, spelled.left) if swapped else (spelled.left, spelled.right)
+    ahead = spelled.right.scale > 0
+    orders = [(left, spelled.left, right, spelled.right)]
+    if ahead:
+        orders.append((right, spelled.right, left, spelled.left))
+    for start, at, step, by in orders:
         for product in _products(lineage, step):
             node = lineage.node(product.value)
-            if node.call is None or node.call.name not in ("sub", "subtract"):
+            if product.number != step or not node.is_difference:
                 continue
-            if product.number != step or len(node.parents) != 2 or node.call.kwargs.get("alpha"):
+            end, begin = node.parents if ahead else node.parents[::-1]
+            if begin != start:
                 continue
-            to, off = node.parents[::-1] if spelled.is_difference else node.parents
-            if off == start and not (spelled.is_difference and swapped):
-                shares = _shares(lineage, sides, product)
-                ordered = ((to, start) if swapped else (start, to)), (left, right)
-                return Mix(
-                    *ordered[0],
-                    product.gate,
-                    ordered[1],
-                    shares[::-1] if shares and swapped else shares,
-                )
+            shares = _shares(lineage, at, by, product)
+            if start == left:
+                return Mix(start, end, product.gate, (left, right), shares)
+            return Mix(end, start, product.gate, (left, right), shares and shares[::-1])
     return None
 
 
 def _shares(
-    lineage: Lineage, sides: tuple[Operand, Operand], product: _Product
+    lineage: Lineage, start: Operand, step: Operand, product: _Product
 ) -> tuple[Operand, Operand] | None:
     """What a step leaves of its start, and what it takes of its goal; None if the gate is gone."""
-    start, step = sides
     gate = lineage.node(product.number).gate
     gate = next((x for x in step.inputs if lineage.number(x) == product.gate), gate)
     if gate is None:
         return None
-    x, t = start.inputs[0], gate
-    return (
-        Operand((x, t), call=Call(rest_of, (), {})),
-        Operand((x, t, *step.inputs), call=Call(_goal if step.scale > 0 else _goal_off, (), {})),
-    )
 
+    def goal(x: Tensor, t: Tensor, *factors: Tensor) -> Tensor:
+        return t * x + step.scale * functools.reduce(torch.mul, factors)
 
-def _goal(x: Tensor, t: Tensor, *step: Tensor) -> Tensor:
-    """What t * (f - x), or its factors, has of f."""
-    return t * x + (step[0] if len(step) == 1 else torch.mul(*step))
-
-
-def _goal_off(x: Tensor, t: Tensor, *step: Tensor) -> Tensor:
-    """The same for t * (x - f)."""
-    return t * x - (step[0] if len(step) == 1 else torch.mul(*step))
+    pair = start.inputs[0], gate
+    rest = Operand(pair, call=Call(rest_of, (), {}))
+    return rest, Operand((*pair, *step.inputs), call=Call(goal, (), {}))

@@ -61,6 +61,12 @@ class Node:
         )
 
     @property
+    def is_difference(self) -> bool:
+        """Whether it is one tensor of the pass less another."""
+        known = self.call is not None and self.call.name in ("sub", "subtract")
+        return known and len(self.parents) == 2
+
+    @property
     def is_transform(self) -> bool:
         """Whether it mixes positions or channels."""
         return self.call is not None and self.call.is_transform
@@ -147,12 +153,10 @@ class Lineage:
 
     def enter(self, tensor: Tensor) -> int:
         """A tensor is the input of a module: it is part of the pass."""
-        number = self.number(tensor)
+        number, size = self.number(tensor), tensor.numel()
         if number is None:
-            number = self._add(
-                tensor,
-                Node(weakref.ref(tensor), discrete=_is_discrete(tensor), size=tensor.numel()),
-            )
+            node = Node(weakref.ref(tensor), discrete=_is_discrete(tensor), size=size)
+            number = self._add(tensor, node)
         return number
 
     def are_weights(self, tensors: Sequence[Tensor]) -> bool:
@@ -160,10 +164,8 @@ class Lineage:
 
         Then the module makes a weight, e.g. by a parametrisation, and belongs to no stream.
         """
-        known = bool(self._nodes and tensors)
-        return known and all(
-            self.number(x) is None and self._made_of(x) is not None for x in tensors
-        )
+        strange = bool(self._nodes) and all(self.number(x) is None for x in tensors)
+        return strange and bool(tensors) and None not in map(self._made_of, tensors)
 
     def descend(self, inputs: Iterable[Tensor]) -> Descent:
         """What the inputs of a call hand on to its results."""
@@ -293,10 +295,6 @@ class Lineage:
         """A tensor and where it came from."""
         return self._nodes[number]
 
-    def call(self, number: int) -> Call | None:
-        """What made a tensor."""
-        return self._nodes[number].call
-
     def descends(self, number: int, ancestor: int) -> bool:
         """Whether a tensor was made from another."""
         queue, seen = [number], {number}
@@ -325,8 +323,8 @@ class Lineage:
         if call is None or not call.is_product or len(parents) != 2:
             return None
         for value, gate in (parents, parents[::-1]):
-            made, reference = self._nodes[value].call, self._nodes[gate].tensor
-            if made is not None and made.name in ("sub", "subtract") and reference is not None:
+            reference = self._nodes[gate].tensor
+            if self._nodes[value].is_difference and reference is not None:
                 return reference()
         return None
 

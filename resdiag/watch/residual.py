@@ -102,9 +102,9 @@ class Residuals:
         if meeting.is_scaled and is_inner(self._lineage, meeting.begin, frames):
             return None
         sides = spelled.left, spelled.right
-        if mix is not None and mix.shares is not None:
-            sides = mix.shares
-        elif mix is None and spelled.is_difference and (meeting.swapped or not meeting.is_learned):
+        if meeting.is_gated:
+            sides = (mix and mix.shares) or sides
+        elif spelled.is_difference and (meeting.swapped or not meeting.is_learned):
             return None
         shortcut, branch = sides[::-1] if meeting.swapped else sides
         if shortcut.shape != torch.broadcast_shapes(shortcut.shape, branch.shape):
@@ -181,6 +181,8 @@ class Residuals:
             between.append(number)
         if origin is None:
             return None
+        if mix is not None and not self._lineage.descends(mix.gate, origin):
+            return self.judge(*mix.operands, scope)  # a mask, or another factor from outside
         depths = self._depths(origin, reversed(between))
         one, other = depths[left], depths[right]
         if one[:2] == other[:2]:
@@ -208,7 +210,7 @@ class Residuals:
         else:
             made = dict.fromkeys((left, right, mix.gate, *mix.operands), _LEFT)
             inside = [n for n in self._lineage.walk(made, origin) if n != origin]
-            if origin in made and self._is_recurrent(mix.gate, origin):
+            if self._is_recurrent(mix.gate, origin):
                 return None
         found = self._meeting(swapped, origin, shortcut, branch, on_shortcut, on_branch, inside)
         return found if mix is None else replace(found, is_gated=True, path=None)

@@ -174,7 +174,7 @@ class Search:
         assert output is not None
         assert visit.shape is not None
         tail = lineage.tail(output, users)
-        after = tuple(call for n in tail if (call := lineage.call(n)) is not None)
+        after = tuple(call for n in tail if (call := lineage.node(n).call) is not None)
         later = [p for n in tail for p in lineage.parameters(n)]
         return Unit(
             owner=visit.name,
