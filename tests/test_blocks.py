@@ -16,7 +16,6 @@ from resdiag.models.variants import VARIANTS
 from resdiag.watch import skip
 from resdiag.watch.blocks import find_blocks
 from resdiag.watch.monitor import attach
-from resdiag.watch.shares import TANGLED
 
 COUNTS = {
     "resnet18": 8,
@@ -593,6 +592,8 @@ GATED = {
     "addcmul of a step": lambda x, h, t: torch.addcmul(x, t, h - x),
 }
 
+TANGLED = "what comes through the shortcut cannot be told from what comes through the branch"
+
 _MASK = torch.tensor([[0.0, 1.0] * 3])
 
 NOT_GATED = {
@@ -709,6 +710,10 @@ def test_every_addition_of_two_streams_is_a_block(begin, joins):
         a, b = STREAMS[begin](model, x)
         ratio = (F.relu(model.f[0](b)).norm() / a.norm()).item()
     assert at.branch_ratio == pytest.approx(ratio, rel=1e-5)
+    # the backward pass of a split hands on the gradients of its pieces as one
+    tangled = {row for entry in monitor.unavailable if entry["reason"] == TANGLED
+               for row in entry["blocks"]}  # fmt: skip
+    assert (0 in tangled) == (begin in ("halves", "copies"))
 
 
 def test_a_bias_added_in_every_layer_is_no_stream_although_the_stream_comes_from_it():
