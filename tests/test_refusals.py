@@ -341,7 +341,7 @@ PROVOKED = {
     "did other operations than the pass": "missing(seen, CHANGED)",
     "no gradient came to this tensor": "missing(seen, UNREACHED)",
     "its forward ran without gradients": "NO_BACKWARD}",
-    "a projection shortcut mixes units": "skip_path.MIXED in reasons",
+    "a projection or a gate is on the shortcut": "skip_path.MIXED in reasons",
     "something stands between the blocks": "skip_path.BROKEN in reasons",
     "DataParallel runs copies": "use DistributedDataParallel",
     "FullyShardedDataParallel (FSDP1)": "use torch.distributed.fsdp.fully_shard (FSDP2)",

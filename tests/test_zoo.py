@@ -117,8 +117,8 @@ TRANSFORMERS = {
     "mpnet": (_TWO, 2 * 2, "2 layers: attention, MLP; relative position bias"),
     "mamba": (
         {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, **_TEXT},
-        2 * 2,
-        "2 layers: x + mixer, in it the state space's own skip C h + D x",
+        2,
+        "2 layers: x + mixer; the state space's own skip C h + D x is a part of it",
     ),
 }
 
@@ -144,6 +144,10 @@ def test_the_blocks_of_transformers_networks(name):
     assert len(inspect_model(f"transformers:{name}", config).blocks) == count, reason
 
 
+def _couple(weight, a, b, *rest):
+    return a + b.relu() @ weight
+
+
 SPELLINGS = {
     "x - f(x)": (lambda x, f, g: x - f(x), 1),
     "torch.sub": (lambda x, f, g: torch.sub(x, f(x), alpha=0.5), 1),
@@ -159,7 +163,8 @@ SPELLINGS = {
     "the real part": (lambda x, f, g: x + torch.fft.fft(x).real, 1),
     "mean-centering": (lambda x, f, g: f(x) - f(x).mean(1, keepdim=True), 0),
     "gated recurrence": (lambda x, f, g: x * torch.sigmoid(f(x)) + g(f(x)), 0),
-    "pieces": (lambda x, f, g: (lambda a, b: a + b.relu() @ g.weight[:3, :3])(*x.chunk(2, 1)), 0),
+    "pieces": (lambda x, f, g: _couple(g.weight[:2, :2], *x.chunk(3, 1)), 0),
+    "halves": (lambda x, f, g: _couple(g.weight[:3, :3], *x.chunk(2, 1)), 1),
 }
 
 

@@ -228,8 +228,8 @@ TRANSFORMERS = {
     "rwkv": ({"hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16,
               "vocab_size": 50, "context_length": 64}, 4, "2 layers: time mixing, channel mixing"),
     "mamba2": ({"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "vocab_size": 50,
-                "num_heads": 4, "head_dim": 8, "n_groups": 1}, 4,
-               "2 layers: x + mixer, in it the state space's own skip C h + D x"),
+                "num_heads": 4, "head_dim": 8, "n_groups": 1}, 2,
+               "2 layers: x + mixer; the state space's own skip C h + D x is a part of it"),
     **dict.fromkeys(("mt5", "umt5", "longt5"), (_T5, 10, "2 layers of 2, 2 of 3")),
     "switch_transformers": ({**_T5, "num_decoder_layers": 2, "num_experts": 2}, 10,
                             "2 layers of 2, 2 of 3; experts are one branch"),
@@ -249,11 +249,19 @@ TRANSFORMERS = {
     "wav2vec2": (_SOUND, 5, f"{_LAYERS}; x + position convolution"),
     "hubert": (_SOUND, 5, f"{_LAYERS}; x + position convolution"),
     "wav2vec2-conformer": (_SOUND, 8, "2 layers: MLP, attention, convolution, MLP"),
+    "wav2vec2-bert": (_TEXT, 8, "2 layers: MLP, attention, convolution, MLP"),
+    "audio-spectrogram-transformer": (_TEXT, 4, _LAYERS),
+    "speech_to_text": ({**_BART, "conv_channels": 16}, 13, _CODER),
+    "encodec": ({}, 10, "encoder and decoder: 4 units, x + LSTM; weights are normalised"),
+    "reformer": ({}, 12, "6 layers of two streams: attention, MLP"),
+    "falcon_mamba": ({"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "vocab_size": 50},
+                     2, "2 layers: x + mixer"),
+    "rt_detr": ({}, 40, "3+4+6+3 of the backbone, 2 of the encoder, 4 scales, 6 layers of 3"),
     "detr": (_DETR, 16 + 2 * 2 + 3 * 3, "ResNet-50; position embeddings added in every layer"),
 }  # fmt: skip
 
 ALWAYS = {"dla34", "repvit_m0_9", "dpn68", "gcresnet33ts", "regnet_x_400mf", "r3d_18", "bart",
-          "deberta", "cohere", "detr"}  # fmt: skip
+          "deberta", "cohere", "detr", "reformer", "encodec"}  # fmt: skip
 """What a rule was made for, and some of the rest."""
 
 

@@ -14,6 +14,7 @@ from resdiag.models.source import Built
 _TOKENS = 32
 _IMAGE = 224
 _SAMPLES_OF_AUDIO = 16_000
+_FRAMES = 128
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -151,11 +152,18 @@ class _Maker:
             before = (frames,) if isinstance(frames, int) else ()
             return self._normal((*before, channels, int(height), int(width)))
         if name == "input_features":
+            for said in ("feature_projection_input_dim", "input_feat_per_channel"):
+                if isinstance(features := getattr(config, said, None), int):  # time comes first
+                    return self._normal((_FRAMES, features))
             bins: Any = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", 80)
             length = 2 * int(getattr(config, "max_source_positions", 50))
             return self._normal((int(bins), length))
         if name == "input_values":
-            return self._normal((_SAMPLES_OF_AUDIO,))
+            sizes: list[Any] = [getattr(config, n, None) for n in ("max_length", "num_mel_bins")]
+            channels = getattr(config, "audio_channels", None)
+            if all(isinstance(size, int) for size in sizes):  # a spectrogram
+                return self._normal(tuple(sizes))
+            return self._normal((*([channels] if channels else []), _SAMPLES_OF_AUDIO))
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         vocabulary = getattr(text, "vocab_size", None)
         if name != "input_ids" or not isinstance(vocabulary, int):

@@ -30,6 +30,8 @@ class Addition:
         branch_module: The module whose output the branch is, "" if it is none's.
         shortcut_module: The same for the shortcut.
         stream: Number of the shortcut in the pass.
+        is_gated: Whether a gate multiplies the shortcut, as in t * f(x) + (1 - t) * x; branch and
+            shortcut are then the two products.
         extends: Whether it adds a parallel branch to the unit that the addition before it began;
             the branch is then the sum of the branches.
         swapped: Whether the right operand is the shortcut.
@@ -54,10 +56,18 @@ class Addition:
     branch_module: str = ""
     shortcut_module: str = ""
     stream: int = 0
+    is_gated: bool = False
     extends: bool = False
     swapped: bool = False
     after: tuple[Call, ...] = ()
     returned: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What the shortcut is, in a word."""
+        if self.is_gated:
+            return "gated"
+        return "projection" if self.shortcut_count else "identity"
 
     @property
     def key(self) -> tuple[str, int]:

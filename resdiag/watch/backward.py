@@ -19,7 +19,7 @@ from resdiag.watch.events import Operands
 from resdiag.watch.guard import Guard, guarded
 from resdiag.watch.head import Head
 from resdiag.watch.measure import changes, reductions
-from resdiag.watch.measure.changes import ShortcutGradient, entries
+from resdiag.watch.measure.changes import TANGLED, ShortcutGradient, entries
 from resdiag.watch.measure.reductions import Scalar
 from resdiag.watch.pool import Pool
 from resdiag.watch.sites import KnownTensors, Sites
@@ -197,7 +197,10 @@ class Backward:
         if h is x:
             self._shares.pass_on(row, addition.shortcut_scale)
             return
-        leaving = entries(h, x)
+        leaving = None if addition.is_gated else entries(h, x)
+        if leaving is None:
+            self.guard.miss(row, ("shortcut_share",), TANGLED)
+            return
         if not leaving and torch.is_grad_enabled():
             reason = "no gradient leads from the shortcut back to the block's input"
             self.guard.miss(row, ("shortcut_share",), reason)

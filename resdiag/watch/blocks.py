@@ -28,7 +28,8 @@ class Block:
         owner: Name of the module whose forward runs the addition; "" is the model itself.
         stage: Consecutive blocks of one output shape share a stage, from 0.
         transition: Whether the block changes the shape (or follows a change of it).
-        shortcut: "identity" (no parameters), "projection" or "none" (a unit without addition).
+        shortcut: "identity" (no parameters), "projection", "gated" (times a gate that the network
+            computes, as in a Highway network) or "none" (a unit without addition).
         after_add: f as the names of its functions joined by "-", or "none".
         shape: Shape of the sum without the batch dimension.
         order: Where the block's activation or normalisation stands (He et al. 2016,
@@ -106,7 +107,7 @@ class Anatomy:
     def add_block(self, addition: Addition) -> int:
         """Add a residual block when its operands are there; returns its row."""
         about = {
-            "shortcut": "projection" if addition.shortcut_count else "identity",
+            "shortcut": addition.kind,
             "order": _order(addition.calls),
             "branch": tuple(call.name for call in addition.calls),
             "branch_module": addition.branch_module,

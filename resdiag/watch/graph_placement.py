@@ -110,7 +110,7 @@ class Placement:
         if block.shortcut is block.input:
             tap, factor = self.gradient_tap(row, block.sum)
             return tap, factor * block.addition.shortcut_scale
-        if block.projection is None:
+        if block.projection is None or block.addition.is_gated:
             return None, 1.0
         tap = self._tap_at(block.projection)
         tap.separate = True  # x may be used elsewhere: of its gradient only this part is meant

@@ -1,4 +1,4 @@
-"""Which tensor of one forward pass was made from which: what the two operands of a sum share."""
+"""Which tensor of one forward pass was made from which."""
 
 import heapq
 import weakref
@@ -10,16 +10,12 @@ from torch import Tensor, nn
 
 from resdiag.watch.base.functions import Call, features_after
 
-_LEFT, _RIGHT = 1, 2
-
 Depth: TypeAlias = tuple[int, int, int]
 """Of a way: parameterised transforming operations, other transforming ones, other parameterised."""
 
-_NONE: Depth = (0, 0, 0)
-
 
 @dataclass(eq=False)
-class _Node:
+class Node:
     """One tensor as one call left it.
 
     Attributes:
@@ -31,7 +27,9 @@ class _Node:
         piece: Which piece of its parent it is ("" for the whole): a split gives unlike pieces.
         features: The dimension that parameterised operations treated as channels, if known.
         discrete: It has no floating point: nothing descends from it through gradients.
+        size: How many elements it has.
         stream: Of a residual sum, the operand that is the shortcut.
+        gate: Of a product with a difference, as in x + t * (f - x), the other factor.
     """
 
     tensor: "weakref.ref[Tensor] | None"
@@ -42,7 +40,9 @@ class _Node:
     piece: str = ""
     features: int | None = None
     discrete: bool = False
+    size: int = 0
     stream: int | None = None
+    gate: Tensor | None = None
 
     @property
     def is_opaque(self) -> bool:
@@ -58,6 +58,12 @@ class _Node:
             int(transforms and not learned),
             int(learned and not transforms),
         )
+
+    @property
+    def is_difference(self) -> bool:
+        """Whether it is one tensor of the pass less another."""
+        known = self.call is not None and self.call.name in ("sub", "subtract")
+        return known and len(self.parents) == 2
 
     @property
     def is_transform(self) -> bool:
@@ -79,37 +85,6 @@ class Scope:
 
 
 @dataclass(frozen=True)
-class Meeting:
-    """What lies between a shortcut and a branch and the last tensor that both came from.
-
-    Attributes:
-        swapped: Whether the right operand is the shortcut.
-        origin: That tensor: the block's input; None if it is gone.
-        shortcut: The shortcut's number.
-        shortcut_count: Parameterised calls between it and the shortcut.
-        path: The calls that lead from it to the shortcut if they can be repeated, else None.
-        parameters: Parameters used on the way to either operand.
-        calls: The calls on the branch, in order.
-        activations: Activations on the way to either operand.
-        is_learned: Whether a parameterised transformation is on the branch.
-        begins_activated: Whether the origin was normalised or activated inside the module.
-        features: The channel dimension of the sum, if known.
-    """
-
-    swapped: bool
-    origin: Tensor | None
-    shortcut: int
-    shortcut_count: int
-    path: tuple[Call, ...] | None
-    parameters: list[nn.Parameter]
-    calls: tuple[Call, ...]
-    activations: list[Call]
-    is_learned: bool
-    begins_activated: bool
-    features: int | None
-
-
-@dataclass(frozen=True)
 class Descent:
     """How a result follows from its inputs."""
 
@@ -123,7 +98,7 @@ class Lineage:
     """The tensors of one forward pass, numbered in the order in which they were made."""
 
     def __init__(self) -> None:
-        self._nodes: list[_Node] = []
+        self._nodes: list[Node] = []
         self._at: dict[int, int] = {}
         self._weights: dict[int, tuple[weakref.ref[Tensor], tuple[nn.Parameter, ...]]] = {}
 
@@ -141,7 +116,7 @@ class Lineage:
         bare = Lineage()
         for node in self._nodes:
             call = None if node.call is None else node.call.without_tensors(kept)
-            bare._nodes.append(replace(node, tensor=None, call=call))
+            bare._nodes.append(replace(node, tensor=None, call=call, gate=None))
         return bare
 
     def resume(
@@ -177,10 +152,19 @@ class Lineage:
 
     def enter(self, tensor: Tensor) -> int:
         """A tensor is the input of a module: it is part of the pass."""
-        number = self.number(tensor)
+        number, size = self.number(tensor), tensor.numel()
         if number is None:
-            number = self._add(tensor, _Node(weakref.ref(tensor), discrete=_is_discrete(tensor)))
+            node = Node(weakref.ref(tensor), discrete=_is_discrete(tensor), size=size)
+            number = self._add(tensor, node)
         return number
+
+    def are_weights(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether what goes into a module of the pass is made of parameters alone.
+
+        Then the module makes a weight, e.g. by a parametrisation, and belongs to no stream.
+        """
+        strange = bool(self._nodes) and all(self.number(x) is None for x in tensors)
+        return strange and bool(tensors) and None not in map(self._made_of, tensors)
 
     def descend(self, inputs: Iterable[Tensor]) -> Descent:
         """What the inputs of a call hand on to its results."""
@@ -213,7 +197,7 @@ class Lineage:
                 self._weights[id(result)] = (weakref.ref(result), descent.parameters)
             return None
         repeatable = alone and call is not None and not call.is_random
-        node = _Node(
+        node = Node(
             weakref.ref(result),
             () if discrete else descent.parents,
             call,
@@ -222,6 +206,8 @@ class Lineage:
             piece,
             None if discrete else self._features(result, descent, call),
             discrete,
+            result.numel(),
+            gate=self._gate(descent.parents, call),
         )
         return self._add(result, node)
 
@@ -237,7 +223,7 @@ class Lineage:
         parameters = descent.parameters
         features = next((self._nodes[p].features for p in descent.parents), None)
         self._nodes.append(
-            _Node(None, descent.parents, call, parameters=parameters, features=features)
+            Node(None, descent.parents, call, parameters=parameters, features=features)
         )
         return len(self._nodes) - 1
 
@@ -261,7 +247,27 @@ class Lineage:
 
     def ancestors(self, number: int) -> set[int]:
         """All that a tensor was made from, itself included."""
-        return set(self._walk({number: _LEFT}, 0))
+        return set(self.walk({number: 1}, 0))
+
+    def walk(self, ways: dict[int, int], lowest: int) -> Iterator[int]:
+        """Ancestors of some tensors, latest first.
+
+        Args:
+            ways: The tensors, with a set of bits; filled on the way: an ancestor has those of all
+                that were made from it.
+            lowest: Number below which nothing is of interest.
+        """
+        queue = [-number for number in ways]
+        heapq.heapify(queue)
+        while queue:
+            number = -heapq.heappop(queue)
+            yield number
+            for parent in self._nodes[number].parents:
+                if parent < lowest:
+                    continue
+                if parent not in ways:
+                    heapq.heappush(queue, -parent)
+                ways[parent] = ways.get(parent, 0) | ways[number]
 
     def users(self) -> dict[int, list[int]]:
         """By tensor, those that were made from it."""
@@ -284,9 +290,9 @@ class Lineage:
             tail.append(number)
         return tail
 
-    def call(self, number: int) -> Call | None:
-        """What made a tensor."""
-        return self._nodes[number].call
+    def node(self, number: int) -> Node:
+        """A tensor and where it came from."""
+        return self._nodes[number]
 
     def descends(self, number: int, ancestor: int) -> bool:
         """Whether a tensor was made from another."""
@@ -301,142 +307,6 @@ class Lineage:
                     queue.append(parent)
         return False
 
-    def meet(self, left: int, right: int, scope: Scope) -> Meeting | None:
-        """What the two operands of an addition have in common, if that makes it residual.
-
-        Walk back from both, latest tensor first, to the first one on both ways: x. Of the two ways
-        from there the shorter one, in parameterised and then in other transforming operations, is
-        the shortcut. The addition is residual if
-
-        - the branch transforms at all (convolution, linear map, attention, pooling, ...), and more
-          often than the shortcut does: else they are parallel branches,
-        - the shortcut does not but for linear maps: no product of two tensors of the pass, no
-          activation between two maps,
-        - they are not different pieces of x, as in Res2Net's hierarchy of splits,
-        - no residual sum on the branch has a shortcut that passes x by: else x is only added to
-          somebody else's stream again and again, as a position bias is,
-        - the shortcut begins inside the module whose forward runs the addition, or at its input.
-        """
-        ways = {left: _LEFT}
-        ways[right] = ways.get(right, 0) | _RIGHT
-        between: list[int] = []
-        origin = None
-        for number in self._walk(ways, min(scope.entries, default=0)):
-            if ways[number] == _LEFT | _RIGHT:
-                origin = number
-                break
-            between.append(number)
-        if origin is None:
-            return None
-        depths = self._depths(origin, reversed(between))
-        one, other = depths[left], depths[right]
-        if one[:2] == other[:2]:
-            return None
-        swapped = other < one
-        shortcut, branch = (right, left) if swapped else (left, right)
-        short, long = (_RIGHT, _LEFT) if swapped else (_LEFT, _RIGHT)
-        on_shortcut = [n for n in reversed(between) if ways[n] == short]
-        on_branch = [n for n in reversed(between) if ways[n] == long and n in depths]
-        if depths[branch][:2] == (0, 0) or not self._is_shortcut(on_shortcut):
-            return None
-        if self._are_pieces(origin, on_shortcut, on_branch):
-            return None
-        if any((s := self._nodes[n].stream) is not None and s not in depths for n in on_branch):
-            return None
-        if not _is_inside(scope, origin, on_shortcut, on_branch, depths[shortcut] == _NONE):
-            return None
-        inside = [n for n in between if n in depths or n >= scope.start]
-        return self._meeting(swapped, origin, shortcut, branch, on_shortcut, on_branch, inside)
-
-    def _meeting(
-        self,
-        swapped: bool,
-        origin: int,
-        shortcut: int,
-        branch: int,
-        on_shortcut: list[int],
-        on_branch: list[int],
-        inside: list[int],
-    ) -> Meeting:
-        nodes = self._nodes
-        calls = tuple(call for n in on_branch if (call := nodes[n].call) is not None)
-        at, reference = nodes[origin], nodes[origin].tensor
-        # the stream's own: a branch that mixes tokens, turned, has its features where they are
-        found = (nodes[n].features for n in (shortcut, origin, branch))
-        return Meeting(
-            swapped=swapped,
-            origin=None if reference is None else reference(),
-            shortcut=shortcut,
-            shortcut_count=sum(bool(nodes[n].parameters) for n in on_shortcut),
-            path=self._path(shortcut, origin),
-            parameters=[p for n in inside for p in nodes[n].parameters],
-            calls=calls,
-            activations=[
-                call for n in inside if (call := nodes[n].call) is not None and call.is_activation
-            ],
-            is_learned=any(nodes[n].depth[0] for n in on_branch),
-            begins_activated=at.call is not None
-            and (at.call.is_activation or at.call.is_normalisation),
-            features=next((f for f in found if f is not None), None),
-        )
-
-    def _walk(self, ways: dict[int, int], lowest: int) -> Iterator[int]:
-        """Ancestors of some tensors, latest first; `ways` is filled on the way."""
-        queue = [-number for number in ways]
-        heapq.heapify(queue)
-        while queue:
-            number = -heapq.heappop(queue)
-            yield number
-            for parent in self._nodes[number].parents:
-                if parent < lowest:
-                    continue
-                if parent not in ways:
-                    heapq.heappush(queue, -parent)
-                ways[parent] = ways.get(parent, 0) | ways[number]
-
-    def _depths(self, origin: int, numbers: Iterable[int]) -> dict[int, Depth]:
-        """The longest way from the origin to each tensor that descends from it."""
-        depths = {origin: _NONE}
-        for number in numbers:
-            node = self._nodes[number]
-            before = [depths[parent] for parent in node.parents if parent in depths]
-            if before:
-                (a, b, c), (d, e, f) = max(before), node.depth
-                depths[number] = (a + d, b + e, c + f)
-        return depths
-
-    def _is_shortcut(self, numbers: list[int]) -> bool:
-        """Whether a way is the identity or a linear map, activated at its ends at most."""
-        mapped = activated = False
-        for number in numbers:
-            node = self._nodes[number]
-            if node.is_opaque or (mapped and activated and node.is_transform):
-                return False
-            mapped = mapped or node.is_transform
-            acts = node.call is not None and node.call.is_activation
-            activated = mapped and (activated or acts)
-        return True
-
-    def _are_pieces(self, origin: int, on_shortcut: list[int], on_branch: list[int]) -> bool:
-        """Whether the shortcut and the branch begin with different pieces of the origin."""
-        pieces = [
-            {self._nodes[n].piece for n in way if origin in self._nodes[n].parents}
-            for way in (on_shortcut, on_branch)
-        ]
-        one, other = pieces
-        return bool(one) and "" not in one | other and one.isdisjoint(other)
-
-    def _path(self, number: int, origin: int) -> tuple[Call, ...] | None:
-        """Calls from `origin` to a tensor if each can be repeated, else None."""
-        calls: list[Call] = []
-        while number != origin:
-            node = self._nodes[number]
-            if node.call is None or not node.repeatable or number < origin:
-                return None
-            calls.append(node.call)
-            (number,) = node.parents
-        return tuple(reversed(calls))
-
     def _features(self, result: Tensor, descent: Descent, call: Call | None) -> int | None:
         """The channel dimension of a result."""
         first = self._nodes[descent.parents[0]] if descent.parents else None
@@ -447,32 +317,30 @@ class Lineage:
         shape = None if before is None else before.shape
         return features_after(call, result, descent.parameters, shape, known)
 
-    def _add(self, tensor: Tensor, node: _Node) -> int:
+    def _gate(self, parents: tuple[int, ...], call: Call | None) -> Tensor | None:
+        """The factor of a difference: whoever adds the product next may have let go of it."""
+        if call is None or not call.is_product or len(parents) != 2:
+            return None
+        for value, gate in (parents, parents[::-1]):
+            reference = self._nodes[gate].tensor
+            if self._nodes[value].is_difference and reference is not None:
+                return reference()
+        return None
+
+    def _add(self, tensor: Tensor, node: Node) -> int:
         self._nodes.append(node)
         self._at[id(tensor)] = len(self._nodes) - 1
         return len(self._nodes) - 1
 
     def _made_of(self, tensor: Tensor) -> tuple[nn.Parameter, ...] | None:
         """The parameters that a tensor is, or was computed from alone; None if it is neither."""
+        # first: x.H of a parameter, without gradients, is a leaf that asks for one
+        reference, parameters = self._weights.get(id(tensor), (None, ()))
+        if reference is not None and reference() is tensor:
+            return parameters
         if isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad):
             return (cast(nn.Parameter, tensor),)  # or what functional_call puts in its place
-        reference, parameters = self._weights.get(id(tensor), (None, ()))
-        return parameters if reference is not None and reference() is tensor else None
-
-
-def _is_inside(
-    scope: Scope, origin: int, on_shortcut: list[int], on_branch: list[int], identity: bool
-) -> bool:
-    """Whether the shortcut begins inside the module or at its input.
-
-    A branch may come from outside if the shortcut is the module's very input, as where a module
-    gets x and F(x) and adds them; a shortcut may where the module gets x and h(x).
-    """
-    if any(number in scope.entries for number in on_shortcut):
-        handed = on_shortcut[-1] in scope.entries and origin in scope.entries
-        if not handed:
-            return False
-    return identity or not any(number in scope.entries for number in on_branch)
+        return None
 
 
 def _is_discrete(x: Tensor) -> bool:

@@ -88,6 +88,8 @@ class ModuleStack:
 
     def push(self, name: str, module: nn.Module, inputs: Sequence[Tensor]) -> None:
         """A module's forward begins."""
+        # what a parametrisation is handed makes a weight: it joins no stream
+        inputs = [] if self._flow.are_weights(inputs) else inputs
         entry = first_floating(inputs)
         start = len(self._flow)
         numbers = frozenset(self._flow.enter(tensor) for tensor in inputs)

@@ -104,6 +104,8 @@ def _why_not(block: BlockPlan, kept: frozenset[int]) -> str:
     calls = [call for call, _ in block.activations]
     if block.addition is not None:
         calls += [*(block.addition.path or ()), *block.after]
+        if block.addition.is_gated:
+            return f"a gate is on the shortcut of block {block.key[0]}"
         if block.output is None or block.sum is None:
             return f"block {block.key[0]} did not end"
     for call in calls:

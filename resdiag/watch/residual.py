@@ -1,15 +1,61 @@
 """Whether an addition joins a shortcut and a branch."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor, nn
 
 from resdiag.watch.addition import Addition
+from resdiag.watch.base.functions import Call
 from resdiag.watch.events import Operands
-from resdiag.watch.lineage import Lineage, Meeting, Scope
+from resdiag.watch.gated import Mix, read_mix
+from resdiag.watch.lineage import Depth, Lineage, Scope
 from resdiag.watch.module_stack import Frame
+from resdiag.watch.streams import are_pieces, is_cut, is_inner, was_added
 from resdiag.watch.sums import Operand, Sum
+
+_LEFT, _RIGHT = 1, 2
+_NONE: Depth = (0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """What lies between a shortcut and a branch and the last tensor that both came from.
+
+    Attributes:
+        swapped: Whether the right operand is the shortcut.
+        origin: That tensor: the block's input; None if it is gone.
+        begin: Its number.
+        shortcut: The shortcut's number.
+        shortcut_count: Parameterised calls between it and the shortcut.
+        path: The calls that lead from it to the shortcut if they can be repeated, else None.
+        parameters: Parameters used on the way to either operand.
+        calls: The calls on the branch, in order.
+        activations: Activations on the way to either operand.
+        is_learned: Whether a parameterised transformation is on the branch.
+        begins_activated: Whether the origin was normalised or activated inside the module.
+        features: The channel dimension of the sum, if known.
+        is_scaled: Whether a parameter multiplies the shortcut.
+        is_gated: Whether a gate does.
+        sides: The operands, shortcut first, as they enter the sum; set once it is called residual.
+    """
+
+    swapped: bool
+    origin: Tensor | None
+    begin: int
+    shortcut: int
+    shortcut_count: int
+    path: tuple[Call, ...] | None
+    parameters: list[nn.Parameter]
+    calls: tuple[Call, ...]
+    activations: list[Call]
+    is_learned: bool
+    begins_activated: bool
+    features: int | None
+    is_scaled: bool
+    is_gated: bool = False
+    sides: tuple[Operand, ...] = ()
 
 
 class Residuals:
@@ -26,7 +72,11 @@ class Residuals:
         """Whether two operands are a shortcut and a branch, seen from the module that adds them."""
         numbers = [self._number(side) for side in (spelled.left, spelled.right)]
         left, right = numbers
-        if left is None or right is None or left == right:
+        if left is None or right is None:
+            return None
+        mix = read_mix(self._lineage, spelled, left, right)
+        left, right = (mix.left, mix.right) if mix is not None else (left, right)
+        if left == right:
             return None
         try:
             torch.broadcast_shapes(spelled.left.shape, spelled.right.shape)
@@ -36,11 +86,31 @@ class Residuals:
             # a module that does nothing but add its inputs stands for the one that called it
             if {left, right} <= frame.scope.entries and frame is not frames[0]:
                 continue
-            meeting = self._lineage.meet(left, right, frame.scope)
+            meeting = self.judge(left, right, frame.scope, mix)
             # where the shortcut was handed in and the branch half done, it may as well
             if meeting is not None or not {left, right} & frame.scope.entries:
-                return meeting
+                return None if meeting is None else self._accept(meeting, spelled, mix, frames)
         return None
+
+    def _accept(
+        self, meeting: Meeting, spelled: Sum, mix: Mix | None, frames: Sequence[Frame]
+    ) -> Meeting | None:
+        """The operands of a sum that is residual by the ways to them.
+
+        A shortcut that a parameter multiplies is a layer's own where it begins inside the layer:
+        the D x of a state space is a part of the branch that the mixer is.
+        """
+        if meeting.is_scaled and is_inner(self._lineage, meeting.begin, frames):
+            return None
+        sides = spelled.left, spelled.right
+        if meeting.is_gated:
+            sides = (mix and mix.shares) or sides
+        elif spelled.is_difference and (meeting.swapped or not meeting.is_learned):
+            return None
+        shortcut, branch = sides[::-1] if meeting.swapped else sides
+        if shortcut.shape != torch.broadcast_shapes(shortcut.shape, branch.shape):
+            return None
+        return replace(meeting, sides=(shortcut, branch))
 
     def _number(self, side: Operand) -> int | None:
         if side.call is not None:
@@ -65,7 +135,7 @@ class Residuals:
             return None
         if flow.descends(number, begin) or not flow.descends(number, origin):
             return None
-        parallel = flow.meet(origin, number, Scope(frozenset({origin}), frame.scope.start))
+        parallel = self.judge(origin, number, Scope(frozenset({origin}), frame.scope.start))
         if parallel is None or parallel.swapped:
             return None
         with torch._C.DisableTorchFunction(), torch.no_grad():
@@ -80,3 +150,175 @@ class Residuals:
             extends=True,
         )
         return extended, Operands(tensors.origin, branch, tensors.shortcut)
+
+    def judge(self, left: int, right: int, scope: Scope, mix: Mix | None = None) -> Meeting | None:
+        """What the two operands of an addition have in common, if that makes it residual.
+
+        Walk back from both, latest tensor first, to the first one on both ways: x. Of the two ways
+        from there the shorter one, in parameterised and then in other transforming operations, is
+        the shortcut. The addition is residual if
+
+        - the branch transforms at all (convolution, linear map, attention, pooling, ...), and more
+          often than the shortcut does: else they are parallel branches,
+        - the shortcut does not but for linear maps: no product of two tensors of the pass, no
+          activation between two maps,
+        - they are not different pieces of x, as in Res2Net's hierarchy of splits; but two halves of
+          x are two streams, as in a RevNet,
+        - no residual sum on the branch has a shortcut that passes x by if x was added to something
+          before: else it is a position bias, added to somebody else's stream again and again,
+        - the branch is not detached between two of its maps,
+        - the shortcut begins inside the module whose forward runs the addition, or at its input.
+
+        Of a mixture, the operands are what the gate takes its shares of. A gate that x is but one
+        source of is a recurrent cell's, which holds a state against what comes in.
+        """
+        ways = {left: _LEFT}
+        ways[right] = ways.get(right, 0) | _RIGHT
+        between: list[int] = []
+        origin = None
+        for number in self._lineage.walk(ways, min(scope.entries, default=0)):
+            if ways[number] == _LEFT | _RIGHT:
+                origin = number
+                break
+            between.append(number)
+        if origin is None:
+            return None
+        if mix is not None and not self._lineage.descends(mix.gate, origin):
+            return self.judge(*mix.operands, scope)  # a mask, or another factor from outside
+        depths = self._depths(origin, reversed(between))
+        one, other = depths[left], depths[right]
+        if one[:2] == other[:2]:
+            return None
+        swapped = other < one
+        shortcut, branch = (right, left) if swapped else (left, right)
+        short, long = (_RIGHT, _LEFT) if swapped else (_LEFT, _RIGHT)
+        on_shortcut = [n for n in reversed(between) if ways[n] == short]
+        on_branch = [n for n in reversed(between) if ways[n] == long and n in depths]
+        if depths[branch][:2] == (0, 0) or not self._is_shortcut(on_shortcut):
+            return None
+        if are_pieces(self._lineage, origin, on_shortcut, on_branch):
+            return None
+        if depths[branch][0] and is_cut(self._lineage, branch, depths):
+            return None
+        passed_by = any(
+            (s := self._lineage.node(n).stream) is not None and s not in depths for n in on_branch
+        )
+        if passed_by and was_added(self._lineage, origin):
+            return None
+        if not _is_inside(scope, origin, on_shortcut, on_branch, depths[shortcut] == _NONE):
+            return None
+        if mix is None:
+            inside = [n for n in between if n in depths or n >= scope.start]
+        else:
+            made = dict.fromkeys((left, right, mix.gate, *mix.operands), _LEFT)
+            inside = [n for n in self._lineage.walk(made, origin) if n != origin]
+            if self._is_recurrent(mix.gate, origin):
+                return None
+        found = self._meeting(swapped, origin, shortcut, branch, on_shortcut, on_branch, inside)
+        return found if mix is None else replace(found, is_gated=True, path=None)
+
+    def _is_recurrent(self, gate: int, origin: int) -> bool:
+        """Whether a gate was made of a tensor and of something else that was there before it."""
+        queue, seen, mixed = [gate], {gate, origin}, False
+        while queue:
+            node = self._lineage.node(queue.pop())
+            mixed = mixed or (not node.parents and node.call is not None)
+            for parent in set(node.parents) - seen:
+                seen.add(parent)
+                mixed = mixed or parent < origin
+                queue.append(parent)
+        return mixed
+
+    def _meeting(
+        self,
+        swapped: bool,
+        origin: int,
+        shortcut: int,
+        branch: int,
+        on_shortcut: list[int],
+        on_branch: list[int],
+        inside: list[int],
+    ) -> Meeting:
+        node = self._lineage.node
+        calls = tuple(call for n in on_branch if (call := node(n).call) is not None)
+        at, reference = node(origin), node(origin).tensor
+        # the stream's own: a branch that mixes tokens, turned, has its features where they are
+        found = (node(n).features for n in (shortcut, origin, branch))
+        return Meeting(
+            swapped=swapped,
+            origin=None if reference is None else reference(),
+            begin=origin,
+            shortcut=shortcut,
+            shortcut_count=sum(bool(node(n).parameters) for n in on_shortcut),
+            path=self._path(shortcut, origin),
+            parameters=[p for n in inside for p in node(n).parameters],
+            calls=calls,
+            activations=[
+                call for n in inside if (call := node(n).call) is not None and call.is_activation
+            ],
+            is_learned=any(node(n).depth[0] for n in on_branch),
+            begins_activated=at.call is not None
+            and (at.call.is_activation or at.call.is_normalisation),
+            features=next((f for f in found if f is not None), None),
+            is_scaled=any(
+                (call := node(n).call) is not None and call.is_product and node(n).parameters
+                for n in on_shortcut
+            ),
+        )
+
+    def _depths(self, origin: int, numbers: Iterable[int]) -> dict[int, Depth]:
+        """The longest way from the origin to each tensor that descends from it."""
+        depths = {origin: _NONE}
+        for number in numbers:
+            node = self._lineage.node(number)
+            before = [depths[parent] for parent in node.parents if parent in depths]
+            if before:
+                (a, b, c), (d, e, f) = max(before), node.depth
+                depths[number] = (a + d, b + e, c + f)
+        return depths
+
+    def _is_shortcut(self, numbers: list[int]) -> bool:
+        """Whether a way is the identity or a linear map, activated at its ends at most."""
+        mapped = activated = False
+        for number in numbers:
+            node = self._lineage.node(number)
+            if node.is_opaque or (mapped and activated and node.is_transform):
+                return False
+            mapped = mapped or node.is_transform
+            acts = node.call is not None and node.call.is_activation
+            activated = mapped and (activated or acts)
+        return True
+
+    def _path(self, number: int, origin: int) -> tuple[Call, ...] | None:
+        """Calls from `origin` to a tensor if each can be repeated, else None."""
+        calls: list[Call] = []
+        while number != origin:
+            node = self._lineage.node(number)
+            if node.call is None or not node.repeatable or number < origin:
+                return None
+            calls.append(_piece_of(node.call, node.piece))
+            (number,) = node.parents
+        return tuple(reversed(calls))
+
+
+def _piece_of(call: Call, piece: str) -> Call:
+    """A call that returns one tensor: of a split, one of those it returns."""
+    name, _, index = piece.partition(" ")
+    if not index.isdigit() or name != call.name:
+        return call
+    return Call(lambda x: call(x)[int(index)], (), {})
+
+
+def _is_inside(
+    scope: Scope, origin: int, on_shortcut: list[int], on_branch: list[int], identity: bool
+) -> bool:
+    """Whether the shortcut begins inside the module or at its input.
+
+    A branch may come from outside if the shortcut is the module's very input, as where a module
+    gets x and F(x) and adds them; a shortcut may where the module gets x and h(x).
+    """
+    if any(number in scope.entries for number in on_shortcut):
+        handed = on_shortcut[-1] in scope.entries and origin in scope.entries
+        if not handed:
+            return False
+    return identity or not any(number in scope.entries for number in on_branch)

@@ -57,6 +57,11 @@ class Operand:
         return made
 
 
+def rest_of(x: Tensor, gate: Tensor) -> Tensor:
+    """What a gate leaves of a tensor: (1 - gate) * x."""
+    return x - gate * x
+
+
 @dataclass(frozen=True)
 class Sum:
     """An addition of two operands; a difference has a negative scale on the right."""
@@ -92,6 +97,10 @@ def read_sum(
     if function in _LERP and len(tensors) == 2:
         weight = float(given[2])
         return Sum(Operand(tensors[:1], 1 - weight), Operand(tensors[1:], weight))
+    if function in _LERP and len(tensors) == 3:
+        start, end, gate = tensors
+        rest, product = Call(rest_of, (), {}), Call(torch.mul, (), {})
+        return Sum(Operand((start, gate), call=rest), Operand((end, gate), call=product))
     if function in _ADDCMUL and len(tensors) == 3:
         product = Call(torch.mul, (), {})
         scale = float(kwargs.get("value", 1))

@@ -333,12 +333,7 @@ class TracedPass(TorchFunctionMode):
         meeting = self._residuals.meet(spelled, self._stack.frames)
         if meeting is None:
             return None
-        sides = spelled.left, spelled.right
-        shortcut, branch = sides[::-1] if meeting.swapped else sides
-        if spelled.is_difference and (meeting.swapped or not meeting.is_learned):
-            return None
-        if shortcut.shape != torch.broadcast_shapes(shortcut.shape, branch.shape):
-            return None
+        shortcut, branch = meeting.sides
         self._stack.close_before(frame, meeting.origin)
         with torch._C.DisableTorchFunction():
             h, f = shortcut.make(), branch.make()
@@ -360,6 +355,7 @@ class TracedPass(TorchFunctionMode):
             branch_module="" if self._makers is None else self._makers.of(f),
             shortcut_module="" if self._makers is None else self._makers.of(h),
             stream=meeting.shortcut,
+            is_gated=meeting.is_gated,
             swapped=meeting.swapped,
         )
         self._dismiss()

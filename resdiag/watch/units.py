@@ -122,7 +122,7 @@ class Search:
     def enter(self, name: str, module: nn.Module, x: Tensor | None) -> None:
         """A module's forward begins on `x`, its first floating-point input."""
         start, number = len(self._lineage), None
-        if x is not None:
+        if x is not None and not self._lineage.are_weights([x]):
             number = self._lineage.enter(x)
             if next(module.parameters(), None) is not None:
                 self._pass(number, x)
@@ -174,7 +174,7 @@ class Search:
         assert output is not None
         assert visit.shape is not None
         tail = lineage.tail(output, users)
-        after = tuple(call for n in tail if (call := lineage.call(n)) is not None)
+        after = tuple(call for n in tail if (call := lineage.node(n).call) is not None)
         later = [p for n in tail for p in lineage.parameters(n)]
         return Unit(
             owner=visit.name,

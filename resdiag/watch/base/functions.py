@@ -34,6 +34,7 @@ _NONLINEAR = frozenset(
 _SAME_SHAPE_ONLY = ("expand_as", "view_as", "reshape_as", "type_as")
 
 _PRODUCTS = frozenset({"mul", "rmul", "imul", "div", "truediv", "rtruediv", "multiply", "divide"})
+_PRODUCTS |= {"rest_of"}  # of a lerp
 
 _STATISTICS = frozenset({"rsqrt", "var", "std", "var_mean", "vector_norm", "norm"})
 
@@ -102,6 +103,16 @@ class Call:
     def is_transform(self) -> bool:
         """Whether it mixes positions or channels: a convolution, a linear map, attention, ..."""
         return _is_transform(self.name)
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it multiplies element by element."""
+        return self.name in ("mul", "rmul", "imul", "multiply")
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it adds or subtracts."""
+        return self.name in ("add", "radd", "iadd", "sub", "rsub", "isub", "subtract")
 
     @property
     def normalises(self) -> bool:

@@ -249,8 +249,14 @@ class ShortcutGradient:
         return self._via.pop(row, None)
 
 
-def entries(h: Tensor, x: Tensor) -> list[tuple[Node, int]]:
-    """Nodes between x and h that take x itself, and at which input: where its gradient leaves."""
+TANGLED = "what comes through the shortcut cannot be told from what comes through the branch"
+
+
+def entries(h: Tensor, x: Tensor) -> list[tuple[Node, int]] | None:
+    """Nodes between x and h that take x itself, and at which input: where its gradient leaves.
+
+    None where a split hands on the gradients of all its pieces as one.
+    """
     target = x.grad_fn
     stack, seen = [h.grad_fn], set[Node]()
     found: list[tuple[Node, int]] = []
@@ -258,6 +264,8 @@ def entries(h: Tensor, x: Tensor) -> list[tuple[Node, int]]:
         node = stack.pop()
         if node is None or node in seen:
             continue
+        if node.name().startswith(("Split", "Unbind")):
+            return None
         seen.add(node)
         for index, (before, output) in enumerate(node.next_functions):
             leaf = target is None and getattr(before, "variable", None) is x

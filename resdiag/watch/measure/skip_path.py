@@ -24,7 +24,7 @@ COLUMNS = (
 """What `SkipPath.close` returns, in order; the branch ratio is filled in elsewhere."""
 
 NOT_ELEMENTWISE = "the after-add is a normalisation: it has no slope per unit"
-MIXED = "a projection shortcut mixes units: no unit gradient leads through it"
+MIXED = "a projection or a gate is on the shortcut: no unit gradient leads through it"
 BROKEN = "something stands between the blocks: no skip path leads through it"
 OTHER_PASS = "the shortcuts lead through a block that was not the one that had been traced"
 NEW_AFTER = "the block had no after-add in its first pass: its sum was not kept"
