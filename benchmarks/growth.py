@@ -13,7 +13,7 @@ import torch
 
 from resdiag.models.resnet import build_model
 from resdiag.study.overhead import Arm, Workload, stopwatch, train_step
-from resdiag.watch.monitor import attach
+from resdiag.watch.loop.attach import attach
 
 DEPTHS, BATCHES = (20, 32, 56, 110), (8, 32, 128)
 BATCH, DEPTH = 32, 20

@@ -31,11 +31,11 @@ from torch.overrides import TorchFunctionMode
 from resdiag.models.resnet import build_model
 from resdiag.study.overhead import Naive, Workload, stopwatch
 from resdiag.training.pages import keep_pages
-from resdiag.watch.gradients import Gradients
+from resdiag.watch.find.tracer import Tracer
+from resdiag.watch.loop.gradients import Gradients
+from resdiag.watch.loop.monitor import Monitor
 from resdiag.watch.measure.reductions import norm
-from resdiag.watch.monitor import Monitor
-from resdiag.watch.sites import Sites
-from resdiag.watch.tracer import Tracer
+from resdiag.watch.record.sites import Sites
 
 FEW = torch.randn(16)
 WORK: dict[str, Callable[[Tensor], object]] = {

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from resdiag.models.resnet import build_model
 from resdiag.training.augment import Augmenter
 from resdiag.training.data import open_data
-from resdiag.watch.monitor import attach
+from resdiag.watch.loop.attach import attach
 
 COUNTS = (4, 8, 16, 32, 64)
 VARIANTS, DEPTH, BATCH = ("original", "elu"), 20, 128

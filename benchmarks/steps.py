@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from resdiag.models.resnet import build_model
 from resdiag.study.overhead import train_step
 from resdiag.training.pages import keep_pages
-from resdiag.watch.monitor import attach
+from resdiag.watch.loop.attach import attach
 
 KINDS = (  # the first whose word is in the operation's name
     ("convolution, backward", ("convolution_backward",)),

@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
+from resdiag.catalog.table import RECORDED
 from resdiag.runs.config import RunConfig
 from resdiag.runs.store import RunWriter
 from resdiag.training.committer import Committer, Piece
-from resdiag.watch.base.catalog import RECORDED
 
 COMMIT_EVERY = 100
 CURVE = ("epoch", "loss", "error", "lr", "images_per_s", "grad_norm", "head_mean", "head_bias")

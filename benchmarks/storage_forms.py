@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from resdiag.catalog.table import RECORDED
 from resdiag.runs.segments import encode
-from resdiag.watch.base.catalog import RECORDED
 
 BLOCKS = 54
 SEGMENT = 512

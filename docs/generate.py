@@ -17,6 +17,7 @@ from measuredtables import peers_table, performance_page, table
 from typer.main import get_command
 
 import resdiag
+from resdiag.catalog.table import METRICS, POINTS, SITES, Metric
 from resdiag.cli import app
 from resdiag.explain import breakdown, degraded
 from resdiag.explain.rules import RULES
@@ -27,7 +28,6 @@ from resdiag.show.kinds import KINDS
 from resdiag.study.calibration import SETS, Result, count_blocks_named, count_false_alarms, score
 from resdiag.study.faults import FAULTS
 from resdiag.training.recipe import RECIPES
-from resdiag.watch.base.catalog import METRICS, POINTS, SITES, Metric
 
 HERE = Path(__file__).resolve().parent / "reference"
 ROOT = HERE.parent.parent
@@ -116,7 +116,7 @@ def metrics_page() -> str:
     """Every metric with its formula, unit, site, source and reading."""
     recorded = sum(metric.derive is None for metric in METRICS.values())
     parts = [
-        _head("Metrics", "resdiag/watch/base/catalog.py"),
+        _head("Metrics", "resdiag/catalog/table.py"),
         f"{len(METRICS)} metrics: {recorded} are recorded, {len(METRICS) - recorded} are derived "
         "from them when a run is read. A number that cannot be had is NaN, with the reason in "
         "the run's `unavailable` list; it is never left out.\n",

@@ -7,6 +7,10 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from resdiag.catalog.custom import custom_metrics as custom_metrics
+    from resdiag.catalog.custom import metric as metric
+    from resdiag.catalog.custom import unregister_metric as unregister_metric
+    from resdiag.catalog.table import METRICS as METRICS
     from resdiag.explain.verdict import Verdict as Verdict
     from resdiag.explain.verdict import judge as judge
     from resdiag.models.resnet import build_model as build_model
@@ -17,27 +21,23 @@ if TYPE_CHECKING:
     from resdiag.show.plots import draw as draw
     from resdiag.study.saving import save as save
     from resdiag.study.surgery import lesion as lesion
-    from resdiag.watch.base.catalog import METRICS as METRICS
-    from resdiag.watch.base.custom import custom_metrics as custom_metrics
-    from resdiag.watch.base.custom import metric as metric
-    from resdiag.watch.base.custom import unregister_metric as unregister_metric
-    from resdiag.watch.blocks import Block as Block
-    from resdiag.watch.blocks import find_blocks as find_blocks
-    from resdiag.watch.monitor import Monitor as Monitor
-    from resdiag.watch.monitor import attach as attach
+    from resdiag.watch.find.blocks import Block as Block
+    from resdiag.watch.find.blocks import find_blocks as find_blocks
+    from resdiag.watch.loop.attach import attach as attach
+    from resdiag.watch.loop.monitor import Monitor as Monitor
 
 __version__ = "0.1.0"
 
 _HOMES = {
     # watching any model
-    "attach": "resdiag.watch.monitor",
-    "Monitor": "resdiag.watch.monitor",
-    "find_blocks": "resdiag.watch.blocks",
-    "Block": "resdiag.watch.blocks",
-    "METRICS": "resdiag.watch.base.catalog",
-    "metric": "resdiag.watch.base.custom",
-    "custom_metrics": "resdiag.watch.base.custom",
-    "unregister_metric": "resdiag.watch.base.custom",
+    "attach": "resdiag.watch.loop.monitor",
+    "Monitor": "resdiag.watch.loop.monitor",
+    "find_blocks": "resdiag.watch.find.blocks",
+    "Block": "resdiag.watch.find.blocks",
+    "METRICS": "resdiag.catalog.table",
+    "metric": "resdiag.catalog.custom",
+    "custom_metrics": "resdiag.catalog.custom",
+    "unregister_metric": "resdiag.catalog.custom",
     # the paper's networks
     "build_model": "resdiag.models.resnet",
     "Variant": "resdiag.models.variants",

@@ -5,8 +5,8 @@ import sys
 
 import torch
 
-from resdiag.watch import graph_taps
 from resdiag.watch.measure import kernels
+from resdiag.watch.record.history import graph_taps
 
 SHAPES = [  # shape and dimension of the channels
     ((5, 7, 6, 6), 1),

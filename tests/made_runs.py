@@ -5,9 +5,9 @@ import hashlib
 import numpy as np
 import torch
 
+from resdiag.catalog.table import RECORDED
 from resdiag.runs.config import RunConfig
 from resdiag.runs.store import RunWriter
-from resdiag.watch.base.catalog import RECORDED
 
 ENVIRONMENT = {"torch": "2.15.0", "threads": 1, "device": "cpu", "dtype": "float32", "git": "a"}
 DATA = {"name": "digits", "train": 1437, "sha256": "0" * 64}

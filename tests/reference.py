@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from resdiag.watch.base.catalog import RECORDED, SITES
+from resdiag.catalog.table import RECORDED, SITES
 
 SLOPES = {
     "relu": lambda z: (z > 0).astype(float),

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import resdiag
 from resdiag.models.resnet import build_model
+from resdiag.watch.loop.attach import attach
 from resdiag.watch.measure.model_ends import Logits, describe_input
-from resdiag.watch.monitor import attach
 
 CELL = {"max_examples": 40, "deadline": None}
 

@@ -13,9 +13,9 @@ from torchvision import models
 
 from resdiag.models.resnet import build_model
 from resdiag.models.variants import VARIANTS
-from resdiag.watch.blocks import find_blocks
+from resdiag.watch.find.blocks import find_blocks
+from resdiag.watch.loop.attach import attach
 from resdiag.watch.measure import skip_path
-from resdiag.watch.monitor import attach
 
 COUNTS = {
     "resnet18": 8,

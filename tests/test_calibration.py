@@ -20,7 +20,7 @@ from resdiag.study.calibration import (
     score,
 )
 from resdiag.study.patients import DEVELOPMENT, HEALTHY, HELD_OUT
-from resdiag.watch.monitor import attach
+from resdiag.watch.loop.attach import attach
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "pathologies.json"
 

@@ -13,17 +13,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from resdiag.catalog.table import METRICS, POINTS, RECORDED, RECORDED_PER_STEP, SITES, derive
 from resdiag.models.resnet import build_model
-from resdiag.watch.base.catalog import (
-    METRICS,
-    POINTS,
-    RECORDED,
-    RECORDED_PER_STEP,
-    SITES,
-    derive,
-)
+from resdiag.watch.loop.attach import attach
 from resdiag.watch.measure import moments, skip_path
-from resdiag.watch.monitor import attach
 
 DERIVED = [m for m in METRICS.values() if m.derive is not None and m.site != "run"]
 DERIVED_PER_STEP = [m for m in METRICS.values() if m.derive is not None and m.site == "run"]
@@ -158,7 +151,7 @@ def test_series_and_lists_and_arrays_are_the_same_to_derive():
 
 def test_the_catalogue_costs_neither_torch_nor_pandas():
     code = (
-        "import sys; import resdiag.watch.base.catalog; "
+        "import sys; import resdiag.catalog.table; "
         "print([m for m in ('torch', 'pandas', 'matplotlib') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

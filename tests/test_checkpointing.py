@@ -8,8 +8,8 @@ from test_loops import Block, Net, data, sgd
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from resdiag.watch.backward import NO_BACKWARD
-from resdiag.watch.monitor import attach
+from resdiag.watch.loop.attach import attach
+from resdiag.watch.record.backward import NO_BACKWARD
 
 
 class Checkpointed(Net):
@@ -180,7 +180,7 @@ class Anonymous(Net):
         return self.head(x)
 
 
-@pytest.mark.filterwarnings("ignore::resdiag.watch.monitor.WatchWarning")
+@pytest.mark.filterwarnings("ignore::resdiag.watch.base.safety.WatchWarning")
 @pytest.mark.parametrize("kind", [Shared, Anonymous])
 def test_what_cannot_be_told_when_it_runs_again_is_nan_with_the_reason(kind):
     monitor = train(kind())

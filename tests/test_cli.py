@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from resdiag.catalog.table import METRICS
 from resdiag.cli import app
 from resdiag.models.variants import VARIANTS
 from resdiag.runs import files
-from resdiag.watch.base.catalog import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = [

@@ -8,10 +8,10 @@ from test_compiled import _fresh_compiler, assert_same, sgd  # noqa: F401
 from torch import nn
 from torch._dynamo.utils import counters
 
-from resdiag.watch.base.catalog import RECORDED
-from resdiag.watch.collect import CHANGED, INSIDE, UNREACHED
-from resdiag.watch.graph_placement import HIDDEN
-from resdiag.watch.monitor import attach
+from resdiag.catalog.table import RECORDED
+from resdiag.watch.loop.attach import attach
+from resdiag.watch.record.collect import CHANGED, INSIDE, UNREACHED
+from resdiag.watch.record.graph_placement import HIDDEN
 
 WIDTH = 16
 

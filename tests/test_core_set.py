@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from resdiag.catalog.table import CORE
 from resdiag.models.resnet import build_model
-from resdiag.watch.base.catalog import CORE
-from resdiag.watch.monitor import attach
+from resdiag.watch.loop.attach import attach
 
 
 class Turning(nn.Module):

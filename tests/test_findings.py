@@ -17,13 +17,13 @@ from made_runs import (
     open_writer,
 )
 
+from resdiag.catalog.table import SITES
 from resdiag.cli import app
 from resdiag.explain.degraded import compare
 from resdiag.explain.finding import confidence
 from resdiag.explain.verdict import NAMES, judge
 from resdiag.runs.folder import Run
 from resdiag.runs.watched import WatchedConfig
-from resdiag.watch.base.catalog import SITES
 
 BLOCKS, STEPS = 6, 20
 

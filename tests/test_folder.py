@@ -21,11 +21,11 @@ from made_runs import (
 )
 
 import resdiag
+from resdiag.catalog.table import METRICS, RECORDED
 from resdiag.errors import ResdiagError, UsageError
 from resdiag.runs import files
 from resdiag.runs.commit import Commit
 from resdiag.runs.folder import Run, find_runs, latest_run, load, open_run
-from resdiag.watch.base.catalog import METRICS, RECORDED
 
 
 def test_a_run_reads_as_it_was_written(tmp_path):

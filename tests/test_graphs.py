@@ -15,7 +15,7 @@ from resdiag.training import loop
 from resdiag.training.display import Silent
 from resdiag.training.interrupt import Interrupt
 from resdiag.training.loop import Training
-from resdiag.watch import passes
+from resdiag.watch.loop import forward_passes as passes
 
 ASKED = {"steps": 12, "record_first": 3, "every": 3, "commit_every": 5, "batch_size": 36}
 

@@ -9,7 +9,7 @@ from resdiag.models.example import example_batch
 from resdiag.models.inspection import inspect_model
 from resdiag.models.source import build_source
 from resdiag.show.anatomy import Row, draw_tree, fold_rows
-from resdiag.watch.blocks import Block, find_blocks
+from resdiag.watch.find.blocks import Block, find_blocks
 
 
 @pytest.fixture

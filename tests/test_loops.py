@@ -19,7 +19,8 @@ from torch.func import functional_call, grad
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.checkpoint import checkpoint
 
-from resdiag.watch.monitor import WatchWarning, attach
+from resdiag.watch.base.safety import WatchWarning
+from resdiag.watch.loop.attach import attach
 
 WIDTH, CLASSES = 6, 4
 
@@ -340,7 +341,7 @@ LOOPS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::resdiag.watch.monitor.WatchWarning")
+@pytest.mark.filterwarnings("ignore::resdiag.watch.base.safety.WatchWarning")
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_watched_loop_ends_in_the_same_bits_and_leaves_no_hook(name):
     gc.collect()
@@ -492,7 +493,9 @@ def test_evaluation_and_paused_passes_between_steps_are_ignored():
 # -- gradient accumulation -------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:resdiag. the loop rewrote:resdiag.watch.monitor.WatchWarning")
+@pytest.mark.filterwarnings(
+    "ignore:resdiag. the loop rewrote:resdiag.watch.base.safety.WatchWarning"
+)
 @pytest.mark.parametrize(("take", "part"), [("first", 0), ("last", 2)])
 def test_accumulation_records_one_micro_batch_and_the_accumulated_parameters(take, part):
     with pytest.warns(WatchWarning, match=f"the {take} one is recorded"):
@@ -810,7 +813,7 @@ def gan(watch, *, order, reuse=False, set_to_none=True, detach=True):
     return mon_g, mon_d, g, d
 
 
-@pytest.mark.filterwarnings("ignore:resdiag. several:resdiag.watch.monitor.WatchWarning")
+@pytest.mark.filterwarnings("ignore:resdiag. several:resdiag.watch.base.safety.WatchWarning")
 @pytest.mark.parametrize("order", ["each", "end"])
 @pytest.mark.parametrize("reuse", [False, True])
 @pytest.mark.parametrize("set_to_none", [False, True])

@@ -3,10 +3,10 @@
 import numpy as np
 from made_runs import contents, make_checkpoint, make_curve, make_metrics, open_writer, write_run
 
+from resdiag.catalog.table import METRICS, RECORDED, derive, inputs_of
 from resdiag.runs.commit import COMMIT, PREVIOUS, Commit
 from resdiag.runs.folder import open_run
 from resdiag.runs.merging import COUNT
-from resdiag.watch.base.catalog import METRICS, RECORDED, derive, inputs_of
 
 
 def test_many_commits_leave_few_segments_with_every_row_once(tmp_path):

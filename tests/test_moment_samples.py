@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from resdiag.models.resnet import build_model
+from resdiag.watch.loop.attach import attach
 from resdiag.watch.measure import reductions
-from resdiag.watch.monitor import attach
 
 MOMENTS = ("mean", "channel_mean_rms", "channel_std", "mean_q10", "mean_q50", "mean_q90")
 

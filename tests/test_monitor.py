@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from resdiag.catalog.table import CORE, RECORDED
 from resdiag.models.resnet import build_model
 from resdiag.models.variants import VARIANTS
-from resdiag.watch.base.catalog import CORE, RECORDED
-from resdiag.watch.monitor import WatchWarning, attach
+from resdiag.watch.base.safety import WatchWarning
+from resdiag.watch.loop.attach import attach
 
 
 def batch(n=12, size=16, classes=10, device="cpu"):

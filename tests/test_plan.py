@@ -16,11 +16,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from resdiag.models.resnet import build_model
-from resdiag.watch import hooks
-from resdiag.watch.monitor import attach
+from resdiag.watch.loop.attach import attach
+from resdiag.watch.record.history import hooks
 
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)  # shrinking trains for minutes
-WARNING = "ignore::resdiag.watch.monitor.WatchWarning"
+WARNING = "ignore::resdiag.watch.base.safety.WatchWarning"
 
 
 def record(model, passes, *, before=lambda model, step: None, **options):

@@ -9,13 +9,13 @@ import pytest
 from matplotlib.figure import Figure
 from synthetic_runs import make_run
 
+from resdiag.catalog.table import METRICS
 from resdiag.errors import StorageError, UsageError
 from resdiag.explain.theory import predict
 from resdiag.show.kinds import KINDS
 from resdiag.show.plots import draw, render, save
 from resdiag.show.style import THEME
 from resdiag.show.view import Record
-from resdiag.watch.base.catalog import METRICS
 
 NONFINITE, THEORY = "non-finite", "theory (no fitted constant)"
 

@@ -21,11 +21,12 @@ import resdiag
 from resdiag.errors import ResdiagError
 from resdiag.integrations import session
 from resdiag.study.curvature import largest_curvature
-from resdiag.watch import distributed
-from resdiag.watch.assembly import Assembly
-from resdiag.watch.graph_placement import CUSTOM, HIDDEN, SPLIT
+from resdiag.watch.base.safety import WatchWarning
+from resdiag.watch.loop import ranks as distributed
+from resdiag.watch.loop.attach import attach
+from resdiag.watch.loop.ranks import Assembly
 from resdiag.watch.measure import skip_path
-from resdiag.watch.monitor import WatchWarning, attach
+from resdiag.watch.record.graph_placement import CUSTOM, HIDDEN, SPLIT
 
 ROOT = Path(__file__).parent
 

@@ -23,10 +23,10 @@ from made_runs import (
     write_run,
 )
 
+from resdiag.catalog.table import RECORDED
 from resdiag.errors import BusyError, StorageError, UsageError
 from resdiag.runs import files, lock, segments
 from resdiag.runs.folder import open_run
-from resdiag.watch.base.catalog import RECORDED
 
 OPERATIONS = ("open", "write", "fsync", "rename", "unlink", "mkdir")
 

@@ -13,10 +13,11 @@ from torchvision import models
 import resdiag
 from resdiag.explain.observed import Observed
 from resdiag.runs.watched import opened
-from resdiag.watch.blocks import find_blocks, find_units
-from resdiag.watch.monitor import WatchWarning, attach
+from resdiag.watch.base.safety import WatchWarning
+from resdiag.watch.find.blocks import find_blocks, find_units
+from resdiag.watch.loop.attach import attach
 
-pytestmark = pytest.mark.filterwarnings("ignore::resdiag.watch.monitor.WatchWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::resdiag.watch.base.safety.WatchWarning")
 
 
 def mlp(depth, width, variance, act=nn.ReLU, classes=10):

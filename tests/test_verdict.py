@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from resdiag.catalog.table import RECORDED, RECORDED_PER_STEP, SITES
 from resdiag.explain.finding import plain
 from resdiag.explain.offender import first_offender
 from resdiag.explain.theory import predict
@@ -18,7 +19,6 @@ from resdiag.explain.verdict import NAMES, judge, render
 from resdiag.models.variants import VARIANTS
 from resdiag.runs.config import RunConfig
 from resdiag.runs.folder import Run
-from resdiag.watch.base.catalog import RECORDED, RECORDED_PER_STEP, SITES
 
 LN10 = math.log(10)
 NORMALISED = ("original", "elu_after", "elu", "no_relu", "relu_pre")

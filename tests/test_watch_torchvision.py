@@ -12,8 +12,8 @@ from test_monitor import assert_reasons_are_complete, assert_watching_changes_no
 from torch import nn
 from torchvision import models
 
-from resdiag.watch.base.catalog import RECORDED
-from resdiag.watch.monitor import attach
+from resdiag.catalog.table import RECORDED
+from resdiag.watch.loop.attach import attach
 
 
 def batch(n=4, size=64):

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from resdiag.models.inspection import inspect_model
-from resdiag.watch.blocks import find_blocks
-from resdiag.watch.monitor import attach
+from resdiag.watch.find.blocks import find_blocks
+from resdiag.watch.loop.attach import attach
 
 timm = pytest.importorskip("timm")
 

@@ -11,8 +11,8 @@ from torch import nn
 from torchvision import models
 from torchvision.models.convnext import CNBlockConfig
 
-from resdiag.watch.blocks import find_blocks
-from resdiag.watch.monitor import attach
+from resdiag.watch.find.blocks import find_blocks
+from resdiag.watch.loop.attach import attach
 
 
 class ResnetBlock(nn.Module):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from resdiag.models.inspection import inspect_model
-from resdiag.watch.blocks import find_blocks
+from resdiag.watch.find.blocks import find_blocks
 
 _EFFICIENT = "units of stride 1 that keep the width: all but the first of each stage"
 _DETECTOR = "3+4+6+3 of the backbone; the pyramid adds scales, which is no block"

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from resdiag.models.resnet import build_model
-from resdiag.watch import distributed
-from resdiag.watch.monitor import attach
+from resdiag.watch.loop import ranks as distributed
+from resdiag.watch.loop.attach import attach
 
 STEPS, BATCH = 2, 6
 MODELS = ("elu_pre", "relu_nobn", "vit")

@@ -1,0 +1,1 @@
+"""What is recorded, in words: every metric with its formula, unit, source and reading."""

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from resdiag.catalog.table import METRICS, SITES, Metric
 from resdiag.errors import unknown
-from resdiag.watch.base.catalog import METRICS, SITES, Metric
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     Function = Callable[[Tensor], Tensor]
+
 
 GRADIENT_SITES = ("grad_input", "grad_sum", "grad_output")
 """Where a metric takes a gradient: that of the loss at a block's input, sum or output."""

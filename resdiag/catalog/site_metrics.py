@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+
 Column: TypeAlias = "NDArray[np.float64]"
 Columns: TypeAlias = "Mapping[str, NDArray[np.float64]]"
 

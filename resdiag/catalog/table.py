@@ -9,11 +9,12 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from resdiag.watch.base.site_metrics import CLEVERT, Column, site_metrics
-from resdiag.watch.base.site_metrics import Metric as Metric
+from resdiag.catalog.site_metrics import CLEVERT, Column, site_metrics
+from resdiag.catalog.site_metrics import Metric as Metric
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
+
 
 SITES = ("input", "branch", "shortcut", "sum", "output")
 """Where a tensor is taken in a block: x, F(x), h(x), u, H."""

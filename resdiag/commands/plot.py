@@ -37,8 +37,8 @@ def plot(
     as_json: Json = False,
 ) -> None:
     """Draw a plot of one run, or of several on one axis."""
+    from resdiag.catalog.table import METRICS
     from resdiag.show.kinds import KINDS, find_kind
-    from resdiag.watch.base.catalog import METRICS
 
     if list_kinds or not kind:
         rows = [(entry.name, entry.question, entry.reading) for entry in KINDS.values()]

@@ -27,7 +27,7 @@ def metrics(
     as_json: Json = False,
 ) -> None:
     """Print what is recorded: name, formula, unit, site, source, and how to read it."""
-    from resdiag.watch.base.custom import known_metrics
+    from resdiag.catalog.custom import known_metrics
 
     known = known_metrics()
     kinds = {True: "derived", False: "recorded"}

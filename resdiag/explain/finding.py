@@ -14,7 +14,7 @@ class Evidence:
     """One number beside the threshold that it crossed.
 
     Attributes:
-        metric: Id in `resdiag.watch.base.catalog.METRICS`, or of the curve table.
+        metric: Id in `resdiag.catalog.table.METRICS`, or of the curve table.
         step: Step it was read at; None if it covers the run.
         block: Block index; None if it belongs to the whole network.
         value: What was measured.

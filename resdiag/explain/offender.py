@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from resdiag.watch.base.catalog import SITES
+from resdiag.catalog.table import SITES
 
 Direction = Literal["forward", "backward"]
 

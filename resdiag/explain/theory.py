@@ -105,7 +105,7 @@ class Prediction:
     basis: str
 
     def series(self, metric: str) -> Array | None:
-        """The prediction of a metric of `resdiag.watch.base.catalog`, or None.
+        """The prediction of a metric of `resdiag.catalog.table`, or None.
 
         >>> predict("d", 20).series("output_second_moment").shape
         (9,)

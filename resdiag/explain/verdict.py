@@ -13,7 +13,7 @@ from resdiag.runs.folder import Run
 from resdiag.runs.watched import opened
 
 if TYPE_CHECKING:
-    from resdiag.watch.monitor import Monitor
+    from resdiag.watch.loop.monitor import Monitor
 
 NAMES = (*(rule.__name__ for rule in RULES), "healthy")
 """Every verdict on one run, most upstream cause first: the first that fires names the run."""

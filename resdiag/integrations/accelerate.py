@@ -12,7 +12,7 @@ from torch import nn
 
 from resdiag.integrations.session import Session, Watching, unwrapped
 from resdiag.integrations.unscaling import tell_unscaled
-from resdiag.watch.monitor import Monitor
+from resdiag.watch.loop.monitor import Monitor
 
 
 class ResdiagWatch:

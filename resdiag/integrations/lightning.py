@@ -11,7 +11,7 @@ except ImportError as error:
 from torch import nn
 
 from resdiag.integrations.session import Session, Watching
-from resdiag.watch.monitor import Monitor
+from resdiag.watch.loop.monitor import Monitor
 
 
 class ResdiagCallback(Callback):

@@ -14,7 +14,8 @@ from resdiag.runs.folder import open_run
 from resdiag.runs.sinks.feed import Feed, open_feed
 from resdiag.runs.sinks.sink import About, check_sink
 from resdiag.study.saving import save
-from resdiag.watch.monitor import Monitor, attach
+from resdiag.watch.loop.attach import attach
+from resdiag.watch.loop.monitor import Monitor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ except ImportError as error:
 
 from resdiag.integrations.session import Session, Watching, unwrapped
 from resdiag.integrations.unscaling import tell_unscaled
-from resdiag.watch.monitor import Monitor
+from resdiag.watch.loop.monitor import Monitor
 
 
 class ResdiagCallback(TrainerCallback):

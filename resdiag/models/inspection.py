@@ -11,7 +11,7 @@ from torch import nn
 from resdiag.errors import ResdiagError, UsageError
 from resdiag.models.example import Example, example_batch
 from resdiag.models.source import LIBRARIES, Built, build_source
-from resdiag.watch.blocks import Block, find_anatomy
+from resdiag.watch.find.blocks import Block, find_anatomy
 
 _RESERVED = 0.7  # share of the free memory that a model's weights may take
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from resdiag.catalog.table import inputs_of
 from resdiag.show.kinds import KINDS
-from resdiag.watch.base.catalog import inputs_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from resdiag.catalog.table import METRICS, derive, inputs_of
 from resdiag.errors import UsageError
 from resdiag.runs.commit import BLOCKS, COMMIT, PREVIOUS, RUN, VERDICT, Commit
 from resdiag.runs.files import Damaged, from_json, read_file
 from resdiag.runs.watched import Config, WatchedConfig, read_config
-from resdiag.watch.base.catalog import METRICS, derive, inputs_of
 
 if TYPE_CHECKING:
     import numpy as np

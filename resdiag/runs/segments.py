@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from resdiag.catalog.table import RECORDED, RECORDED_PER_STEP
 from resdiag.runs.files import Damaged
-from resdiag.watch.base.catalog import RECORDED, RECORDED_PER_STEP
 
 METRICS = pa.schema(
     [("step", pa.int32()), ("block", pa.int16()), *((name, pa.float32()) for name in RECORDED)]

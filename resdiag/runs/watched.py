@@ -10,15 +10,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+from resdiag.catalog.table import RECORDED
 from resdiag.errors import UsageError, unknown
 from resdiag.runs.config import RunConfig
-from resdiag.watch.base.catalog import RECORDED
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from resdiag.runs.folder import Run
-    from resdiag.watch.monitor import Monitor
+    from resdiag.watch.loop.monitor import Monitor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from resdiag.models.inspection import Inspection, count_parameters, words_of
-from resdiag.watch.blocks import Block, describe_units
+from resdiag.watch.find.blocks import Block, describe_units
 
 _LONGEST = 8
 """Blocks in a group that repeats."""

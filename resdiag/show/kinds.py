@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from resdiag.catalog.custom import known_metrics
 from resdiag.errors import UsageError, unknown
-from resdiag.watch.base.custom import known_metrics
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from resdiag.catalog.table import METRICS
 from resdiag.errors import UsageError
 from resdiag.show.grouping import group_runs
 from resdiag.show.kinds import PlotKind
 from resdiag.show.view import Record, View
-from resdiag.watch.base.catalog import METRICS
 
 if TYPE_CHECKING:
     from resdiag.runs.folder import Run

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from resdiag.runs.folder import Run
-    from resdiag.watch.monitor import Monitor
+    from resdiag.watch.loop.monitor import Monitor
 
 FORMATS = ("svg", "png", "pdf")
 """File formats that `save` writes."""

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from resdiag.catalog.table import inputs_of
 from resdiag.errors import UsageError
 from resdiag.show.kinds import PlotKind
 from resdiag.show.style import Look, step_looks
-from resdiag.watch.base.catalog import inputs_of
 
 if TYPE_CHECKING:
     import pandas as pd

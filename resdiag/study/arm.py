@@ -24,7 +24,7 @@ from resdiag.training import checkpoint
 from resdiag.training.augment import Augmenter
 from resdiag.training.data import ImageData
 from resdiag.training.recipe import learning_rate
-from resdiag.watch.monitor import attach
+from resdiag.watch.loop.attach import attach
 
 BLOWN = 1e3
 """A loss above this many times max(first loss, 1) counts as dead, like a non-finite one."""

@@ -13,8 +13,8 @@ from resdiag.runs.folder import Run
 from resdiag.runs.watched import as_run
 from resdiag.study.faults import FAULTS, Fault, Trial
 from resdiag.study.patients import DEVELOPMENT, HEALTHY, HELD_OUT, Patient, draw, loss_of
-from resdiag.watch.blocks import find_blocks
-from resdiag.watch.monitor import attach
+from resdiag.watch.find.blocks import find_blocks
+from resdiag.watch.loop.attach import attach
 
 _CHEAP = ("residual-mlp", "plain-bn", "bare-plain", "bare-residual", "residual-mlp-gelu")
 _QUICK = 24

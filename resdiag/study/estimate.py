@@ -4,11 +4,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from resdiag.catalog.table import RECORDED
 from resdiag.models.variants import count_blocks
 from resdiag.study.grid import Cell
 from resdiag.study.ledger import ENDED, Entry
 from resdiag.training.recipe import Request, resolve
-from resdiag.watch.base.catalog import RECORDED
 
 SIZES = {
     "digits": (1437, 360),

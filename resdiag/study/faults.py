@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from resdiag.models.resnet import Block as OurBlock
 from resdiag.study.patients import Batch, Patient, draw, loss_of
-from resdiag.watch.blocks import Block
+from resdiag.watch.find.blocks import Block
 
 
 @dataclass(eq=False)

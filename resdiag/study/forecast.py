@@ -21,7 +21,7 @@ from resdiag.study.curvature import largest_curvature
 from resdiag.study.firststep import RISE, critical_rate
 from resdiag.training.augment import Augmenter
 from resdiag.training.data import open_data
-from resdiag.watch.monitor import attach
+from resdiag.watch.loop.attach import attach
 
 _PRODUCTS = 6
 

@@ -27,7 +27,8 @@ from torch import nn
 
 from resdiag.models.resnet import build_model
 from resdiag.training.pages import keep_pages
-from resdiag.watch.monitor import Monitor, attach
+from resdiag.watch.loop.attach import attach
+from resdiag.watch.loop.monitor import Monitor
 
 STRIDES = (10, 50)
 SLICE = 16

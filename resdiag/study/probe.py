@@ -26,7 +26,9 @@ from resdiag.runs.folder import Run, open_run
 from resdiag.runs.watched import WatchedConfig, as_run, write_run
 from resdiag.study.batch import open_batch
 from resdiag.study.curvature import Curvature, largest_curvature
-from resdiag.watch.monitor import Monitor, WatchWarning, attach
+from resdiag.watch.base.safety import WatchWarning
+from resdiag.watch.loop.attach import attach
+from resdiag.watch.loop.monitor import Monitor
 
 PLOTS = ("signal", "gradnorms", "growth", "biasshift", "skip")
 """Plots that a probe draws into its folder."""

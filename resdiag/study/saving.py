@@ -13,7 +13,7 @@ from resdiag.runs.watched import as_run, write_run
 if TYPE_CHECKING:
     import pandas as pd
 
-    from resdiag.watch.monitor import Monitor
+    from resdiag.watch.loop.monitor import Monitor
 
 _saved: "WeakKeyDictionary[Monitor, set[Path]]" = WeakKeyDictionary()
 

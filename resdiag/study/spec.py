@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from resdiag.catalog.table import METRICS
 from resdiag.errors import UsageError, unknown
 from resdiag.show.kinds import KINDS
 from resdiag.study.settings import (
@@ -22,7 +23,6 @@ from resdiag.study.settings import (
     passing,
     refuse,
 )
-from resdiag.watch.base.catalog import METRICS
 
 MOST_BYTES = 1_000_000
 MOST_MISTAKES = 50

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from resdiag.errors import UsageError, unknown
-from resdiag.watch.addition import Addition
 from resdiag.watch.base.functions import Call
-from resdiag.watch.blocks import Block, BlockFinder, trace_once
-from resdiag.watch.events import Operands
-from resdiag.watch.sums import ADDITIONS, read_sum
+from resdiag.watch.find.additions import ADDITIONS, Addition, read_sum
+from resdiag.watch.find.blocks import Block, BlockFinder, trace_once
+from resdiag.watch.find.passes import Operands
 
 
 @dataclass(frozen=True, kw_only=True)

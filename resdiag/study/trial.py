@@ -20,7 +20,7 @@ from resdiag.study.arm import Arm, is_dead
 from resdiag.study.effect import Effect
 from resdiag.study.probe import choose_loss, load_weights
 from resdiag.study.surgery import CUTS, find_sites, lesion
-from resdiag.watch.monitor import attach
+from resdiag.watch.loop.attach import attach
 
 
 def try_on_model(

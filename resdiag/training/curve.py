@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from resdiag.watch.base.catalog import RECORDED_PER_STEP
+from resdiag.catalog.table import RECORDED_PER_STEP
 
 _MONITORED = tuple(name for name in RECORDED_PER_STEP if name != "lr")
 _EVALUATED = ("train_loss", "train_error", "test_loss", "test_error")

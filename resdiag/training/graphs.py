@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from resdiag.watch.monitor import Monitor
+from resdiag.watch.loop.monitor import Monitor
 
 Work = Callable[[Tensor, Tensor], Tensor]
 """Takes images and labels; returns numbers on the device and looks at none."""

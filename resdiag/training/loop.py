@@ -32,7 +32,8 @@ from resdiag.training.interrupt import Interrupt
 from resdiag.training.pages import keep_pages
 from resdiag.training.recipe import learning_rate
 from resdiag.training.turns import ALONE, Turn
-from resdiag.watch.monitor import Monitor, attach
+from resdiag.watch.loop.attach import attach
+from resdiag.watch.loop.monitor import Monitor
 
 _EVALUATION_BATCH = 256
 _REPORT_EVERY_S = 0.5

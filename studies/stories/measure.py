@@ -27,7 +27,7 @@ from resdiag.study.forecast import stem_variances
 from resdiag.training.augment import Augmenter
 from resdiag.training.data import ImageData, open_data
 from resdiag.training.recipe import Request, resolve
-from resdiag.watch.monitor import attach
+from resdiag.watch.loop.attach import attach
 
 HERE = Path(__file__).resolve().parent
 BATCH = 32

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from resdiag.catalog.table import METRICS, derive
 from resdiag.errors import unknown
-from resdiag.watch.base.catalog import METRICS, derive
 
 Columns = Mapping[str, NDArray[Any]]
 """A table: one array of shape (rows,) per column."""

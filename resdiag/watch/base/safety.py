@@ -5,9 +5,12 @@ of the compiled module itself run beside that graph and, if nothing is said, are
 of their own. Nothing here imports `torch._dynamo`, which takes longer than all of resdiag.
 """
 
+import functools
 import sys
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -70,3 +73,64 @@ def _is_compiled(module: nn.Module) -> bool:
 def is_capturing() -> bool:
     """Whether a CUDA graph is being captured: kernels are noted down, Python runs only now."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+P = ParamSpec("P")
+
+
+class Guard:
+    """The state of one monitor's recorder.
+
+    Attributes:
+        failure: The error of ours after which nothing is watched any more, or "".
+        reasons: Per column, why it is NaN and for which blocks; none for what is not about a block.
+    """
+
+    def __init__(self) -> None:
+        self.failure = ""
+        self.reasons: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+
+    def miss(self, row: int, columns: Iterable[str], reason: str) -> None:
+        """Note why columns are NaN for a block."""
+        for column in columns:
+            self.reasons[column][reason].add(row)
+
+    def fail(self, error: Exception) -> None:
+        """A mistake of ours must not end somebody's training: note it, and watch no more."""
+        self.failure = f"{type(error).__name__}: {error}"
+
+
+class _Guarded(Protocol):
+    guard: Guard
+
+
+def guarded(method: Callable[Concatenate[Any, P], None]) -> Callable[..., None]:
+    """Let a method note its errors in place of raising them, and do nothing after the first."""
+
+    @functools.wraps(method)
+    def call(self: _Guarded, *args: P.args, **kwargs: P.kwargs) -> None:
+        if self.guard.failure:
+            return
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:
+            self.guard.fail(error)
+
+    return call
+
+
+class WatchWarning(UserWarning):
+    """Something could not be watched; the run goes on."""
+
+
+class Warnings:
+    """Texts without repetition; each is a Python warning as well."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def say(self, text: str) -> None:
+        """Say once what could not be watched."""
+        if text not in self.texts:
+            self.texts.append(text)
+            warnings.warn(f"resdiag: {text}", WatchWarning, stacklevel=4)

@@ -1,0 +1,1 @@
+"""Find: follow one forward pass and see it as residual blocks."""

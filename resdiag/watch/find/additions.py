@@ -1,13 +1,15 @@
 """The spellings of an addition: which torch calls add two tensors, and what goes into the sum."""
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from resdiag.watch.base.functions import Call
+from resdiag.watch.base.tensors import TensorTable, tensors_in
 
 _ADD = frozenset(
     {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
@@ -113,3 +115,106 @@ def read_sum(
 
 
 _NAMED = ("end", "weight", "tensor1", "tensor2", "mat1", "mat2", "batch1", "batch2")
+
+
+_OPERANDS = 2
+
+
+class Stacks:
+    """Pairs of tensors that were stacked in one pass."""
+
+    def __init__(self) -> None:
+        self._pairs = TensorTable[tuple[list[weakref.ref[Tensor]], int]]()
+
+    def clear(self) -> None:
+        """Forget the pass."""
+        self._pairs.clear()
+
+    def add(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> bool:
+        """Remember two stacked tensors; whether there were two."""
+        tensors = list(tensors_in(args[:1]))
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % result.dim()
+        if len(tensors) != _OPERANDS:
+            return False
+        kept = [weakref.ref(tensor) for tensor in tensors]
+        self._pairs.set(result, (kept, dim))
+        return True
+
+    def read(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Sum | None:
+        """The sum over the stacking dimension of two stacked tensors, if the call is one."""
+        if func not in (torch.sum, Tensor.sum) or len(args) != _OPERANDS:
+            return None
+        kept, dim = self._pairs.get(args[0]) or ([], 0)
+        if not kept or args[1] not in (dim, (dim,), [dim]):
+            return None
+        left, right = (tensor() for tensor in kept)
+        if left is None or right is None:
+            return None
+        return Sum(Operand((left,)), Operand((right,)))
+
+
+@dataclass(eq=False)
+class Addition:
+    """What is known of one residual addition; its tensors are told beside it, see `events`.
+
+    Attributes:
+        owner: Name of the module whose forward is running ("" is the model itself).
+        ordinal: Number of residual additions that `owner` has done before in this pass.
+        entered: Shape of the block's input x, where both operands come from; None if it was freed.
+        shape: Shape of the sum.
+        dtype: Of the shortcut's elements.
+        shortcut_count: Parameterised operations on the shortcut: 0 for an identity.
+        path: The calls that lead from x to the shortcut if they can be repeated, else None.
+        shortcut_scale: Factor on the shortcut inside the addition (torch.add's alpha), mostly 1.
+        branch_scale: The same for the branch.
+        parameters: Parameters of the branch, the shortcut and (at the end) the after-add.
+        activations: Activations on the branch, the shortcut and (at the end) in the after-add.
+        calls: The operations on the branch, in order.
+        begins_activated: Whether x was normalised or activated by the module before both ways part.
+        features: The channel dimension of the sum, None if no operation says it.
+        branch_module: The module whose output the branch is, "" if it is none's.
+        shortcut_module: The same for the shortcut.
+        stream: Number of the shortcut in the pass.
+        is_gated: Whether a gate multiplies the shortcut, as in t * f(x) + (1 - t) * x; branch and
+            shortcut are then the two products.
+        extends: Whether it adds a parallel branch to the unit that the addition before it began;
+            the branch is then the sum of the branches.
+        swapped: Whether the right operand is the shortcut.
+        after: The after-add's calls, set at the end of the block.
+        returned: Whether the block's output is what `owner` returns.
+    """
+
+    owner: str
+    ordinal: int
+    entered: torch.Size | None
+    shape: torch.Size
+    dtype: torch.dtype
+    shortcut_count: int
+    path: tuple[Call, ...] | None
+    shortcut_scale: float
+    branch_scale: float
+    parameters: list[nn.Parameter]
+    activations: list[Call]
+    calls: tuple[Call, ...] = ()
+    begins_activated: bool = False
+    features: int | None = None
+    branch_module: str = ""
+    shortcut_module: str = ""
+    stream: int = 0
+    is_gated: bool = False
+    extends: bool = False
+    swapped: bool = False
+    after: tuple[Call, ...] = ()
+    returned: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What the shortcut is, in a word."""
+        if self.is_gated:
+            return "gated"
+        return "projection" if self.shortcut_count else "identity"
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What names the block in every pass."""
+        return self.owner, self.ordinal

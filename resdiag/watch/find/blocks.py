@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resdiag.watch.addition import Addition
 from resdiag.watch.base.functions import Call
-from resdiag.watch.events import Observer, Silent
+from resdiag.watch.find.additions import Addition
+from resdiag.watch.find.passes import Observer, PassDriver, Silent
+from resdiag.watch.find.tracer import Surveyor, Tracing
+from resdiag.watch.find.units import Unit
 from resdiag.watch.measure.reductions import channel_dimension
-from resdiag.watch.pass_driver import PassDriver
-from resdiag.watch.tracer import Surveyor, Tracing
-from resdiag.watch.units import Unit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,15 +3,16 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from threading import get_ident
 
 from torch import Tensor, nn
 
-from resdiag.watch.addition import Addition
 from resdiag.watch.base.functions import Call
-from resdiag.watch.base.tensors import first_floating, tensors_in
-from resdiag.watch.events import Bus, Operands
-from resdiag.watch.lineage import Descent, Lineage, Scope
-from resdiag.watch.units import Unit
+from resdiag.watch.base.tensors import TensorTable, first_floating, tensors_in
+from resdiag.watch.find.additions import Addition
+from resdiag.watch.find.dataflow import Descent, Lineage, Scope
+from resdiag.watch.find.passes import Bus, Operands
+from resdiag.watch.find.units import Unit
 
 
 @dataclass(eq=False)
@@ -226,3 +227,39 @@ class ModuleStack:
 
     def _pass(self, number: int, x: Tensor) -> None:
         self._bus.tell("passing", number, x, self._flow.features(number))
+
+
+class Makers:
+    """Remembers, for one pass, the modules that returned tensors.
+
+    Args:
+        names: The modules of a model by name.
+    """
+
+    def __init__(self, names: Mapping[nn.Module, str]) -> None:
+        self._names = names
+        self._known = TensorTable[str]()
+        self._thread = 0
+
+    def begin(self) -> None:
+        """A pass begins in this thread."""
+        self._thread = get_ident()
+
+    def clear(self) -> None:
+        """Forget the pass."""
+        self._known.clear()
+
+    def remember(self, module: nn.Module, args: object, output: object) -> None:
+        """A forward hook for all modules: the outermost one of those that hand a tensor on."""
+        name = self._names.get(module)
+        if name and get_ident() == self._thread:
+            for tensor in tensors_in(output):
+                self._known.set(tensor, name)
+
+    def same(self, old: Tensor, new: Tensor) -> None:
+        """A tensor was replaced by an equal one."""
+        self._known.set(new, self.of(old))
+
+    def of(self, tensor: Tensor) -> str:
+        """The name of the module that made a tensor, "" if none did."""
+        return self._known.get(tensor) or ""

@@ -6,14 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from resdiag.watch.addition import Addition
 from resdiag.watch.base.functions import Call
-from resdiag.watch.events import Operands
-from resdiag.watch.gated import Mix, read_mix
-from resdiag.watch.lineage import Depth, Lineage, Scope
-from resdiag.watch.module_stack import Frame
-from resdiag.watch.streams import are_pieces, is_cut, is_inner, was_added
-from resdiag.watch.sums import Operand, Sum
+from resdiag.watch.find.additions import Addition, Operand, Sum
+from resdiag.watch.find.dataflow import Depth, Lineage, Scope
+from resdiag.watch.find.module_stack import Frame
+from resdiag.watch.find.passes import Operands
+from resdiag.watch.find.streams import Mix, are_pieces, is_cut, is_inner, read_mix, was_added
 
 _LEFT, _RIGHT = 1, 2
 _NONE: Depth = (0, 0, 0)

@@ -20,18 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from resdiag.watch.addition import Addition
-from resdiag.watch.base.compilation import never_alone
 from resdiag.watch.base.functions import Call, is_question
+from resdiag.watch.base.safety import never_alone
 from resdiag.watch.base.tensors import first_floating, tensors_in
-from resdiag.watch.events import Bus, Observer, Operands
-from resdiag.watch.lineage import Lineage
-from resdiag.watch.makers import Makers
-from resdiag.watch.module_stack import Frame, ModuleStack
-from resdiag.watch.residual import Residuals
-from resdiag.watch.stacks import Stacks
-from resdiag.watch.sums import ADDITIONS, Sum, read_sum
-from resdiag.watch.units import Search
+from resdiag.watch.find.additions import ADDITIONS, Addition, Stacks, Sum, read_sum
+from resdiag.watch.find.dataflow import Lineage
+from resdiag.watch.find.module_stack import Frame, Makers, ModuleStack
+from resdiag.watch.find.passes import Bus, Observer, Operands
+from resdiag.watch.find.residual import Residuals
+from resdiag.watch.find.units import Search
 
 
 class Surveyor(Observer, Protocol):

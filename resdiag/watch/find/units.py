@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from resdiag.watch.base.functions import Call
-from resdiag.watch.lineage import Lineage
+from resdiag.watch.find.dataflow import Lineage
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _LARGE = 0.25

@@ -1,0 +1,1 @@
+"""Loop: `attach`, the `Monitor`, and what they see of a training loop."""

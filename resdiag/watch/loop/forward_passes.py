@@ -5,13 +5,12 @@ from contextlib import contextmanager
 
 import torch
 
-from resdiag.watch.base.compilation import compiled_parts, is_capturing
-from resdiag.watch.collect import GraphRecorder
-from resdiag.watch.follow import Follower
-from resdiag.watch.gradients import Gradients
-from resdiag.watch.lossscale import casts_to_half
-from resdiag.watch.pass_driver import FollowedPass, Seen
-from resdiag.watch.state import State
+from resdiag.watch.base.safety import compiled_parts, is_capturing
+from resdiag.watch.find.passes import FollowedPass, Seen
+from resdiag.watch.loop.gradients import Gradients
+from resdiag.watch.loop.state import State, casts_to_half
+from resdiag.watch.record.collect import GraphRecorder
+from resdiag.watch.record.follow import Follower
 
 
 class Passes:

@@ -1,18 +1,18 @@
 """Gradients and updates of a model's parameters: when they are read, and at which point."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from resdiag.watch.distributed import Ranks, may_reduce
+from resdiag.watch.loop.parameters import Shards, is_sharded, may_reduce
+from resdiag.watch.loop.ranks import Ranks
+from resdiag.watch.loop.state import State
 from resdiag.watch.measure.parameter_norms import ParameterNorms
-from resdiag.watch.pool import Pool
-from resdiag.watch.rewriting import Rewriting
-from resdiag.watch.shards import Shards, is_sharded
-from resdiag.watch.state import State
+from resdiag.watch.record.pool import Pool
 
 _SCALED = ("grad_input", "grad_sum", "grad_output")
 
@@ -231,3 +231,45 @@ class Gradients:
 
     def _write_head(self, name: str, value: Tensor) -> None:
         self._record.write_head(name, value, self.device())
+
+
+class Rewriting:
+    """Follows the version counter of one parameter's gradient; costs no operation on the device.
+
+    A clipped gradient is changed in place, which torch counts. Compared are the count right after
+    the last accumulation and the one right before the optimizer's step.
+    """
+
+    def __init__(self) -> None:
+        self._parameter: nn.Parameter | None = None
+        self._handle: RemovableHandle | None = None
+        self._fresh: tuple[int, int] | None = None
+
+    @property
+    def follows(self) -> bool:
+        """Whether a parameter was chosen."""
+        return self._parameter is not None
+
+    def follow(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Choose the first parameter that takes a gradient."""
+        self._parameter = next((p for p in parameters if p.requires_grad and p.is_leaf), None)
+        if self._parameter is not None:
+            self._handle = self._parameter.register_post_accumulate_grad_hook(self._accumulated)
+
+    def close(self) -> None:
+        """Remove the hook; safe to call twice."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def count(self) -> int:
+        """How often the gradient was changed in place since it was accumulated; 0 if unknown."""
+        grad = None if self._parameter is None else self._parameter.grad
+        if grad is None or self._fresh is None:
+            return 0
+        same, version = self._fresh
+        return grad._version - version if same == id(grad) else 1
+
+    def _accumulated(self, parameter: torch.Tensor) -> None:
+        grad = parameter.grad
+        self._fresh = None if grad is None else (id(grad), grad._version)

@@ -1,6 +1,6 @@
 """`attach`: watch the residual blocks of a model while it trains."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
@@ -8,171 +8,28 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from resdiag.catalog.custom import CustomValues, custom_metrics
+from resdiag.catalog.table import POINTS, derive
 from resdiag.errors import unknown
-from resdiag.watch.assembly import Assembly
-from resdiag.watch.base.catalog import POINTS, SETS, derive
-from resdiag.watch.base.compilation import compiled_parts
-from resdiag.watch.base.custom import CustomValues, custom_metrics
-from resdiag.watch.base.warnings import Warnings
-from resdiag.watch.base.warnings import WatchWarning as WatchWarning
-from resdiag.watch.blocks import Block, match_modules
-from resdiag.watch.checks import Checks
-from resdiag.watch.collect import GraphRecorder
-from resdiag.watch.distributed import Ranks, find_ranks, is_reduced, unwrap
-from resdiag.watch.follow import Follower
-from resdiag.watch.forward import Recorder
-from resdiag.watch.gradients import Gradients
-from resdiag.watch.guard import Guard
-from resdiag.watch.lossscale import LossScale
-from resdiag.watch.optimizers import OptimizerSteps
-from resdiag.watch.pass_driver import PassDriver
-from resdiag.watch.passes import Passes
-from resdiag.watch.pool import Pool
-from resdiag.watch.ports import example
-from resdiag.watch.record import Listener, Record
-from resdiag.watch.shards import Shards, is_sharded
-from resdiag.watch.state import State
-from resdiag.watch.step import Step
-from resdiag.watch.survey import plan_of_example
-from resdiag.watch.tracer import Tracing
+from resdiag.watch.base.safety import Guard, Warnings
+from resdiag.watch.base.safety import WatchWarning as WatchWarning
+from resdiag.watch.find.blocks import Block
+from resdiag.watch.find.passes import PassDriver
+from resdiag.watch.find.tracer import Tracing
+from resdiag.watch.loop.forward_passes import Passes
+from resdiag.watch.loop.gradients import Gradients
+from resdiag.watch.loop.parameters import OptimizerSteps, Shards
+from resdiag.watch.loop.ranks import Assembly, Ranks
+from resdiag.watch.loop.state import Checks, LossScale, State, Step
+from resdiag.watch.plan.survey import plan_of_example
+from resdiag.watch.record.collect import GraphRecorder
+from resdiag.watch.record.follow import Follower
+from resdiag.watch.record.forward import Recorder
+from resdiag.watch.record.history import Listener, Record
+from resdiag.watch.record.pool import Pool
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_TAKES = ("first", "last")
-_TRACES = ("first", "always")
-
-
-def attach(
-    model: nn.Module,
-    *,
-    optimizer: Optimizer | Iterable[Optimizer] | None = None,
-    blocks: Sequence[str] | None = None,
-    every: int = 1,
-    record_first: int = 0,
-    samples: int | None = 4,
-    point: str | None = None,
-    reduce: bool = True,
-    scaler: Any = None,  # noqa: ANN401
-    take: str = "first",
-    metrics: str = "full",
-    moment_samples: int | None = None,
-    example_inputs: object = None,
-    trace: str = "first",
-) -> "Monitor":
-    """Start watching a model. Nothing in it is edited, and its training stays the same bit for bit.
-
-    The blocks are found in the first forward pass in training mode, and recorded in that same pass.
-
-    Args:
-        model: The module whose `__call__` the training loop uses.
-        optimizer: Its optimizer, or several: the update ratio is then measured, for which the
-            weights are copied at recorded steps. Parameter gradients are read right before the
-            step of whichever optimizer owns them, given here or not; without such a step, at
-            `Monitor.step()`.
-        blocks: Names or shell patterns of modules to take as the blocks instead of found additions.
-        every: Record every `every`-th step.
-        record_first: Record each of the first steps, whatever `every` says.
-        samples: Samples at the head of the batch on which per-unit quantities (P1-P4, slopes,
-            saturation) and the gradient's shares are measured; None for the whole batch.
-        point: Where in the loop parameter gradients are read, one of `catalog.POINTS`; stored with
-            the data. By default "local", "unscaled" with a scaler, and "post_clip" once the loop
-            is seen to rewrite gradients; see `Monitor.read_gradients`.
-        metrics: "full" for all of `catalog.RECORDED`; "core" for `catalog.CORE`, which costs
-            half or less: on a CPU most networks' passes are then read from their autograd graphs
-            (docs/explanation/watching.md), where the first that differs is missed, and said.
-        moment_samples: Samples at the head of the batch from which moments, gradient norms at
-            activations and their non-finite shares are estimated; None for the whole batch. Of k
-            samples a second moment has the relative standard error s / sqrt(k), with s the
-            deviation over samples of their second moments over its mean: a few per cent for 16
-            images (docs/explanation/performance.md). Outputs of BatchNorm and parameter gradients
-            stay those of the whole batch.
-        reduce: Where several processes train the model together (DDP, `fully_shard`), record the
-            numbers of all ranks, the same on each; `attach`, `step` and `close` are then called on
-            every rank, and "local" becomes "reduced". False: each rank records its own; under a DDP
-            wrapper the parameters' gradients are those of all nevertheless.
-        scaler: The loop's `torch.amp.GradScaler`: gradients are recorded without its scale, and
-            whether it skipped the step.
-        take: Which forward pass of a step to record where there are several (gradient
-            accumulation, two views of a batch), "first" or "last".
-
-        example_inputs: Inputs of one forward pass, a tuple or a mapping of keywords, on the model's
-            device: the blocks are found at once, and passes that torch.compile runs are recorded
-            too. Needed only for those; attach before compiling.
-        trace: "first" follows the first recorded pass operation by operation, and reads later ones
-            by hooks at the places that it found, as long as they are the same pass; "always"
-            follows every recorded pass, which costs more and misses no pass that differs.
-
-    Returns:
-        A `Monitor`: a context manager whose `step()` ends each training step.
-
-    Raises:
-        ValueError: A schedule that never records, an unknown point, pass, block or set of
-            metrics, a compiled model, or a kind of parallel training that cannot be watched.
-        TypeError: The optimizer or the scaler is something else.
-
-    Example:
-        >>> import torch
-        >>> from resdiag.models.resnet import build_model
-        >>> model = build_model("elu", 8, seed=0)
-        >>> with attach(model) as monitor:
-        ...     model(torch.ones(4, 3, 32, 32)).square().mean().backward()
-        ...     monitor.step()
-        >>> monitor
-        Monitor(blocks=3, steps=1, closed)
-        >>> monitor.to_frame()[["step", "block", "skip_gain"]].values.tolist()
-        [[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [0.0, 2.0, 1.0]]
-    """
-    if every < 1 or record_first < 0:
-        raise ValueError(f"every={every} must be at least 1 and record_first={record_first} >= 0")
-    if point is not None and point not in POINTS:
-        raise ValueError(unknown("point", point, POINTS).message)
-    if take not in _TAKES:
-        raise ValueError(unknown("forward pass to take", take, _TAKES).message)
-    if trace not in _TRACES:
-        raise ValueError(unknown("trace", trace, _TRACES).message)
-    if metrics not in SETS:
-        raise ValueError(unknown("set of metrics", metrics, SETS).message)
-    inner = unwrap(model)
-    if hasattr(model, "_orig_mod") or compiled_parts(model):
-        raise ValueError(
-            "the model is already compiled and its hooks would silently not fire: "
-            "attach to the module before torch.compile, with example_inputs=(...)"
-        )
-    units = match_modules(inner, blocks)
-    if not reduce and is_sharded(inner):
-        raise ValueError("reduce=False: the parameters are shards, no rank has a whole gradient")
-    ranks = find_ranks(model) if reduce else None
-    reduced = ranks is not None or is_reduced(model)
-    if moment_samples is not None and moment_samples < 1:
-        raise ValueError(f"moment_samples={moment_samples} must be at least 1, or None for all")
-    monitor = Monitor(
-        inner,
-        _optimizers(optimizer),
-        units,
-        lambda step: step < record_first or step % every == 0,
-        samples,
-        "reduced" if reduced and point in (None, "local") else point,
-        ranks,
-        LossScale(scaler),
-        take_last=take == "last",
-        core=metrics == "core",
-        moments=moment_samples,
-        always=trace == "always",
-    )
-    if example_inputs is not None:
-        monitor.prepare(*example(example_inputs))
-    return monitor
-
-
-def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
-    """One optimizer, several or none as a list."""
-    several = given if isinstance(given, Iterable) else [given] if given is not None else []
-    optimizers = list(several)
-    for optimizer in optimizers:
-        if not hasattr(optimizer, "param_groups"):
-            raise TypeError(f"not an optimizer: {type(optimizer).__name__}")
-    return optimizers
 
 
 class Monitor:

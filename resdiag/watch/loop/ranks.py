@@ -8,6 +8,7 @@ the order of the training's own collectives alone.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from resdiag.watch.base.tensors import mesh_of, placements_of
-from resdiag.watch.pool import Layout, Pool
-from resdiag.watch.shards import is_sharded, is_sharding
+from resdiag.watch.base.tensors import mesh_of
+from resdiag.watch.loop.gradients import Gradients
+from resdiag.watch.loop.parameters import is_sharded
+from resdiag.watch.loop.state import State
+from resdiag.watch.record.pool import Layout, Pool
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
 
 TIMEOUT = timedelta(minutes=5)
 """How long a rank waits for the others before it stops watching."""
@@ -32,23 +36,6 @@ _SAME = 1e-6
 
 class RanksError(RuntimeError):
     """The ranks cannot be watched together; the message says why and what to do."""
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module to watch inside a wrapper of PyTorch's.
-
-    Raises:
-        ValueError: A kind of parallel training whose numbers would silently be wrong.
-    """
-    refusal = next(_refusals(model), None)
-    if refusal is not None:
-        raise ValueError(refusal)
-    return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def may_reduce() -> bool:
-    """Whether what rewrites gradients may be a reduction; a DDP of one rank is one too."""
-    return dist.is_available() and dist.is_initialized()
 
 
 def is_reduced(model: nn.Module) -> bool:
@@ -101,57 +88,6 @@ def _group_of(model: nn.Module) -> "ProcessGroup | None":
         )
     group: ProcessGroup = meshes[0].get_group()
     return group
-
-
-def _refusals(model: nn.Module) -> Iterator[str]:
-    """Why a model cannot be watched, and what to do instead."""
-    if type(model).__module__.split(".")[0] == "deepspeed":
-        yield (
-            "DeepSpeed reduces gradients in buffers of its own, where they cannot be read: "
-            "train with DistributedDataParallel or fully_shard to watch"
-        )
-    for module in _modules(model):
-        for kind in type(module).__mro__:
-            if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch."):
-                yield _WRAPPERS[kind.__name__]
-    for parameter in model.parameters():
-        if hasattr(parameter, "ds_id"):
-            yield (
-                "DeepSpeed ZeRO-3 leaves parameters empty between uses: shard with "
-                "torch.distributed.fsdp.fully_shard instead"
-            )
-        if mesh_of(parameter) is not None and not _is_data_parallel(model, parameter):
-            yield (
-                "tensor parallel: activations are spread over ranks by feature, and no rank has "
-                "a whole channel mean: watch a run with DDP or fully_shard alone"
-            )
-
-
-def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    yield model  # first: a RemoteModule answers modules() with an error of its own
-    yield from model.modules()
-
-
-_WRAPPERS = {
-    "DataParallel": (
-        "DataParallel runs copies of the model in threads, which no hook of ours follows: use "
-        "DistributedDataParallel, or attach before wrapping and run on one device"
-    ),
-    "FullyShardedDataParallel": (
-        "FullyShardedDataParallel (FSDP1) flattens parameters, so that none belongs to a block: "
-        "use torch.distributed.fsdp.fully_shard (FSDP2)"
-    ),
-    "_RemoteModule": (
-        "a RemoteModule runs on another RPC worker: attach on the worker that holds the module"
-    ),
-}
-
-
-def _is_data_parallel(model: nn.Module, parameter: nn.Parameter) -> bool:
-    """Whether a DTensor is what fully_shard makes: whole copies, and shards of them at most."""
-    *outer, inner = placements_of(parameter)
-    ours = any(is_sharding(module) for module in model.modules())
-    return ours and inner.is_shard() and all(place.is_replicate() for place in outer)
 
 
 class Ranks:
@@ -322,3 +258,73 @@ def _equal(values: Tensor) -> Tensor:
 
 def _listed(ranks: list[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+class Assembly:
+    """Lets ranks meet at the end of a step, and keeps what came of it.
+
+    Args:
+        ranks: The ranks.
+        pool: What this one has recorded.
+        state: The monitor's state.
+        gradients: The parameters' gradients.
+    """
+
+    def __init__(self, ranks: Ranks, pool: Pool, state: State, gradients: Gradients) -> None:
+        self._ranks, self._pool, self._now = ranks, pool, state.now
+        self._recorder, self._record = state.recorder, state.record
+        self._gradients, self._warnings = gradients, state.warnings
+
+    def check(self) -> None:
+        """Say what past meetings tell of the ranks; waits for the device."""
+        for text in self._ranks.check():
+            self._warnings.say(text)
+
+    def close(self) -> None:
+        """Let go of the ranks."""
+        self._ranks.close()
+
+    def meet(self) -> None:
+        """Let the ranks make the metrics of all from what each has recorded in this step."""
+        if not self._ranks.is_open:
+            return
+        whole = self._now.forward and not self._recorder.guard.failure
+        norm = torch.zeros((), dtype=torch.float64, device=self._gradients.device())
+        if whole:
+            norm = self._gradients.total.to(norm.device)
+        met = None
+        try:
+            met = self._ranks.meet(
+                self._pool,
+                len(self._recorder.anatomy.blocks) if whole else None,
+                self._now.number,
+                self._record.cells.slot,
+                norm,
+                self._gradients.weights,
+            )
+        except Exception as error:  # training goes on, whatever happened to the record
+            self._recorder.guard.failure = str(error) or type(error).__name__
+            self._ranks.close()
+            self._warnings.say(
+                f"watching stopped at step {self._now.number}: {self._recorder.guard.failure}"
+            )
+        if not self._now.forward:
+            return
+        if met is not None:
+            self._keep(*met)
+        else:
+            self._record.cells.wipe()
+            self._record.head.wipe()
+            if self._ranks.is_open:
+                self._warnings.say(
+                    f"step {self._now.number} was not recorded by every rank: its numbers are NaN"
+                )
+
+    def _keep(self, norm: Tensor, same: Tensor) -> None:
+        """Write the gradient norm of all ranks; what was read before the reduction is nobody's."""
+        slot = self._record.cells.slot
+        self._record.head.write(slot, 0, "grad_norm", torch.where(same, norm, math.nan))
+        if not self._pool.sharded:
+            for column in ("grad_param", "update_ratio"):
+                read = self._record.cells.read_column(slot, column)
+                self._record.cells.write_column(slot, column, torch.where(same, read, math.nan))

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resdiag.watch.addition import Addition
 from resdiag.watch.base.functions import Call
 from resdiag.watch.base.tensors import tensors_in
-from resdiag.watch.blocks import BlockFinder, trace_once
-from resdiag.watch.events import Operands
-from resdiag.watch.lineage import Lineage
-from resdiag.watch.ports import OPERATIONS, BlockPlan, Plan, Port, Trail, Visit
-from resdiag.watch.units import Unit
+from resdiag.watch.find.additions import Addition
+from resdiag.watch.find.blocks import BlockFinder, trace_once
+from resdiag.watch.find.dataflow import Lineage
+from resdiag.watch.find.passes import Operands
+from resdiag.watch.find.units import Unit
+from resdiag.watch.plan.ports import OPERATIONS, BlockPlan, Plan, Port, Trail, Visit
 
 
 @dataclass(eq=False)

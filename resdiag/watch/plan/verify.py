@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from resdiag.watch.measure.batchnorm import Gone, kept
-from resdiag.watch.ports import Plan
+from resdiag.watch.plan.ports import Plan
 
 Edge: TypeAlias = tuple[Node, int]
 """A tensor of a pass: the node that made it, and which of the node's outputs it is."""

@@ -12,17 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from resdiag.watch.addition import Addition
-from resdiag.watch.base.custom import CustomValues
-from resdiag.watch.buffer import Buffer, Key
-from resdiag.watch.events import Operands
-from resdiag.watch.guard import Guard, guarded
-from resdiag.watch.head import Head
+from resdiag.catalog.custom import CustomValues
+from resdiag.watch.base.safety import Guard, guarded
+from resdiag.watch.find.additions import Addition
+from resdiag.watch.find.passes import Operands
 from resdiag.watch.measure import changes, reductions
 from resdiag.watch.measure.changes import TANGLED, ShortcutGradient, entries
 from resdiag.watch.measure.reductions import Scalar
-from resdiag.watch.pool import Pool
-from resdiag.watch.sites import KnownTensors, Sites
+from resdiag.watch.record.buffer import Buffer, Key
+from resdiag.watch.record.pool import Pool
+from resdiag.watch.record.sites import Head, KnownTensors, Sites
 
 OUTPUT_GRADIENT = ("grad_output", "grad_nonfinite", "elasticity")
 """What follows from the gradient of a block's output."""

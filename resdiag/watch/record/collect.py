@@ -16,12 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from resdiag.watch.base.compilation import never_alone
 from resdiag.watch.base.functions import Call
-from resdiag.watch.buffer import Buffer
-from resdiag.watch.forward import Recorder
-from resdiag.watch.graph_placement import Placement
-from resdiag.watch.graph_taps import (
+from resdiag.watch.base.safety import guarded, never_alone
+from resdiag.watch.measure import reductions
+from resdiag.watch.measure.changes import saturated
+from resdiag.watch.measure.moments import Sums
+from resdiag.watch.measure.reductions import Scalar
+from resdiag.watch.plan.ports import BlockPlan, Plan, Port
+from resdiag.watch.record.buffer import Buffer
+from resdiag.watch.record.forward import Recorder
+from resdiag.watch.record.graph_placement import Placement
+from resdiag.watch.record.graph_taps import (
     MEANS,
     SECOND,
     Hook,
@@ -29,13 +34,7 @@ from resdiag.watch.graph_taps import (
     Tap,
     TappedOperations,
 )
-from resdiag.watch.guard import guarded
-from resdiag.watch.measure import reductions
-from resdiag.watch.measure.changes import saturated
-from resdiag.watch.measure.moments import Sums
-from resdiag.watch.measure.reductions import Scalar
-from resdiag.watch.operations import Handler, Operations, Where
-from resdiag.watch.ports import BlockPlan, Plan, Port
+from resdiag.watch.record.operations import Handler, Operations, Where
 
 INSIDE = (
     "a compiled function around the model hides operations that are no modules: compile the model"

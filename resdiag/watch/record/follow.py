@@ -7,18 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resdiag.watch.addition import Addition
-from resdiag.watch.base.compilation import never_alone
-from resdiag.watch.events import Operands, Silent
-from resdiag.watch.forward import Recorder
-from resdiag.watch.hooks import Expected, TappedPass
-from resdiag.watch.pass_driver import FollowedPass
-from resdiag.watch.placement import place_reads
-from resdiag.watch.ports import is_in
-from resdiag.watch.survey import Survey
-from resdiag.watch.tracer import TracedPass, Tracing
-from resdiag.watch.units import Unit
-from resdiag.watch.verify import Edge, PassGraph, Pattern, edge_of
+from resdiag.watch.base.safety import never_alone
+from resdiag.watch.find.additions import Addition
+from resdiag.watch.find.passes import FollowedPass, Operands, Silent
+from resdiag.watch.find.tracer import TracedPass, Tracing
+from resdiag.watch.find.units import Unit
+from resdiag.watch.plan.ports import is_in, place_reads
+from resdiag.watch.plan.survey import Survey
+from resdiag.watch.plan.verify import Edge, PassGraph, Pattern, edge_of
+from resdiag.watch.record.forward import Recorder
+from resdiag.watch.record.hooks import Expected, TappedPass
 
 _MISSES = 2
 """How many more passes may differ from the expected one than be like it; then all are traced."""

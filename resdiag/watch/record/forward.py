@@ -12,24 +12,22 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from resdiag.watch.addition import Addition
-from resdiag.watch.backward import Backward
-from resdiag.watch.base.catalog import CORE, RECORDED
-from resdiag.watch.base.custom import CustomValues
+from resdiag.catalog.custom import CustomValues
+from resdiag.catalog.table import CORE, RECORDED
 from resdiag.watch.base.functions import Call
-from resdiag.watch.blocks import Anatomy
-from resdiag.watch.buffer import Buffer, Key
-from resdiag.watch.events import Operands
-from resdiag.watch.guard import Guard, guarded
-from resdiag.watch.head import Head
+from resdiag.watch.base.safety import Guard, guarded
+from resdiag.watch.find.additions import Addition
+from resdiag.watch.find.blocks import Anatomy
+from resdiag.watch.find.passes import Operands
+from resdiag.watch.find.units import Unit
 from resdiag.watch.measure import reductions
 from resdiag.watch.measure.changes import Saturation, fractions
 from resdiag.watch.measure.reductions import Scalar
 from resdiag.watch.measure.skip_path import COLUMNS, SkipPath
-from resdiag.watch.pool import Pool
-from resdiag.watch.sites import COLUMNS as SITE_COLUMNS
-from resdiag.watch.sites import KnownTensors, Part, Sites
-from resdiag.watch.units import Unit
+from resdiag.watch.record.backward import Backward
+from resdiag.watch.record.buffer import Buffer, Key
+from resdiag.watch.record.pool import Pool
+from resdiag.watch.record.sites import SITE_COLUMNS, Head, KnownTensors, Part, Sites
 
 NO_ADDITION = (
     *(column for site in ("branch", "shortcut", "sum") for column in SITE_COLUMNS[site]),

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resdiag.watch.backward import OUTPUT_GRADIENT
-from resdiag.watch.forward import NO_ADDITION, Recorder
-from resdiag.watch.graph_taps import Tap, numbers
 from resdiag.watch.measure import reductions
 from resdiag.watch.measure.model_ends import DATA, HEAD_LOSS
 from resdiag.watch.measure.skip_path import COLUMNS
-from resdiag.watch.ports import SITES, BlockPlan, Plan, Port, Trail
-from resdiag.watch.sites import COLUMNS as SITE_COLUMNS
+from resdiag.watch.plan.ports import SITES, BlockPlan, Plan, Port, Trail
+from resdiag.watch.record.backward import OUTPUT_GRADIENT
+from resdiag.watch.record.forward import NO_ADDITION, Recorder
+from resdiag.watch.record.graph_taps import Tap, numbers
+from resdiag.watch.record.sites import SITE_COLUMNS
 
 HIDDEN = (
     "no module takes or returns this tensor, nor does an operation that can be told in a compiled "

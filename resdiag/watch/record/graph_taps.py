@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resdiag.watch.base.compilation import never_alone, plain
+from resdiag.watch.base.safety import never_alone, plain
 from resdiag.watch.measure import kernels
-from resdiag.watch.operations import Where
-from resdiag.watch.ports import Port, Trail
+from resdiag.watch.plan.ports import Port, Trail
+from resdiag.watch.record.operations import Where
 
 Function = Callable[[Tensor], Tensor]
 

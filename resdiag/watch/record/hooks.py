@@ -14,18 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resdiag.watch.addition import Addition
-from resdiag.watch.base.compilation import never_alone
 from resdiag.watch.base.functions import compose
+from resdiag.watch.base.safety import guarded, never_alone
 from resdiag.watch.base.tensors import tensors_in
-from resdiag.watch.events import Operands
-from resdiag.watch.forward import Recorder
-from resdiag.watch.guard import guarded
-from resdiag.watch.operations import Operations, Where
-from resdiag.watch.placement import ENDS, OPERANDS, Reads, Role
-from resdiag.watch.ports import BlockPlan, Plan, Port
-from resdiag.watch.sums import read_sum
-from resdiag.watch.verify import PassGraph, Pattern
+from resdiag.watch.find.additions import Addition, read_sum
+from resdiag.watch.find.passes import Operands
+from resdiag.watch.plan.ports import ENDS, OPERANDS, BlockPlan, Plan, Port, Reads, Role
+from resdiag.watch.plan.verify import PassGraph, Pattern
+from resdiag.watch.record.forward import Recorder
+from resdiag.watch.record.operations import Operations, Where
 
 
 @dataclass(eq=False)

@@ -14,8 +14,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from resdiag.watch.base.compilation import never_alone
-from resdiag.watch.ports import OPERATIONS, Plan, is_in
+from resdiag.watch.base.safety import never_alone
+from resdiag.watch.plan.ports import OPERATIONS, Plan, is_in
 
 Where = tuple[int, str, int]
 """Number of the module's call, name and ordinal of the operation."""

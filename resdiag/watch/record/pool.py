@@ -22,12 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from resdiag.watch.base.catalog import METRICS, RECORDED
-from resdiag.watch.buffer import Buffer, Key
+from resdiag.catalog.table import METRICS, RECORDED
 from resdiag.watch.measure import moments
 from resdiag.watch.measure.moments import Sums
 from resdiag.watch.measure.reductions import Scalar, stack
 from resdiag.watch.measure.skip_path import COLUMNS
+from resdiag.watch.record.buffer import Buffer, Key
 
 _SHARDS = " of shards"
 _COMBINED = {name: METRICS[name].over_ranks for name in RECORDED if METRICS[name].over_ranks}

@@ -1,0 +1,222 @@
+"""`attach`: watch the residual blocks of a model while it trains."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from resdiag.catalog.table import POINTS, SETS
+from resdiag.errors import unknown
+from resdiag.watch.base.safety import WatchWarning as WatchWarning
+from resdiag.watch.base.safety import compiled_parts
+from resdiag.watch.base.tensors import mesh_of, placements_of
+from resdiag.watch.find.blocks import match_modules
+from resdiag.watch.loop.monitor import Monitor
+from resdiag.watch.loop.parameters import is_sharded, is_sharding
+from resdiag.watch.loop.ranks import find_ranks, is_reduced
+from resdiag.watch.loop.state import LossScale
+from resdiag.watch.plan.ports import example
+
+if TYPE_CHECKING:
+    pass
+
+
+_TAKES = ("first", "last")
+_TRACES = ("first", "always")
+
+
+def attach(
+    model: nn.Module,
+    *,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    blocks: Sequence[str] | None = None,
+    every: int = 1,
+    record_first: int = 0,
+    samples: int | None = 4,
+    point: str | None = None,
+    reduce: bool = True,
+    scaler: Any = None,  # noqa: ANN401
+    take: str = "first",
+    metrics: str = "full",
+    moment_samples: int | None = None,
+    example_inputs: object = None,
+    trace: str = "first",
+) -> "Monitor":
+    """Start watching a model. Nothing in it is edited, and its training stays the same bit for bit.
+
+    The blocks are found in the first forward pass in training mode, and recorded in that same pass.
+
+    Args:
+        model: The module whose `__call__` the training loop uses.
+        optimizer: Its optimizer, or several: the update ratio is then measured, for which the
+            weights are copied at recorded steps. Parameter gradients are read right before the
+            step of whichever optimizer owns them, given here or not; without such a step, at
+            `Monitor.step()`.
+        blocks: Names or shell patterns of modules to take as the blocks instead of found additions.
+        every: Record every `every`-th step.
+        record_first: Record each of the first steps, whatever `every` says.
+        samples: Samples at the head of the batch on which per-unit quantities (P1-P4, slopes,
+            saturation) and the gradient's shares are measured; None for the whole batch.
+        point: Where in the loop parameter gradients are read, one of `catalog.POINTS`; stored with
+            the data. By default "local", "unscaled" with a scaler, and "post_clip" once the loop
+            is seen to rewrite gradients; see `Monitor.read_gradients`.
+        metrics: "full" for all of `catalog.RECORDED`; "core" for `catalog.CORE`, which costs
+            half or less: on a CPU most networks' passes are then read from their autograd graphs
+            (docs/explanation/watching.md), where the first that differs is missed, and said.
+        moment_samples: Samples at the head of the batch from which moments, gradient norms at
+            activations and their non-finite shares are estimated; None for the whole batch. Of k
+            samples a second moment has the relative standard error s / sqrt(k), with s the
+            deviation over samples of their second moments over its mean: a few per cent for 16
+            images (docs/explanation/performance.md). Outputs of BatchNorm and parameter gradients
+            stay those of the whole batch.
+        reduce: Where several processes train the model together (DDP, `fully_shard`), record the
+            numbers of all ranks, the same on each; `attach`, `step` and `close` are then called on
+            every rank, and "local" becomes "reduced". False: each rank records its own; under a DDP
+            wrapper the parameters' gradients are those of all nevertheless.
+        scaler: The loop's `torch.amp.GradScaler`: gradients are recorded without its scale, and
+            whether it skipped the step.
+        take: Which forward pass of a step to record where there are several (gradient
+            accumulation, two views of a batch), "first" or "last".
+
+        example_inputs: Inputs of one forward pass, a tuple or a mapping of keywords, on the model's
+            device: the blocks are found at once, and passes that torch.compile runs are recorded
+            too. Needed only for those; attach before compiling.
+        trace: "first" follows the first recorded pass operation by operation, and reads later ones
+            by hooks at the places that it found, as long as they are the same pass; "always"
+            follows every recorded pass, which costs more and misses no pass that differs.
+
+    Returns:
+        A `Monitor`: a context manager whose `step()` ends each training step.
+
+    Raises:
+        ValueError: A schedule that never records, an unknown point, pass, block or set of
+            metrics, a compiled model, or a kind of parallel training that cannot be watched.
+        TypeError: The optimizer or the scaler is something else.
+
+    Example:
+        >>> import torch
+        >>> from resdiag.models.resnet import build_model
+        >>> model = build_model("elu", 8, seed=0)
+        >>> with attach(model) as monitor:
+        ...     model(torch.ones(4, 3, 32, 32)).square().mean().backward()
+        ...     monitor.step()
+        >>> monitor
+        Monitor(blocks=3, steps=1, closed)
+        >>> monitor.to_frame()[["step", "block", "skip_gain"]].values.tolist()
+        [[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [0.0, 2.0, 1.0]]
+    """
+    if every < 1 or record_first < 0:
+        raise ValueError(f"every={every} must be at least 1 and record_first={record_first} >= 0")
+    if point is not None and point not in POINTS:
+        raise ValueError(unknown("point", point, POINTS).message)
+    if take not in _TAKES:
+        raise ValueError(unknown("forward pass to take", take, _TAKES).message)
+    if trace not in _TRACES:
+        raise ValueError(unknown("trace", trace, _TRACES).message)
+    if metrics not in SETS:
+        raise ValueError(unknown("set of metrics", metrics, SETS).message)
+    inner = unwrap(model)
+    if hasattr(model, "_orig_mod") or compiled_parts(model):
+        raise ValueError(
+            "the model is already compiled and its hooks would silently not fire: "
+            "attach to the module before torch.compile, with example_inputs=(...)"
+        )
+    units = match_modules(inner, blocks)
+    if not reduce and is_sharded(inner):
+        raise ValueError("reduce=False: the parameters are shards, no rank has a whole gradient")
+    ranks = find_ranks(model) if reduce else None
+    reduced = ranks is not None or is_reduced(model)
+    if moment_samples is not None and moment_samples < 1:
+        raise ValueError(f"moment_samples={moment_samples} must be at least 1, or None for all")
+    monitor = Monitor(
+        inner,
+        _optimizers(optimizer),
+        units,
+        lambda step: step < record_first or step % every == 0,
+        samples,
+        "reduced" if reduced and point in (None, "local") else point,
+        ranks,
+        LossScale(scaler),
+        take_last=take == "last",
+        core=metrics == "core",
+        moments=moment_samples,
+        always=trace == "always",
+    )
+    if example_inputs is not None:
+        monitor.prepare(*example(example_inputs))
+    return monitor
+
+
+def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
+    """One optimizer, several or none as a list."""
+    several = given if isinstance(given, Iterable) else [given] if given is not None else []
+    optimizers = list(several)
+    for optimizer in optimizers:
+        if not hasattr(optimizer, "param_groups"):
+            raise TypeError(f"not an optimizer: {type(optimizer).__name__}")
+    return optimizers
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module to watch inside a wrapper of PyTorch's.
+
+    Raises:
+        ValueError: A kind of parallel training whose numbers would silently be wrong.
+    """
+    refusal = next(_refusals(model), None)
+    if refusal is not None:
+        raise ValueError(refusal)
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _refusals(model: nn.Module) -> Iterator[str]:
+    """Why a model cannot be watched, and what to do instead."""
+    if type(model).__module__.split(".")[0] == "deepspeed":
+        yield (
+            "DeepSpeed reduces gradients in buffers of its own, where they cannot be read: "
+            "train with DistributedDataParallel or fully_shard to watch"
+        )
+    for module in _modules(model):
+        for kind in type(module).__mro__:
+            if kind.__name__ in _WRAPPERS and kind.__module__.startswith("torch."):
+                yield _WRAPPERS[kind.__name__]
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_id"):
+            yield (
+                "DeepSpeed ZeRO-3 leaves parameters empty between uses: shard with "
+                "torch.distributed.fsdp.fully_shard instead"
+            )
+        if mesh_of(parameter) is not None and not _is_data_parallel(model, parameter):
+            yield (
+                "tensor parallel: activations are spread over ranks by feature, and no rank has "
+                "a whole channel mean: watch a run with DDP or fully_shard alone"
+            )
+
+
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    yield model  # first: a RemoteModule answers modules() with an error of its own
+    yield from model.modules()
+
+
+_WRAPPERS = {
+    "DataParallel": (
+        "DataParallel runs copies of the model in threads, which no hook of ours follows: use "
+        "DistributedDataParallel, or attach before wrapping and run on one device"
+    ),
+    "FullyShardedDataParallel": (
+        "FullyShardedDataParallel (FSDP1) flattens parameters, so that none belongs to a block: "
+        "use torch.distributed.fsdp.fully_shard (FSDP2)"
+    ),
+    "_RemoteModule": (
+        "a RemoteModule runs on another RPC worker: attach on the worker that holds the module"
+    ),
+}
+
+
+def _is_data_parallel(model: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether a DTensor is what fully_shard makes: whole copies, and shards of them at most."""
+    *outer, inner = placements_of(parameter)
+    ours = any(is_sharding(module) for module in model.modules())
+    return ours and inner.is_shard() and all(place.is_replicate() for place in outer)
