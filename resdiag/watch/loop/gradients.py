@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +10,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from resdiag.watch.loop.parameters import Shards, is_sharded, may_reduce
-from resdiag.watch.loop.ranks import Ranks
 from resdiag.watch.loop.state import State
 from resdiag.watch.measure.parameter_norms import ParameterNorms
 from resdiag.watch.record.pool import Pool
+
+if TYPE_CHECKING:
+    from resdiag.watch.loop.ranks import Ranks
+
 
 _SCALED = ("grad_input", "grad_sum", "grad_output")
 
@@ -38,7 +42,7 @@ class Gradients:
         self,
         state: State,
         shards: Shards,
-        ranks: Ranks | None,
+        ranks: "Ranks | None",
         pool: Pool | None,
         point: str | None,
         *,

@@ -16,11 +16,11 @@ from resdiag.watch.base.safety import WatchWarning as WatchWarning
 from resdiag.watch.find.blocks import Block
 from resdiag.watch.find.passes import PassDriver
 from resdiag.watch.find.tracer import Tracing
-from resdiag.watch.loop.forward_passes import Passes
+from resdiag.watch.loop.forward_passes import Checks, Passes
 from resdiag.watch.loop.gradients import Gradients
 from resdiag.watch.loop.parameters import OptimizerSteps, Shards
 from resdiag.watch.loop.ranks import Assembly, Ranks
-from resdiag.watch.loop.state import Checks, LossScale, State, Step
+from resdiag.watch.loop.state import LossScale, State, Step
 from resdiag.watch.plan.survey import plan_of_example
 from resdiag.watch.record.collect import GraphRecorder
 from resdiag.watch.record.follow import Follower
