@@ -30,7 +30,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     # watching any model
-    "attach": "resdiag.watch.loop.monitor",
+    "attach": "resdiag.watch.loop.attach",
     "Monitor": "resdiag.watch.loop.monitor",
     "find_blocks": "resdiag.watch.find.blocks",
     "Block": "resdiag.watch.find.blocks",

@@ -702,7 +702,7 @@ def test_every_addition_of_two_streams_is_a_block(begin, joins):
         model(x).square().sum().backward()
         monitor.step()
     assert len(monitor.blocks) == 6
-    assert monitor.notes == []
+    assert monitor.warnings == []
     if begin == "two maps":
         return
     at = monitor.to_frame().iloc[0]
