@@ -6,7 +6,7 @@ import sys
 import torch
 
 from resdiag.watch.measure import kernels
-from resdiag.watch.record.history import graph_taps
+from resdiag.watch.record import graph_taps
 
 SHAPES = [  # shape and dimension of the channels
     ((5, 7, 6, 6), 1),

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from resdiag.models.resnet import build_model
 from resdiag.watch.loop.attach import attach
-from resdiag.watch.record.history import hooks
+from resdiag.watch.record import hooks
 
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate)  # shrinking trains for minutes
 WARNING = "ignore::resdiag.watch.base.safety.WatchWarning"
@@ -281,7 +281,8 @@ def test_reentrant_checkpointing_is_traced(metrics):
                 x = checkpoint(unit, x, x, use_reentrant=True)
             return self.leave(x.mean((2, 3)))
 
-    assert both(Checkpointed(), [classify] * 4, metrics=metrics).passes_read == 0
+    monitor = both(Checkpointed(), [classify] * 4, metrics=metrics)
+    assert monitor.trace_reason == "a part runs without gradients, and again with them"
 
 
 @pytest.mark.parametrize("metrics", ["core", "full"])
@@ -336,6 +337,73 @@ def test_after_a_pass_that_failed_half_way_the_next_one_is_read_whole():
         frames.append(monitor.drain()[0])
     for name in frames[0]:
         np.testing.assert_array_equal(frames[0][name], frames[1][name], err_msg=name)
+
+
+class Joined(nn.Module):
+    """One block whose operands come together in some way."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.branch, self.join = nn.Linear(6, 6), join
+
+    def forward(self, x):
+        return self.join(self, x)
+
+
+def _highway(net, x):
+    gate = torch.sigmoid(net.branch(x))
+    return gate * torch.tanh(net.branch(x)) + (1 - gate) * x
+
+
+def _clamped(net, x):
+    return torch.clamp(x + net.branch(x), min=x.detach() - 1)
+
+
+ALWAYS_TRACED = {
+    "a gate is on the shortcut of block ": _highway,
+    "takes another tensor of the pass": _clamped,
+    "nothing shows the operands": lambda net, x: torch.stack([x, net.branch(x).exp()]).sum(0),
+    "has parallel branches, whose sum": lambda net, x: x + net.branch(x) + net.branch(x.sin()),
+}
+
+
+@pytest.mark.parametrize("reason", ALWAYS_TRACED)
+def test_what_no_hook_can_show_again_is_traced_and_why_is_said(reason):
+    model = nn.Sequential(nn.Linear(3, 6), Joined(ALWAYS_TRACED[reason]), nn.Linear(6, 5))
+    monitor = both(model, [square(torch.randn(4, 3))] * 3)
+    assert reason in monitor.trace_reason
+    assert monitor.passes_read == 0
+
+
+@pytest.mark.filterwarnings(WARNING)
+def test_passes_without_a_block_or_with_a_failure_are_traced():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return self.gain * x
+
+    monitor = record(Scaled(), [square(torch.randn(4, 3))] * 2)[1]
+    assert monitor.trace_reason == "no block was found"
+    net = Net()
+    net.tell(["plain", "fail", "plain"])
+    assert both(net, [classify] * 3).trace_reason == "an exception ended a module's forward"
+
+
+@pytest.mark.filterwarnings(WARNING)
+def test_the_input_after_a_block_that_was_missed_is_read_with_its_gradient():
+    def turn(model, step):
+        model.tell(["plain", "branch scaled" if step == 2 else "plain", "plain"])
+
+    model = Net()
+    planned = record(model, [classify] * 3, before=turn)[0][0]
+    traced = record(model, [classify] * 3, before=turn, trace="always")[0][0]
+    missed, after = 7, 8  # rows of step 2
+    assert np.isnan(planned["output_mean"][missed])
+    for name in ("input_mean", "input_channel_std", "grad_input", "shortcut_share", "grad_output"):
+        assert planned[name][after] == traced[name][after], name
 
 
 def test_no_tensor_of_a_pass_stays_alive():

@@ -367,6 +367,9 @@ PROVOKED = {
     "no known activation inside the block": "no known activation inside the block",
     "no linear layer with a gradient ends": "no linear layer with a gradient ends",
     "forward passes in one step: the": "forward passes in one step: the",
+    "no gradient leads through all blocks": None,  # on an accelerator
+    "nothing shows the {} of": "nothing shows the operands",
+    "takes another tensor of": "takes another tensor of the pass",
     "stands for an operation that cannot be repeated": None,  # never called: a placeholder
 }
 """Texts of which tests have other words than the text itself; None: no user can cause it."""

@@ -75,6 +75,10 @@ def first_offender(metrics: pd.DataFrame) -> Offender | None:
 def _broken_activations(table: pd.DataFrame) -> pd.DataFrame:
     """One boolean column per recorded site; the sites are in the order of computation."""
     marks = {}
+    if {"input_nonfinite", "output_nonfinite"} <= set(table):
+        # where a block could not be read, the next one's input is its output
+        later = _numbers(table, "input_nonfinite").groupby(table["step"]).shift(-1)
+        table = table.assign(output_nonfinite=_numbers(table, "output_nonfinite").fillna(later))
     for site in SITES:
         # an input is its neighbour's output: only the first block's is news
         rows = table["block"] == table["block"].min() if site == "input" else True

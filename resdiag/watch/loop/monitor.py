@@ -196,6 +196,11 @@ class Monitor:
         return self._passes.follower.reads
 
     @property
+    def trace_reason(self) -> str:
+        """Why every recorded pass is traced although none was another one; "" if they are not."""
+        return self._passes.follower.reason
+
+    @property
     def is_recording(self) -> bool:
         """Whether this step's forward pass was recorded."""
         return self._now.forward

@@ -262,7 +262,7 @@ def place_reads(plan: Plan, kept: frozenset[int], *, core: bool) -> Reads:
         found = dict(_of_block(block)) if block.unit is None else dict(_of_unit(block))
         for site, port in found.items():
             if port is None:
-                reads.reason = f"nothing shows the {site} of block {block.key[0]}"
+                reads.reason = _unseen(site, block)
                 return reads
             roles.setdefault(port, []).append(Role(row, _ORDER.index(site), site))
         times.append(_time_of(block, found))
@@ -271,7 +271,7 @@ def place_reads(plan: Plan, kept: frozenset[int], *, core: bool) -> Reads:
         for index, (_, trail) in enumerate(() if core else block.activations):
             port = trail.value_port(block.key[0])
             if port is None:
-                reads.reason = f"nothing shows an activation of block {block.key[0]}"
+                reads.reason = _unseen("activation", block)
                 return reads
             roles.setdefault(port, []).append(
                 Role(row, _ORDER.index("activation"), "activation", index)
@@ -295,6 +295,10 @@ _ORDER = ("input", "branch", "shortcut", OPERANDS, "sum", "activation", "output"
 """In which order what is at one port is told."""
 
 
+def _unseen(site: str, block: BlockPlan) -> str:
+    return f"nothing shows the {site} of block {block.key[0]}"
+
+
 def _why_not(block: BlockPlan, kept: frozenset[int]) -> str:
     """Why a block cannot be seen without following the pass, or ""."""
     if block.extended:
@@ -304,8 +308,6 @@ def _why_not(block: BlockPlan, kept: frozenset[int]) -> str:
         calls += [*(block.addition.path or ()), *block.after]
         if block.addition.is_gated:
             return f"a gate is on the shortcut of block {block.key[0]}"
-        if block.output is None or block.sum is None:
-            return f"block {block.key[0]} did not end"
     for call in calls:
         if any(id(x) not in kept for x in tensors_in((call.args, call.kwargs))):
             return f"{call.name} in block {block.key[0]} takes another tensor of the pass"

@@ -63,6 +63,7 @@ class Survey(BlockFinder):
         self._last: Trail | None = None
         self._running: _Operation | None = None
         self._waiting: _Frame | None = None
+        self._held: list[Tensor] = []  # without gradients nothing else holds a stacked operand
 
     def begin(self, flow: Lineage) -> None:
         """The pass begins."""
@@ -179,6 +180,8 @@ class Survey(BlockFinder):
     def wrote(self, result: Tensor) -> None:
         """The result has its number."""
         running, number = self._running, self._flow.number(result)
+        if self._example:
+            self._held.append(result)
         if running is None or running.port is None or number is None:
             return
         # what was written into a part of another tensor: nothing may take its place
@@ -252,6 +255,7 @@ class Survey(BlockFinder):
             self.plan.features = self._trail_of(features)
             self.plan.logits = self._trail_of(logits)
         self.plan.calls = dict(self._calls)
+        self._held.clear()
         for row, block in enumerate(self.plan.blocks):
             thing = block.addition or block.unit
             inside = set() if thing is None else {id(call) for call in thing.activations}

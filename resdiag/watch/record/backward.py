@@ -275,13 +275,15 @@ class Backward:
         if not self._is_current(begun):
             return
         self._see()
-        if row in self.rejected:
-            return
         key = row, column
         self.repeats += key in self._written
         self._written.add(key)
         size, broken = reductions.gradient(g, self._samples)
-        self.write(row, column, size, broken, g.shape[0] if g.dim() else 1, g.numel())
+        places = [key]
+        if row in self.rejected:  # the next block's input may be as expected
+            places = [(child, "grad_input") for child in self._children.get(key, ())]
+        for place in places:
+            self.write(*place, size, broken, g.shape[0] if g.dim() else 1, g.numel())
         if self._custom_sites:
             self._compute_custom(row, column, g)
         if column == "grad_sum":
@@ -301,6 +303,8 @@ class Backward:
         numel: Scalar,
     ) -> None:
         """Write G2, and where it is that of the output its non-finite fraction."""
+        if row in self.rejected:
+            return
         if self._pool is None:
             self._cells.put(self._cells.slot, row, column, size)
         else:

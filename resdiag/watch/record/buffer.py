@@ -69,22 +69,21 @@ class Buffer:
         if self._cells is not None and self._steps:
             self._cells[self.slot].fill_(math.nan)
 
-    def reject(self, rows: Collection[int]) -> list[Key]:
+    def reject(self, rows: Collection[int]) -> list[tuple[Key, Key]]:
         """Rows of the open slot hold nothing: forget what was put, and that cells equal others.
 
         Returns:
-            First columns of other rows that were to equal cells of these.
+            First cells of other rows that were to equal cells of these, and those.
         """
         slot = self.slot
         self._loose = [one for one in self._loose if one[0] != slot or one[1][0] not in rows]
         aliases = self._aliases[slot]
         lost = [
-            (row, self.columns[at])
-            for row, columns, source, _ in aliases
+            ((row, self.columns[columns.start]), (source, self.columns[there.start]))
+            for row, columns, source, there in aliases
             if source in rows and row not in rows
-            for at in range(columns.start, columns.stop)
         ]
-        self._aliases[slot] = [alias for alias in aliases if alias[0] not in rows]
+        self._aliases[slot] = [one for one in aliases if one[0] not in rows and one[2] not in rows]
         return lost
 
     def read_column(self, slot: int, name: str) -> Tensor:

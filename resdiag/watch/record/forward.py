@@ -321,9 +321,13 @@ class Recorder:
         columns = (*RECORDED, *self.custom.ids)
         for row in rows:
             self.guard.miss(row, (c for c in columns if c not in _OF_PARAMETERS), OTHER_PASS)
+        # the output of such a block is still the input of the next one, which may be as expected
+        for (row, column), (source, there) in self._cells.reject(rows):
+            if column.endswith("_mean"):
+                known = source, there.removesuffix("_mean")
+                self.sites.take_over(row, column.removesuffix("_mean"), known)
+        for row in rows:
             self.sites.forget(row, SITE_COLUMNS)
-        for row, column in self._cells.reject(rows):
-            self.guard.miss(row, (column,), OTHER_PASS)
         if rows:
             self.skip.reject({row: self.anatomy.blocks[row].stage for row in rows})
         self._gates.forget(rows)

@@ -101,6 +101,12 @@ class Sites:
         self._cells.alias(row, f"{site}_mean", source, len(moments.STATISTICS))
         self._parts[row, site] = self._parts[known]
 
+    def take_over(self, row: int, site: str, known: tuple[int, str]) -> None:
+        """What was read of a tensor at a row and site is to be written at another one."""
+        part = self._parts.get(known)
+        if part is not None:
+            self.keep(row, site, part)
+
     def read(self, x: Tensor, features: int | None) -> Part:
         """What is needed of any tensor, its channels being this dimension."""
         return batchnorm.normalised(x) or moments.reduce(self.head(x), None, features)
