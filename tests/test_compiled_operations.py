@@ -82,10 +82,11 @@ class Statement(nn.Module):
 
 
 class Moody(nn.Module):
-    """Adds to its input in training only, before the residual addition."""
+    """Adds to its input before the residual addition, unless gradients are off or in evaluation."""
 
     def __init__(self):
         super().__init__()
+        self.steady = False
         self.stem, self.layer, self.head = (
             nn.Linear(12, WIDTH),
             nn.Linear(WIDTH, WIDTH),
@@ -94,7 +95,7 @@ class Moody(nn.Module):
 
     def forward(self, x):
         x = self.stem(x)
-        if self.training:
+        if self.training and (self.steady or torch.is_grad_enabled()):
             x = x + 0.1
         x = F.relu(x + self.layer(x))
         return self.head(x)
@@ -208,6 +209,30 @@ def test_other_operations_than_in_the_example_pass_are_never_mistaken():
     seen = run(build("moody"), x, y, "aot_eager")
     assert {"sum_mean", "branch_mean"} & missing(seen, CHANGED)
     assert seen.to_frame().sum_mean.isna().all()
+
+
+def test_what_a_model_does_in_training_only_is_in_the_plan():
+    x, y = batch("moody")
+    models = [build("moody"), build("moody")]
+    for model in models:
+        model.steady = True
+    seen, wanted = (
+        run(m, x, y, how) for m, how in zip(models, ("aot_eager", "eager"), strict=True)
+    )
+    assert_same(seen, wanted)
+
+
+def test_looking_for_the_plan_leaves_buffers_and_random_numbers_as_they_were():
+    model = nn.Sequential(nn.Linear(12, WIDTH), nn.BatchNorm1d(WIDTH), nn.Dropout(), Moody().layer)
+    before = [buffer.clone() for buffer in model.buffers()]
+    torch.manual_seed(3)
+    attach(model, example_inputs=(torch.randn(4, 12),)).close()
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    torch.randn(4, 12)
+    assert torch.equal(drawn, torch.rand(1))
+    assert all(map(torch.equal, before, model.buffers()))
+    assert model.training
 
 
 def test_a_gradient_that_comes_to_no_tap_is_nan_with_a_reason():

@@ -77,6 +77,22 @@ def test_every_rank_has_the_same_record_bit_for_bit(ranks, case):
         )
 
 
+COMPILED = [("elu_pre", "core"), ("relu_nobn", "core"), ("relu_nobn", "full")]
+
+
+@pytest.mark.parametrize(("name", "metrics"), COMPILED)
+def test_two_ranks_that_run_compiled_record_what_one_records_eagerly(ranks, name, metrics):
+    found = ranks[0][name, "compiled", metrics]
+    expected = two_ranks.one_rank(name, metrics=metrics, moment_samples=16)
+    assert found["notes"] == []
+    assert (found["graphs"], found["breaks"]) == (1, {})
+    assert_equal(found["frame"], expected["frame"])
+    local = [*DATA, *HEAD_LOSS]
+    assert_equal(found["curve"].drop(columns=local), expected["curve"].drop(columns=local))
+    for name, weight in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], weight)
+
+
 @pytest.mark.parametrize("case", [("elu_pre", "ddp"), ("vit", "fsdp")], ids="-".join)
 def test_watching_changes_no_bit_of_the_training(ranks, case):
     watched, alone = ranks[0][case]["weights"], ranks[0][*case, "unwatched"]["weights"]

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
 from resdiag.models.resnet import build_model
@@ -104,15 +105,30 @@ def shard(model, mesh=None, **policy):
 
 
 def many_ranks(
-    rank, name, kind, *, split="even", parts=1, inner=False, shape=None, before=None, **options
+    rank,
+    name,
+    kind,
+    *,
+    split="even",
+    parts=1,
+    inner=False,
+    shape=None,
+    before=None,
+    compiled=False,
+    **options,
 ):
     """The same by several ranks: `kind` is "ddp" or "fsdp"."""
     model = make_model(name)
     if kind == "fsdp":
         called = model = shard(model, mesh_of(shape or (2,)))
+    elif compiled:
+        torch._dynamo.reset()
+        counters.clear()
+        called = DistributedDataParallel(torch.compile(model, backend="aot_eager", fullgraph=True))
+        options["example_inputs"] = (make_batch(0)[0].split(SPLITS[split])[rank],)
     else:
         called = DistributedDataParallel(model)
-    watched = model if inner else called
+    watched = model if inner or compiled else called
 
     def loss(step):
         for part in range(parts):
@@ -121,7 +137,11 @@ def many_ranks(
             with nullcontext() if last else called.no_sync():
                 (F.cross_entropy(called(images), labels) / parts).backward()
 
-    return train(model, loss, watched=watched, **options)
+    out = train(model, loss, watched=watched, **options)
+    if compiled:
+        out["graphs"] = counters["stats"]["unique_graphs"]
+        out["breaks"] = dict(counters["graph_break"])
+    return out
 
 
 # -- cases that are no comparison with one rank --------------------------------------------------
@@ -326,6 +346,15 @@ def broken(rank):
 
 
 CASES = {
+    **{
+        (name, "compiled", metrics): (
+            many_ranks,
+            name,
+            "ddp",
+            {"compiled": True, "metrics": metrics, "moment_samples": 16},
+        )
+        for name, metrics in (("elu_pre", "core"), ("relu_nobn", "core"), ("relu_nobn", "full"))
+    },
     **{(name, kind): (many_ranks, name, kind, {}) for name in MODELS for kind in ("ddp", "fsdp")},
     ("vit", "ddp", "inner"): (many_ranks, "vit", "ddp", {"inner": True}),
     ("elu_pre", "ddp", "uneven"): (many_ranks, "elu_pre", "ddp", {"split": "uneven"}),

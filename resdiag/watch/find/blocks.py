@@ -285,12 +285,14 @@ def trace_once(
     observers: Sequence[Observer],
     units: frozenset[str] | None = None,
     surveyor: Surveyor | None = None,
+    *,
+    evaluate: bool = True,
 ) -> None:
-    """Trace one pass in evaluation mode without gradients; mode and random state are put back."""
+    """Trace one pass without gradients; modes, buffers and random state are put back."""
     tracing = Tracing(model, units)
     driver = PassDriver(model, lambda: tracing.begin(observers, surveyor))
     try:
-        with evaluating(model), torch.no_grad():
+        with put_back(model, evaluate=evaluate), torch.no_grad():
             model(*inputs, **keywords)
     finally:
         driver.close()
@@ -323,13 +325,18 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and a forked random state for one pass."""
+def put_back(model: nn.Module, *, evaluate: bool) -> Iterator[None]:
+    """For one pass: evaluation mode if asked for; modes, buffers and random state are put back."""
     modes = {module: module.training for module in model.modules()}
+    buffers = [] if evaluate else [(x, x.clone()) for x in model.buffers()]
     with torch.random.fork_rng():
-        model.eval()
+        if evaluate:
+            model.eval()
         try:
             yield
         finally:
             for module, mode in modes.items():
                 module.training = mode
+            with torch.no_grad():
+                for x, before in buffers:
+                    x.copy_(before)

@@ -147,6 +147,7 @@ class Passes:
         """
         training = not self._paused and self._model.training and torch.is_grad_enabled()
         due = training and self._is_due_now()
+        self._step.passes += training
         if self.taps is None:
             self._step.hidden = self._step.hidden or due
             return

@@ -300,9 +300,17 @@ def plan_of_example(
     keywords: Mapping[str, Any],
     units: frozenset[str] | None,
 ) -> Plan:
-    """The plan of one pass over example inputs, for passes of which Python sees nothing."""
-    survey = Survey(example=True)
-    trace_once(model, inputs, keywords, [], units, survey)
+    """The plan of one pass over example inputs, for passes of which Python sees nothing.
+
+    The pass runs in the modes that the model has: in evaluation mode it may do something else.
+    Where it cannot, as a BatchNorm in training on one sample, it runs in evaluation mode.
+    """
+    try:
+        survey = Survey(example=True)
+        trace_once(model, inputs, keywords, [], units, survey, evaluate=False)
+    except Exception:
+        survey = Survey(example=True)
+        trace_once(model, inputs, keywords, [], units, survey)
     return survey.plan
 
 

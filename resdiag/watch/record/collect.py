@@ -276,7 +276,7 @@ class GraphRecorder:
         if tap.gap is not None:
             head = self._recorder.head
             head.write_features(_sums(seen.moments, 1.0), features.shape[-1], tap.gap.device)
-            head.write_gap(head.slot, tap.gap)
+            head.write_gap(head.slot, tap.gap.clone())  # the tap is wiped before ranks meet
 
 
 def _scalar(x: Tensor) -> Scalar:
@@ -285,7 +285,7 @@ def _scalar(x: Tensor) -> Scalar:
 
 def _scalars(values: Tensor) -> list[Any]:
     """The numbers of a tap: plain ones on the CPU, tensors on an accelerator."""
-    return values.tolist() if reductions.on_host(values.device) else list(values.unbind())
+    return values.tolist() if reductions.on_host(values.device) else list(values.clone().unbind())
 
 
 def _sums(moments: Tensor, scale: float) -> Sums:
