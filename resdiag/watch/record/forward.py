@@ -4,13 +4,10 @@ Who tells is an observer's affair: a `TracedPass` that follows every operation, 
 whose hooks stand at the places of a plan. Gradients are `Backward`'s.
 """
 
-import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from resdiag.catalog.custom import CustomValues
 from resdiag.catalog.table import CORE, RECORDED
@@ -27,7 +24,8 @@ from resdiag.watch.measure.skip_path import COLUMNS, SkipPath
 from resdiag.watch.record.backward import Backward
 from resdiag.watch.record.buffer import Buffer, Key
 from resdiag.watch.record.pool import Pool
-from resdiag.watch.record.sites import SITE_COLUMNS, Head, KnownTensors, Part, Sites
+from resdiag.watch.record.sites import SITE_COLUMNS, Head, KnownTensors, Sites
+from resdiag.watch.record.unit_tensors import UnitTensors
 
 NO_ADDITION = (
     *(column for site in ("branch", "shortcut", "sum") for column in SITE_COLUMNS[site]),
@@ -41,50 +39,21 @@ OTHER_PASS = "the forward pass of a step was not the one that had been traced"
 _NOT_CORE = "not in the core set: attach(metrics='full') records it"
 
 
-@dataclass(eq=False)
-class _Passed:
-    """A tensor that was measured before it is known whose it is.
-
-    Attributes:
-        tensor: The tensor, and its version then.
-        device: Where it is.
-        sums: What was read of it; None where it had been measured before.
-        place: Row and site where it was written first.
-        gradient: The cell in which its gradient is written.
-        handle: The hook that reads the gradient; None if none will come.
-        custom: Custom metrics by site.
-    """
-
-    tensor: tuple[weakref.ref[Tensor], int]
-    device: torch.device
-    sums: Part | None = None
-    place: tuple[int, str] | None = None
-    gradient: Key | None = None
-    handle: RemovableHandle | None = None
-    custom: dict[str, list[tuple[str, Tensor]]] = field(default_factory=dict)
-
-
 class Recorder:
     """The observer that records one forward and backward pass.
 
     Args:
-        cells: Per-block buffer; its columns are `catalog.RECORDED`.
-        head: Per-step buffer with one row; its columns begin with `head.COLUMNS`.
+        cells: Per-block buffer; its columns are `catalog.table.RECORDED`.
+        head: Per-step buffer with one row; its columns begin with `sites.HEAD_COLUMNS`.
         guard: Takes failures and reasons.
         samples: Samples of the batch on which per-unit quantities are measured; None for all.
-        pool: Where several ranks record together: takes what they must add up, in place of the
-            buffers.
+        pool: Where several ranks record together, takes what they must add up.
         backward_begins: Called when the first gradient of a pass has come.
         custom: Custom metrics.
-        core: Only the columns of `catalog.CORE`.
+        core: Only the columns of `catalog.table.CORE`.
         moments: Samples of the batch on which moments and gradients are measured; None for all.
 
     Attributes:
-        backward: What reads the gradients.
-        head: What it writes of batch and classifier.
-        skip: What measures the skip path.
-        sites: What measures the moments.
-        is_core: As given.
         is_whole: Whether the pass has ended as it should.
         strangers: Additions of the pass that the first one had not.
         skipped: Blocks of the first pass that this one did not run.
@@ -111,7 +80,7 @@ class Recorder:
         self.head = Head(head, pool, guard.reasons)
         self._known = KnownTensors()
         self._custom_sites = self.custom.sites()
-        self._cells, self._pool, self._gates = cells, pool, Saturation()
+        self._cells, self._pool, self._saturation = cells, pool, Saturation()
         self.is_core, self.fixed = core, False
         self.is_whole, self.strangers = False, 0
         self.skipped: list[str] = []
@@ -128,6 +97,7 @@ class Recorder:
             unit_samples=samples,
             core=core,
         )
+        self._units = UnitTensors(cells, self.sites, self._known, self.backward, self.custom, guard)
         if core:
             for column in set(RECORDED) - set(CORE):
                 guard.reasons[column][_NOT_CORE] = set()
@@ -163,9 +133,9 @@ class Recorder:
         self.skip.reset()
         self.sites.clear()
         self._known.clear()
-        self._gates.clear()
+        self._saturation.clear()
         self._ran: set[int] = set()
-        self._passed: dict[int, _Passed] = {}
+        self._units.clear()
 
     def close(self) -> None:
         """Let go of everything; nothing comes any more."""
@@ -247,13 +217,13 @@ class Recorder:
         else:
             self.backward.end_at_sum(row)
         if not self.is_core:
-            self._gates.assign(row, addition.activations)
+            self._saturation.assign(row, addition.activations)
 
     @guarded
     def activation(self, call: Call, x: Tensor) -> None:
         """Remember which units of an activation are saturated, for the block it is in."""
         if not self.is_core and x.is_floating_point() and x.numel():
-            self._gates.add(call, self.skip.head(x))
+            self._saturation.add(call, self.skip.head(x))
 
     @guarded
     def same(self, old: Tensor, new: Tensor) -> None:
@@ -267,26 +237,12 @@ class Recorder:
     @guarded
     def passing(self, number: int, x: Tensor, features: int | None) -> None:
         """Measure what may be a unit's input or output, and hook its gradient."""
-        if number in self._passed:
-            return
-        passed = self._passed[number] = _Passed((weakref.ref(x), x._version), x.device)
-        if self.fixed:  # else most of what passes is no unit's: no business of somebody's function
-            for site in self._custom_sites & {"input", "output"}:
-                self._compute_custom_of(passed, site, x)
-        passed.place = self._known.find(x)
-        if passed.place is not None:  # measured as a tensor of a residual block before
-            passed.gradient = passed.place[0], self.backward.column_of(*passed.place)
-            return
-        passed.sums = self.sites.read(x, features)
-        passed.handle = self.backward.hook_later(x, lambda: passed.gradient)
+        self._units.measure(number, x, features, settled=self.fixed)
 
     @guarded
     def dismiss(self) -> None:
-        """No candidate tensor belongs to a unit: remove its hook."""
-        for passed in self._passed.values():
-            if passed.handle is not None:
-                passed.handle.remove()
-        self._passed.clear()
+        """No candidate tensor belongs to a unit."""
+        self._units.dismiss()
 
     @guarded
     def unit(self, unit: Unit) -> None:
@@ -297,19 +253,16 @@ class Recorder:
                 self.strangers += 1
                 return
             row = self.anatomy.add_unit(unit)
-            self._cells.reserve(row + 1, self._passed[unit.output].device)
+            self._cells.reserve(row + 1, self._units.device(unit.output))
         row = self.anatomy.rows[key]
         self._ran.add(row)
         self.guard.miss(row, NO_ADDITION, "the block has no residual addition")
-        entry = None if unit.input is None else self._passed.get(unit.input)
         if not self.is_core:
-            if entry is None:
+            if not self._units.settle(row, "input", unit.input):
                 missing = (*SITE_COLUMNS["input"], "grad_input")
                 self.guard.miss(row, missing, "the module has no floating-point input")
-            else:
-                self._settle(row, "input", entry)
-            self._gates.assign(row, unit.activations)
-        self._settle(row, "output", self._passed[unit.output])
+            self._saturation.assign(row, unit.activations)
+        self._units.settle(row, "output", unit.output)
 
     # -- the end -------------------------------------------------------------------------------
 
@@ -330,7 +283,7 @@ class Recorder:
             self.sites.forget(row, SITE_COLUMNS)
         if rows:
             self.skip.reject({row: self.anatomy.blocks[row].stage for row in rows})
-        self._gates.forget(rows)
+        self._saturation.forget(rows)
 
     @guarded
     def finished(
@@ -354,7 +307,7 @@ class Recorder:
         """Write what was measured in the forward pass and waits for its end."""
         self.sites.write()
         self._write_skip()
-        self._write_gates()
+        self._write_saturation()
 
     # -- measuring -----------------------------------------------------------------------------
 
@@ -367,35 +320,6 @@ class Recorder:
             row = self.anatomy.add_block(addition)
             self._cells.reserve(row + 1, device)
         return row
-
-    def _settle(self, row: int, site: str, passed: _Passed) -> None:
-        """A tensor that passed is a unit's: write what was measured, or say where it is."""
-        self._settle_custom(row, site, passed)
-        if passed.place is not None:
-            self.sites.repeat(row, site, passed.place)
-        elif passed.sums is not None:
-            self.sites.keep(row, site, passed.sums)
-            passed.place = row, site
-            x = passed.tensor[0]()
-            if x is not None:
-                self._known.keep(x, row, site, version=passed.tensor[1])
-        hooked = passed.handle is not None
-        known = self.backward.claim(row, f"grad_{site}", passed.gradient, hooked=hooked)
-        passed.gradient = known or passed.gradient
-
-    def _settle_custom(self, row: int, site: str, passed: _Passed) -> None:
-        x, version = passed.tensor[0](), passed.tensor[1]
-        if site in self._custom_sites and site not in passed.custom:
-            if x is None or x._version != version:
-                reason = "overwritten before it was known to be a unit's; later steps have it"
-                return self.guard.miss(row, self.custom.at((site,)), reason)
-            self._compute_custom_of(passed, site, x)
-        for name, value in passed.custom.get(site, ()):
-            self._cells.put(self._cells.slot, row, name, value)
-        return None
-
-    def _compute_custom_of(self, passed: _Passed, site: str, x: Tensor) -> None:
-        passed.custom[site] = self.custom.compute(site, x)
 
     def _measure(
         self, row: int, site: str, x: Tensor, *, keep: bool = True, is_sum: bool = False
@@ -429,15 +353,15 @@ class Recorder:
             table = reductions.stack(values, self._cells.device).view(len(keys), -1)
             self._cells.write_rows(self._cells.slot, keys, table)
 
-    def _write_gates(self) -> None:
+    def _write_saturation(self) -> None:
         """Saturated and dead fractions over the activations that ran inside each block."""
-        for row, counts, sizes in self._gates.count(self.sites.features):
+        for row, counts, sizes in self._saturation.count(self.sites.features):
             if counts:
                 self.write_saturation(row, counts, sizes)
             else:
                 columns = ("saturated_fraction", "dead_fraction")
                 self.guard.miss(row, columns, "no known activation inside the block")
-        self._gates.clear()
+        self._saturation.clear()
 
     def write_saturation(self, row: int, counts: Sequence[Tensor], sizes: Sequence[int]) -> None:
         """Write the fractions of a block from its saturated units per channel."""

@@ -22,7 +22,7 @@ from resdiag.watch.find.passes import Operands
 from resdiag.watch.plan.ports import ENDS, OPERANDS, BlockPlan, Plan, Port, Reads, Role
 from resdiag.watch.plan.verify import PassGraph, Pattern
 from resdiag.watch.record.forward import Recorder
-from resdiag.watch.record.operations import Operations, Where
+from resdiag.watch.record.operations import Operations, Shown
 
 
 @dataclass(eq=False)
@@ -104,7 +104,7 @@ class TappedPass:
             at |= {name: {} for name in self._expected.names if name not in at}
         if not at:
             return
-        handlers = {name: _Operation(there, self._operate) for name, there in at.items()}
+        handlers = {name: Shown(there, self._operate) for name, there in at.items()}
         mode = self._operations = Operations(self._expected.plan, handlers, self._expected.names)
         for handle in mode.install():
             self._entered.callback(handle.remove)
@@ -323,45 +323,6 @@ class TappedPass:
         else:
             self._recorder.finished(None, None, outputs, reason=_OTHER_END)
         self._ended(not wrong and ends)
-
-
-class _Operation:
-    """Shows the operations of one module to the pass."""
-
-    def __init__(
-        self, at: Mapping[Where, list[tuple[Port, list[Role]]]], show: Callable[..., None]
-    ) -> None:
-        self._at, self._show = at, show
-
-    def before(
-        self,
-        where: Where,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The operands, before they can be overwritten."""
-        self._see(where, func, args, kwargs, None)
-        return args, kwargs
-
-    def after(
-        self,
-        where: Where,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        result: Any,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
-        """The result."""
-        self._see(where, func, args, kwargs, result)
-        return result
-
-    def _see(self, where: Where, *seen: object) -> None:
-        at = self._at.get(where)
-        if at is not None:
-            with torch._C.DisableTorchFunction():
-                for port, roles in at:
-                    self._show(port, roles, *seen)
 
 
 _OTHER_END = "the classifier of a step's pass was not the one that had been traced"

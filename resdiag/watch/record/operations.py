@@ -7,15 +7,16 @@ at the end of the graph as at its beginning. An operation is known by its name a
 that name came before in the call of its module.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from resdiag.watch.base.safety import never_alone
-from resdiag.watch.plan.ports import OPERATIONS, Plan, is_in
+from resdiag.watch.plan.ports import OPERATIONS, Plan, Port, is_in
 
 Where = tuple[int, str, int]
 """Number of the module's call, name and ordinal of the operation."""
@@ -87,6 +88,49 @@ class Frame:
                     self.has_changed = True
         if self.repeated:
             self.calls = self.calls + 1
+
+
+class Shown:
+    """The handler that shows operands and results at some ports, and changes nothing.
+
+    `show` is called with a port, what is there, the operation, its arguments and its result (None
+    before it has run).
+    """
+
+    def __init__(
+        self, at: Mapping[Where, Sequence[tuple[Port, Any]]], show: Callable[..., None]
+    ) -> None:
+        self._at, self._show = at, show
+
+    def before(
+        self,
+        where: Where,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The operands, before they can be overwritten."""
+        self._see(where, func, args, kwargs, None)
+        return args, kwargs
+
+    def after(
+        self,
+        where: Where,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """The result."""
+        self._see(where, func, args, kwargs, result)
+        return result
+
+    def _see(self, where: Where, *seen: object) -> None:
+        at = self._at.get(where)
+        if at is not None:
+            with torch._C.DisableTorchFunction():
+                for port, roles in at:
+                    self._show(port, roles, *seen)
 
 
 class Operations(TorchFunctionMode):
