@@ -21,21 +21,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from resdiag.watch.hindsight import View
-from resdiag.watch.lookback import Lookback
-from resdiag.watch.recorder import Recorder
-from resdiag.watch.repeat import Repeat
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from resdiag.models.resnet import build_model
 from resdiag.study.overhead import Naive, Workload, stopwatch
 from resdiag.training.pages import keep_pages
-from resdiag.watch.find.tracer import Tracer
 from resdiag.watch.loop.gradients import Gradients
 from resdiag.watch.loop.monitor import Monitor
 from resdiag.watch.measure.reductions import norm
-from resdiag.watch.record.sites import Sites
+from resdiag.watch.record.backward import Backward
+from resdiag.watch.record.forward import Recorder
+from resdiag.watch.record.hooks import TappedPass
 
 FEW = torch.randn(16)
 WORK: dict[str, Callable[[Tensor], object]] = {
@@ -44,17 +41,13 @@ WORK: dict[str, Callable[[Tensor], object]] = {
     "norm": norm,
     "channel sums": lambda x: x.sum((2, 3)).sum(0),
 }
-FORWARD = ("started", "operands", "added", "closed", "finished", "look_back")
 CALLS: dict[type, tuple[str, ...]] = {
     Naive: ("output", "gradients"),
-    Recorder: (*FORWARD, "_gradient", "_gap"),
-    Lookback: ("_take",),
-    Sites: ("measure", "write"),
-    View: ("perturbation",),
+    Recorder: ("started", "operands", "added", "closed", "activation", "finished"),
+    Backward: ("_gradient",),
+    TappedPass: ("start", "_look", "_end"),
     Gradients: ("before_update",),
     Monitor: ("step",),
-    Repeat: ("_is_next", "enter", "leave", "_join", "_close"),
-    Tracer: ("_come", "_go"),
 }
 """What is done in a step, each without what is done inside of another of these."""
 
