@@ -7,6 +7,7 @@ overwritten by them; a tensor hook gets the gradient of the tensor as it was whe
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,20 +45,28 @@ class _Pass:
     """One forward pass: alive as long as its graph is, which keeps the hooks that hold it."""
 
 
+@dataclass(eq=False)
+class Parts:
+    """What the parts of one recorder share."""
+
+    cells: Buffer
+    sites: Sites
+    known: KnownTensors
+    custom: CustomValues
+    guard: Guard
+    pool: Pool | None  # where several ranks record together
+    samples: int | None  # on which shares are measured, None for all
+    moments: int | None  # on which moments and gradients are measured, None for all
+    core: bool
+
+
 class Backward:
     """The gradients at the blocks' tensors.
 
     Args:
-        cells: Per-block buffer.
-        sites: The moments; knows the blocks.
-        known: Which tensors of the pass were measured, and where.
+        parts: Shared with the recorder.
         head: Takes the gradient of the logits.
-        custom: Custom metrics.
-        guard: Shared with the recorder.
-        pool: Where several ranks record together.
         begins: Called when the first gradient of the pass has come.
-        samples: Samples on which gradients are measured; None for all.
-        unit_samples: Samples on which the shares are measured; None for all.
 
     Attributes:
         seen: Whether a gradient of the pass has come.
@@ -66,26 +75,12 @@ class Backward:
         rejected: Rows whose pass was not the expected one.
     """
 
-    def __init__(
-        self,
-        cells: Buffer,
-        sites: Sites,
-        known: KnownTensors,
-        head: Head,
-        custom: CustomValues,
-        guard: Guard,
-        pool: Pool | None,
-        begins: Callable[[], None],
-        *,
-        samples: int | None,
-        unit_samples: int | None,
-        core: bool,
-    ) -> None:
-        self.guard = guard
-        self._cells, self._sites, self._known, self._head = cells, sites, known, head
-        self._custom, self._custom_sites = custom, custom.sites()
-        self._pool, self._begins, self._core = pool, begins, core
-        self._samples, self._unit_samples = samples, unit_samples
+    def __init__(self, parts: Parts, head: Head, begins: Callable[[], None]) -> None:
+        self.guard, self._head, self._begins = parts.guard, head, begins
+        self._cells, self._sites, self._known = parts.cells, parts.sites, parts.known
+        self._custom, self._custom_sites = parts.custom, parts.custom.sites()
+        self._pool, self._core = parts.pool, parts.core
+        self._samples, self._unit_samples = parts.moments, parts.samples
         self._shares = ShortcutGradient(self.head_of)
         self.factor: Tensor | float = 1.0
         self.seen, self.repeats = False, 0

@@ -21,7 +21,7 @@ from resdiag.watch.measure import reductions
 from resdiag.watch.measure.changes import Saturation, fractions
 from resdiag.watch.measure.reductions import Scalar
 from resdiag.watch.measure.skip_path import COLUMNS, SkipPath
-from resdiag.watch.record.backward import Backward
+from resdiag.watch.record.backward import Backward, Parts
 from resdiag.watch.record.buffer import Buffer, Key
 from resdiag.watch.record.pool import Pool
 from resdiag.watch.record.sites import SITE_COLUMNS, Head, KnownTensors, Sites
@@ -84,20 +84,11 @@ class Recorder:
         self.is_core, self.fixed = core, False
         self.is_whole, self.strangers = False, 0
         self.skipped: list[str] = []
-        self.backward = Backward(
-            cells,
-            self.sites,
-            self._known,
-            self.head,
-            self.custom,
-            guard,
-            pool,
-            backward_begins,
-            samples=moments,
-            unit_samples=samples,
-            core=core,
+        parts = Parts(
+            cells, self.sites, self._known, self.custom, guard, pool, samples, moments, core
         )
-        self._units = UnitTensors(cells, self.sites, self._known, self.backward, self.custom, guard)
+        self.backward = Backward(parts, self.head, backward_begins)
+        self._units = UnitTensors(parts, self.backward)
         if core:
             for column in set(RECORDED) - set(CORE):
                 guard.reasons[column][_NOT_CORE] = set()

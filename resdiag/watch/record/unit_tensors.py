@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from resdiag.catalog.custom import CustomValues
-from resdiag.watch.base.safety import Guard
-from resdiag.watch.record.backward import Backward
-from resdiag.watch.record.buffer import Buffer, Key
-from resdiag.watch.record.sites import KnownTensors, Part, Sites
+from resdiag.watch.record.backward import Backward, Parts
+from resdiag.watch.record.buffer import Key
+from resdiag.watch.record.sites import Part
 
 
 @dataclass(eq=False)
@@ -34,18 +32,10 @@ class _Candidate:
 class UnitTensors:
     """The candidates of one pass, by their numbers in it."""
 
-    def __init__(
-        self,
-        cells: Buffer,
-        sites: Sites,
-        known: KnownTensors,
-        backward: Backward,
-        custom: CustomValues,
-        guard: Guard,
-    ) -> None:
-        self._cells, self._sites, self._known = cells, sites, known
-        self._backward, self._custom, self._guard = backward, custom, guard
-        self._custom_sites = custom.sites() & {"input", "output"}
+    def __init__(self, parts: Parts, backward: Backward) -> None:
+        self._cells, self._sites, self._known = parts.cells, parts.sites, parts.known
+        self._backward, self._custom, self._guard = backward, parts.custom, parts.guard
+        self._custom_sites = parts.custom.sites() & {"input", "output"}
         self._seen: dict[int, _Candidate] = {}
 
     def clear(self) -> None:
