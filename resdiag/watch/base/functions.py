@@ -62,16 +62,10 @@ def _is_transform(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Call:
-    """One traced call whose first argument was the tensor followed.
-
-    Attributes:
-        function: The torch function.
-        args: Positional arguments after the tensor.
-        kwargs: Keyword arguments.
-    """
+    """One traced call whose first argument was the tensor followed."""
 
     function: Callable[..., Any]
-    args: tuple[Any, ...]
+    args: tuple[Any, ...]  # positional arguments after the tensor
     kwargs: dict[str, Any]
 
     @property

@@ -29,17 +29,11 @@ ADDITIONS = _ADD | _SUB | _ADDCMUL | _ADDMM | _LERP
 
 @dataclass(frozen=True)
 class Operand:
-    """One side of an addition.
+    """One side of an addition."""
 
-    Attributes:
-        inputs: The tensor, or the tensors from which a fused call makes it.
-        scale: Factor with which it enters the sum.
-        call: How it is made of several inputs; None for a tensor that is there.
-    """
-
-    inputs: tuple[Tensor, ...]
-    scale: float = 1.0
-    call: Call | None = None
+    inputs: tuple[Tensor, ...]  # the tensor, or the tensors from which a fused call makes it
+    scale: float = 1.0  # factor with which it enters the sum
+    call: Call | None = None  # how it is made of several inputs; None for a tensor that is there
 
     @property
     def shape(self) -> torch.Size:
@@ -155,57 +149,40 @@ class Stacks:
 
 @dataclass(eq=False)
 class Addition:
-    """What is known of one residual addition; its tensors are told beside it, see `events`.
+    """What is known of one residual addition; its tensors are told beside it, see `events`."""
 
-    Attributes:
-        owner: Name of the module whose forward is running ("" is the model itself).
-        ordinal: Number of residual additions that `owner` has done before in this pass.
-        entered: Shape of the block's input x, where both operands come from; None if it was freed.
-        shape: Shape of the sum.
-        dtype: Of the shortcut's elements.
-        shortcut_count: Parameterised operations on the shortcut: 0 for an identity.
-        path: The calls that lead from x to the shortcut if they can be repeated, else None.
-        shortcut_scale: Factor on the shortcut inside the addition (torch.add's alpha), mostly 1.
-        branch_scale: The same for the branch.
-        parameters: Parameters of the branch, the shortcut and (at the end) the after-add.
-        activations: Activations on the branch, the shortcut and (at the end) in the after-add.
-        calls: The operations on the branch, in order.
-        begins_activated: Whether x was normalised or activated by the module before both ways part.
-        features: The channel dimension of the sum, None if no operation says it.
-        branch_module: The module whose output the branch is, "" if it is none's.
-        shortcut_module: The same for the shortcut.
-        stream: Number of the shortcut in the pass.
-        is_gated: Whether a gate multiplies the shortcut, as in t * f(x) + (1 - t) * x; branch and
-            shortcut are then the two products.
-        extends: Whether it adds a parallel branch to the unit that the addition before it began;
-            the branch is then the sum of the branches.
-        swapped: Whether the right operand is the shortcut.
-        after: The after-add's calls, set at the end of the block.
-        returned: Whether the block's output is what `owner` returns.
-    """
-
-    owner: str
-    ordinal: int
+    owner: str  # name of the module whose forward is running ("" is the model itself)
+    ordinal: int  # number of residual additions that `owner` has done before in this pass
+    # shape of the block's input x, where both operands come from; None if it was freed
     entered: torch.Size | None
-    shape: torch.Size
-    dtype: torch.dtype
-    shortcut_count: int
+    shape: torch.Size  # shape of the sum
+    dtype: torch.dtype  # of the shortcut's elements
+    shortcut_count: int  # parameterised operations on the shortcut: 0 for an identity
+    # the calls that lead from x to the shortcut if they can be repeated, else None
     path: tuple[Call, ...] | None
+    # factor on the shortcut inside the addition (torch.add's alpha), mostly 1
     shortcut_scale: float
-    branch_scale: float
+    branch_scale: float  # the same for the branch
+    # parameters of the branch, the shortcut and (at the end) the after-add
     parameters: list[nn.Parameter]
+    # activations on the branch, the shortcut and (at the end) in the after-add
     activations: list[Call]
-    calls: tuple[Call, ...] = ()
+    calls: tuple[Call, ...] = ()  # the operations on the branch, in order
+    # whether x was normalised or activated by the module before both ways part
     begins_activated: bool = False
-    features: int | None = None
-    branch_module: str = ""
-    shortcut_module: str = ""
-    stream: int = 0
+    features: int | None = None  # the channel dimension of the sum, None if no operation says it
+    branch_module: str = ""  # the module whose output the branch is, "" if it is none's
+    shortcut_module: str = ""  # the same for the shortcut
+    stream: int = 0  # number of the shortcut in the pass
+    # whether a gate multiplies the shortcut, as in t * f(x) + (1 - t) * x; branch and shortcut are
+    # then the two products
     is_gated: bool = False
+    # whether it adds a parallel branch to the unit that the addition before it began; the branch is
+    # then the sum of the branches
     extends: bool = False
-    swapped: bool = False
-    after: tuple[Call, ...] = ()
-    returned: bool = False
+    swapped: bool = False  # whether the right operand is the shortcut
+    after: tuple[Call, ...] = ()  # the after-add's calls, set at the end of the block
+    returned: bool = False  # whether the block's output is what `owner` returns
 
     @property
     def kind(self) -> str:

@@ -16,32 +16,23 @@ Depth: TypeAlias = tuple[int, int, int]
 
 @dataclass(eq=False)
 class Node:
-    """One tensor as one call left it.
+    """One tensor as one call left it."""
 
-    Attributes:
-        tensor: The tensor, or None for an operand that a fused call never wrote out.
-        parents: The floating-point tensors of the pass it was computed from: gradients flow there.
-        call: What made it.
-        repeatable: Whether the call, applied to the one parent again, gives the same.
-        parameters: Parameters that took part.
-        piece: Which piece of its parent it is ("" for the whole): a split gives unlike pieces.
-        features: The dimension that parameterised operations treated as channels, if known.
-        discrete: It has no floating point: nothing descends from it through gradients.
-        size: How many elements it has.
-        stream: Of a residual sum, the operand that is the shortcut.
-        gate: Of a product with a difference, as in x + t * (f - x), the other factor.
-    """
-
+    # the tensor, or None for an operand that a fused call never wrote out
     tensor: "weakref.ref[Tensor] | None"
+    # the floating-point tensors of the pass it was computed from: gradients flow there
     parents: tuple[int, ...] = ()
-    call: Call | None = None
-    repeatable: bool = False
-    parameters: tuple[nn.Parameter, ...] = ()
+    call: Call | None = None  # what made it
+    repeatable: bool = False  # whether the call, applied to the one parent again, gives the same
+    parameters: tuple[nn.Parameter, ...] = ()  # parameters that took part
+    # which piece of its parent it is ("" for the whole): a split gives unlike pieces
     piece: str = ""
+    # the dimension that parameterised operations treated as channels, if known
     features: int | None = None
-    discrete: bool = False
-    size: int = 0
-    stream: int | None = None
+    discrete: bool = False  # it has no floating point: nothing descends from it through gradients
+    size: int = 0  # how many elements it has
+    stream: int | None = None  # of a residual sum, the operand that is the shortcut
+    # of a product with a difference, as in x + t * (f - x), the other factor
     gate: Tensor | None = None
 
     @property
@@ -73,15 +64,10 @@ class Node:
 
 @dataclass(frozen=True)
 class Scope:
-    """A module's forward as the lineage sees it: what came in, and what was there before.
+    """A module's forward as the lineage sees it: what came in, and what was there before."""
 
-    Attributes:
-        entries: Numbers of its inputs.
-        start: Tensors numbered below this were there before it began.
-    """
-
-    entries: frozenset[int]
-    start: int
+    entries: frozenset[int]  # numbers of its inputs
+    start: int  # tensors numbered below this were there before it began
 
 
 @dataclass(frozen=True)

@@ -17,37 +17,21 @@ from resdiag.watch.find.units import Unit
 
 @dataclass(eq=False)
 class Frame:
-    """One module whose forward is running.
-
-    Attributes:
-        name: The module's name.
-        module: The module.
-        entry: Its first floating-point input.
-        scope: The tensors that it was handed, and where its part of the pass begins.
-        number: Number of `entry` in the pass.
-        first_activation: How many activations ran before it.
-        open: The residual addition whose block has not ended.
-        tensors: Its operands.
-        total: Its sum.
-        tail: The sum, or what the after-add made of it so far.
-        chain: The calls after the sum that made the tail.
-        chain_parameters: Their parameters.
-        additions: Residual additions in its own forward.
-    """
+    """One module whose forward is running."""
 
     name: str
     module: nn.Module
-    entry: Tensor | None
-    scope: Scope
-    number: int | None
-    first_activation: int
-    open: Addition | None = None
-    tensors: Operands | None = None
-    total: Tensor | None = None
-    tail: Tensor | None = None
-    chain: tuple[Call, ...] = ()
-    chain_parameters: tuple[nn.Parameter, ...] = ()
-    additions: int = 0
+    entry: Tensor | None  # its first floating-point input
+    scope: Scope  # the tensors that it was handed, and where its part of the pass begins
+    number: int | None  # number of `entry` in the pass
+    first_activation: int  # how many activations ran before it
+    open: Addition | None = None  # the residual addition whose block has not ended
+    tensors: Operands | None = None  # its operands
+    total: Tensor | None = None  # its sum
+    tail: Tensor | None = None  # the sum, or what the after-add made of it so far
+    chain: tuple[Call, ...] = ()  # the calls after the sum that made the tail
+    chain_parameters: tuple[nn.Parameter, ...] = ()  # their parameters
+    additions: int = 0  # residual additions in its own forward
 
 
 @dataclass(eq=False)

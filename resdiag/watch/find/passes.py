@@ -23,17 +23,12 @@ from resdiag.watch.find.units import Unit
 
 @dataclass(eq=False)
 class Operands:
-    """The tensors of a residual addition in one pass.
+    """The tensors of a residual addition in one pass."""
 
-    Attributes:
-        origin: The block's input x, where both operands come from; None if it was freed.
-        branch: F(x), before the addition, which may broadcast it.
-        shortcut: h(x).
-    """
-
+    # the block's input x, where both operands come from; None if it was freed
     origin: Tensor | None
-    branch: Tensor
-    shortcut: Tensor
+    branch: Tensor  # F(x), before the addition, which may broadcast it
+    shortcut: Tensor  # h(x)
 
 
 class Observer(Protocol):
@@ -131,15 +126,10 @@ class FollowedPass(Protocol):
 
 @dataclass(eq=False)
 class Seen:
-    """What was noticed of torch.compile, whose passes cannot be followed.
+    """What was noticed of torch.compile, whose passes cannot be followed."""
 
-    Attributes:
-        compiled: Whether the pass that is beginning runs compiled.
-        in_graph: Whether a training pass ran as a part of somebody's graph.
-    """
-
-    compiled: bool = False
-    in_graph: bool = False
+    compiled: bool = False  # whether the pass that is beginning runs compiled
+    in_graph: bool = False  # whether a training pass ran as a part of somebody's graph
 
 
 class PassDriver:

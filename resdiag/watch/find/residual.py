@@ -19,40 +19,24 @@ _NONE: Depth = (0, 0, 0)
 
 @dataclass(frozen=True)
 class Meeting:
-    """What lies between a shortcut and a branch and the last tensor that both came from.
+    """What lies between a shortcut and a branch and the last tensor that both came from."""
 
-    Attributes:
-        swapped: Whether the right operand is the shortcut.
-        origin: That tensor: the block's input; None if it is gone.
-        begin: Its number.
-        shortcut: The shortcut's number.
-        shortcut_count: Parameterised calls between it and the shortcut.
-        path: The calls that lead from it to the shortcut if they can be repeated, else None.
-        parameters: Parameters used on the way to either operand.
-        calls: The calls on the branch, in order.
-        activations: Activations on the way to either operand.
-        is_learned: Whether a parameterised transformation is on the branch.
-        begins_activated: Whether the origin was normalised or activated inside the module.
-        features: The channel dimension of the sum, if known.
-        is_scaled: Whether a parameter multiplies the shortcut.
-        is_gated: Whether a gate does.
-        sides: The operands, shortcut first, as they enter the sum; set once it is called residual.
-    """
-
-    swapped: bool
-    origin: Tensor | None
-    begin: int
-    shortcut: int
-    shortcut_count: int
+    swapped: bool  # whether the right operand is the shortcut
+    origin: Tensor | None  # that tensor: the block's input; None if it is gone
+    begin: int  # its number
+    shortcut: int  # the shortcut's number
+    shortcut_count: int  # parameterised calls between it and the shortcut
+    # the calls that lead from it to the shortcut if they can be repeated, else None
     path: tuple[Call, ...] | None
-    parameters: list[nn.Parameter]
-    calls: tuple[Call, ...]
-    activations: list[Call]
-    is_learned: bool
-    begins_activated: bool
-    features: int | None
-    is_scaled: bool
-    is_gated: bool = False
+    parameters: list[nn.Parameter]  # parameters used on the way to either operand
+    calls: tuple[Call, ...]  # the calls on the branch, in order
+    activations: list[Call]  # activations on the way to either operand
+    is_learned: bool  # whether a parameterised transformation is on the branch
+    begins_activated: bool  # whether the origin was normalised or activated inside the module
+    features: int | None  # the channel dimension of the sum, if known
+    is_scaled: bool  # whether a parameter multiplies the shortcut
+    is_gated: bool = False  # whether a gate does
+    # the operands, shortcut first, as they enter the sum; set once it is called residual
     sides: tuple[Operand, ...] = ()
 
 

@@ -23,20 +23,13 @@ _HARMLESS = (
 
 @dataclass(frozen=True)
 class Mix:
-    """Two tensors of which a gate takes complementary shares.
+    """Two tensors of which a gate takes complementary shares."""
 
-    Attributes:
-        left: Number of the tensor of which the left operand is a share.
-        right: The same of the right operand.
-        gate: Number of the gate.
-        operands: Numbers of the operands of the addition.
-        shares: The two shares where they are not the operands, as in x + t * (f - x).
-    """
-
-    left: int
-    right: int
-    gate: int
-    operands: tuple[int, int]
+    left: int  # number of the tensor of which the left operand is a share
+    right: int  # the same of the right operand
+    gate: int  # number of the gate
+    operands: tuple[int, int]  # numbers of the operands of the addition
+    # the two shares where they are not the operands, as in x + t * (f - x)
     shares: tuple[Operand, Operand] | None = None
 
 

@@ -27,73 +27,41 @@ _LARGE = 0.25
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Unit:
-    """A module call that stands for a block, with the activations right after it.
-
-    Attributes:
-        owner: The module's name.
-        ordinal: Number of its calls before in this pass.
-        input: Number of its first floating-point input (of a list, the first tensor), None if it
-            has none.
-        output: Number of its output, after `after`.
-        entered: Shape of the input, None without.
-        shape: Shape of the output.
-        dtype: Type of its elements.
-        features: The channel dimension of the output, if known.
-        after: Normalisations and activations that directly follow the module.
-        calls: The operations inside the module, in order.
-        activations: Activations inside the module and after it.
-        parameters: Parameters of the module and of what follows it.
-        chosen: Whether it was chosen here rather than named by the user.
-    """
+    """A module call that stands for a block, with the activations right after it."""
 
     owner: str
-    ordinal: int
+    ordinal: int  # number of its calls before in this pass
+    # number of its first floating-point input (of a list, the first tensor), None if it has none
     input: int | None
-    output: int
-    entered: torch.Size | None
-    shape: torch.Size
-    dtype: torch.dtype
-    features: int | None
-    after: tuple[Call, ...]
-    calls: tuple[Call, ...]
-    activations: list[Call]
-    parameters: list[nn.Parameter]
-    chosen: bool
+    output: int  # number of its output, after `after`
+    entered: torch.Size | None  # shape of the input, None without
+    shape: torch.Size  # shape of the output
+    dtype: torch.dtype  # type of its elements
+    features: int | None  # the channel dimension of the output, if known
+    after: tuple[Call, ...]  # normalisations and activations that directly follow the module
+    calls: tuple[Call, ...]  # the operations inside the module, in order
+    activations: list[Call]  # activations inside the module and after it
+    parameters: list[nn.Parameter]  # parameters of the module and of what follows it
+    chosen: bool  # whether it was chosen here rather than named by the user
 
 
 @dataclass(eq=False)
 class Visit:
-    """One call of a module in a pass.
-
-    Attributes:
-        name: The module's name, "" for the root.
-        module: The module.
-        ordinal: Number of its calls before.
-        input: Number of its first floating-point input, None if it has none.
-        entered: Shape of that.
-        start: Tensors of the pass numbered below this were there before it began.
-        gate: Number of activations before it began.
-        layers: Parameterised transforming operations that ran inside.
-        inner: The calls inside, in order.
-        output: Number of its first floating-point output.
-        shape: Shape of that.
-        dtype: Type of its elements.
-        gates: Number of activations when it had ended.
-    """
+    """One call of a module in a pass."""
 
     name: str
     module: nn.Module
-    ordinal: int
-    input: int | None
-    entered: torch.Size | None
-    start: int
-    gate: int
-    layers: int = 0
+    ordinal: int  # number of its calls before
+    input: int | None  # number of its first floating-point input, None if it has none
+    entered: torch.Size | None  # shape of that
+    start: int  # tensors of the pass numbered below this were there before it began
+    gate: int  # number of activations before it began
+    layers: int = 0  # parameterised transforming operations that ran inside
     inner: "list[Visit]" = field(default_factory=list)
-    output: int | None = None
-    shape: torch.Size | None = None
-    dtype: torch.dtype = torch.float32
-    gates: int = 0
+    output: int | None = None  # number of its first floating-point output
+    shape: torch.Size | None = None  # shape of that
+    dtype: torch.dtype = torch.float32  # type of its elements
+    gates: int = 0  # number of activations when it had ended
 
     @property
     def is_container(self) -> bool:

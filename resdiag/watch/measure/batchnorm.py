@@ -64,21 +64,14 @@ class Normalised(NamedTuple):
     forward pass has ended: a dozen small operations cost a tenth there of what they cost between
     two convolutions, which leave nothing of them in the caches.
 
-    Attributes:
-        node: The layer in the autograd graph.
-        scale: gamma (C,).
-        shift: beta (C,).
-        tensor: Gives the output itself, None if it is not there any more.
-        numel: Elements of the output.
-
     References:
         Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1.
     """
 
     node: Node
-    scale: Tensor
-    shift: Tensor
-    tensor: Callable[[], Tensor | None]
+    scale: Tensor  # gamma (C,)
+    shift: Tensor  # beta (C,)
+    tensor: Callable[[], Tensor | None]  # gives the output itself, None if it is not there any more
     numel: int
 
     @property

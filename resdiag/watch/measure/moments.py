@@ -61,21 +61,14 @@ def statistics(x: Tensor) -> Tensor:
 
 
 class Sums(NamedTuple):
-    """What `statistics` needs of a tensor: all that must be read before the tensor changes.
+    """What `statistics` needs of a tensor: all that must be read before the tensor changes."""
 
-    Attributes:
-        per_channel: Sums over batch and positions (C,).
-        size: Elements per channel.
-        second: Second moment E[x^2].
-        spread: mean_c sigma_c^2 where the difference of the others would have cancelled.
-        broken: Non-finite fraction.
-    """
-
-    per_channel: Tensor
-    size: Scalar
-    second: Scalar
+    per_channel: Tensor  # sums over batch and positions (C,)
+    size: Scalar  # elements per channel
+    second: Scalar  # second moment E[x^2]
+    # mean_c sigma_c^2 where the difference of the others would have cancelled
     spread: Scalar | None
-    broken: Scalar
+    broken: Scalar  # non-finite fraction
 
 
 def reduce(x: Tensor, per_channel: Tensor | None = None, features: int | None = None) -> Sums:

@@ -80,35 +80,21 @@ class _Chain:
 
 @dataclass(eq=False)
 class _Passage:
-    """One block's first samples, copied while the forward pass runs, measured when it has ended.
-
-    Attributes:
-        row: The block.
-        x: Block input where its shape is needed, else None.
-        h: Shortcut output, as it goes into the sum; None if `source` says what it is.
-        path: Calls of a parameter-free shortcut, () for the identity, None for a projection.
-        scale: Factor on the shortcut inside the addition.
-        stage: The block's stage; None for a block of which P1 alone is measured.
-        joined: Whether the input is the sum or the output of the block before, or there is none.
-        source: Which of the two h itself is, "sum" or "output"; "" if it is neither.
-        u: The sum before the after-add.
-        after: The after-add's calls, () for none.
-        output: The block's output where it cannot be computed from u, else None.
-        rejected: Whether nothing that was seen of the block holds.
-    """
+    """One block's first samples, copied while the forward pass runs, measured when it has ended."""
 
     row: int
-    x: Tensor | None
-    h: Tensor | None
+    x: Tensor | None  # block input where its shape is needed, else None
+    h: Tensor | None  # shortcut output, as it goes into the sum; None if `source` says what it is
+    # calls of a parameter-free shortcut, () for the identity, None for a projection
     path: tuple[Call, ...] | None
-    scale: float
-    stage: int | None
-    joined: bool
-    source: str
-    u: Tensor | None = None
-    after: tuple[Call, ...] = ()
-    output: Tensor | None = None
-    rejected: bool = False
+    scale: float  # factor on the shortcut inside the addition
+    stage: int | None  # the block's stage; None for a block of which P1 alone is measured
+    joined: bool  # whether the input is the sum or the output of the block before, or there is none
+    source: str  # which of the two h itself is, "sum" or "output"; "" if it is neither
+    u: Tensor | None = None  # the sum before the after-add
+    after: tuple[Call, ...] = ()  # the after-add's calls, () for none
+    output: Tensor | None = None  # the block's output where it cannot be computed from u, else None
+    rejected: bool = False  # whether nothing that was seen of the block holds
 
     @property
     def is_elementwise(self) -> bool:

@@ -33,25 +33,16 @@ SITES = ("input", "branch", "shortcut", "sum", "output")
 
 @dataclass(frozen=True)
 class Port:
-    """One argument or result of one call of a module, or of an operation in its own forward.
-
-    Attributes:
-        module: The module's name.
-        call: How many calls of it came before in the pass.
-        is_output: Whether the tensor leaves the module, or the operation.
-        place: Position or keyword of the argument; position or key in the result, None for all.
-        operation: The operation's name, "" for the module itself.
-        ordinal: How many operations of that name came before in this call of the module.
-        writes: Whether the operation writes into its operand.
-    """
+    """One argument or result of one call of a module, or of an operation in its own forward."""
 
     module: str
-    call: int
-    is_output: bool
+    call: int  # how many calls of it came before in the pass
+    is_output: bool  # whether the tensor leaves the module, or the operation
+    # position or keyword of the argument; position or key in the result, None for all
     place: int | str | None
-    operation: str = ""
-    ordinal: int = 0
-    writes: bool = False
+    operation: str = ""  # the operation's name, "" for the module itself
+    ordinal: int = 0  # how many operations of that name came before in this call of the module
+    writes: bool = False  # whether the operation writes into its operand
 
 
 @dataclass(eq=False)
@@ -65,21 +56,13 @@ class Visit:
 
 @dataclass(eq=False)
 class Trail:
-    """One tensor of one pass: where it passed and when it was used.
-
-    Attributes:
-        shape: Its shape.
-        dtype: Its type.
-        device: Its device.
-        visits: Ports, in time order.
-        uses: Times at which an operation read it.
-    """
+    """One tensor of one pass: where it passed and when it was used."""
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    visits: list[Visit] = field(default_factory=list)
-    uses: list[int] = field(default_factory=list)
+    visits: list[Visit] = field(default_factory=list)  # ports, in time order
+    uses: list[int] = field(default_factory=list)  # times at which an operation read it
 
     def value_port(self, owner: str = "") -> Port | None:
         """A port at which its values can be read: a module's before an operation's.
@@ -128,40 +111,25 @@ def is_in(module: str, owner: str) -> bool:
 
 @dataclass(eq=False)
 class BlockPlan:
-    """The tensors of one block; None where the block has no such tensor.
+    """The tensors of one block; None where the block has no such tensor."""
 
-    Attributes:
-        key: What names the block in every pass.
-        addition: The addition; None for a unit without one.
-        unit: The unit; None for a residual block.
-        begin: When the addition began.
-        junction: The addition's own operation, its ordinal among the module's.
-        input: x.
-        branch: F(x).
-        shortcut: h(x).
-        sum: u.
-        output: H.
-        joined: Whether x is the output of the block before, or this is the first block.
-        projection: Port at which x enters the module that makes h of it, if one module does.
-        activations: Activations inside, each with what goes into it.
-        extended: Whether a second addition gave it one more branch.
-        features: Of a unit, the channel dimensions of input and output, None where unknown.
-    """
-
-    key: tuple[str, int]
+    key: tuple[str, int]  # what names the block in every pass
     addition: Addition | None
-    unit: Unit | None
-    begin: int
-    junction: Port | None = None
-    input: Trail | None = None
-    branch: Trail | None = None
-    shortcut: Trail | None = None
-    sum: Trail | None = None
-    output: Trail | None = None
-    joined: bool = True
+    unit: Unit | None  # the unit; None for a residual block
+    begin: int  # when the addition began
+    junction: Port | None = None  # the addition's own operation, its ordinal among the module's
+    input: Trail | None = None  # x
+    branch: Trail | None = None  # F(x)
+    shortcut: Trail | None = None  # h(x)
+    sum: Trail | None = None  # u
+    output: Trail | None = None  # H
+    joined: bool = True  # whether x is the output of the block before, or this is the first block
+    # port at which x enters the module that makes h of it, if one module does
     projection: Port | None = None
+    # activations inside, each with what goes into it
     activations: list[tuple[Call, Trail]] = field(default_factory=list)
-    extended: bool = False
+    extended: bool = False  # whether a second addition gave it one more branch
+    # of a unit, the channel dimensions of input and output, None where unknown
     features: tuple[int | None, int | None] = (None, None)
 
     def trail(self, site: str) -> Trail | None:
@@ -177,25 +145,16 @@ class BlockPlan:
 
 @dataclass(eq=False)
 class Plan:
-    """What one traced pass showed.
-
-    Attributes:
-        anatomy: The blocks.
-        blocks: Their tensors, in the order of the pass.
-        features: Input of the last linear layer.
-        logits: Its output.
-        calls: How often each module was called.
-        operations: Per call of a module, how often it did which operation of `OPERATIONS` itself.
-        flaw: Why no later pass can be compared with it, or "".
-    """
+    """What one traced pass showed."""
 
     anatomy: Anatomy
-    blocks: list[BlockPlan] = field(default_factory=list)
-    features: Trail | None = None
-    logits: Trail | None = None
-    calls: dict[str, int] = field(default_factory=dict)
+    blocks: list[BlockPlan] = field(default_factory=list)  # their tensors, in the order of the pass
+    features: Trail | None = None  # input of the last linear layer
+    logits: Trail | None = None  # its output
+    calls: dict[str, int] = field(default_factory=dict)  # how often each module was called
+    # per call of a module, how often it did which operation of `OPERATIONS` itself
     operations: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)
-    flaw: str = ""
+    flaw: str = ""  # why no later pass can be compared with it, or ""
 
 
 def example(given: object) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
@@ -224,25 +183,19 @@ class Role:
 
 @dataclass(eq=False)
 class Reads:
-    """Where a later pass is read.
-
-    Attributes:
-        modules: Per module, direction and number of the call: places and what is there.
-        operations: Per module, number of its call, operation and ordinal: the same.
-        needs: Per row of the plan, what must be seen before its operands are complete.
-        order: The rows in the order in which their sums, or a unit's output, are seen.
-        reason: Why the plan cannot be read, or "".
-    """
+    """Where a later pass is read."""
 
     modules: dict[str, dict[tuple[bool, int], list[tuple[int | str | None, list[Role]]]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(list))
-    )
+    )  # per module, direction and number of the call: places and what is there
     operations: dict[str, dict[tuple[int, str, int], list[tuple[Port, list[Role]]]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(list))
-    )
+    )  # per module, number of its call, operation and ordinal: the same
+    # per row of the plan, what must be seen before its operands are complete
     needs: list[frozenset[str]] = field(default_factory=list)
+    # the rows in the order in which their sums, or a unit's output, are seen
     order: list[int] = field(default_factory=list)
-    reason: str = ""
+    reason: str = ""  # why the plan cannot be read, or ""
 
 
 def place_reads(plan: Plan, kept: frozenset[int], *, core: bool) -> Reads:
