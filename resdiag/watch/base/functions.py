@@ -53,11 +53,8 @@ def name_of(function: Callable[..., Any]) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _is_transform(name: str) -> bool:
-    if name == "unseen":
-        return True
-    if name.endswith(("mm", "mv")) and "norm" not in name:
-        return True
-    return any(word in name for word in _TRANSFORMS)
+    product = name.endswith(("mm", "mv")) and "norm" not in name
+    return name == "unseen" or product or any(word in name for word in _TRANSFORMS)
 
 
 @dataclass(frozen=True)
@@ -74,9 +71,13 @@ class Call:
         return name_of(self.function)
 
     @property
+    def _raw(self) -> str:
+        return getattr(self.function, "__name__", "")
+
+    @property
     def is_activation(self) -> bool:
         """Whether it is a known elementwise activation."""
-        return getattr(self.function, "__name__", "") in ACTIVATIONS
+        return self._raw in ACTIVATIONS
 
     @property
     def is_idempotent(self) -> bool:
@@ -86,7 +87,7 @@ class Call:
     @property
     def is_normalisation(self) -> bool:
         """Whether it is a normalisation layer's function."""
-        return getattr(self.function, "__name__", "") in NORMALISATIONS
+        return self._raw in NORMALISATIONS
 
     @property
     def is_after(self) -> bool:
@@ -137,8 +138,8 @@ class Call:
     @property
     def is_inplace(self) -> bool:
         """Whether the call overwrote its argument."""
-        named = getattr(self.function, "__name__", "")
-        return bool(self.kwargs.get("inplace")) or (named.endswith("_") and named[:2] != "__")
+        by_name = self._raw.endswith("_") and not self._raw.startswith("__")
+        return bool(self.kwargs.get("inplace")) or by_name
 
     def without_tensors(self, kept: Container[int]) -> "Call":
         """The same call without its further operands but those whose `id` is in `kept`."""
@@ -148,10 +149,9 @@ class Call:
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the function to another tensor; never in place."""
         kwargs = {k: v for k, v in self.kwargs.items() if k != "inplace"}
-        named = getattr(self.function, "__name__", "")
-        function = self.function
-        if self.is_inplace and named.endswith("_"):
-            function = getattr(F, named[:-1], None) or getattr(torch, named[:-1])
+        function, name = self.function, self._raw.removesuffix("_")
+        if self.is_inplace and name != self._raw:
+            function = getattr(F, name, None) or getattr(torch, name)
         out: Tensor = function(x, *self.args, **kwargs)
         return out
 
@@ -160,20 +160,13 @@ def _bare(value: object, kept: Container[int]) -> object:
     if isinstance(value, Tensor):
         return value if id(value) in kept else None
     if type(value) in (list, tuple):
-        items = [_bare(item, kept) for item in value]  # type: ignore[attr-defined]
-        return items if type(value) is list else tuple(items)
+        return type(value)(_bare(item, kept) for item in value)  # type: ignore
     return value
 
 
-def compose(calls: tuple[Call, ...]) -> Callable[[Tensor], Tensor]:
+def compose(calls: Sequence[Call]) -> Callable[[Tensor], Tensor]:
     """The calls one after the other as one function."""
-
-    def apply(x: Tensor) -> Tensor:
-        for call in calls:
-            x = call(x)
-        return x
-
-    return apply
+    return lambda x: functools.reduce(lambda value, call: call(value), calls, x)
 
 
 _QUESTIONS = frozenset({"__get__", "dim", "size", "numel", "stride", "is_floating_point"})
@@ -215,13 +208,6 @@ def features_after(
     A linear map or a layer normalisation has its features last, a convolution or a batch
     normalisation in dimension 1; a vector of parameters that is broadcast names its dimension;
     everything else hands on what is known of its first operand, through permutations and reshapes.
-
-    Args:
-        call: The call.
-        result: Its result.
-        parameters: Parameters that took part.
-        before: Shape of its first operand of the pass.
-        known: The channel dimension of that operand.
     """
     dims = result.dim()
     if parameters:
@@ -236,8 +222,6 @@ def features_after(
         return None
     if call.name in ("permute", "transpose", "swapaxes", "movedim", "moveaxis", "t", *_TURNS):
         return _moved(call, known, len(before))
-    if tuple(before) == tuple(result.shape):
-        return known
     if len(before) == dims and before[known] == result.shape[known]:
         return known
     return _reshaped(tuple(before), tuple(result.shape), known)
@@ -255,7 +239,6 @@ def _broadcast_dimension(parameters: Sequence[nn.Parameter], result: Tensor) -> 
 
 
 def _moved(call: Call, known: int, dims: int) -> int | None:
-    """Where a dimension is after a permutation."""
     if call.name == "permute":
         wanted = call.args[0] if call.args else call.kwargs.get("dims")
         order = wanted if isinstance(wanted, Sequence) else call.args

@@ -79,15 +79,11 @@ P = ParamSpec("P")
 
 
 class Guard:
-    """The state of one monitor's recorder.
-
-    Attributes:
-        failure: The error of ours after which nothing is watched any more, or "".
-        reasons: Per column, why it is NaN and for which blocks; none for what is not about a block.
-    """
+    """The state of one monitor's recorder."""
 
     def __init__(self) -> None:
-        self.failure = ""
+        self.failure = ""  # the error of ours after which nothing is watched any more
+        # per column, why it is NaN and for which blocks; none for what is not about a block
         self.reasons: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
 
     def miss(self, row: int, columns: Iterable[str], reason: str) -> None:

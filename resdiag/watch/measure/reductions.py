@@ -27,12 +27,6 @@ _FEW = 2**12
 def norm(x: Tensor) -> Scalar:
     """Euclidean norm sqrt(sum x^2), finite whenever every element of `x` is.
 
-    Args:
-        x: Any shape and floating dtype.
-
-    Returns:
-        Scalar in units of `x`.
-
     >>> f"{norm(torch.full((4,), 1e30)):.4g}"  # although 1e60 is no float32
     '2e+30'
     """

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from resdiag.watch.measure.batchnorm import Gone, kept
+from resdiag.watch.measure.moments import Gone, kept
 from resdiag.watch.plan.ports import Plan
 
 Edge: TypeAlias = tuple[Node, int]
