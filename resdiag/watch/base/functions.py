@@ -1,7 +1,7 @@
 """Roles of torch functions, one call that can be applied again, and where it has its channels."""
 
 import functools
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,11 +141,6 @@ class Call:
         by_name = self._raw.endswith("_") and not self._raw.startswith("__")
         return bool(self.kwargs.get("inplace")) or by_name
 
-    def without_tensors(self, kept: Container[int]) -> "Call":
-        """The same call without its further operands but those whose `id` is in `kept`."""
-        args = tuple(_bare(value, kept) for value in self.args)
-        return Call(self.function, args, {k: _bare(v, kept) for k, v in self.kwargs.items()})
-
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the function to another tensor; never in place."""
         kwargs = {k: v for k, v in self.kwargs.items() if k != "inplace"}
@@ -154,14 +149,6 @@ class Call:
             function = getattr(F, name, None) or getattr(torch, name)
         out: Tensor = function(x, *self.args, **kwargs)
         return out
-
-
-def _bare(value: object, kept: Container[int]) -> object:
-    if isinstance(value, Tensor):
-        return value if id(value) in kept else None
-    if type(value) in (list, tuple):
-        return type(value)(_bare(item, kept) for item in value)  # type: ignore
-    return value
 
 
 def compose(calls: Sequence[Call]) -> Callable[[Tensor], Tensor]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from resdiag.watch.base.functions import Call
 from resdiag.watch.find.additions import Addition
-from resdiag.watch.find.passes import Observer, PassDriver, Silent
-from resdiag.watch.find.tracer import Surveyor, Tracing
+from resdiag.watch.find.passes import Observer, PassDriver, Surveyor
+from resdiag.watch.find.tracer import Tracing
 from resdiag.watch.find.units import Unit
 from resdiag.watch.measure.reductions import channel_dimension
 
@@ -88,19 +88,13 @@ class Anatomy:
     """Collects blocks in forward order while a tracer runs.
 
     The key of a block is (owner, ordinal): stable from pass to pass of a deterministic forward.
-
-    Attributes:
-        blocks: The blocks.
-        parameters: Parameters of each.
-        rows: Their places by key.
-        is_chosen: Whether there is no residual addition and units stand for the blocks.
     """
 
     def __init__(self) -> None:
         self.blocks: list[Block] = []
         self.parameters: list[list[nn.Parameter]] = []
-        self.rows: dict[tuple[str, int], int] = {}
-        self.is_chosen = False
+        self.rows: dict[tuple[str, int], int] = {}  # by key
+        self.is_chosen = False  # whether there is no residual addition and units stand for blocks
         self._extent: tuple[int, int] | None = None  # of the last block
 
     def add_block(self, addition: Addition) -> int:
@@ -115,7 +109,7 @@ class Anatomy:
             "dtype": str(addition.dtype).removeprefix("torch."),
             "frozen_norm": torch.is_grad_enabled() and any(map(_is_frozen, addition.calls)),
         }
-        return self._add(*addition.key, addition.entered, addition.shape, about)
+        return self._add(addition.key, addition.entered, addition.shape, about)
 
     def add_unit(self, unit: Unit) -> int:
         """Add a module without a residual addition; returns its row."""
@@ -126,7 +120,7 @@ class Anatomy:
             "branch_module": unit.owner,
             "features": unit.features,
         }
-        row = self._add(unit.owner, unit.ordinal, unit.entered, unit.shape, about)
+        row = self._add((unit.owner, unit.ordinal), unit.entered, unit.shape, about)
         self.finish(row, unit.after, unit.parameters)
         self.is_chosen = unit.chosen
         return row
@@ -134,21 +128,17 @@ class Anatomy:
     def finish(self, row: int, after: tuple[Call, ...], parameters: list[nn.Parameter]) -> None:
         """Complete a block at its end: its after-add and its parameters."""
         names = "-".join(call.name for call in after) or "none"
-        block, acts = self.blocks[row], any(c.is_activation or c.is_normalisation for c in after)
-        order = {"pre": "both", "none": "post"}.get(block.order, block.order)
-        order = order if acts else block.order
+        block = self.blocks[row]
+        order = block.order
+        if any(call.is_after for call in after):
+            order = {"pre": "both", "none": "post"}.get(order, order)
         self.blocks[row] = replace(block, after_add=names, order=order)
         self.parameters[row] = list({id(p): p for p in parameters}.values())
 
     def _add(
-        self,
-        owner: str,
-        ordinal: int,
-        x: torch.Size | None,
-        output: torch.Size,
-        about: dict[str, Any],
+        self, key: tuple[str, int], x: torch.Size | None, output: torch.Size, about: dict[str, Any]
     ) -> int:
-        row = len(self.blocks)
+        (owner, ordinal), row = key, len(self.blocks)
         before = self.blocks[-1] if self.blocks else None
         features = about.get("features")
         extent = _extent(output, features)
@@ -172,7 +162,7 @@ class Anatomy:
             )
         )
         self.parameters.append([])
-        self.rows[owner, ordinal] = row
+        self.rows[key] = row
         return row
 
 
@@ -203,7 +193,7 @@ def _extent(shape: torch.Size, features: int | None) -> tuple[int, int]:
     return (shape[channel_dimension(len(shape), features)] if shape else 1), shape.numel()
 
 
-class BlockFinder(Silent):
+class BlockFinder(Observer):
     """Collects the anatomy of one pass, and no numbers."""
 
     def __init__(self) -> None:
@@ -255,11 +245,6 @@ def find_blocks(
 
 def find_units(model: nn.Module, *inputs: object, **kwargs: object) -> list[Block]:
     """What a monitor records of a network without residual additions; empty if it has some.
-
-    Args:
-        model: Any module.
-        *inputs: Positional inputs of its forward.
-        **kwargs: Keyword inputs of its forward.
 
     >>> from torchvision.models import alexnet
     >>> [unit.name for unit in find_units(alexnet(), torch.zeros(1, 3, 64, 64))][3:]

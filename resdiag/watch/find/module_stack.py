@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from threading import get_ident
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from resdiag.watch.base.tensors import TensorTable, first_floating, tensors_in
 from resdiag.watch.find.additions import Addition
 from resdiag.watch.find.dataflow import Descent, Lineage, Scope
 from resdiag.watch.find.passes import Bus, Operands
-from resdiag.watch.find.units import Unit
+from resdiag.watch.find.units import Visit, unit_of
 
 
 @dataclass(eq=False)
@@ -38,9 +38,9 @@ class Frame:
 class _EndingUnit:
     """A unit whose module has ended, while the activations after it are still to come."""
 
-    unit: Unit
-    tail: Tensor
-    missing: int
+    visit: Visit
+    last: Tensor
+    tail: list[int] = field(default_factory=list)
 
 
 def _unseen(x: Tensor) -> Tensor:
@@ -53,20 +53,13 @@ _UNSEEN = Call(_unseen, (), {})
 class ModuleStack:
     """Opens and closes the blocks and units of one pass as modules begin and end.
 
-    Args:
-        flow: The tensors of the pass.
-        bus: Told of blocks and units that end.
-        tails: Names of units, and how many activations and normalisations after each belong to it.
-        chosen: Whether the units were chosen by the user.
-
-    Attributes:
-        frames: The modules that are running, outermost first.
-        activations: The activations of the pass so far.
+    `tails` are names of units, and how many activations and normalisations after each belong to
+    it; `chosen` says whether the units were chosen by the user.
     """
 
     def __init__(self, flow: Lineage, bus: Bus, tails: Mapping[str, int], *, chosen: bool) -> None:
-        self.frames: list[Frame] = []
-        self.activations: list[Call] = []
+        self.frames: list[Frame] = []  # the modules that are running, outermost first
+        self.activations: list[Call] = []  # of the pass so far
         self._flow, self._bus, self._tails, self._chosen = flow, bus, tails, chosen
         self._counts: Counter[str] = Counter()
         self._ending: list[_EndingUnit] = []
@@ -125,7 +118,6 @@ class ModuleStack:
             addition.after = frame.chain
             addition.parameters.extend(frame.chain_parameters)
             addition.activations.extend(call for call in frame.chain if call.is_activation)
-        addition.returned = returned is output
         frame.open = frame.tensors = frame.total = frame.tail = None
         frame.chain, frame.chain_parameters = (), ()
         self._bus.tell("closed", addition, output)
@@ -163,75 +155,53 @@ class ModuleStack:
 
     def trail(self, first: Tensor | None, call: Call, number: int, result: Tensor) -> None:
         """An activation or a normalisation right after a unit's module is part of the unit."""
-        for ending in self._ending:
-            if ending.tail is first and call.is_after:
-                break
-        else:
-            return
-        unit = ending.unit
-        ending.unit = replace(
-            unit,
-            output=number,
-            after=(*unit.after, call),
-            activations=[*unit.activations, *([call] if call.is_activation else [])],
-            parameters=[*unit.parameters, *self._flow.parameters(number)],
-        )
-        ending.tail, ending.missing = result, ending.missing - 1
-        if not ending.missing:
-            self._ending.remove(ending)
-            self._end_unit(ending.unit, result)
+        ending = next((e for e in self._ending if e.last is first and call.is_after), None)
+        if ending is not None:
+            ending.tail.append(number)
+            ending.last = result
+            if len(ending.tail) == self._tails[ending.visit.name]:
+                self._ending.remove(ending)
+                self._end_unit(ending)
 
     def _begin_unit(self, frame: Frame, output: Tensor) -> None:
         """A module that is a unit has ended; as many activations as the first time may follow."""
         number, entry = self._flow.enter(output), frame.entry
-        begun = Unit(
-            owner=frame.name,
-            ordinal=self.ordinal(frame.name),
-            input=frame.number,
+        visit = Visit(
+            frame.name,
+            frame.module,
+            self.ordinal(frame.name),
+            frame.number,
+            None if entry is None else entry.shape,
+            frame.scope.start,
+            frame.first_activation,
             output=number,
-            entered=None if entry is None else entry.shape,
             shape=output.shape,
             dtype=output.dtype,
-            features=self._flow.features(number),
-            after=(),
-            calls=self._flow.calls(frame.scope.start, number),
-            activations=self.activations[frame.first_activation :],
-            parameters=list(frame.module.parameters()),
-            chosen=not self._chosen,
+            gates=len(self.activations),
         )
-        missing = self._tails[frame.name]
-        if missing:
-            self._ending.append(_EndingUnit(begun, output, missing))
+        ending = _EndingUnit(visit, output)
+        if self._tails[frame.name]:
+            self._ending.append(ending)
         else:
-            self._end_unit(begun, output)
+            self._end_unit(ending)
 
-    def _end_unit(self, unit: Unit, output: Tensor) -> None:
-        self._pass(unit.output, output)
+    def _end_unit(self, ending: _EndingUnit) -> None:
+        chosen = not self._chosen
+        unit = unit_of(ending.visit, ending.tail, self._flow, self.activations, chosen=chosen)
+        self._pass(unit.output, ending.last)
         self._bus.tell("unit", unit)
 
     def _pass(self, number: int, x: Tensor) -> None:
-        self._bus.tell("passing", number, x, self._flow.features(number))
+        self._bus.tell("passing", number, x, self._flow.node(number).features)
 
 
 class Makers:
-    """Remembers, for one pass, the modules that returned tensors.
-
-    Args:
-        names: The modules of a model by name.
-    """
+    """Remembers, for one pass of this thread, the modules that returned tensors."""
 
     def __init__(self, names: Mapping[nn.Module, str]) -> None:
         self._names = names
         self._known = TensorTable[str]()
-        self._thread = 0
-
-    def begin(self) -> None:
-        """A pass begins in this thread."""
         self._thread = get_ident()
-
-    def clear(self) -> None:
-        """Forget the pass."""
-        self._known.clear()
 
     def remember(self, module: nn.Module, args: object, output: object) -> None:
         """A forward hook for all modules: the outermost one of those that hand a tensor on."""

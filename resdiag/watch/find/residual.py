@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from resdiag.watch.base.functions import Call
-from resdiag.watch.find.additions import Addition, Operand, Sum
+from resdiag.watch.find.additions import Addition, Operand, Sum, Ways
 from resdiag.watch.find.dataflow import Depth, Lineage, Scope
 from resdiag.watch.find.module_stack import Frame
 from resdiag.watch.find.passes import Operands
@@ -17,35 +17,20 @@ _LEFT, _RIGHT = 1, 2
 _NONE: Depth = (0, 0, 0)
 
 
-@dataclass(frozen=True)
-class Meeting:
-    """What lies between a shortcut and a branch and the last tensor that both came from."""
+@dataclass(eq=False, kw_only=True)
+class Meeting(Ways):
+    """A shortcut and a branch, and the last tensor that both came from."""
 
-    swapped: bool  # whether the right operand is the shortcut
     origin: Tensor | None  # that tensor: the block's input; None if it is gone
     begin: int  # its number
-    shortcut: int  # the shortcut's number
-    shortcut_count: int  # parameterised calls between it and the shortcut
-    # the calls that lead from it to the shortcut if they can be repeated, else None
-    path: tuple[Call, ...] | None
-    parameters: list[nn.Parameter]  # parameters used on the way to either operand
-    calls: tuple[Call, ...]  # the calls on the branch, in order
-    activations: list[Call]  # activations on the way to either operand
     is_learned: bool  # whether a parameterised transformation is on the branch
-    begins_activated: bool  # whether the origin was normalised or activated inside the module
-    features: int | None  # the channel dimension of the sum, if known
     is_scaled: bool  # whether a parameter multiplies the shortcut
-    is_gated: bool = False  # whether a gate does
     # the operands, shortcut first, as they enter the sum; set once it is called residual
     sides: tuple[Operand, ...] = ()
 
 
 class Residuals:
-    """Judges the sums of one pass by the descent of their operands.
-
-    Args:
-        lineage: The tensors of the pass.
-    """
+    """Judges the sums of one pass by the descent of their operands."""
 
     def __init__(self, lineage: Lineage) -> None:
         self._lineage = lineage
@@ -222,25 +207,19 @@ class Residuals:
         inside: list[int],
     ) -> Meeting:
         node = self._lineage.node
-        calls = tuple(call for n in on_branch if (call := node(n).call) is not None)
-        at, reference = node(origin), node(origin).tensor
         # the stream's own: a branch that mixes tokens, turned, has its features where they are
         found = (node(n).features for n in (shortcut, origin, branch))
         return Meeting(
             swapped=swapped,
-            origin=None if reference is None else reference(),
+            origin=node(origin).at_hand(),
             begin=origin,
-            shortcut=shortcut,
+            stream=shortcut,
             shortcut_count=sum(bool(node(n).parameters) for n in on_shortcut),
             path=self._path(shortcut, origin),
-            parameters=[p for n in inside for p in node(n).parameters],
-            calls=calls,
-            activations=[
-                call for n in inside if (call := node(n).call) is not None and call.is_activation
-            ],
+            parameters=self._lineage.parameters(inside),
+            calls=self._lineage.calls(on_branch),
+            activations=[call for call in self._lineage.calls(inside) if call.is_activation],
             is_learned=any(node(n).depth[0] for n in on_branch),
-            begins_activated=at.call is not None
-            and (at.call.is_activation or at.call.is_normalisation),
             features=next((f for f in found if f is not None), None),
             is_scaled=any(
                 (call := node(n).call) is not None and call.is_product and node(n).parameters

@@ -175,10 +175,7 @@ def is_cut(lineage: Lineage, branch: int, depths: Mapping[int, Depth]) -> bool:
     What follows begins anew, as a position does that was embedded from a predicted box. A branch
     that is detached as a whole is a fault in a block.
 
-    Args:
-        lineage: The tensors of the pass.
-        branch: Number of the branch.
-        depths: What is on the ways from the origin.
+    `depths` are of what is on the ways from the origin.
     """
     whole, queue, seen = depths[branch][0], [branch], {branch}
     while queue:
@@ -186,7 +183,7 @@ def is_cut(lineage: Lineage, branch: int, depths: Mapping[int, Depth]) -> bool:
         if depths[number][0] == 0:
             return False
         node = lineage.node(number)
-        if node.call is not None and node.call.name == "detach" and depths[number][0] < whole:
+        if node.name == "detach" and depths[number][0] < whole:
             continue
         for parent in set(node.parents) - seen:
             if parent in depths:

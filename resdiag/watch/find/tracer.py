@@ -13,8 +13,9 @@ to the unit that the first one began, however the terms are put in order.
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from threading import get_ident
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,36 +24,12 @@ from torch.overrides import TorchFunctionMode
 from resdiag.watch.base.functions import Call, is_question
 from resdiag.watch.base.safety import never_alone
 from resdiag.watch.base.tensors import first_floating, tensors_in
-from resdiag.watch.find.additions import ADDITIONS, Addition, Stacks, Sum, read_sum
+from resdiag.watch.find.additions import ADDITIONS, Addition, Stacks, Sum, Ways, read_sum
 from resdiag.watch.find.dataflow import Lineage
 from resdiag.watch.find.module_stack import Frame, Makers, ModuleStack
-from resdiag.watch.find.passes import Bus, Observer, Operands
+from resdiag.watch.find.passes import Bus, Observer, Operands, Surveyor
 from resdiag.watch.find.residual import Residuals
 from resdiag.watch.find.units import Search
-
-
-class Surveyor(Observer, Protocol):
-    """An observer that sees every module and every operation of the pass as well."""
-
-    def begin(self, flow: Lineage) -> None:
-        """The pass begins; `flow` numbers its tensors."""
-
-    def enters(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """A module's forward begins."""
-
-    def leaves(self, name: str, module: nn.Module, output: Any) -> Any:  # noqa: ANN401
-        """A module's forward has ended; returns what is to be handed on in place of `output`."""
-
-    def reads(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> None:
-        """An operation is about to run."""
-
-    def returns(self, result: Any) -> Any:  # noqa: ANN401
-        """It has run; returns what is to be handed on in place of `result`."""
-
-    def wrote(self, result: Tensor) -> None:
-        """The result of the operation has its number."""
 
 
 class Tracing:
@@ -63,27 +40,21 @@ class Tracing:
         units: Names of modules that are blocks even without a residual addition; if given,
             additions elsewhere are not blocks. Without, a network whose first pass has no residual
             addition has the units that `choose_units` finds in it.
-
-    Attributes:
-        names: The modules and their names.
-        tails: Names of units, and how many activations and normalisations after each belong to it.
-        searching: Whether units are still to be found.
-        units: As given.
-        with_makers: Whether the names of the modules that made tensors are asked for: in the first
-            pass only.
     """
 
     def __init__(self, model: nn.Module, units: frozenset[str] | None = None) -> None:
         self.model, self.units = model, units
         self.names = {module: name for name, module in model.named_modules()}
+        # names of units, and how many activations and normalisations after each belong to it
         self.tails = dict.fromkeys(units or (), 0)
-        self.searching, self.with_makers = units is None, True
+        self.searching = units is None  # units are still to be found
+        self.with_makers = True  # the modules that made tensors are asked for in the first pass
         self._framed = {module for module in self.names if module is model or _can_add(module)}
 
     def begin(
         self,
         observers: Sequence[Observer],
-        surveyor: "Surveyor | None" = None,
+        surveyor: Surveyor | None = None,
         ended: "Callable[[TracedPass], None]" = lambda followed: None,
     ) -> "TracedPass":
         """A pass to be followed; `ended` is told when it has ended as it should."""
@@ -95,11 +66,7 @@ class Tracing:
 
 
 class TracedPass(TorchFunctionMode):
-    """One forward pass that is followed, from `start` to `finish` or `stop`.
-
-    Attributes:
-        calls: How often each module was called.
-    """
+    """One forward pass that is followed, from `start` to `finish` or `stop`."""
 
     def __init__(
         self,
@@ -110,7 +77,7 @@ class TracedPass(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._ended = ended
-        self.calls: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()  # of each module
         self._tracing, self._survey = tracing, surveyor
         self._bus = Bus([*observers, *([surveyor] if surveyor is not None else [])])
         self._flow = Lineage()
@@ -174,7 +141,6 @@ class TracedPass(TorchFunctionMode):
                 self._entered.callback(handle.remove)
                 self._entered.callback(module.register_forward_hook(leave).remove)
         if self._makers is not None:
-            self._makers.begin()
             handle = nn.modules.module.register_module_forward_hook(self._makers.remember)
             self._entered.callback(handle.remove)
 
@@ -236,7 +202,7 @@ class TracedPass(TorchFunctionMode):
             self._tracing.searching, self._search = False, None
 
     def _pass(self, number: int, x: Tensor) -> None:
-        self._bus.tell("passing", number, x, self._flow.features(number))
+        self._bus.tell("passing", number, x, self._flow.node(number).features)
 
     # -- operations ----------------------------------------------------------------------------
 
@@ -277,8 +243,10 @@ class TracedPass(TorchFunctionMode):
             number = self._flow.mark(tensor, descent, call, alone=alone, piece=piece)
             if number is not None:
                 self._follow(call, args, number, tensor, residual, descent.parents)
-        if call.name == "linear" and descent.weighted and len(results) == 1 and residual is None:
-            self._remember_head(args, results[0])
+        linear = call.name == "linear" and descent.weighted and len(results) == 1
+        if linear and residual is None and args and isinstance(args[0], Tensor):
+            # the last linear layer of the pass is the classifier, unless it turns a sum into more
+            self._head = args[0], results[0]
         if call.name == "stack" and results:
             self._stacked.add(args, kwargs, results[0])
         return result
@@ -306,12 +274,7 @@ class TracedPass(TorchFunctionMode):
             self._bus.tell("added", residual[0], result)
         elif owner is not None:
             owner.tail, owner.chain = result, (*owner.chain, call)
-            owner.chain_parameters += self._flow.parameters(number)
-
-    def _remember_head(self, args: tuple[Any, ...], result: Tensor) -> None:
-        """The last linear layer of the pass is the classifier, unless it turns a sum into more."""
-        if args and isinstance(args[0], Tensor):
-            self._head = args[0], result
+            owner.chain_parameters += self._flow.node(number).parameters
 
     # -- additions -----------------------------------------------------------------------------
 
@@ -340,38 +303,23 @@ class TracedPass(TorchFunctionMode):
             entered=None if meeting.origin is None else meeting.origin.shape,
             shape=h.shape,
             dtype=h.dtype,
-            shortcut_count=meeting.shortcut_count,
-            path=meeting.path,
             shortcut_scale=shortcut.scale,
             branch_scale=branch.scale,
-            parameters=meeting.parameters,
-            activations=meeting.activations,
-            calls=meeting.calls,
-            begins_activated=meeting.begins_activated,
-            features=meeting.features,
             branch_module="" if self._makers is None else self._makers.of(f),
             shortcut_module="" if self._makers is None else self._makers.of(h),
-            stream=meeting.shortcut,
-            is_gated=meeting.is_gated,
-            swapped=meeting.swapped,
+            **{field.name: getattr(meeting, field.name) for field in fields(Ways)},
         )
-        self._dismiss()
-        return addition, Operands(meeting.origin, f, h)
-
-    def _dismiss(self) -> None:
-        """A residual addition has come: the network is divided into blocks."""
-        if self._search is not None:
+        if self._search is not None:  # the network is divided into blocks, not into units
             self._tracing.searching, self._search = False, None
             self._bus.tell("dismiss")
+        return addition, Operands(meeting.origin, f, h)
 
 
 def _piece(call: Call, index: int, count: int) -> str:
     """What part of its operand a result is, "" for the whole."""
     if count > 1 and call.name in ("chunk", "split", "unbind", "tensor_split", "split_with_sizes"):
         return f"{call.name} {index}"
-    if call.name in ("getitem", "narrow", "select") and not any(
-        True for _ in tensors_in(call.args)
-    ):
+    if call.name in ("getitem", "narrow", "select") and not list(tensors_in(call.args)):
         return f"{call.name} {call.args}"
     return ""
 

@@ -11,7 +11,7 @@ that output: that is the head, as in a residual network.
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -72,10 +72,8 @@ class Visit:
 class Search:
     """Follows the module calls of one pass and chooses units at its end.
 
-    Args:
-        lineage: The tensors of the pass.
-        gates: The activations of the pass so far.
-        passing: Told of every tensor that may become the input or the output of a unit.
+    `gates` are the activations of the pass so far; `passing` is told of every tensor that may
+    become the input or the output of a unit.
     """
 
     def __init__(
@@ -120,7 +118,7 @@ class Search:
 
     def operation(self, call: Call, parents: Sequence[int], number: int, result: Tensor) -> None:
         """An operation of the pass made a tensor of others."""
-        if call.is_transform and self._lineage.parameters(number):
+        if call.is_transform and self._lineage.node(number).parameters:
             for visit in self._open:
                 visit.layers += 1
         elif call.is_after and not self._passed.isdisjoint(parents):
@@ -130,39 +128,45 @@ class Search:
         """The units of the pass that has ended."""
         if self._root is None:
             return []
-        users = self._lineage.users()
-        return [self._unit(visit, users) for visit in choose_units(self._root, self._lineage)]
+        flow, users = self._lineage, self._lineage.users()
+        return [
+            unit_of(visit, flow.tail(visit.output or 0, users), flow, self._gates, chosen=True)
+            for visit in choose_units(self._root, flow)
+        ]
 
     def _pass(self, number: int, x: Tensor) -> None:
         self._passed.add(number)
         self._passing(number, x)
 
-    def _unit(self, visit: Visit, users: Mapping[int, Sequence[int]]) -> Unit:
-        lineage, output = self._lineage, visit.output
-        assert output is not None
-        assert visit.shape is not None
-        tail = lineage.tail(output, users)
-        after = tuple(call for n in tail if (call := lineage.node(n).call) is not None)
-        later = [p for n in tail for p in lineage.parameters(n)]
-        return Unit(
-            owner=visit.name,
-            ordinal=visit.ordinal,
-            input=visit.input,
-            output=tail[-1] if tail else output,
-            entered=visit.entered,
-            shape=visit.shape,
-            dtype=visit.dtype,
-            features=lineage.features(output),
-            after=after,
-            calls=lineage.calls(visit.start, output),
-            activations=[*self._gates[visit.gate : visit.gates], *_activations(after)],
-            parameters=[*visit.module.parameters(), *later],
-            chosen=True,
-        )
 
+def unit_of(
+    visit: Visit, tail: Sequence[int], lineage: Lineage, gates: Sequence[Call], *, chosen: bool
+) -> Unit:
+    """The unit that a call is, with the tensors of its `tail`; of the pass's activations, its own.
 
-def _activations(calls: Iterable[Call]) -> list[Call]:
-    return [call for call in calls if call.is_activation]
+    `chosen` says whether it was chosen here rather than named by the user.
+    """
+    output, after = visit.output, lineage.calls(tail)
+    assert output is not None
+    assert visit.shape is not None
+    return Unit(
+        owner=visit.name,
+        ordinal=visit.ordinal,
+        input=visit.input,
+        output=tail[-1] if tail else output,
+        entered=visit.entered,
+        shape=visit.shape,
+        dtype=visit.dtype,
+        features=lineage.node(output).features,
+        after=after,
+        calls=lineage.calls(range(visit.start, output + 1)),
+        activations=[
+            *gates[visit.gate : visit.gates],
+            *(call for call in after if call.is_activation),
+        ],
+        parameters=[*visit.module.parameters(), *lineage.parameters(tail)],
+        chosen=chosen,
+    )
 
 
 def choose_units(root: Visit, lineage: Lineage) -> list[Visit]:
@@ -176,7 +180,8 @@ def choose_units(root: Visit, lineage: Lineage) -> list[Visit]:
     units = list(_divide(root, root.layers, way, lineage))
     while len(units) == 1 and (inner := _inner(units[0], way)) and len(inner) > 1:
         units = [unit for call in inner for unit in _divide(call, root.layers, way, lineage)]
-    if len(units) > 1 and lineage.is_linear(units[-1].output) and units[-1].output == root.output:
+    is_head = lineage.node(root.output).name == "linear" and units[-1].output == root.output
+    if len(units) > 1 and is_head:
         units.pop()
     return units
 

@@ -41,14 +41,6 @@ def norm(x: Tensor) -> Scalar:
     return look(exact) if on_host(x.device) else exact
 
 
-def trusted_norm(x: Tensor) -> float | None:
-    """`norm` in the fewest steps, None where float32 cannot be trusted with it."""
-    if x.requires_grad or not is_fast(x):
-        return None
-    size = _norm_by_pieces(x)
-    return size if TRUSTED[0] < size < TRUSTED[1] else None
-
-
 def norms(tensors: Sequence[Tensor]) -> Tensor:
     """`norm` of many tensors of one device in a few kernels, float64 (n,)."""
     if not all(is_fast(x) and x.numel() <= PIECE for x in tensors):

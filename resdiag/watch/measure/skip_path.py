@@ -305,7 +305,7 @@ class SkipPath:
     def _values(
         self, u: Tensor, change: Scalar, defect: Scalar, drift: Scalar, mean: Scalar, square: Scalar
     ) -> list[Scalar]:
-        """In the order of `COLUMNS`: changes, gains, drift, and what is said of signs and slopes."""
+        """What `COLUMNS` names, in order."""
         gains = self._stage.mean(), self._whole.mean()
         return [change, defect, *gains, drift, math.nan, _share(u < 0), mean, square]
 

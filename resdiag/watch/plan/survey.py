@@ -13,7 +13,7 @@ from resdiag.watch.base.tensors import tensors_in
 from resdiag.watch.find.additions import Addition
 from resdiag.watch.find.blocks import BlockFinder, trace_once
 from resdiag.watch.find.dataflow import Lineage
-from resdiag.watch.find.passes import Operands
+from resdiag.watch.find.passes import Operands, Surveyor
 from resdiag.watch.find.units import Unit
 from resdiag.watch.plan.ports import OPERATIONS, BlockPlan, Plan, Port, Trail, Visit
 
@@ -37,7 +37,7 @@ class _Operation:
     operands: list[Visit] = field(default_factory=list)
 
 
-class Survey(BlockFinder):
+class Survey(BlockFinder, Surveyor):
     """Notes where every tensor of a traced pass can be seen; each event is an instant.
 
     A tensor is known by its number in the pass: what an in-place operation makes of it has another.

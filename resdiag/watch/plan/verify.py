@@ -88,10 +88,6 @@ class PassGraph:
         for index, output in enumerate(outputs):
             self.see(_ENDS, f"output {index}", output)
 
-    def edge(self, row: int, site: str) -> Edge | None:
-        """What was seen there."""
-        return self._edges.get((row, site))
-
     def tokens(self, row: int, sites: Sequence[str], *, path: bool = False) -> Tokens | None:
         """The way back from the last of some sites of a row to the first.
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from resdiag.watch.base.safety import never_alone
 from resdiag.watch.find.additions import Addition
-from resdiag.watch.find.passes import FollowedPass, Operands, Silent
+from resdiag.watch.find.passes import FollowedPass, Observer, Operands
 from resdiag.watch.find.tracer import TracedPass, Tracing
 from resdiag.watch.find.units import Unit
 from resdiag.watch.plan.ports import is_in, place_reads
@@ -156,7 +156,7 @@ class Follower:
             self._expected = Expected(plan, reads, pattern, unseen, self._names, planner.kept)
 
 
-class _Again(Silent):
+class _Again(Observer):
     """Hooks the tensors of blocks that run again, and measures nothing twice."""
 
     def __init__(self, recorder: Recorder, calls: Mapping[str, int]) -> None:

@@ -18,7 +18,7 @@ from resdiag.watch.base.functions import Call
 from resdiag.watch.base.safety import Guard, guarded
 from resdiag.watch.find.additions import Addition
 from resdiag.watch.find.blocks import Anatomy
-from resdiag.watch.find.passes import Operands
+from resdiag.watch.find.passes import Observer, Operands
 from resdiag.watch.find.units import Unit
 from resdiag.watch.measure import reductions
 from resdiag.watch.measure.changes import Saturation, fractions
@@ -64,7 +64,7 @@ class _Passed:
     custom: dict[str, list[tuple[str, Tensor]]] = field(default_factory=dict)
 
 
-class Recorder:
+class Recorder(Observer):
     """The observer that records one forward and backward pass.
 
     Args:
