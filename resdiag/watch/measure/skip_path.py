@@ -96,9 +96,12 @@ class _Passage:
         """Whether the output can be computed from the sum."""
         return all(call.is_activation for call in self.after)
 
-    def end(self, u: Tensor) -> Tensor:
-        """The block's output."""
-        return compose(self.after)(u) if self.output is None else self.output
+    def ends(self) -> dict[str, Tensor]:
+        """What the next block may begin with: the sum, and what the after-add made of it."""
+        if self.u is None or self.rejected:
+            return {}
+        output = compose(self.after)(self.u) if self.output is None else self.output
+        return {"sum": self.u, "output": output}
 
 
 class SkipPath:
@@ -203,29 +206,26 @@ class SkipPath:
         if self._core:
             yield from self._perturbations()
             return
-        last: dict[str, Tensor] = {}  # the sum and the output of the block before
+        last: dict[str, Tensor] = {}  # of the block before
         for passage in self._passages.values():
             u, h = passage.u, last.get(passage.source, passage.h)
+            ends = passage.ends()
             if passage.rejected or (h is None and passage.source):
-                last = (
-                    {"sum": u, "output": passage.end(u)}
-                    if u is not None and not passage.rejected
-                    else {}
-                )
+                last = ends
                 yield passage.row, [math.nan] * len(COLUMNS), self._lose(passage)
                 continue
             if u is None or h is None:  # an exception passed
                 continue
             self._cross(passage, h)
-            output = passage.end(u)
+            last, output = ends, ends["output"]
             if passage.output is not None:  # a normalisation: what it does to the sum can be said
-                self._break(NOT_ELEMENTWISE)
+                for chain in (self._stage, self._whole):
+                    chain.lose(NOT_ELEMENTWISE)
                 values = self._values(u, relative_change(output, u), *[math.nan] * 4)
             elif passage.after:
                 values = self._measure(passage, u, output, h)
             else:  # by definition rather than by rounding
                 values = self._values(u, 0.0, 0.0, self._drift, 1.0, 1.0)
-            last = {"sum": u, "output": output}
             if self.weigh is not None:
                 self.weigh(passage.row, values, self._weights(u, h))
             yield passage.row, values, self._missing(passage)
@@ -237,7 +237,7 @@ class SkipPath:
         outputs, sums = dict[int, Tensor](), dict[int, Tensor]()
         for row, passage in self._passages.items():
             if passage.u is not None and passage.after and not passage.rejected:
-                outputs[row], sums[row] = passage.end(passage.u), passage.u
+                outputs[row], sums[row] = passage.ends()["output"], passage.u
         changes = relative_changes(list(outputs.values()), list(sums.values()))
         known: dict[int, Scalar] = dict(zip(sums, changes, strict=True))
         for row, passage in self._passages.items():
@@ -253,13 +253,10 @@ class SkipPath:
     def _lose(self, passage: _Passage) -> dict[str, str]:
         """A block that was rejected interrupts the products, and the stage's iterates."""
         self._begin_stage(passage)
-        self._break(OTHER_PASS)
+        for chain in (self._stage, self._whole):
+            chain.lose(OTHER_PASS)
         self._is_adrift, self._drift = True, math.nan
         return dict.fromkeys(COLUMNS, OTHER_PASS)
-
-    def _break(self, reason: str) -> None:
-        self._stage.lose(reason)
-        self._whole.lose(reason)
 
     def _begin_stage(self, passage: _Passage) -> bool:
         """Whether a stage begins with a block: its product and its iterates do then."""

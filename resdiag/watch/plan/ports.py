@@ -7,6 +7,7 @@ take and return, and, where a torch function mode is entered, what operations ta
 the one that was planned.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -64,16 +65,15 @@ class Trail:
     visits: list[Visit] = field(default_factory=list)  # ports, in time order
     uses: list[int] = field(default_factory=list)  # times at which an operation read it
 
-    def value_port(self, owner: str = "") -> Port | None:
-        """A port at which its values can be read: a module's before an operation's.
+    def value_port(self, owner: str = "", before: float = math.inf) -> Port | None:
+        """A port that it passes before a time: there its values can be read.
 
-        Among several, one of `owner` or inside it: such a port is there whenever the block runs.
+        A module's comes first, before an operation's; among several, one of `owner` or inside it:
+        such a port is there whenever the block runs.
         """
-        ordered = sorted(
-            self.visits,
-            key=lambda visit: (bool(visit.port.operation), not is_in(visit.port.module, owner)),
-        )
-        return next((visit.port for visit in ordered), None)
+        ports = [visit.port for visit in self.visits if visit.time < before]
+        ports.sort(key=lambda port: (bool(port.operation), not is_in(port.module, owner)))
+        return next(iter(ports), None)
 
     def gradient_port(self, *, operations: bool = False) -> Port | None:
         """A port that all its uses come after, so that the gradient there is the whole one."""
@@ -206,33 +206,29 @@ def place_reads(plan: Plan, kept: frozenset[int], *, core: bool) -> Reads:
         kept: `id` of tensors that stay from pass to pass: parameters and buffers.
         core: Whether only the core set is recorded.
     """
-    reads, roles = Reads(reason=plan.flaw), dict[Port, list[Role]]()
+    reads, roles = Reads(reason=plan.flaw), defaultdict[Port, list[Role]](list)
     times: list[int] = []
     for row, block in enumerate(plan.blocks):
         reads.reason = reads.reason or _why_not(block, kept)
         if reads.reason:
             return reads
-        found = dict(_of_block(block)) if block.unit is None else dict(_of_unit(block))
-        for site, port in found.items():
+        owner, found = block.key[0], dict(_of_unit(block) if block.unit else _of_block(block))
+        wanted = [(site, 0, port) for site, port in found.items()]
+        for index, (_, trail) in enumerate(() if core else block.activations):
+            wanted.append(("activation", index, trail.value_port(owner)))
+        for site, index, port in wanted:
             if port is None:
-                reads.reason = f"nothing shows the {site} of block {block.key[0]}"
+                which = "an activation" if site == "activation" else f"the {site}"
+                reads.reason = f"nothing shows {which} of block {owner}"
                 return reads
-            roles.setdefault(port, []).append(Role(row, _ORDER.index(site), site))
+            roles[port].append(Role(row, _ORDER.index(site), site, index))
         times.append(_time_of(block, found))
         both = () if block.unit is not None else ("branch", "shortcut")
-        reads.needs.append(frozenset([*both, *(site for site in found if site == "input")]))
-        for index, (_, trail) in enumerate(() if core else block.activations):
-            port = trail.value_port(block.key[0])
-            if port is None:
-                reads.reason = f"nothing shows an activation of block {block.key[0]}"
-                return reads
-            roles.setdefault(port, []).append(
-                Role(row, _ORDER.index("activation"), "activation", index)
-            )
+        reads.needs.append(frozenset([*both, *found.keys() & {"input"}]))
     for site, end in (("features", plan.features), ("logits", plan.logits)):
         port = None if end is None else end.value_port()
         if port is not None:
-            roles.setdefault(port, []).append(Role(ENDS, 0, site))
+            roles[port].append(Role(ENDS, 0, site))
     reads.order = sorted(range(len(times)), key=times.__getitem__)
     for port, several in roles.items():
         if port.operation:
@@ -276,7 +272,7 @@ def _of_block(block: BlockPlan) -> Iterator[tuple[str, Port | None]]:
     """Ports of a residual block, each before the tensor can be overwritten."""
     owner = block.key[0]
     found = {
-        site: _before(trail, owner, block.begin)
+        site: trail.value_port(owner, block.begin)
         for site in ("input", "branch", "shortcut")
         if (trail := block.trail(site)) is not None
     }
@@ -285,8 +281,6 @@ def _of_block(block: BlockPlan) -> Iterator[tuple[str, Port | None]]:
         found.pop("branch", None)
         found.pop("shortcut", None)
         found[OPERANDS] = block.junction
-        if block.input is not None and found["input"] is None:
-            found["input"] = _before(block.input, owner, block.begin, operations=True)
     output = block.output
     end = None if output is None else output.value_port(owner)
     yield from found.items()
@@ -294,15 +288,8 @@ def _of_block(block: BlockPlan) -> Iterator[tuple[str, Port | None]]:
         yield "sum", end
     elif block.sum is not None and output is not None:
         first = min((visit.time for visit in output.visits), default=0)
-        yield "sum", _before(block.sum, owner, first, operations=True)
+        yield "sum", block.sum.value_port(owner, first)
     yield "output", end
-
-
-def _before(trail: Trail, owner: str, time: int, *, operations: bool = True) -> Port | None:
-    """A port of a tensor that it passes before a time."""
-    early = [visit for visit in trail.visits if visit.time < time]
-    ordered = sorted(early, key=lambda v: (bool(v.port.operation), not is_in(v.port.module, owner)))
-    return next((v.port for v in ordered if operations or not v.port.operation), None)
 
 
 def _time_of(block: BlockPlan, found: dict[str, Port | None]) -> int:
