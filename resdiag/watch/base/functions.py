@@ -120,15 +120,11 @@ class Call:
             return True
         return parents > 1 and (self.name in _PRODUCTS or self.is_transform)
 
-    @property
-    def takes_shape_only(self) -> bool:
-        """Whether further operands say no more than the shape of the result."""
-        return self.name in _SAME_SHAPE_ONLY
-
-    @property
-    def is_blank(self) -> bool:
-        """Whether its operands say no more than the shape of a new tensor."""
-        return self.name.endswith("_like") or self.name.startswith("new_")
+    def operands(self, inputs: list[Tensor]) -> list[Tensor]:
+        """The inputs that say more than the shape of the result."""
+        if self.name.endswith("_like") or self.name.startswith("new_"):
+            return []
+        return inputs[:1] if self.name in _SAME_SHAPE_ONLY else inputs
 
     @property
     def is_random(self) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from resdiag.watch.base.functions import Call
 from resdiag.watch.find.additions import Addition
 from resdiag.watch.find.passes import Observer, PassDriver, Surveyor
-from resdiag.watch.find.tracer import Tracing
+from resdiag.watch.find.tracer import TracedPass, Tracing
 from resdiag.watch.find.units import Unit
 from resdiag.watch.measure.reductions import channel_dimension
 
@@ -140,21 +140,18 @@ class Anatomy:
     ) -> int:
         (owner, ordinal), row = key, len(self.blocks)
         before = self.blocks[-1] if self.blocks else None
-        features = about.get("features")
-        extent = _extent(output, features)
-        entered = extent
+        features = about["features"]
+        entered = extent = _extent(output, features)
         if x is not None:
             entered = _extent(x, features if len(x) == len(output) else None)
         moved = before is not None and self._extent != extent
         self._extent = extent
-        stage = 0 if before is None else before.stage + moved
-        name = f"{owner}#{ordinal}" if ordinal else owner
         self.blocks.append(
             Block(
                 index=row,
-                name=name or f"#{ordinal}",
+                name=f"{owner}#{ordinal}" if ordinal or not owner else owner,
                 owner=owner,
-                stage=stage,
+                stage=0 if before is None else before.stage + moved,
                 transition=moved or entered != extent,
                 after_add="none",
                 shape=tuple(output[1:]),
@@ -177,15 +174,10 @@ def _order(calls: Sequence[Call], *, ends: bool = False) -> str:
 
     In a module without an addition (`ends`) also "post", after the last ones, or "both".
     """
-    early, late = (_is_first(way) for way in (calls, calls[::-1]))
-    if ends and late:
-        return "both" if early else "post"
-    return "pre" if early else "none"
-
-
-def _is_first(calls: Sequence[Call]) -> bool:
-    """Whether an activation or a normalisation comes before a transforming operation."""
-    return next((call.is_after for call in calls if call.is_after or call.is_transform), False)
+    telling = [call.is_after for call in calls if call.is_after or call.is_transform] or [False]
+    if ends and telling[-1]:
+        return "both" if telling[0] else "post"
+    return "pre" if telling[0] else "none"
 
 
 def _extent(shape: torch.Size, features: int | None) -> tuple[int, int]:
@@ -273,7 +265,7 @@ def trace_once(
 ) -> None:
     """Trace one pass in evaluation mode without gradients; mode and random state are put back."""
     tracing = Tracing(model, units)
-    driver = PassDriver(model, lambda: tracing.begin(observers, surveyor))
+    driver = PassDriver(model, lambda: TracedPass(tracing, observers, surveyor))
     try:
         with evaluating(model), torch.no_grad():
             model(*inputs, **keywords)

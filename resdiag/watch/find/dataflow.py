@@ -2,7 +2,7 @@
 
 import heapq
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, cast
 
@@ -87,6 +87,16 @@ class Descent:
     parameters: tuple[nn.Parameter, ...]
     weighted: bool
     born: bool
+
+
+def reach(start: int, ahead: Callable[[int], Iterable[int]]) -> Iterator[int]:
+    """A tensor, those that are `ahead` of it, those ahead of them, ...; each once."""
+    queue, seen = [start], {start}
+    while queue:
+        yield (number := queue.pop())
+        found = set(ahead(number)) - seen
+        seen |= found
+        queue.extend(found)
 
 
 class Lineage:
@@ -187,10 +197,6 @@ class Lineage:
         """Parameters that took part in making some tensors."""
         return [p for n in numbers for p in self._nodes[n].parameters]
 
-    def ancestors(self, number: int) -> set[int]:
-        """All that a tensor was made from, itself included."""
-        return set(self.walk({number: 1}, 0))
-
     def walk(self, ways: dict[int, int], lowest: int) -> Iterator[int]:
         """Ancestors of some tensors, latest first, none numbered below `lowest`.
 
@@ -233,16 +239,7 @@ class Lineage:
 
     def descends(self, number: int, ancestor: int) -> bool:
         """Whether a tensor was made from another."""
-        queue, seen = [number], {number}
-        while queue:
-            at = queue.pop()
-            if at == ancestor:
-                return True
-            for parent in self._nodes[at].parents:
-                if parent >= ancestor and parent not in seen:
-                    seen.add(parent)
-                    queue.append(parent)
-        return False
+        return ancestor in self.walk({number: 1}, ancestor)
 
     def _features(self, result: Tensor, descent: Descent, call: Call | None) -> int | None:
         """The channel dimension of a result."""

@@ -136,10 +136,8 @@ class Seen:
 class PassDriver:
     """Two hooks on the root; all others stand for the length of a followed pass only.
 
-    Args:
-        model: The root module.
-        begin: Asked at the beginning of each pass for what follows it, None for nothing.
-        seen: Takes what is noticed of torch.compile.
+    `begin` is asked at the beginning of each pass for what follows it, None for nothing; `seen`
+    takes what is noticed of torch.compile.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from resdiag.watch.base.functions import Call
 from resdiag.watch.find.additions import Addition, Operand, Sum, Ways
-from resdiag.watch.find.dataflow import Depth, Lineage, Scope
+from resdiag.watch.find.dataflow import Depth, Lineage, Scope, reach
 from resdiag.watch.find.module_stack import Frame
 from resdiag.watch.find.passes import Operands
 from resdiag.watch.find.streams import Mix, are_pieces, is_cut, is_inner, read_mix, was_added
@@ -181,50 +181,34 @@ class Residuals:
             inside = [n for n in self._lineage.walk(made, origin) if n != origin]
             if self._is_recurrent(mix.gate, origin):
                 return None
-        found = self._meeting(swapped, origin, shortcut, branch, on_shortcut, on_branch, inside)
-        return found if mix is None else replace(found, is_gated=True, path=None)
-
-    def _is_recurrent(self, gate: int, origin: int) -> bool:
-        """Whether a gate was made of a tensor and of something else that was there before it."""
-        queue, seen, mixed = [gate], {gate, origin}, False
-        while queue:
-            node = self._lineage.node(queue.pop())
-            mixed = mixed or (not node.parents and node.call is not None)
-            for parent in set(node.parents) - seen:
-                seen.add(parent)
-                mixed = mixed or parent < origin
-                queue.append(parent)
-        return mixed
-
-    def _meeting(
-        self,
-        swapped: bool,
-        origin: int,
-        shortcut: int,
-        branch: int,
-        on_shortcut: list[int],
-        on_branch: list[int],
-        inside: list[int],
-    ) -> Meeting:
         node = self._lineage.node
         # the stream's own: a branch that mixes tokens, turned, has its features where they are
-        found = (node(n).features for n in (shortcut, origin, branch))
+        features = (node(n).features for n in (shortcut, origin, branch))
         return Meeting(
             swapped=swapped,
             origin=node(origin).at_hand(),
             begin=origin,
             stream=shortcut,
             shortcut_count=sum(bool(node(n).parameters) for n in on_shortcut),
-            path=self._path(shortcut, origin),
+            path=self._path(shortcut, origin) if mix is None else None,
             parameters=self._lineage.parameters(inside),
             calls=self._lineage.calls(on_branch),
             activations=[call for call in self._lineage.calls(inside) if call.is_activation],
             is_learned=any(node(n).depth[0] for n in on_branch),
-            features=next((f for f in found if f is not None), None),
+            features=next((known for known in features if known is not None), None),
             is_scaled=any(
                 (call := node(n).call) is not None and call.is_product and node(n).parameters
                 for n in on_shortcut
             ),
+            is_gated=mix is not None,
+        )
+
+    def _is_recurrent(self, gate: int, origin: int) -> bool:
+        """Whether a gate was made of a tensor and of something else that was there before it."""
+        node = self._lineage.node
+        return any(
+            n < origin or (not node(n).parents and node(n).call is not None)
+            for n in reach(gate, lambda n: set(node(n).parents) - {origin})
         )
 
     def _depths(self, origin: int, numbers: Iterable[int]) -> dict[int, Depth]:
@@ -278,8 +262,6 @@ def _is_inside(
     A branch may come from outside if the shortcut is the module's very input, as where a module
     gets x and F(x) and adds them; a shortcut may where the module gets x and h(x).
     """
-    if any(number in scope.entries for number in on_shortcut):
-        handed = on_shortcut[-1] in scope.entries and origin in scope.entries
-        if not handed:
-            return False
-    return identity or not any(number in scope.entries for number in on_branch)
+    if not scope.entries.isdisjoint(on_shortcut) and not {on_shortcut[-1], origin} <= scope.entries:
+        return False
+    return identity or scope.entries.isdisjoint(on_branch)

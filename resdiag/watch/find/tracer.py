@@ -35,11 +35,9 @@ from resdiag.watch.find.units import Search
 class Tracing:
     """What is known of a model from one traced pass to the next.
 
-    Args:
-        model: The root module.
-        units: Names of modules that are blocks even without a residual addition; if given,
-            additions elsewhere are not blocks. Without, a network whose first pass has no residual
-            addition has the units that `choose_units` finds in it.
+    `units` are names of modules that are blocks even without a residual addition; if given,
+    additions elsewhere are not blocks. Without, a network whose first pass has no residual addition
+    has the units that `choose_units` finds in it.
     """
 
     def __init__(self, model: nn.Module, units: frozenset[str] | None = None) -> None:
@@ -51,29 +49,23 @@ class Tracing:
         self.with_makers = True  # the modules that made tensors are asked for in the first pass
         self._framed = {module for module in self.names if module is model or _can_add(module)}
 
-    def begin(
-        self,
-        observers: Sequence[Observer],
-        surveyor: Surveyor | None = None,
-        ended: "Callable[[TracedPass], None]" = lambda followed: None,
-    ) -> "TracedPass":
-        """A pass to be followed; `ended` is told when it has ended as it should."""
-        return TracedPass(self, observers, surveyor, ended)
-
     def is_framed(self, module: nn.Module) -> bool:
         """Whether additions can run in a module's own forward, or it is a unit."""
         return module in self._framed or self.names.get(module) in self.tails
 
 
 class TracedPass(TorchFunctionMode):
-    """One forward pass that is followed, from `start` to `finish` or `stop`."""
+    """One forward pass that is followed, from `start` to `finish` or `stop`.
+
+    `ended` is told when it has ended as it should.
+    """
 
     def __init__(
         self,
         tracing: Tracing,
         observers: Sequence[Observer],
-        surveyor: Surveyor | None,
-        ended: "Callable[[TracedPass], None]",
+        surveyor: Surveyor | None = None,
+        ended: "Callable[[TracedPass], None]" = lambda followed: None,
     ) -> None:
         super().__init__()
         self._ended = ended
@@ -224,14 +216,13 @@ class TracedPass(TorchFunctionMode):
         )
         residual = None if spelled is None else self._residual(spelled)
         call = Call(func, args[1:], kwargs)
-        if call.is_activation and args and isinstance(args[0], Tensor):
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        if call.is_activation and first is not None:
             self._stack.activations.append(call)
-            self._bus.tell("activation", call, args[0])
+            self._bus.tell("activation", call, first)
         inputs = [*tensors_in(args), *tensors_in(kwargs)]
         alone = len(inputs) == 1
-        if call.takes_shape_only or call.is_blank:
-            inputs = inputs[: not call.is_blank]
-        descent = self._flow.descend(inputs)
+        descent = self._flow.descend(call.operands(inputs))
         result = func(*args, **kwargs)
         if self._survey is not None:
             result = self._survey.returns(result)
@@ -241,40 +232,28 @@ class TracedPass(TorchFunctionMode):
         for index, tensor in enumerate(results):
             piece = _piece(call, index, len(results))
             number = self._flow.mark(tensor, descent, call, alone=alone, piece=piece)
-            if number is not None:
-                self._follow(call, args, number, tensor, residual, descent.parents)
+            if number is None:
+                continue
+            owner = self._stack.owner_of(first, call, tensor)
+            if self._survey is not None:
+                self._survey.wrote(tensor)
+            self._stack.trail(first, call, number, tensor)
+            if self._search is not None:
+                self._search.operation(call, descent.parents, number, tensor)
+            if residual is not None:
+                self._flow.set_stream(number, residual[0].stream)
+                self._stack.open(self._stack.frames[-1], *residual, tensor)
+                self._bus.tell("added", residual[0], tensor)
+            elif owner is not None:
+                owner.tail, owner.chain = tensor, (*owner.chain, call)
+                owner.chain_parameters += self._flow.node(number).parameters
         linear = call.name == "linear" and descent.weighted and len(results) == 1
-        if linear and residual is None and args and isinstance(args[0], Tensor):
+        if linear and residual is None and first is not None:
             # the last linear layer of the pass is the classifier, unless it turns a sum into more
-            self._head = args[0], results[0]
+            self._head = first, results[0]
         if call.name == "stack" and results:
             self._stacked.add(args, kwargs, results[0])
         return result
-
-    def _follow(
-        self,
-        call: Call,
-        args: tuple[Any, ...],
-        number: int,
-        result: Tensor,
-        residual: tuple[Addition, Operands] | None,
-        parents: Sequence[int],
-    ) -> None:
-        """A result has its number: is it a sum, or does it turn one into a block's output?"""
-        first = args[0] if args and isinstance(args[0], Tensor) else None
-        owner = self._stack.owner_of(first, call, result)
-        if self._survey is not None:
-            self._survey.wrote(result)
-        self._stack.trail(first, call, number, result)
-        if self._search is not None:
-            self._search.operation(call, parents, number, result)
-        if residual is not None:
-            self._flow.set_stream(number, residual[0].stream)
-            self._stack.open(self._stack.frames[-1], *residual, result)
-            self._bus.tell("added", residual[0], result)
-        elif owner is not None:
-            owner.tail, owner.chain = result, (*owner.chain, call)
-            owner.chain_parameters += self._flow.node(number).parameters
 
     # -- additions -----------------------------------------------------------------------------
 

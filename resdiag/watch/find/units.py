@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from resdiag.watch.base.functions import Call
 from resdiag.watch.find.dataflow import Lineage
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _LARGE = 0.25
 """Share of all parameterised layers above which a module is too coarse a unit."""
 
@@ -62,11 +61,6 @@ class Visit:
     shape: torch.Size | None = None  # shape of that
     dtype: torch.dtype = torch.float32  # type of its elements
     gates: int = 0  # number of activations when it had ended
-
-    @property
-    def is_container(self) -> bool:
-        """Whether it only puts other modules together."""
-        return isinstance(self.module, _CONTAINERS)
 
 
 class Search:
@@ -176,7 +170,7 @@ def choose_units(root: Visit, lineage: Lineage) -> list[Visit]:
     """
     if not root.layers or root.output is None:
         return []
-    way = lineage.ancestors(root.output)
+    way = set(lineage.walk({root.output: 1}, 0))
     units = list(_divide(root, root.layers, way, lineage))
     while len(units) == 1 and (inner := _inner(units[0], way)) and len(inner) > 1:
         units = [unit for call in inner for unit in _divide(call, root.layers, way, lineage)]
@@ -198,7 +192,8 @@ def _divide(visit: Visit, total: int, way: set[int], lineage: Lineage) -> Iterat
         yield visit
         return
     root = not visit.name
-    divisible = visit.is_container or visit.layers > _LARGE * total
+    container = isinstance(visit.module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+    divisible = container or visit.layers > _LARGE * total
     if root or (divisible and _is_chain(inner, lineage)):
         for call in inner:
             yield from _divide(call, total, way, lineage)

@@ -199,13 +199,7 @@ class Reads:
 
 
 def place_reads(plan: Plan, kept: frozenset[int], *, core: bool) -> Reads:
-    """Choose a port for every tensor of interest.
-
-    Args:
-        plan: The plan.
-        kept: `id` of tensors that stay from pass to pass: parameters and buffers.
-        core: Whether only the core set is recorded.
-    """
+    """Choose a port for every tensor of interest; `kept`: `id` of parameters and buffers."""
     reads, roles = Reads(reason=plan.flaw), defaultdict[Port, list[Role]](list)
     times: list[int] = []
     for row, block in enumerate(plan.blocks):

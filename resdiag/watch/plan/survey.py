@@ -41,11 +41,8 @@ class Survey(BlockFinder, Surveyor):
     """Notes where every tensor of a traced pass can be seen; each event is an instant.
 
     A tensor is known by its number in the pass: what an in-place operation makes of it has another.
-
-    Args:
-        example: Whether the pass is one over example inputs, in evaluation mode: what hands on its
-            very input there (dropout, stochastic depth) will return another tensor in training, so
-            another one takes its place.
+    In a pass over example inputs, in evaluation mode, what hands on its very input (dropout,
+    stochastic depth) will return another tensor in training, so another one takes its place.
     """
 
     def __init__(self, *, example: bool = False) -> None:
@@ -56,7 +53,7 @@ class Survey(BlockFinder, Surveyor):
         self._trails: dict[int, Trail] = {}
         self._calls: dict[str, int] = defaultdict(int)
         self._open: list[_Frame] = []
-        self._passages: dict[tuple[int, int], Port] = {}
+        self._passages: dict[tuple[int | None, int | None], Port] = {}
         self._keys: dict[int, tuple[int | None, int | None]] = {}
         self._activations: list[tuple[Call, Trail]] = []
         self._passed: dict[int | None, tuple[Trail, int | None]] = {}
@@ -74,11 +71,7 @@ class Survey(BlockFinder, Surveyor):
         """A module's forward begins."""
         call = self._calls[name]
         self._calls[name] += 1
-        visits = [
-            (self._visit(Port(name, call, False, place), number, value), number)
-            for place, value in _arguments(args, kwargs)
-            if (number := self._flow.number(value)) is not None
-        ]
+        visits = self._arrive(Port(name, call, False, None), args, kwargs)
         self._open.append(_Frame(name, call, visits))
 
     def leaves(self, name: str, module: nn.Module, output: Any) -> Any:  # noqa: ANN401
@@ -116,14 +109,9 @@ class Survey(BlockFinder, Surveyor):
 
     def _separate(self, module: nn.Module, frame: _Frame, output: object) -> object:
         """Another tensor of the same values where a module hands on its input today only."""
-        number = self._flow.number(output) if isinstance(output, Tensor) else None
-        if (
-            not self._example
-            or number is None
-            or not isinstance(output, Tensor)
-            or _is_idle(module)
-            or all(number != entered for _, entered in frame.visits)
-        ):
+        if not self._example or not isinstance(output, Tensor) or _is_idle(module):
+            return output
+        if self._flow.number(output) not in [entered for _, entered in frame.visits]:
             return output
         with torch._C.DisableTorchFunction():
             fresh = output.view_as(output)
@@ -137,29 +125,33 @@ class Survey(BlockFinder, Surveyor):
     ) -> None:
         """An operation is about to run."""
         read = {}
-        for x in (*tensors_in(args), *tensors_in(kwargs)):
+        for x in tensors_in((args, kwargs)):
             number = self._flow.number(x)
             if number is not None:
                 read[number] = x, x._version
                 self._trail(number, x)
-        self._running = _Operation(read)
+        running = self._running = _Operation(read)
         name = getattr(func, "__name__", "")
-        if name in OPERATIONS and self._open:
-            self._count(name, args, kwargs)
-
-    def _count(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Note the ports of an operation that can be found again."""
-        frame, running = self._open[-1], self._running
-        assert running is not None
+        if name not in OPERATIONS or not self._open:
+            return
+        frame = self._open[-1]  # the operation can be found again
         ordinal = frame.operations[name]
         frame.operations[name] += 1
         writes = name.endswith("_") or bool(kwargs.get("inplace")) or "out" in kwargs
         port = Port(frame.name, frame.call, True, None, name, ordinal, writes)
         running.port = port
-        running.operands = [
-            self._visit(replace(port, is_output=False, place=place), number, value)
-            for place, value in _arguments(args, kwargs)
-            if (number := self._flow.number(value)) is not None
+        operands = self._arrive(replace(port, is_output=False), args, kwargs)
+        running.operands = [visit for visit, _ in operands]
+
+    def _arrive(
+        self, port: Port, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> list[tuple[Visit, int]]:
+        """Visits of the tensors of the pass among arguments, and their numbers."""
+        places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        return [
+            (self._visit(replace(port, place=place), number, x), number)
+            for place, x in places
+            if isinstance(x, Tensor) and (number := self._flow.number(x)) is not None
         ]
 
     def returns(self, result: Any) -> Any:  # noqa: ANN401
@@ -191,12 +183,10 @@ class Survey(BlockFinder, Surveyor):
     def operands(self, addition: Addition, tensors: Operands) -> None:
         """Both operands of a residual addition are there."""
         if addition.extends:
-            self._block(addition.key).extended = True
+            self.plan.blocks[self.row_of(addition.key)].extended = True
             return
-        x = tensors.origin
-        running = self._running
-        entered = None if x is None else self._trail_of(x)
-        first = not self.plan.blocks
+        running, first = self._running, not self.plan.blocks
+        entered = self._trail_of(tensors.origin)
         self.plan.blocks.append(
             BlockPlan(
                 addition.key,
@@ -210,18 +200,19 @@ class Survey(BlockFinder, Surveyor):
                 joined=first or (entered is not None and entered is self._last),
             )
         )
-        numbers = (None if x is None else self._flow.number(x), self._flow.number(tensors.shortcut))
-        self._keys[len(self.plan.blocks) - 1] = numbers
+        if tensors.origin is not None:
+            ends = self._flow.number(tensors.origin), self._flow.number(tensors.shortcut)
+            self._keys[len(self.plan.blocks) - 1] = ends
 
     def added(self, addition: Addition, total: Tensor) -> None:
         """The sum, before an in-place after-add."""
         super().added(addition, total)
-        self._block(addition.key).sum = self._last = self._trail_of(total)
+        self.plan.blocks[self.row_of(addition.key)].sum = self._last = self._trail_of(total)
 
     def closed(self, addition: Addition, output: Tensor) -> None:
         """The block's end."""
         super().closed(addition, output)
-        block = self._block(addition.key)
+        block = self.plan.blocks[self.row_of(addition.key)]
         block.addition = addition
         block.output = self._last = self._trail_of(output)
 
@@ -248,17 +239,14 @@ class Survey(BlockFinder, Surveyor):
         self, features: Tensor | None, logits: Tensor | None, outputs: Sequence[Tensor]
     ) -> None:
         """The classifier, and what the blocks could not know before."""
-        if features is not None and logits is not None:
-            self.plan.features = self._trail_of(features)
-            self.plan.logits = self._trail_of(logits)
+        if logits is not None:
+            self.plan.features, self.plan.logits = map(self._trail_of, (features, logits))
         self.plan.calls = dict(self._calls)
         for row, block in enumerate(self.plan.blocks):
             thing = block.addition or block.unit
             inside = set() if thing is None else {id(call) for call in thing.activations}
             block.activations = [(call, x) for call, x in self._activations if id(call) in inside]
-            x, h = self._keys.get(row, (None, None))
-            if x is not None and h is not None:
-                block.projection = self._passages.get((x, h))
+            block.projection = self._passages.get(self._keys.get(row, (None, None)))
 
     # -- inside --------------------------------------------------------------------------------
 
@@ -266,9 +254,6 @@ class Survey(BlockFinder, Surveyor):
         """The place of a block in the plan."""
         blocks = self.plan.blocks
         return next(row for row in reversed(range(len(blocks))) if blocks[row].key == key)
-
-    def _block(self, key: tuple[str, int]) -> BlockPlan:
-        return self.plan.blocks[self.row_of(key)]
 
     def _visit(self, port: Port, number: int, x: Tensor) -> Visit:
         time = self._tick()
@@ -280,9 +265,9 @@ class Survey(BlockFinder, Surveyor):
         self._time += 1
         return self._time
 
-    def _trail_of(self, x: Tensor) -> Trail | None:
-        number = self._flow.number(x)
-        return None if number is None else self._trail(number, x)
+    def _trail_of(self, x: Tensor | None) -> Trail | None:
+        number = None if x is None else self._flow.number(x)
+        return None if x is None or number is None else self._trail(number, x)
 
     def _trail(self, number: int, x: Tensor) -> Trail:
         if number not in self._trails:
@@ -300,14 +285,6 @@ def plan_of_example(
     survey = Survey(example=True)
     trace_once(model, inputs, keywords, [], units, survey)
     return survey.plan
-
-
-def _arguments(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Iterator[tuple[int | str, Tensor]]:
-    """The tensors among arguments and their places."""
-    yield from ((place, x) for place, x in enumerate(args) if isinstance(x, Tensor))
-    yield from ((name, x) for name, x in kwargs.items() if isinstance(x, Tensor))
 
 
 def _results(output: object) -> Iterator[tuple[int | str | None, Tensor]]:

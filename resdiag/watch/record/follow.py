@@ -123,8 +123,11 @@ class Follower:
         model = self._tracing.model
         kept = frozenset(id(x) for x in (*model.parameters(), *model.buffers()))
         planner = None if self.always_traces else Planner(kept, self._plan)
-        return self._tracing.begin(
-            [self._recorder], planner, lambda followed: self._again.arm(followed.calls)
+        return TracedPass(
+            self._tracing,
+            [self._recorder],
+            planner,
+            lambda followed: self._again.arm(followed.calls),
         )
 
     def end(self) -> None:
@@ -224,7 +227,7 @@ class Recompute:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             in_backward = torch._C._current_graph_task_id() != -1
             if module is owner and self._pass is None and in_backward and torch.is_grad_enabled():
-                self._pass = self._tracing.begin([_Again(self._recorder, self._calls)])
+                self._pass = TracedPass(self._tracing, [_Again(self._recorder, self._calls)])
                 self._root = module
                 self._pass.start(module, args, kwargs)
 
