@@ -164,17 +164,8 @@ def is_question(func: Callable[..., Any]) -> bool:
     return getattr(func, "__name__", "") in _QUESTIONS and func not in _VIEWS
 
 
-_LAST = (
-    "linear",
-    "layer_norm",
-    "rms_norm",
-    "embedding",
-    "matmul",
-    "mm",
-    "attention",
-    "lstm",
-    "gru",
-)
+_LAST = frozenset({"linear", "layer_norm", "rms_norm", "embedding", "attention", "lstm", "gru"})
+_LAST |= {"matmul", "mm"}
 _TURNS = ("T", "mT", "H", "mH")
 _SECOND = ("conv", "batch_norm", "group_norm", "instance_norm", "prelu")
 

@@ -43,9 +43,8 @@ def is_running_compiled() -> bool:
 
 def compiled_parts(model: nn.Module) -> list[str]:
     """Names of the modules inside a model, or the model itself (""), that are compiled."""
-    if "torch._dynamo" not in sys.modules:
-        return []
-    if not any(map(_is_compiled, _modules(model))):  # names cost more, and every pass asks
+    # names cost more, and every pass asks
+    if "torch._dynamo" not in sys.modules or not any(map(_is_compiled, _modules(model))):
         return []
     return [name for name, module in model.named_modules() if _is_compiled(module)]
 

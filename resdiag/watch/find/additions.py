@@ -148,8 +148,7 @@ class Ways:
     activations: list[Call]
     calls: tuple[Call, ...] = ()  # the operations on the branch, in order
     features: int | None = None  # the channel dimension of the sum, None if no operation says it
-    # whether a gate multiplies the shortcut, as in t * f(x) + (1 - t) * x; branch and shortcut are
-    # then the two products
+    # in t * f(x) + (1 - t) * x a gate multiplies the shortcut; the two products are the ways
     is_gated: bool = False
 
 
@@ -166,8 +165,7 @@ class Addition(Ways):
     branch_scale: float
     branch_module: str = ""  # the module whose output the branch is, "" if it is none's
     shortcut_module: str = ""
-    # whether it adds a parallel branch to the unit that the addition before it began; the branch is
-    # then the sum of the branches
+    # one more branch for the unit that the addition before began; `calls` etc. are of both
     extends: bool = False
     after: tuple[Call, ...] = ()  # the after-add's calls, set at the end of the block
 

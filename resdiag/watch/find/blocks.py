@@ -99,28 +99,20 @@ class Anatomy:
 
     def add_block(self, addition: Addition) -> int:
         """Add a residual block when its operands are there; returns its row."""
-        about = {
-            "shortcut": addition.kind,
-            "order": _order(addition.calls),
-            "branch": tuple(call.name for call in addition.calls),
-            "branch_module": addition.branch_module,
-            "shortcut_module": addition.shortcut_module,
-            "features": addition.features,
-            "dtype": str(addition.dtype).removeprefix("torch."),
-            "frozen_norm": torch.is_grad_enabled() and any(map(_is_frozen, addition.calls)),
-        }
-        return self._add(addition.key, addition.entered, addition.shape, about)
+        return self._add(
+            addition,
+            shortcut=addition.kind,
+            order=_order(addition.calls),
+            branch_module=addition.branch_module,
+            shortcut_module=addition.shortcut_module,
+            dtype=str(addition.dtype).removeprefix("torch."),
+            frozen_norm=torch.is_grad_enabled() and any(map(_is_frozen, addition.calls)),
+        )
 
     def add_unit(self, unit: Unit) -> int:
         """Add a module without a residual addition; returns its row."""
-        about = {
-            "shortcut": "none",
-            "order": _order(unit.calls, ends=True),
-            "branch": tuple(call.name for call in unit.calls),
-            "branch_module": unit.owner,
-            "features": unit.features,
-        }
-        row = self._add((unit.owner, unit.ordinal), unit.entered, unit.shape, about)
+        order = _order(unit.calls, ends=True)
+        row = self._add(unit, shortcut="none", order=order, branch_module=unit.owner)
         self.finish(row, unit.after, unit.parameters)
         self.is_chosen = unit.chosen
         return row
@@ -135,12 +127,10 @@ class Anatomy:
         self.blocks[row] = replace(block, after_add=names, order=order)
         self.parameters[row] = list({id(p): p for p in parameters}.values())
 
-    def _add(
-        self, key: tuple[str, int], x: torch.Size | None, output: torch.Size, about: dict[str, Any]
-    ) -> int:
-        (owner, ordinal), row = key, len(self.blocks)
+    def _add(self, found: Addition | Unit, **about: Any) -> int:  # noqa: ANN401
+        row, owner, ordinal = len(self.blocks), found.owner, found.ordinal
+        features, x, output = found.features, found.entered, found.shape
         before = self.blocks[-1] if self.blocks else None
-        features = about["features"]
         entered = extent = _extent(output, features)
         if x is not None:
             entered = _extent(x, features if len(x) == len(output) else None)
@@ -155,11 +145,13 @@ class Anatomy:
                 transition=moved or entered != extent,
                 after_add="none",
                 shape=tuple(output[1:]),
+                branch=tuple(call.name for call in found.calls),
+                features=features,
                 **about,
             )
         )
         self.parameters.append([])
-        self.rows[key] = row
+        self.rows[owner, ordinal] = row
         return row
 
 

@@ -19,22 +19,17 @@ Depth: TypeAlias = tuple[int, int, int]
 class Node:
     """One tensor as one call left it."""
 
-    # the tensor, or None for an operand that a fused call never wrote out
-    tensor: "weakref.ref[Tensor] | None"
-    # the floating-point tensors of the pass it was computed from: gradients flow there
-    parents: tuple[int, ...] = ()
+    tensor: "weakref.ref[Tensor] | None"  # None for an operand that a fused call never wrote out
+    parents: tuple[int, ...] = ()  # what it was computed from, and gradients flow to
     call: Call | None = None  # what made it
     repeatable: bool = False  # whether the call, applied to the one parent again, gives the same
     parameters: tuple[nn.Parameter, ...] = ()  # parameters that took part
-    # which piece of its parent it is ("" for the whole): a split gives unlike pieces
-    piece: str = ""
-    # the dimension that parameterised operations treated as channels, if known
-    features: int | None = None
+    piece: str = ""  # which piece of its parent it is, "" for the whole
+    features: int | None = None  # what parameterised operations treated as channels, if known
     discrete: bool = False  # it has no floating point: nothing descends from it through gradients
     size: int = 0  # how many elements it has
     stream: int | None = None  # of a residual sum, the operand that is the shortcut
-    # of a product with a difference, as in x + t * (f - x), the other factor
-    gate: Tensor | None = None
+    gate: Tensor | None = None  # t of a product t * (f - x) with a difference
 
     def at_hand(self) -> Tensor | None:
         """The tensor, if it is still there."""
@@ -49,11 +44,8 @@ class Node:
     def depth(self) -> Depth:
         """What it adds to a way."""
         transforms, learned = self.is_transform, bool(self.parameters)
-        return (
-            int(transforms and learned),
-            int(transforms and not learned),
-            int(learned and not transforms),
-        )
+        both = transforms and learned
+        return int(both), int(transforms and not both), int(learned and not both)
 
     @property
     def is_difference(self) -> bool:

@@ -68,14 +68,12 @@ class ModuleStack:
         """A module's forward begins."""
         # what a parametrisation is handed makes a weight: it joins no stream
         inputs = [] if self._flow.are_weights(inputs) else inputs
-        entry = first_floating(inputs)
-        start = len(self._flow)
-        numbers = frozenset(self._flow.enter(tensor) for tensor in inputs)
+        entry, start = first_floating(inputs), len(self._flow)
+        scope = Scope(frozenset(self._flow.enter(tensor) for tensor in inputs), start)
         number = None if entry is None else self._flow.number(entry)
-        scope = Scope(numbers, start)
         self.frames.append(Frame(name, module, entry, scope, number, len(self.activations)))
         if name in self._tails and entry is not None and number is not None:
-            self._pass(number, entry)
+            self.tell_passing(number, entry)
 
     def pop(self, module: nn.Module, output: object) -> None:
         """A module's forward has ended; so have those in it that an exception has left."""
@@ -95,8 +93,6 @@ class ModuleStack:
         self._counts[owner] += 1
         return self._counts[owner] - 1
 
-    # -- blocks --------------------------------------------------------------------------------
-
     def open(self, frame: Frame, addition: Addition, tensors: Operands, total: Tensor) -> None:
         """The sum of a residual addition is there."""
         frame.open, frame.tensors, frame.total, frame.tail = addition, tensors, total, total
@@ -105,8 +101,15 @@ class ModuleStack:
 
     def close_before(self, frame: Frame, origin: Tensor | None) -> None:
         """The next addition of a module begins, on `origin`: the block before it ends."""
-        if frame.open is not None:
-            self.close(frame, self._handed_on(frame, origin))
+        if frame.open is None:
+            return
+        returned, tail = origin, frame.tail
+        if tail is not None and origin is not None and all(c.is_activation for c in frame.chain):
+            # what it handed on is its activated sum, if the next one's input was made from it
+            start, goal = self._flow.number(origin), self._flow.number(tail)
+            if start is not None and goal is not None and self._flow.descends(start, goal):
+                returned = tail
+        self.close(frame, returned)
 
     def close(self, frame: Frame, returned: Tensor | None) -> None:
         """End the open block of a frame at its module's output or at its next addition."""
@@ -126,20 +129,8 @@ class ModuleStack:
         """The frame whose open block's sum (or its tail) this call turns into the output."""
         if first is None or not call.is_after:
             return None
-        for frame in reversed(self.frames):
-            if frame.open is not None and frame.tail is first and result.shape == first.shape:
-                return frame
-        return None
-
-    def _handed_on(self, frame: Frame, x: Tensor | None) -> Tensor | None:
-        """What the open block handed to the next one: its activated sum, if x was made from it."""
-        tail, activated = frame.tail, all(call.is_activation for call in frame.chain)
-        if tail is None or x is None or not activated:
-            return x
-        start, goal = self._flow.number(x), self._flow.number(tail)
-        if start is None or goal is None:
-            return x
-        return tail if self._flow.descends(start, goal) else x
+        owners = (f for f in reversed(self.frames) if f.open is not None and f.tail is first)
+        return next(owners, None) if result.shape == first.shape else None
 
     def _heal(self, frame: Frame, outputs: list[Tensor]) -> None:
         """Go on after an operation that no torch function shows, e.g. an autograd.Function."""
@@ -150,8 +141,6 @@ class ModuleStack:
             descent = Descent(tuple(sorted(entries)), parameters, bool(parameters), born=False)
             for tensor in unseen:
                 self._flow.mark(tensor, descent, _UNSEEN, alone=False)
-
-    # -- units ---------------------------------------------------------------------------------
 
     def trail(self, first: Tensor | None, call: Call, number: int, result: Tensor) -> None:
         """An activation or a normalisation right after a unit's module is part of the unit."""
@@ -188,10 +177,11 @@ class ModuleStack:
     def _end_unit(self, ending: _EndingUnit) -> None:
         chosen = not self._chosen
         unit = unit_of(ending.visit, ending.tail, self._flow, self.activations, chosen=chosen)
-        self._pass(unit.output, ending.last)
+        self.tell_passing(unit.output, ending.last)
         self._bus.tell("unit", unit)
 
-    def _pass(self, number: int, x: Tensor) -> None:
+    def tell_passing(self, number: int, x: Tensor) -> None:
+        """A tensor may be the input or the output of a unit."""
         self._bus.tell("passing", number, x, self._flow.node(number).features)
 
 

@@ -26,8 +26,7 @@ from resdiag.watch.find.units import Unit
 class Operands:
     """The tensors of a residual addition in one pass."""
 
-    # the block's input x, where both operands come from; None if it was freed
-    origin: Tensor | None
+    origin: Tensor | None  # x, where both operands come from; None if it was freed
     branch: Tensor  # F(x), before the addition, which may broadcast it
     shortcut: Tensor  # h(x)
 

@@ -25,8 +25,7 @@ class Meeting(Ways):
     begin: int  # its number
     is_learned: bool  # whether a parameterised transformation is on the branch
     is_scaled: bool  # whether a parameter multiplies the shortcut
-    # the operands, shortcut first, as they enter the sum; set once it is called residual
-    sides: tuple[Operand, ...] = ()
+    sides: tuple[Operand, ...] = ()  # shortcut first; set once the sum is called residual
 
 
 class Residuals:

@@ -29,8 +29,7 @@ class Mix:
     right: int  # the same of the right operand
     gate: int  # number of the gate
     operands: tuple[int, int]  # numbers of the operands of the addition
-    # the two shares where they are not the operands, as in x + t * (f - x)
-    shares: tuple[Operand, Operand] | None = None
+    shares: tuple[Operand, Operand] | None = None  # None: the operands; else of x + t * (f - x)
 
 
 @dataclass(frozen=True)

@@ -70,28 +70,26 @@ class TracedPass(TorchFunctionMode):
         super().__init__()
         self._ended = ended
         self.calls: Counter[str] = Counter()  # of each module
-        self._tracing, self._survey = tracing, surveyor
-        self._bus = Bus([*observers, *([surveyor] if surveyor is not None else [])])
+        self._tracing, self._survey = tracing, surveyor or Surveyor()
+        self._sees_all = surveyor is not None or tracing.searching  # modules that add nothing, too
+        self._bus = Bus([*observers, self._survey])
         self._flow = Lineage()
         chosen = tracing.units is not None
         self._stack = ModuleStack(self._flow, self._bus, tracing.tails, chosen=chosen)
         self._residuals, self._stacked = Residuals(self._flow), Stacks()
-        self._makers = Makers(tracing.names) if tracing.with_makers else None
+        self._makers = Makers(tracing.names)
         self._search: Search | None = None
         if tracing.searching:
-            self._search = Search(self._flow, self._stack.activations, self._pass)
+            self._search = Search(self._flow, self._stack.activations, self._stack.tell_passing)
         self._root = tracing.model
         self._head: tuple[Tensor | None, Tensor | None] = (None, None)
         self._thread = get_ident()  # replicas in other threads (DataParallel) are not followed
         self._entered = ExitStack()
 
-    # -- the pass ------------------------------------------------------------------------------
-
     def start(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The forward of a module begins: the model's, or of one that runs alone."""
         self._root = root
-        if self._survey is not None:
-            self._survey.begin(self._flow)
+        self._survey.begin(self._flow)
         if root is self._tracing.model:
             self._bus.tell("started", [*tensors_in(args), *tensors_in(kwargs)])
         self._install(root)
@@ -117,22 +115,18 @@ class TracedPass(TorchFunctionMode):
         """Follow on with `new` where a wrapper of the module's hands on `old` as another tensor."""
         if get_ident() == self._thread and self._flow.number(old) is not None:
             self._flow.mark(new, self._flow.descend([old]), None, alone=True)
-            if self._makers is not None:
-                self._makers.same(old, new)
+            self._makers.same(old, new)
             self._bus.tell("same", old, new)
-
-    # -- modules -------------------------------------------------------------------------------
 
     def _install(self, root: nn.Module) -> None:
         """Hooks on the modules below the root, for this pass only."""
-        everywhere = self._survey is not None or self._search is not None
         for module, name in self._tracing.names.items():
-            if module is not root and (everywhere or self._tracing.is_framed(module)):
+            if module is not root and (self._sees_all or self._tracing.is_framed(module)):
                 enter, leave = self._hooks(name, module)
                 handle = module.register_forward_pre_hook(enter, with_kwargs=True)
                 self._entered.callback(handle.remove)
                 self._entered.callback(module.register_forward_hook(leave).remove)
-        if self._makers is not None:
+        if self._tracing.with_makers:
             handle = nn.modules.module.register_module_forward_hook(self._makers.remember)
             self._entered.callback(handle.remove)
 
@@ -168,8 +162,7 @@ class TracedPass(TorchFunctionMode):
         if self._tracing.is_framed(module) or module is self._root:
             self.calls[name] += 1
             self._stack.push(name, module, inputs)
-        if self._survey is not None:
-            self._survey.enters(name, args, kwargs)
+        self._survey.enters(name, args, kwargs)
 
     def _leave(self, name: str, module: nn.Module, output: object) -> object:
         """A module's forward has ended."""
@@ -177,8 +170,6 @@ class TracedPass(TorchFunctionMode):
             self._search.leave(module, first_floating(tensors_in(output)))
         if any(frame.module is module for frame in self._stack.frames):
             self._stack.pop(module, output)
-        if self._survey is None:
-            return None
         handed_on = self._survey.leaves(name, module, output)
         if handed_on is not output and isinstance(output, Tensor):
             self.same(output, handed_on)
@@ -193,11 +184,6 @@ class TracedPass(TorchFunctionMode):
                 self._bus.tell("unit", unit)
             self._tracing.searching, self._search = False, None
 
-    def _pass(self, number: int, x: Tensor) -> None:
-        self._bus.tell("passing", number, x, self._flow.node(number).features)
-
-    # -- operations ----------------------------------------------------------------------------
-
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -209,11 +195,9 @@ class TracedPass(TorchFunctionMode):
         kwargs = kwargs or {}
         if is_question(func) or not self._stack.frames:
             return func(*args, **kwargs)
-        if self._survey is not None:
-            self._survey.reads(func, args, kwargs)
-        spelled = (
-            read_sum(func, args, kwargs) if func in ADDITIONS else self._stacked.read(func, args)
-        )
+        self._survey.reads(func, args, kwargs)
+        is_sum = func in ADDITIONS
+        spelled = read_sum(func, args, kwargs) if is_sum else self._stacked.read(func, args)
         residual = None if spelled is None else self._residual(spelled)
         call = Call(func, args[1:], kwargs)
         first = args[0] if args and isinstance(args[0], Tensor) else None
@@ -223,9 +207,7 @@ class TracedPass(TorchFunctionMode):
         inputs = [*tensors_in(args), *tensors_in(kwargs)]
         alone = len(inputs) == 1
         descent = self._flow.descend(call.operands(inputs))
-        result = func(*args, **kwargs)
-        if self._survey is not None:
-            result = self._survey.returns(result)
+        result = self._survey.returns(func(*args, **kwargs))
         results = list(tensors_in(result))
         if call.name == "setitem":  # returns nothing, and makes the whole what it is
             results = list(tensors_in(args[:1]))
@@ -235,8 +217,7 @@ class TracedPass(TorchFunctionMode):
             if number is None:
                 continue
             owner = self._stack.owner_of(first, call, tensor)
-            if self._survey is not None:
-                self._survey.wrote(tensor)
+            self._survey.wrote(tensor)
             self._stack.trail(first, call, number, tensor)
             if self._search is not None:
                 self._search.operation(call, descent.parents, number, tensor)
@@ -254,8 +235,6 @@ class TracedPass(TorchFunctionMode):
         if call.name == "stack" and results:
             self._stacked.add(args, kwargs, results[0])
         return result
-
-    # -- additions -----------------------------------------------------------------------------
 
     def _residual(self, spelled: Sum) -> tuple[Addition, Operands] | None:
         """The addition, if the rule calls it residual; the block before it in this frame ends."""
@@ -284,8 +263,8 @@ class TracedPass(TorchFunctionMode):
             dtype=h.dtype,
             shortcut_scale=shortcut.scale,
             branch_scale=branch.scale,
-            branch_module="" if self._makers is None else self._makers.of(f),
-            shortcut_module="" if self._makers is None else self._makers.of(h),
+            branch_module=self._makers.of(f),
+            shortcut_module=self._makers.of(h),
             **{field.name: getattr(meeting, field.name) for field in fields(Ways)},
         )
         if self._search is not None:  # the network is divided into blocks, not into units

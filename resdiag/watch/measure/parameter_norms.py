@@ -17,12 +17,9 @@ _KEPT = 16
 class ParameterNorms:
     """Per-block norms over groups of parameters.
 
-    Args:
-        parameters: All parameters watched, in any order.
-        groups: Per block, its parameters; those of no block count in the total only, and those
-            of several blocks (shared weights, a block inside a block) in each of them.
-        ranks: Where parameters are shards, how many ranks hold them: squared norms are then this
-            rank's share of the whole. None for whole parameters.
+    Those of no block count in the total only, and those of several blocks (shared weights, a block
+    inside a block) in each of them. Where parameters are shards that `ranks` hold, squared norms
+    are this rank's share of the whole.
     """
 
     def __init__(
@@ -157,9 +154,8 @@ def _shares(parameters: Sequence[Tensor], ranks: int) -> list[float]:
     """
     out = []
     for parameter in parameters:
-        mesh, copies = mesh_of(parameter), 1
-        if mesh is None:
-            copies = ranks
+        mesh = mesh_of(parameter)
+        copies = ranks if mesh is None else 1
         for dimension, placement in enumerate(placements_of(parameter)):
             copies *= mesh.size(dimension) if placement.is_replicate() else 1
         out.append(1 / copies)

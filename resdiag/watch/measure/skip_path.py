@@ -108,11 +108,8 @@ class SkipPath:
     """Running products of after-add slopes (P3) and iterates of the after-add (P4).
 
     While the forward pass runs, only the first samples are copied; `finish` measures all blocks in
-    one go: the same operations cost a third of what they cost between two convolutions.
-
-    Args:
-        samples: Samples at the head of the batch to look at; None for all.
-        core: Measure P1 only.
+    one go: the same operations cost a third of what they cost between two convolutions. `samples`
+    at the head of the batch are looked at, None for all; of the `core` set P1 only is measured.
     """
 
     def __init__(self, samples: int | None, *, core: bool = False) -> None:

@@ -39,8 +39,7 @@ class Port:
     module: str
     call: int  # how many calls of it came before in the pass
     is_output: bool  # whether the tensor leaves the module, or the operation
-    # position or keyword of the argument; position or key in the result, None for all
-    place: int | str | None
+    place: int | str | None  # position or keyword, in a result position or key; None for all
     operation: str = ""  # the operation's name, "" for the module itself
     ordinal: int = 0  # how many operations of that name came before in this call of the module
     writes: bool = False  # whether the operation writes into its operand
@@ -124,13 +123,10 @@ class BlockPlan:
     sum: Trail | None = None  # u
     output: Trail | None = None  # H
     joined: bool = True  # whether x is the output of the block before, or this is the first block
-    # port at which x enters the module that makes h of it, if one module does
-    projection: Port | None = None
-    # activations inside, each with what goes into it
-    activations: list[tuple[Call, Trail]] = field(default_factory=list)
+    projection: Port | None = None  # where x enters the module that makes h of it, if one does
+    activations: list[tuple[Call, Trail]] = field(default_factory=list)  # and what goes into each
     extended: bool = False  # whether a second addition gave it one more branch
-    # of a unit, the channel dimensions of input and output, None where unknown
-    features: tuple[int | None, int | None] = (None, None)
+    features: tuple[int | None, int | None] = (None, None)  # channel dimensions of a unit's ends
 
     def trail(self, site: str) -> Trail | None:
         """The tensor at one of `SITES`."""
@@ -206,7 +202,7 @@ def place_reads(plan: Plan, kept: frozenset[int], *, core: bool) -> Reads:
         reads.reason = reads.reason or _why_not(block, kept)
         if reads.reason:
             return reads
-        owner, found = block.key[0], dict(_of_unit(block) if block.unit else _of_block(block))
+        owner, found = block.key[0], dict(_found(block))
         wanted = [(site, 0, port) for site, port in found.items()]
         for index, (_, trail) in enumerate(() if core else block.activations):
             wanted.append(("activation", index, trail.value_port(owner)))
@@ -255,16 +251,13 @@ def _why_not(block: BlockPlan, kept: frozenset[int]) -> str:
     return ""
 
 
-def _of_unit(block: BlockPlan) -> Iterator[tuple[str, Port | None]]:
-    for site in ("input", "output"):
-        trail = block.trail(site)
-        if trail is not None:
-            yield site, trail.value_port(block.key[0])
-
-
-def _of_block(block: BlockPlan) -> Iterator[tuple[str, Port | None]]:
-    """Ports of a residual block, each before the tensor can be overwritten."""
+def _found(block: BlockPlan) -> Iterator[tuple[str, Port | None]]:
+    """Ports of a unit, or of a residual block, each before the tensor can be overwritten."""
     owner = block.key[0]
+    if block.unit is not None:
+        ends = (("input", block.input), ("output", block.output))
+        yield from ((site, x.value_port(owner)) for site, x in ends if x is not None)
+        return
     found = {
         site: trail.value_port(owner, block.begin)
         for site in ("input", "branch", "shortcut")

@@ -65,8 +65,6 @@ class Survey(BlockFinder, Surveyor):
         """The pass begins."""
         self._flow = flow
 
-    # -- modules -------------------------------------------------------------------------------
-
     def enters(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A module's forward begins."""
         call = self._calls[name]
@@ -118,8 +116,6 @@ class Survey(BlockFinder, Surveyor):
         self._waiting = frame
         return fresh
 
-    # -- operations ----------------------------------------------------------------------------
-
     def reads(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
@@ -132,16 +128,14 @@ class Survey(BlockFinder, Surveyor):
                 self._trail(number, x)
         running = self._running = _Operation(read)
         name = getattr(func, "__name__", "")
-        if name not in OPERATIONS or not self._open:
-            return
-        frame = self._open[-1]  # the operation can be found again
-        ordinal = frame.operations[name]
-        frame.operations[name] += 1
-        writes = name.endswith("_") or bool(kwargs.get("inplace")) or "out" in kwargs
-        port = Port(frame.name, frame.call, True, None, name, ordinal, writes)
-        running.port = port
-        operands = self._arrive(replace(port, is_output=False), args, kwargs)
-        running.operands = [visit for visit, _ in operands]
+        if name in OPERATIONS and self._open:  # it can be found again
+            frame = self._open[-1]
+            writes = name.endswith("_") or bool(kwargs.get("inplace")) or "out" in kwargs
+            port = Port(frame.name, frame.call, True, None, name, frame.operations[name], writes)
+            frame.operations[name] += 1
+            running.port = port
+            operands = self._arrive(replace(port, is_output=False), args, kwargs)
+            running.operands = [visit for visit, _ in operands]
 
     def _arrive(
         self, port: Port, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -174,11 +168,8 @@ class Survey(BlockFinder, Surveyor):
         if running is None or running.port is None or number is None:
             return
         # what was written into a part of another tensor: nothing may take its place
-        borrowed = result._is_view() and any(x is result for x, _ in running.read.values())
-        if not borrowed:
+        if not (result._is_view() and any(x is result for x, _ in running.read.values())):
             self._visit(running.port, number, result)
-
-    # -- blocks --------------------------------------------------------------------------------
 
     def operands(self, addition: Addition, tensors: Operands) -> None:
         """Both operands of a residual addition are there."""
@@ -248,16 +239,13 @@ class Survey(BlockFinder, Surveyor):
             block.activations = [(call, x) for call, x in self._activations if id(call) in inside]
             block.projection = self._passages.get(self._keys.get(row, (None, None)))
 
-    # -- inside --------------------------------------------------------------------------------
-
     def row_of(self, key: tuple[str, int]) -> int:
         """The place of a block in the plan."""
         blocks = self.plan.blocks
         return next(row for row in reversed(range(len(blocks))) if blocks[row].key == key)
 
     def _visit(self, port: Port, number: int, x: Tensor) -> Visit:
-        time = self._tick()
-        visit = Visit(port, time, time)
+        visit = Visit(port, time := self._tick(), end=time)
         self._trail(number, x).visits.append(visit)
         return visit
 
@@ -270,9 +258,7 @@ class Survey(BlockFinder, Surveyor):
         return None if x is None or number is None else self._trail(number, x)
 
     def _trail(self, number: int, x: Tensor) -> Trail:
-        if number not in self._trails:
-            self._trails[number] = Trail(x.shape, x.dtype, x.device)
-        return self._trails[number]
+        return self._trails.setdefault(number, Trail(x.shape, x.dtype, x.device))
 
 
 def plan_of_example(

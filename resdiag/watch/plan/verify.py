@@ -62,8 +62,7 @@ def edge_of(x: Tensor | None) -> Edge | None:
 class PassGraph:
     """The edges of what was seen in one pass: of blocks by row and site, and of its two ends.
 
-    Args:
-        kept: `id` of the tensors that stay from pass to pass: parameters and buffers.
+    `kept` are `id` of the tensors that stay from pass to pass: parameters and buffers.
     """
 
     def __init__(self, kept: frozenset[int]) -> None:
