@@ -141,13 +141,11 @@ class Residuals:
         ways = {left: _LEFT}
         ways[right] = ways.get(right, 0) | _RIGHT
         between: list[int] = []
-        origin = None
-        for number in self._lineage.walk(ways, min(scope.entries, default=0)):
-            if ways[number] == _LEFT | _RIGHT:
-                origin = number
+        for origin in self._lineage.walk(ways, min(scope.entries, default=0)):
+            if ways[origin] == _LEFT | _RIGHT:
                 break
-            between.append(number)
-        if origin is None:
+            between.append(origin)
+        else:
             return None
         if mix is not None and not self._lineage.descends(mix.gate, origin):
             return self.judge(*mix.operands, scope)  # a mask, or another factor from outside
@@ -160,11 +158,12 @@ class Residuals:
         short, long = (_RIGHT, _LEFT) if swapped else (_LEFT, _RIGHT)
         on_shortcut = [n for n in reversed(between) if ways[n] == short]
         on_branch = [n for n in reversed(between) if ways[n] == long and n in depths]
-        if depths[branch][:2] == (0, 0) or not self._is_shortcut(on_shortcut):
-            return None
-        if are_pieces(self._lineage, origin, on_shortcut, on_branch):
-            return None
-        if depths[branch][0] and is_cut(self._lineage, branch, depths):
+        if (
+            depths[branch][:2] == (0, 0)
+            or not self._is_shortcut(on_shortcut)
+            or are_pieces(self._lineage, origin, on_shortcut, on_branch)
+            or (depths[branch][0] and is_cut(self._lineage, branch, depths))
+        ):
             return None
         passed_by = any(
             (s := self._lineage.node(n).stream) is not None and s not in depths for n in on_branch

@@ -87,8 +87,7 @@ class Search:
             if next(module.parameters(), None) is not None:
                 self._pass(number, x)
         shape = None if x is None else x.shape
-        gate, ordinal = len(self._gates), self._counts[name]
-        visit = Visit(name, module, ordinal, number, shape, start, gate)
+        visit = Visit(name, module, self._counts[name], number, shape, start, len(self._gates))
         self._counts[name] += 1
         if self._open:
             self._open[-1].inner.append(visit)
@@ -191,17 +190,14 @@ def _divide(visit: Visit, total: int, way: set[int], lineage: Lineage) -> Iterat
     if visit.layers < 2 or not inner:
         yield visit
         return
-    root = not visit.name
     container = isinstance(visit.module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
     divisible = container or visit.layers > _LARGE * total
-    if root or (divisible and _is_chain(inner, lineage)):
+    chain = (
+        lineage.descends(late.output or 0, early.output or 0)
+        for early, late in itertools.pairwise(inner)
+    )
+    if not visit.name or (divisible and all(chain)):
         for call in inner:
             yield from _divide(call, total, way, lineage)
     else:
         yield visit
-
-
-def _is_chain(calls: list[Visit], lineage: Lineage) -> bool:
-    """Whether each call was made of the one before."""
-    pairs = itertools.pairwise(calls)
-    return all(lineage.descends(late.output or 0, early.output or 0) for early, late in pairs)

@@ -8,7 +8,7 @@ import functools
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,8 +42,6 @@ CANCELLED = 1e-2
 
 # sigma^2 / (sigma^2 + eps) of a BatchNorm: float32 keeps 1e-7 of it, less is a constant channel
 _NO_VARIANCE = 1e-6
-
-_Affine: TypeAlias = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], float]
 
 # the dimensions behind the channels of a contiguous tensor
 _BEHIND = (2, 3, 4)
@@ -227,7 +225,7 @@ class Normalised(NamedTuple):
         Ioffe & Szegedy 2015, arXiv:1502.03167, algorithm 1.
     """
 
-    node: Node
+    node: Any  # in the autograd graph; what it keeps is not in its type
     scale: Tensor  # gamma (C,)
     shift: Tensor  # beta (C,)
     tensor: Callable[[], Tensor | None]  # gives the output itself, None if it is not there any more
@@ -272,22 +270,23 @@ def normalised(x: Tensor) -> Normalised | None:
 def normalised_sums(layers: Sequence[Normalised]) -> list[Sums | None]:
     """`Normalised.sums` of many layers, those of equally many channels at once."""
     found: list[Sums | None] = [None] * len(layers)
-    affine = [_affine(layer) for layer in layers]
-    for channels in {len(beta) for _, beta, _, _ in affine}:
-        which = [i for i, (_, beta, _, _) in enumerate(affine) if len(beta) == channels]
-        sums = _normalised_sums([affine[i] for i in which], [layers[i].numel for i in which])
+    for channels in {len(layer.shift) for layer in layers}:
+        which = [i for i, layer in enumerate(layers) if len(layer.shift) == channels]
+        sums = _normalised_sums([layers[i] for i in which])
         for i, one in zip(which, sums, strict=True):
             found[i] = one
     return found
 
 
-def _normalised_sums(affine: Sequence[_Affine], sizes: Sequence[int]) -> Iterator[Sums | None]:
+def _normalised_sums(layers: Sequence[Normalised]) -> Iterator[Sums | None]:
     """The sums of BatchNorms of equally many channels."""
+    # inverse: 1 / sqrt(sigma^2 + eps)
+    vectors = zip(*((one.scale, one.shift, one.node._saved_result2) for one in layers), strict=True)
     gamma, beta, inverse = (
-        np.array([one[at] for one in affine], dtype=np.float64) for at in range(3)
+        np.array([x.detach().numpy() for x in same], dtype=np.float64) for same in vectors
     )
-    channels, eps = beta.shape[1], np.array([[one[3]] for one in affine])
-    count = np.array([size // channels for size in sizes])
+    channels, eps = beta.shape[1], np.array([[float(one.node._saved_eps)] for one in layers])
+    count = np.array([one.numel // channels for one in layers])
     with np.errstate(all="ignore"):
         square = inverse * inverse
         broken = ~np.isfinite(gamma + beta) | np.isnan(square)
@@ -310,10 +309,3 @@ def _normalised_sums(affine: Sequence[_Affine], sizes: Sequence[int]) -> Iterato
         else:
             own = float(spread[i]) if cancelled[i] else None
             yield Sums(total, size, float(second[i]), own, 0.0)
-
-
-def _affine(layer: Normalised) -> _Affine:
-    """A BatchNorm's scale, shift, 1 / sqrt(sigma^2 + eps) (C,) and eps."""
-    inverse, eps = layer.node._saved_result2, layer.node._saved_eps  # type: ignore[attr-defined]
-    gamma, beta, inverse = (t.detach().numpy() for t in (layer.scale, layer.shift, inverse))
-    return gamma, beta, inverse, float(eps)

@@ -93,12 +93,8 @@ class Trail:
 
     def _takers(self, *, operations: bool) -> list[Visit]:
         """Ports of modules, or of operations, where another tensor may take its place."""
-        takers = [
-            visit
-            for visit in self.visits
-            if bool(visit.port.operation) == operations
-            and (visit.port.is_output or not visit.port.writes)
-        ]
+        of_kind = [visit for visit in self.visits if bool(visit.port.operation) == operations]
+        takers = [visit for visit in of_kind if visit.port.is_output or not visit.port.writes]
         # who calls y.add_(f) need not go on with what it returns
         return sorted(takers, key=lambda visit: visit.port.writes)
 
