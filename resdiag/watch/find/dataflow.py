@@ -124,8 +124,7 @@ class Lineage:
 
     def descend(self, inputs: Iterable[Tensor]) -> Descent:
         """What the inputs of a call hand on to its results."""
-        parents: list[int] = []
-        parameters: list[nn.Parameter] = []
+        parents, parameters = list[int](), list[nn.Parameter]()
         weighted = born = False
         for tensor in inputs:
             number = self.number(tensor)

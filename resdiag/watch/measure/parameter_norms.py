@@ -104,9 +104,8 @@ class ParameterNorms:
         return self._gather(self._detached(), self._everything)[1]
 
     def _detached(self) -> list[Tensor]:
-        if self._shares is None:
-            return [p.detach() for p in self._parameters]
-        return [local(p.detach()) for p in self._parameters]
+        parameters = [p.detach() for p in self._parameters]
+        return parameters if self._shares is None else list(map(local, parameters))
 
     def _gather(self, tensors: list[Tensor], which: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Root of summed squares per block, and over everything; `which` parameters they are."""
