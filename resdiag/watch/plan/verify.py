@@ -209,9 +209,8 @@ class Pattern:
     def unseen(self, plan: Plan) -> frozenset[int]:
         """Rows of a traced pass whose sums no gradient shows: frozen, or run without gradients."""
         unseen = set[int]()
-        for row, (block, (whole, _, *path)) in enumerate(
-            zip(plan.blocks, self.blocks, strict=True)
-        ):
+        for row, block in enumerate(plan.blocks):
+            whole, _, *path = self.blocks[row]
             hidden = whole is None or any(place in (None, AWAY) for place in whole[-4:])
             if block.unit is None and (hidden or (path and path[0] is None)):
                 unseen.add(row)
