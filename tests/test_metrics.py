@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resdiag.watch.base.functions import Call
-from resdiag.watch.measure import batchnorm, changes, moments, reductions
+from resdiag.watch.measure import changes, moments, reductions
 
 SHAPES = [(6, 5), (4, 7, 5), (3, 5, 4, 2), (2, 3, 2, 4, 4), (1, 4), (1, 2, 3), (1, 3, 1, 1), (1, 1)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -273,7 +273,7 @@ def test_the_moments_of_a_normalised_tensor_need_not_be_read(eps, shift, memory)
     torch.manual_seed(3)
     x = (draw(6, 5, 4, 4) * 3 + 2).to(memory_format=memory)
     y = normalise(x, torch.tensor([1.0, 0.0, -2.0, 1e-3, 30.0]), shift + torch.randn(5), eps)
-    known, read = batchnorm.normalised(y).sums(), moments.reduce(y)
+    known, read = moments.normalised(y).sums(), moments.reduce(y)
     assert known is not None
     np.testing.assert_allclose(
         moments.combine([known]).numpy(), moments.combine([read]).numpy(), rtol=2e-4, atol=1e-6
@@ -285,31 +285,31 @@ def test_the_moments_of_a_normalised_tensor_need_not_be_read(eps, shift, memory)
 
 def test_only_what_a_batch_norm_in_training_returned_is_taken_for_it():
     x, one, zero = draw(6, 5, 4, 4), torch.ones(5), torch.zeros(5)
-    assert batchnorm.normalised(x) is None
-    assert batchnorm.normalised(x.requires_grad_() * 2) is None
+    assert moments.normalised(x) is None
+    assert moments.normalised(x.requires_grad_() * 2) is None
     y = normalise(x.detach(), one, zero)
-    assert batchnorm.normalised(y) is not None
-    assert batchnorm.normalised(y * 1) is None
-    assert batchnorm.normalised(y.add_(1)) is None
+    assert moments.normalised(y) is not None
+    assert moments.normalised(y * 1) is None
+    assert moments.normalised(y.add_(1)) is None
     layer = torch.nn.BatchNorm2d(5, affine=False)
-    assert batchnorm.normalised(layer(x)) is None
+    assert moments.normalised(layer(x)) is None
     layer = torch.nn.BatchNorm2d(5).eval()
-    assert batchnorm.normalised(layer(x)) is None
+    assert moments.normalised(layer(x)) is None
     layer = torch.nn.BatchNorm2d(5)
     layer.bias.requires_grad_(False)
-    assert batchnorm.normalised(layer(x)) is None
+    assert moments.normalised(layer(x)) is None
     # the variance overflows, the output does not; then an output that float32 squares cannot hold
     for y in (
         normalise(draw(6, 5, 4, 4) * 1e25, one, zero),
         normalise(x.detach(), one * 1e30, zero),
     ):
-        assert batchnorm.normalised(y).sums() is None
-        assert batchnorm.normalised(y).tensor() is y
-        waiting = batchnorm.normalised(y)
+        assert moments.normalised(y).sums() is None
+        assert moments.normalised(y).tensor() is y
+        waiting = moments.normalised(y)
         y.add_(1)
         assert waiting.tensor() is None
     with torch.autograd.graph.save_on_cpu():  # reading what is saved would run these hooks
-        assert batchnorm.normalised(normalise(draw(6, 5, 4, 4), one, zero)) is None
+        assert moments.normalised(normalise(draw(6, 5, 4, 4), one, zero)) is None
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -319,7 +319,7 @@ def test_a_normalised_tensor_that_is_not_finite_is_known_without_reading_it(wher
     x, gamma, beta = draw(6, 5, 4, 4), torch.ones(5), torch.zeros(5)
     {"input": x[1, :, 0, 0], "gamma": gamma, "beta": beta}[where][2] = value
     y = normalise(x, gamma, beta)
-    known, wanted = batchnorm.normalised(y).sums(), reference.statistics(y)
+    known, wanted = moments.normalised(y).sums(), reference.statistics(y)
     assert known.broken == pytest.approx(wanted["nonfinite"]) == 0.2
     got = moments.combine([known])[0].tolist()
     assert all(math.isnan(number) for number in got[:-1])

@@ -1,7 +1,7 @@
 """Roles of torch functions, one call that can be applied again, and where it has its channels."""
 
 import functools
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,25 +53,16 @@ def name_of(function: Callable[..., Any]) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _is_transform(name: str) -> bool:
-    if name == "unseen":
-        return True
-    if name.endswith(("mm", "mv")) and "norm" not in name:
-        return True
-    return any(word in name for word in _TRANSFORMS)
+    product = name.endswith(("mm", "mv")) and "norm" not in name
+    return name == "unseen" or product or any(word in name for word in _TRANSFORMS)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One traced call whose first argument was the tensor followed.
-
-    Attributes:
-        function: The torch function.
-        args: Positional arguments after the tensor.
-        kwargs: Keyword arguments.
-    """
+    """One traced call whose first argument was the tensor followed."""
 
     function: Callable[..., Any]
-    args: tuple[Any, ...]
+    args: tuple[Any, ...]  # positional arguments after the tensor
     kwargs: dict[str, Any]
 
     @property
@@ -80,9 +71,13 @@ class Call:
         return name_of(self.function)
 
     @property
+    def _raw(self) -> str:
+        return getattr(self.function, "__name__", "")
+
+    @property
     def is_activation(self) -> bool:
         """Whether it is a known elementwise activation."""
-        return getattr(self.function, "__name__", "") in ACTIVATIONS
+        return self._raw in ACTIVATIONS
 
     @property
     def is_idempotent(self) -> bool:
@@ -92,7 +87,7 @@ class Call:
     @property
     def is_normalisation(self) -> bool:
         """Whether it is a normalisation layer's function."""
-        return getattr(self.function, "__name__", "") in NORMALISATIONS
+        return self._raw in NORMALISATIONS
 
     @property
     def is_after(self) -> bool:
@@ -125,15 +120,11 @@ class Call:
             return True
         return parents > 1 and (self.name in _PRODUCTS or self.is_transform)
 
-    @property
-    def takes_shape_only(self) -> bool:
-        """Whether further operands say no more than the shape of the result."""
-        return self.name in _SAME_SHAPE_ONLY
-
-    @property
-    def is_blank(self) -> bool:
-        """Whether its operands say no more than the shape of a new tensor."""
-        return self.name.endswith("_like") or self.name.startswith("new_")
+    def operands(self, inputs: list[Tensor]) -> list[Tensor]:
+        """The inputs that say more than the shape of the result."""
+        if self.name.endswith("_like") or self.name.startswith("new_"):
+            return []
+        return inputs[:1] if self.name in _SAME_SHAPE_ONLY else inputs
 
     @property
     def is_random(self) -> bool:
@@ -143,43 +134,22 @@ class Call:
     @property
     def is_inplace(self) -> bool:
         """Whether the call overwrote its argument."""
-        named = getattr(self.function, "__name__", "")
-        return bool(self.kwargs.get("inplace")) or (named.endswith("_") and named[:2] != "__")
-
-    def without_tensors(self, kept: Container[int]) -> "Call":
-        """The same call without its further operands but those whose `id` is in `kept`."""
-        args = tuple(_bare(value, kept) for value in self.args)
-        return Call(self.function, args, {k: _bare(v, kept) for k, v in self.kwargs.items()})
+        by_name = self._raw.endswith("_") and not self._raw.startswith("__")
+        return bool(self.kwargs.get("inplace")) or by_name
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the function to another tensor; never in place."""
         kwargs = {k: v for k, v in self.kwargs.items() if k != "inplace"}
-        named = getattr(self.function, "__name__", "")
-        function = self.function
-        if self.is_inplace and named.endswith("_"):
-            function = getattr(F, named[:-1], None) or getattr(torch, named[:-1])
+        function, name = self.function, self._raw.removesuffix("_")
+        if self.is_inplace and name != self._raw:
+            function = getattr(F, name, None) or getattr(torch, name)
         out: Tensor = function(x, *self.args, **kwargs)
         return out
 
 
-def _bare(value: object, kept: Container[int]) -> object:
-    if isinstance(value, Tensor):
-        return value if id(value) in kept else None
-    if type(value) in (list, tuple):
-        items = [_bare(item, kept) for item in value]  # type: ignore[attr-defined]
-        return items if type(value) is list else tuple(items)
-    return value
-
-
-def compose(calls: tuple[Call, ...]) -> Callable[[Tensor], Tensor]:
+def compose(calls: Sequence[Call]) -> Callable[[Tensor], Tensor]:
     """The calls one after the other as one function."""
-
-    def apply(x: Tensor) -> Tensor:
-        for call in calls:
-            x = call(x)
-        return x
-
-    return apply
+    return lambda x: functools.reduce(lambda value, call: call(value), calls, x)
 
 
 _QUESTIONS = frozenset({"__get__", "dim", "size", "numel", "stride", "is_floating_point"})
@@ -194,17 +164,8 @@ def is_question(func: Callable[..., Any]) -> bool:
     return getattr(func, "__name__", "") in _QUESTIONS and func not in _VIEWS
 
 
-_LAST = (
-    "linear",
-    "layer_norm",
-    "rms_norm",
-    "embedding",
-    "matmul",
-    "mm",
-    "attention",
-    "lstm",
-    "gru",
-)
+_LAST = frozenset({"linear", "layer_norm", "rms_norm", "embedding", "attention", "lstm", "gru"})
+_LAST |= {"matmul", "mm"}
 _TURNS = ("T", "mT", "H", "mH")
 _SECOND = ("conv", "batch_norm", "group_norm", "instance_norm", "prelu")
 
@@ -221,13 +182,6 @@ def features_after(
     A linear map or a layer normalisation has its features last, a convolution or a batch
     normalisation in dimension 1; a vector of parameters that is broadcast names its dimension;
     everything else hands on what is known of its first operand, through permutations and reshapes.
-
-    Args:
-        call: The call.
-        result: Its result.
-        parameters: Parameters that took part.
-        before: Shape of its first operand of the pass.
-        known: The channel dimension of that operand.
     """
     dims = result.dim()
     if parameters:
@@ -242,8 +196,6 @@ def features_after(
         return None
     if call.name in ("permute", "transpose", "swapaxes", "movedim", "moveaxis", "t", *_TURNS):
         return _moved(call, known, len(before))
-    if tuple(before) == tuple(result.shape):
-        return known
     if len(before) == dims and before[known] == result.shape[known]:
         return known
     return _reshaped(tuple(before), tuple(result.shape), known)
@@ -261,7 +213,6 @@ def _broadcast_dimension(parameters: Sequence[nn.Parameter], result: Tensor) -> 
 
 
 def _moved(call: Call, known: int, dims: int) -> int | None:
-    """Where a dimension is after a permutation."""
     if call.name == "permute":
         wanted = call.args[0] if call.args else call.kwargs.get("dims")
         order = wanted if isinstance(wanted, Sequence) else call.args

@@ -43,9 +43,8 @@ def is_running_compiled() -> bool:
 
 def compiled_parts(model: nn.Module) -> list[str]:
     """Names of the modules inside a model, or the model itself (""), that are compiled."""
-    if "torch._dynamo" not in sys.modules:
-        return []
-    if not any(map(_is_compiled, _modules(model))):  # names cost more, and every pass asks
+    # names cost more, and every pass asks
+    if "torch._dynamo" not in sys.modules or not any(map(_is_compiled, _modules(model))):
         return []
     return [name for name, module in model.named_modules() if _is_compiled(module)]
 
@@ -79,15 +78,11 @@ P = ParamSpec("P")
 
 
 class Guard:
-    """The state of one monitor's recorder.
-
-    Attributes:
-        failure: The error of ours after which nothing is watched any more, or "".
-        reasons: Per column, why it is NaN and for which blocks; none for what is not about a block.
-    """
+    """The state of one monitor's recorder."""
 
     def __init__(self) -> None:
-        self.failure = ""
+        self.failure = ""  # the error of ours after which nothing is watched any more
+        # per column, why it is NaN and for which blocks; none for what is not about a block
         self.reasons: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
 
     def miss(self, row: int, columns: Iterable[str], reason: str) -> None:

@@ -34,8 +34,7 @@ def first_floating(tensors: Iterable[Tensor]) -> Tensor | None:
 class TensorTable(Generic[V]):
     """A value for a tensor, kept as long as that very object lives; the tensor is not held.
 
-    Args:
-        versioned: Whether a value is lost as well when somebody writes to its tensor.
+    `versioned`: a value is lost as well when somebody writes to its tensor.
     """
 
     __slots__ = ("_kept", "_versioned")

@@ -24,22 +24,19 @@ _ADDMM = frozenset(
 )
 _LERP = frozenset({torch.lerp, Tensor.lerp, Tensor.lerp_})
 
+_NAMED = ("end", "weight", "tensor1", "tensor2", "mat1", "mat2", "batch1", "batch2")
+_OPERANDS = 2
+
 ADDITIONS = _ADD | _SUB | _ADDCMUL | _ADDMM | _LERP
 
 
 @dataclass(frozen=True)
 class Operand:
-    """One side of an addition.
+    """One side of an addition."""
 
-    Attributes:
-        inputs: The tensor, or the tensors from which a fused call makes it.
-        scale: Factor with which it enters the sum.
-        call: How it is made of several inputs; None for a tensor that is there.
-    """
-
-    inputs: tuple[Tensor, ...]
-    scale: float = 1.0
-    call: Call | None = None
+    inputs: tuple[Tensor, ...]  # the tensor, or the tensors from which a fused call makes it
+    scale: float = 1.0  # factor with which it enters the sum
+    call: Call | None = None  # how it is made of several inputs; None for a tensor that is there
 
     @property
     def shape(self) -> torch.Size:
@@ -90,34 +87,26 @@ def read_sum(
     if "input" in kwargs:  # the only name that can come before positional arguments
         given = [kwargs["input"], *(g for g in given if g is not kwargs["input"])]
     tensors = tuple(g for g in given[:3] if isinstance(g, Tensor))
+    first, rest, alpha = tensors[:1], tensors[1:], float(kwargs.get("alpha", 1))
     if function in _ADD and len(tensors) == 2:
-        scale = float(kwargs.get("alpha", 1))
-        return Sum(Operand(tensors[:1]), Operand(tensors[1:], scale))
+        return Sum(Operand(first), Operand(rest, alpha))
     if function in _SUB and len(tensors) == 2:
-        scale = -float(kwargs.get("alpha", 1))
-        return Sum(Operand(tensors[:1]), Operand(tensors[1:], scale), is_difference=True)
+        return Sum(Operand(first), Operand(rest, -alpha), is_difference=True)
     if function in _LERP and len(tensors) == 2:
         weight = float(given[2])
-        return Sum(Operand(tensors[:1], 1 - weight), Operand(tensors[1:], weight))
-    if function in _LERP and len(tensors) == 3:
+        return Sum(Operand(first, 1 - weight), Operand(rest, weight))
+    if len(tensors) < 3:
+        return None
+    product = Call(torch.matmul if function in _ADDMM else torch.mul, (), {})
+    if function in _LERP:
         start, end, gate = tensors
-        rest, product = Call(rest_of, (), {}), Call(torch.mul, (), {})
-        return Sum(Operand((start, gate), call=rest), Operand((end, gate), call=product))
-    if function in _ADDCMUL and len(tensors) == 3:
-        product = Call(torch.mul, (), {})
-        scale = float(kwargs.get("value", 1))
-        return Sum(Operand(tensors[:1]), Operand(tensors[1:], scale, product))
-    if function in _ADDMM and len(tensors) == 3:
-        product = Call(torch.matmul, (), {})
-        scales = float(kwargs.get("beta", 1)), float(kwargs.get("alpha", 1))
-        return Sum(Operand(tensors[:1], scales[0]), Operand(tensors[1:], scales[1], product))
+        remains = Operand((start, gate), call=Call(rest_of, (), {}))
+        return Sum(remains, Operand((end, gate), call=product))
+    if function in _ADDCMUL:
+        return Sum(Operand(first), Operand(rest, float(kwargs.get("value", 1)), product))
+    if function in _ADDMM:
+        return Sum(Operand(first, float(kwargs.get("beta", 1))), Operand(rest, alpha, product))
     return None
-
-
-_NAMED = ("end", "weight", "tensor1", "tensor2", "mat1", "mat2", "batch1", "batch2")
-
-
-_OPERANDS = 2
 
 
 class Stacks:
@@ -126,19 +115,12 @@ class Stacks:
     def __init__(self) -> None:
         self._pairs = TensorTable[tuple[list[weakref.ref[Tensor]], int]]()
 
-    def clear(self) -> None:
-        """Forget the pass."""
-        self._pairs.clear()
-
-    def add(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> bool:
-        """Remember two stacked tensors; whether there were two."""
+    def add(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Tensor) -> None:
+        """Remember the tensors that were stacked, if they are two."""
         tensors = list(tensors_in(args[:1]))
         dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % result.dim()
-        if len(tensors) != _OPERANDS:
-            return False
-        kept = [weakref.ref(tensor) for tensor in tensors]
-        self._pairs.set(result, (kept, dim))
-        return True
+        if len(tensors) == _OPERANDS:
+            self._pairs.set(result, ([weakref.ref(tensor) for tensor in tensors], dim))
 
     def read(self, func: Callable[..., Any], args: tuple[Any, ...]) -> Sum | None:
         """The sum over the stacking dimension of two stacked tensors, if the call is one."""
@@ -153,59 +135,39 @@ class Stacks:
         return Sum(Operand((left,)), Operand((right,)))
 
 
-@dataclass(eq=False)
-class Addition:
-    """What is known of one residual addition; its tensors are told beside it, see `events`.
+@dataclass(eq=False, kw_only=True)
+class Ways:
+    """What is known of the two ways from a block's input x to its addition."""
 
-    Attributes:
-        owner: Name of the module whose forward is running ("" is the model itself).
-        ordinal: Number of residual additions that `owner` has done before in this pass.
-        entered: Shape of the block's input x, where both operands come from; None if it was freed.
-        shape: Shape of the sum.
-        dtype: Of the shortcut's elements.
-        shortcut_count: Parameterised operations on the shortcut: 0 for an identity.
-        path: The calls that lead from x to the shortcut if they can be repeated, else None.
-        shortcut_scale: Factor on the shortcut inside the addition (torch.add's alpha), mostly 1.
-        branch_scale: The same for the branch.
-        parameters: Parameters of the branch, the shortcut and (at the end) the after-add.
-        activations: Activations on the branch, the shortcut and (at the end) in the after-add.
-        calls: The operations on the branch, in order.
-        begins_activated: Whether x was normalised or activated by the module before both ways part.
-        features: The channel dimension of the sum, None if no operation says it.
-        branch_module: The module whose output the branch is, "" if it is none's.
-        shortcut_module: The same for the shortcut.
-        stream: Number of the shortcut in the pass.
-        is_gated: Whether a gate multiplies the shortcut, as in t * f(x) + (1 - t) * x; branch and
-            shortcut are then the two products.
-        extends: Whether it adds a parallel branch to the unit that the addition before it began;
-            the branch is then the sum of the branches.
-        swapped: Whether the right operand is the shortcut.
-        after: The after-add's calls, set at the end of the block.
-        returned: Whether the block's output is what `owner` returns.
-    """
-
-    owner: str
-    ordinal: int
-    entered: torch.Size | None
-    shape: torch.Size
-    dtype: torch.dtype
-    shortcut_count: int
-    path: tuple[Call, ...] | None
-    shortcut_scale: float
-    branch_scale: float
+    swapped: bool = False  # whether the right operand is the shortcut
+    stream: int = 0  # number of the shortcut in the pass
+    shortcut_count: int  # parameterised operations on the shortcut: 0 for an identity
+    path: tuple[Call, ...] | None  # from x to the shortcut if they can be repeated, else None
+    # of the branch, the shortcut and (at the end of the block) the after-add
     parameters: list[nn.Parameter]
     activations: list[Call]
-    calls: tuple[Call, ...] = ()
-    begins_activated: bool = False
-    features: int | None = None
-    branch_module: str = ""
-    shortcut_module: str = ""
-    stream: int = 0
+    calls: tuple[Call, ...] = ()  # the operations on the branch, in order
+    features: int | None = None  # the channel dimension of the sum, None if no operation says it
+    # in t * f(x) + (1 - t) * x a gate multiplies the shortcut; the two products are the ways
     is_gated: bool = False
+
+
+@dataclass(eq=False, kw_only=True)
+class Addition(Ways):
+    """What is known of one residual addition; its tensors are told beside it."""
+
+    owner: str  # name of the module whose forward is running ("" is the model itself)
+    ordinal: int  # number of residual additions that `owner` has done before in this pass
+    entered: torch.Size | None  # shape of x; None if it was freed
+    shape: torch.Size  # shape of the sum
+    dtype: torch.dtype  # of the shortcut's elements
+    shortcut_scale: float  # factor inside the addition (torch.add's alpha), mostly 1
+    branch_scale: float
+    branch_module: str = ""  # the module whose output the branch is, "" if it is none's
+    shortcut_module: str = ""
+    # one more branch for the unit that the addition before began; `calls` etc. are of both
     extends: bool = False
-    swapped: bool = False
-    after: tuple[Call, ...] = ()
-    returned: bool = False
+    after: tuple[Call, ...] = ()  # the after-add's calls, set at the end of the block
 
     @property
     def kind(self) -> str:

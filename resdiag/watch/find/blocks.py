@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from resdiag.watch.base.functions import Call
 from resdiag.watch.find.additions import Addition
-from resdiag.watch.find.passes import Observer, PassDriver, Silent
-from resdiag.watch.find.tracer import Surveyor, Tracing
+from resdiag.watch.find.passes import Observer, PassDriver, Surveyor
+from resdiag.watch.find.tracer import TracedPass, Tracing
 from resdiag.watch.find.units import Unit
 from resdiag.watch.measure.reductions import channel_dimension
 
@@ -88,45 +88,31 @@ class Anatomy:
     """Collects blocks in forward order while a tracer runs.
 
     The key of a block is (owner, ordinal): stable from pass to pass of a deterministic forward.
-
-    Attributes:
-        blocks: The blocks.
-        parameters: Parameters of each.
-        rows: Their places by key.
-        is_chosen: Whether there is no residual addition and units stand for the blocks.
     """
 
     def __init__(self) -> None:
         self.blocks: list[Block] = []
         self.parameters: list[list[nn.Parameter]] = []
-        self.rows: dict[tuple[str, int], int] = {}
-        self.is_chosen = False
+        self.rows: dict[tuple[str, int], int] = {}  # by key
+        self.is_chosen = False  # whether there is no residual addition and units stand for blocks
         self._extent: tuple[int, int] | None = None  # of the last block
 
     def add_block(self, addition: Addition) -> int:
         """Add a residual block when its operands are there; returns its row."""
-        about = {
-            "shortcut": addition.kind,
-            "order": _order(addition.calls),
-            "branch": tuple(call.name for call in addition.calls),
-            "branch_module": addition.branch_module,
-            "shortcut_module": addition.shortcut_module,
-            "features": addition.features,
-            "dtype": str(addition.dtype).removeprefix("torch."),
-            "frozen_norm": torch.is_grad_enabled() and any(map(_is_frozen, addition.calls)),
-        }
-        return self._add(*addition.key, addition.entered, addition.shape, about)
+        return self._add(
+            addition,
+            shortcut=addition.kind,
+            order=_order(addition.calls),
+            branch_module=addition.branch_module,
+            shortcut_module=addition.shortcut_module,
+            dtype=str(addition.dtype).removeprefix("torch."),
+            frozen_norm=torch.is_grad_enabled() and any(map(_is_frozen, addition.calls)),
+        )
 
     def add_unit(self, unit: Unit) -> int:
         """Add a module without a residual addition; returns its row."""
-        about = {
-            "shortcut": "none",
-            "order": _order(unit.calls, ends=True),
-            "branch": tuple(call.name for call in unit.calls),
-            "branch_module": unit.owner,
-            "features": unit.features,
-        }
-        row = self._add(unit.owner, unit.ordinal, unit.entered, unit.shape, about)
+        order = _order(unit.calls, ends=True)
+        row = self._add(unit, shortcut="none", order=order, branch_module=unit.owner)
         self.finish(row, unit.after, unit.parameters)
         self.is_chosen = unit.chosen
         return row
@@ -134,40 +120,33 @@ class Anatomy:
     def finish(self, row: int, after: tuple[Call, ...], parameters: list[nn.Parameter]) -> None:
         """Complete a block at its end: its after-add and its parameters."""
         names = "-".join(call.name for call in after) or "none"
-        block, acts = self.blocks[row], any(c.is_activation or c.is_normalisation for c in after)
-        order = {"pre": "both", "none": "post"}.get(block.order, block.order)
-        order = order if acts else block.order
+        block = self.blocks[row]
+        order = block.order
+        if any(call.is_after for call in after):
+            order = {"pre": "both", "none": "post"}.get(order, order)
         self.blocks[row] = replace(block, after_add=names, order=order)
         self.parameters[row] = list({id(p): p for p in parameters}.values())
 
-    def _add(
-        self,
-        owner: str,
-        ordinal: int,
-        x: torch.Size | None,
-        output: torch.Size,
-        about: dict[str, Any],
-    ) -> int:
-        row = len(self.blocks)
+    def _add(self, found: Addition | Unit, **about: Any) -> int:  # noqa: ANN401
+        row, owner, ordinal = len(self.blocks), found.owner, found.ordinal
+        features, x, output = found.features, found.entered, found.shape
         before = self.blocks[-1] if self.blocks else None
-        features = about.get("features")
-        extent = _extent(output, features)
-        entered = extent
+        entered = extent = _extent(output, features)
         if x is not None:
             entered = _extent(x, features if len(x) == len(output) else None)
         moved = before is not None and self._extent != extent
         self._extent = extent
-        stage = 0 if before is None else before.stage + moved
-        name = f"{owner}#{ordinal}" if ordinal else owner
         self.blocks.append(
             Block(
                 index=row,
-                name=name or f"#{ordinal}",
+                name=f"{owner}#{ordinal}" if ordinal or not owner else owner,
                 owner=owner,
-                stage=stage,
+                stage=0 if before is None else before.stage + moved,
                 transition=moved or entered != extent,
                 after_add="none",
                 shape=tuple(output[1:]),
+                branch=tuple(call.name for call in found.calls),
+                features=features,
                 **about,
             )
         )
@@ -187,15 +166,10 @@ def _order(calls: Sequence[Call], *, ends: bool = False) -> str:
 
     In a module without an addition (`ends`) also "post", after the last ones, or "both".
     """
-    early, late = (_is_first(way) for way in (calls, calls[::-1]))
-    if ends and late:
-        return "both" if early else "post"
-    return "pre" if early else "none"
-
-
-def _is_first(calls: Sequence[Call]) -> bool:
-    """Whether an activation or a normalisation comes before a transforming operation."""
-    return next((call.is_after for call in calls if call.is_after or call.is_transform), False)
+    telling = [call.is_after for call in calls if call.is_after or call.is_transform] or [False]
+    if ends and telling[-1]:
+        return "both" if telling[0] else "post"
+    return "pre" if telling[0] else "none"
 
 
 def _extent(shape: torch.Size, features: int | None) -> tuple[int, int]:
@@ -203,7 +177,7 @@ def _extent(shape: torch.Size, features: int | None) -> tuple[int, int]:
     return (shape[channel_dimension(len(shape), features)] if shape else 1), shape.numel()
 
 
-class BlockFinder(Silent):
+class BlockFinder(Observer):
     """Collects the anatomy of one pass, and no numbers."""
 
     def __init__(self) -> None:
@@ -256,11 +230,6 @@ def find_blocks(
 def find_units(model: nn.Module, *inputs: object, **kwargs: object) -> list[Block]:
     """What a monitor records of a network without residual additions; empty if it has some.
 
-    Args:
-        model: Any module.
-        *inputs: Positional inputs of its forward.
-        **kwargs: Keyword inputs of its forward.
-
     >>> from torchvision.models import alexnet
     >>> [unit.name for unit in find_units(alexnet(), torch.zeros(1, 3, 64, 64))][3:]
     ['features.8', 'features.10', 'classifier.1', 'classifier.4']
@@ -290,7 +259,7 @@ def trace_once(
 ) -> None:
     """Trace one pass without gradients; modes, buffers and random state are put back."""
     tracing = Tracing(model, units)
-    driver = PassDriver(model, lambda: tracing.begin(observers, surveyor))
+    driver = PassDriver(model, lambda: TracedPass(tracing, observers, surveyor))
     try:
         with put_back(model, evaluate=evaluate), torch.no_grad():
             model(*inputs, **keywords)

@@ -2,13 +2,14 @@
 
 import heapq
 import weakref
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias, cast
 
 from torch import Tensor, nn
 
 from resdiag.watch.base.functions import Call, features_after
+from resdiag.watch.base.tensors import TensorTable
 
 Depth: TypeAlias = tuple[int, int, int]
 """Of a way: parameterised transforming operations, other transforming ones, other parameterised."""
@@ -16,33 +17,23 @@ Depth: TypeAlias = tuple[int, int, int]
 
 @dataclass(eq=False)
 class Node:
-    """One tensor as one call left it.
+    """One tensor as one call left it."""
 
-    Attributes:
-        tensor: The tensor, or None for an operand that a fused call never wrote out.
-        parents: The floating-point tensors of the pass it was computed from: gradients flow there.
-        call: What made it.
-        repeatable: Whether the call, applied to the one parent again, gives the same.
-        parameters: Parameters that took part.
-        piece: Which piece of its parent it is ("" for the whole): a split gives unlike pieces.
-        features: The dimension that parameterised operations treated as channels, if known.
-        discrete: It has no floating point: nothing descends from it through gradients.
-        size: How many elements it has.
-        stream: Of a residual sum, the operand that is the shortcut.
-        gate: Of a product with a difference, as in x + t * (f - x), the other factor.
-    """
+    tensor: "weakref.ref[Tensor] | None"  # None for an operand that a fused call never wrote out
+    parents: tuple[int, ...] = ()  # what it was computed from, and gradients flow to
+    call: Call | None = None  # what made it
+    repeatable: bool = False  # whether the call, applied to the one parent again, gives the same
+    parameters: tuple[nn.Parameter, ...] = ()  # parameters that took part
+    piece: str = ""  # which piece of its parent it is, "" for the whole
+    features: int | None = None  # what parameterised operations treated as channels, if known
+    discrete: bool = False  # it has no floating point: nothing descends from it through gradients
+    size: int = 0  # how many elements it has
+    stream: int | None = None  # of a residual sum, the operand that is the shortcut
+    gate: Tensor | None = None  # t of a product t * (f - x) with a difference
 
-    tensor: "weakref.ref[Tensor] | None"
-    parents: tuple[int, ...] = ()
-    call: Call | None = None
-    repeatable: bool = False
-    parameters: tuple[nn.Parameter, ...] = ()
-    piece: str = ""
-    features: int | None = None
-    discrete: bool = False
-    size: int = 0
-    stream: int | None = None
-    gate: Tensor | None = None
+    def at_hand(self) -> Tensor | None:
+        """The tensor, if it is still there."""
+        return None if self.tensor is None else self.tensor()
 
     @property
     def is_opaque(self) -> bool:
@@ -53,17 +44,18 @@ class Node:
     def depth(self) -> Depth:
         """What it adds to a way."""
         transforms, learned = self.is_transform, bool(self.parameters)
-        return (
-            int(transforms and learned),
-            int(transforms and not learned),
-            int(learned and not transforms),
-        )
+        both = transforms and learned
+        return int(both), int(transforms and not both), int(learned and not both)
 
     @property
     def is_difference(self) -> bool:
         """Whether it is one tensor of the pass less another."""
-        known = self.call is not None and self.call.name in ("sub", "subtract")
-        return known and len(self.parents) == 2
+        return self.name in ("sub", "subtract") and len(self.parents) == 2
+
+    @property
+    def name(self) -> str:
+        """The name of what made it."""
+        return "" if self.call is None else self.call.name
 
     @property
     def is_transform(self) -> bool:
@@ -73,15 +65,10 @@ class Node:
 
 @dataclass(frozen=True)
 class Scope:
-    """A module's forward as the lineage sees it: what came in, and what was there before.
+    """A module's forward as the lineage sees it: what came in, and what was there before."""
 
-    Attributes:
-        entries: Numbers of its inputs.
-        start: Tensors numbered below this were there before it began.
-    """
-
-    entries: frozenset[int]
-    start: int
+    entries: frozenset[int]  # numbers of its inputs
+    start: int  # tensors numbered below this were there before it began
 
 
 @dataclass(frozen=True)
@@ -94,69 +81,38 @@ class Descent:
     born: bool
 
 
+def reach(start: int, ahead: Callable[[int], Iterable[int]]) -> Iterator[int]:
+    """A tensor, those that are `ahead` of it, those ahead of them, ...; each once."""
+    queue, seen = [start], {start}
+    while queue:
+        yield (number := queue.pop())
+        found = set(ahead(number)) - seen
+        seen |= found
+        queue.extend(found)
+
+
 class Lineage:
     """The tensors of one forward pass, numbered in the order in which they were made."""
 
     def __init__(self) -> None:
         self._nodes: list[Node] = []
-        self._at: dict[int, int] = {}
-        self._weights: dict[int, tuple[weakref.ref[Tensor], tuple[nn.Parameter, ...]]] = {}
+        self._numbers = TensorTable[int]()
+        # what was computed of parameters alone, and of which
+        self._weights = TensorTable[tuple[nn.Parameter, ...]]()
 
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def clear(self) -> None:
-        """Forget the pass."""
-        self._nodes.clear()
-        self._at.clear()
-        self._weights.clear()
-
-    def without_tensors(self, kept: Container[int]) -> "Lineage":
-        """A copy that holds on to no tensor but those whose `id` is in `kept`."""
-        bare = Lineage()
-        for node in self._nodes:
-            call = None if node.call is None else node.call.without_tensors(kept)
-            bare._nodes.append(replace(node, tensor=None, call=call, gate=None))
-        return bare
-
-    def resume(
-        self,
-        known: "Lineage",
-        count: int,
-        tensors: Iterable[tuple[Tensor, int | tuple[nn.Parameter, ...]]],
-    ) -> None:
-        """Stand where a pass like this one stood, which `known` was taken from.
-
-        Args:
-            known: Its lineage, without tensors.
-            count: How many of its nodes this pass has made.
-            tensors: This pass's tensors, in order, with their numbers or, for what is made of
-                parameters alone, these.
-        """
-        self._nodes = [replace(node) for node in known._nodes[:count]]
-        for tensor, number in tensors:
-            reference = weakref.ref(tensor)
-            if isinstance(number, int):
-                self._nodes[number].tensor = reference
-                self._at[id(tensor)] = number
-            else:
-                self._weights[id(tensor)] = (reference, number)
-
     def number(self, tensor: Tensor) -> int | None:
         """The number of a tensor that has been seen."""
-        number = self._at.get(id(tensor))
-        if number is None:
-            return None
-        reference = self._nodes[number].tensor
-        return number if reference is not None and reference() is tensor else None
+        return self._numbers.get(tensor)
 
     def enter(self, tensor: Tensor) -> int:
         """A tensor is the input of a module: it is part of the pass."""
-        number, size = self.number(tensor), tensor.numel()
-        if number is None:
-            node = Node(weakref.ref(tensor), discrete=_is_discrete(tensor), size=size)
-            number = self._add(tensor, node)
-        return number
+        number, discrete = self.number(tensor), _is_discrete(tensor)
+        if number is not None:
+            return number
+        return self._add(tensor, Node(weakref.ref(tensor), discrete=discrete, size=tensor.numel()))
 
     def are_weights(self, tensors: Sequence[Tensor]) -> bool:
         """Whether what goes into a module of the pass is made of parameters alone.
@@ -168,8 +124,7 @@ class Lineage:
 
     def descend(self, inputs: Iterable[Tensor]) -> Descent:
         """What the inputs of a call hand on to its results."""
-        parents: list[int] = []
-        parameters: list[nn.Parameter] = []
+        parents, parameters = list[int](), list[nn.Parameter]()
         weighted = born = False
         for tensor in inputs:
             number = self.number(tensor)
@@ -194,7 +149,7 @@ class Lineage:
         discrete = _is_discrete(result)
         if not descent.parents and not (descent.born and (descent.weighted or discrete or alone)):
             if descent.weighted:
-                self._weights[id(result)] = (weakref.ref(result), descent.parameters)
+                self._weights.set(result, descent.parameters)
             return None
         repeatable = alone and call is not None and not call.is_random
         node = Node(
@@ -220,42 +175,24 @@ class Lineage:
         descent = self.descend(inputs)
         if not descent.parents:
             return None
-        parameters = descent.parameters
-        features = next((self._nodes[p].features for p in descent.parents), None)
-        self._nodes.append(
-            Node(None, descent.parents, call, parameters=parameters, features=features)
-        )
+        node = Node(None, descent.parents, call, parameters=descent.parameters)
+        node.features = self._nodes[descent.parents[0]].features
+        self._nodes.append(node)
         return len(self._nodes) - 1
 
-    def features(self, number: int) -> int | None:
-        """The channel dimension of a tensor, if known."""
-        return self._nodes[number].features
+    def calls(self, numbers: Iterable[int]) -> tuple[Call, ...]:
+        """The operations that made some tensors."""
+        return tuple(call for n in numbers if (call := self._nodes[n].call) is not None)
 
-    def is_linear(self, number: int | None) -> bool:
-        """Whether a tensor is what a linear layer returned."""
-        call = None if number is None else self._nodes[number].call
-        return call is not None and call.name == "linear"
-
-    def calls(self, start: int, end: int) -> tuple[Call, ...]:
-        """The operations that made the tensors from one number to another, in order."""
-        made = (node.call for node in self._nodes[start : end + 1])
-        return tuple(call for call in made if call is not None)
-
-    def parameters(self, number: int) -> tuple[nn.Parameter, ...]:
-        """Parameters that took part in making a tensor."""
-        return self._nodes[number].parameters
-
-    def ancestors(self, number: int) -> set[int]:
-        """All that a tensor was made from, itself included."""
-        return set(self.walk({number: 1}, 0))
+    def parameters(self, numbers: Iterable[int]) -> list[nn.Parameter]:
+        """Parameters that took part in making some tensors."""
+        return [p for n in numbers for p in self._nodes[n].parameters]
 
     def walk(self, ways: dict[int, int], lowest: int) -> Iterator[int]:
-        """Ancestors of some tensors, latest first.
+        """Ancestors of some tensors, latest first, none numbered below `lowest`.
 
-        Args:
-            ways: The tensors, with a set of bits; filled on the way: an ancestor has those of all
-                that were made from it.
-            lowest: Number below which nothing is of interest.
+        `ways` are the tensors, with a set of bits; filled on the way: an ancestor has those of all
+        that were made from it.
         """
         queue = [-number for number in ways]
         heapq.heapify(queue)
@@ -282,10 +219,7 @@ class Lineage:
         tail: list[int] = []
         while len(then := users.get(number, ())) == 1:
             node, number = self._nodes[then[0]], then[0]
-            known = node.call is not None and (
-                node.call.is_activation or node.call.is_normalisation
-            )
-            if not known or len(node.parents) != 1:
+            if node.call is None or not node.call.is_after or len(node.parents) != 1:
                 break
             tail.append(number)
         return tail
@@ -296,51 +230,40 @@ class Lineage:
 
     def descends(self, number: int, ancestor: int) -> bool:
         """Whether a tensor was made from another."""
-        queue, seen = [number], {number}
-        while queue:
-            at = queue.pop()
-            if at == ancestor:
-                return True
-            for parent in self._nodes[at].parents:
-                if parent >= ancestor and parent not in seen:
-                    seen.add(parent)
-                    queue.append(parent)
-        return False
+        return ancestor in self.walk({number: 1}, ancestor)
 
     def _features(self, result: Tensor, descent: Descent, call: Call | None) -> int | None:
         """The channel dimension of a result."""
-        first = self._nodes[descent.parents[0]] if descent.parents else None
-        before = None if first is None or first.tensor is None else first.tensor()
-        known = None if first is None else first.features
+        first = self._nodes[descent.parents[0]] if descent.parents else Node(None)
         if call is None:
-            return known
+            return first.features
+        before = first.at_hand()
         shape = None if before is None else before.shape
-        return features_after(call, result, descent.parameters, shape, known)
+        return features_after(call, result, descent.parameters, shape, first.features)
 
     def _gate(self, parents: tuple[int, ...], call: Call | None) -> Tensor | None:
         """The factor of a difference: whoever adds the product next may have let go of it."""
         if call is None or not call.is_product or len(parents) != 2:
             return None
         for value, gate in (parents, parents[::-1]):
-            reference = self._nodes[gate].tensor
-            if self._nodes[value].is_difference and reference is not None:
-                return reference()
+            if self._nodes[value].is_difference and self._nodes[gate].tensor is not None:
+                return self._nodes[gate].at_hand()
         return None
 
     def _add(self, tensor: Tensor, node: Node) -> int:
         self._nodes.append(node)
-        self._at[id(tensor)] = len(self._nodes) - 1
+        self._numbers.set(tensor, len(self._nodes) - 1)
         return len(self._nodes) - 1
 
     def _made_of(self, tensor: Tensor) -> tuple[nn.Parameter, ...] | None:
         """The parameters that a tensor is, or was computed from alone; None if it is neither."""
         # first: x.H of a parameter, without gradients, is a leaf that asks for one
-        reference, parameters = self._weights.get(id(tensor), (None, ()))
-        if reference is not None and reference() is tensor:
-            return parameters
-        if isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad):
+        known = self._weights.get(tensor)
+        if known is None and (
+            isinstance(tensor, nn.Parameter) or (tensor.is_leaf and tensor.requires_grad)
+        ):
             return (cast(nn.Parameter, tensor),)  # or what functional_call puts in its place
-        return None
+        return known
 
 
 def _is_discrete(x: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from threading import get_ident
 
 from torch import Tensor, nn
@@ -12,51 +12,35 @@ from resdiag.watch.base.tensors import TensorTable, first_floating, tensors_in
 from resdiag.watch.find.additions import Addition
 from resdiag.watch.find.dataflow import Descent, Lineage, Scope
 from resdiag.watch.find.passes import Bus, Operands
-from resdiag.watch.find.units import Unit
+from resdiag.watch.find.units import Visit, unit_of
 
 
 @dataclass(eq=False)
 class Frame:
-    """One module whose forward is running.
-
-    Attributes:
-        name: The module's name.
-        module: The module.
-        entry: Its first floating-point input.
-        scope: The tensors that it was handed, and where its part of the pass begins.
-        number: Number of `entry` in the pass.
-        first_activation: How many activations ran before it.
-        open: The residual addition whose block has not ended.
-        tensors: Its operands.
-        total: Its sum.
-        tail: The sum, or what the after-add made of it so far.
-        chain: The calls after the sum that made the tail.
-        chain_parameters: Their parameters.
-        additions: Residual additions in its own forward.
-    """
+    """One module whose forward is running."""
 
     name: str
     module: nn.Module
-    entry: Tensor | None
-    scope: Scope
-    number: int | None
-    first_activation: int
-    open: Addition | None = None
-    tensors: Operands | None = None
-    total: Tensor | None = None
-    tail: Tensor | None = None
-    chain: tuple[Call, ...] = ()
-    chain_parameters: tuple[nn.Parameter, ...] = ()
-    additions: int = 0
+    entry: Tensor | None  # its first floating-point input
+    scope: Scope  # the tensors that it was handed, and where its part of the pass begins
+    number: int | None  # number of `entry` in the pass
+    first_activation: int  # how many activations ran before it
+    open: Addition | None = None  # the residual addition whose block has not ended
+    tensors: Operands | None = None  # its operands
+    total: Tensor | None = None  # its sum
+    tail: Tensor | None = None  # the sum, or what the after-add made of it so far
+    chain: tuple[Call, ...] = ()  # the calls after the sum that made the tail
+    chain_parameters: tuple[nn.Parameter, ...] = ()  # their parameters
+    additions: int = 0  # residual additions in its own forward
 
 
 @dataclass(eq=False)
 class _EndingUnit:
     """A unit whose module has ended, while the activations after it are still to come."""
 
-    unit: Unit
-    tail: Tensor
-    missing: int
+    visit: Visit
+    last: Tensor
+    tail: list[int] = field(default_factory=list)
 
 
 def _unseen(x: Tensor) -> Tensor:
@@ -69,20 +53,13 @@ _UNSEEN = Call(_unseen, (), {})
 class ModuleStack:
     """Opens and closes the blocks and units of one pass as modules begin and end.
 
-    Args:
-        flow: The tensors of the pass.
-        bus: Told of blocks and units that end.
-        tails: Names of units, and how many activations and normalisations after each belong to it.
-        chosen: Whether the units were chosen by the user.
-
-    Attributes:
-        frames: The modules that are running, outermost first.
-        activations: The activations of the pass so far.
+    `tails` are names of units, and how many activations and normalisations after each belong to
+    it; `chosen` says whether the units were chosen by the user.
     """
 
     def __init__(self, flow: Lineage, bus: Bus, tails: Mapping[str, int], *, chosen: bool) -> None:
-        self.frames: list[Frame] = []
-        self.activations: list[Call] = []
+        self.frames: list[Frame] = []  # the modules that are running, outermost first
+        self.activations: list[Call] = []  # of the pass so far
         self._flow, self._bus, self._tails, self._chosen = flow, bus, tails, chosen
         self._counts: Counter[str] = Counter()
         self._ending: list[_EndingUnit] = []
@@ -91,14 +68,12 @@ class ModuleStack:
         """A module's forward begins."""
         # what a parametrisation is handed makes a weight: it joins no stream
         inputs = [] if self._flow.are_weights(inputs) else inputs
-        entry = first_floating(inputs)
-        start = len(self._flow)
-        numbers = frozenset(self._flow.enter(tensor) for tensor in inputs)
+        entry, start = first_floating(inputs), len(self._flow)
+        scope = Scope(frozenset(self._flow.enter(tensor) for tensor in inputs), start)
         number = None if entry is None else self._flow.number(entry)
-        scope = Scope(numbers, start)
         self.frames.append(Frame(name, module, entry, scope, number, len(self.activations)))
         if name in self._tails and entry is not None and number is not None:
-            self._pass(number, entry)
+            self.tell_passing(number, entry)
 
     def pop(self, module: nn.Module, output: object) -> None:
         """A module's forward has ended; so have those in it that an exception has left."""
@@ -118,8 +93,6 @@ class ModuleStack:
         self._counts[owner] += 1
         return self._counts[owner] - 1
 
-    # -- blocks --------------------------------------------------------------------------------
-
     def open(self, frame: Frame, addition: Addition, tensors: Operands, total: Tensor) -> None:
         """The sum of a residual addition is there."""
         frame.open, frame.tensors, frame.total, frame.tail = addition, tensors, total, total
@@ -128,8 +101,15 @@ class ModuleStack:
 
     def close_before(self, frame: Frame, origin: Tensor | None) -> None:
         """The next addition of a module begins, on `origin`: the block before it ends."""
-        if frame.open is not None:
-            self.close(frame, self._handed_on(frame, origin))
+        if frame.open is None:
+            return
+        returned, tail = origin, frame.tail
+        if tail is not None and origin is not None and all(c.is_activation for c in frame.chain):
+            # what it handed on is its activated sum, if the next one's input was made from it
+            start, goal = self._flow.number(origin), self._flow.number(tail)
+            if start is not None and goal is not None and self._flow.descends(start, goal):
+                returned = tail
+        self.close(frame, returned)
 
     def close(self, frame: Frame, returned: Tensor | None) -> None:
         """End the open block of a frame at its module's output or at its next addition."""
@@ -141,7 +121,6 @@ class ModuleStack:
             addition.after = frame.chain
             addition.parameters.extend(frame.chain_parameters)
             addition.activations.extend(call for call in frame.chain if call.is_activation)
-        addition.returned = returned is output
         frame.open = frame.tensors = frame.total = frame.tail = None
         frame.chain, frame.chain_parameters = (), ()
         self._bus.tell("closed", addition, output)
@@ -150,20 +129,8 @@ class ModuleStack:
         """The frame whose open block's sum (or its tail) this call turns into the output."""
         if first is None or not call.is_after:
             return None
-        for frame in reversed(self.frames):
-            if frame.open is not None and frame.tail is first and result.shape == first.shape:
-                return frame
-        return None
-
-    def _handed_on(self, frame: Frame, x: Tensor | None) -> Tensor | None:
-        """What the open block handed to the next one: its activated sum, if x was made from it."""
-        tail, activated = frame.tail, all(call.is_activation for call in frame.chain)
-        if tail is None or x is None or not activated:
-            return x
-        start, goal = self._flow.number(x), self._flow.number(tail)
-        if start is None or goal is None:
-            return x
-        return tail if self._flow.descends(start, goal) else x
+        owners = (f for f in reversed(self.frames) if f.open is not None and f.tail is first)
+        return next(owners, None) if result.shape == first.shape else None
 
     def _heal(self, frame: Frame, outputs: list[Tensor]) -> None:
         """Go on after an operation that no torch function shows, e.g. an autograd.Function."""
@@ -175,79 +142,56 @@ class ModuleStack:
             for tensor in unseen:
                 self._flow.mark(tensor, descent, _UNSEEN, alone=False)
 
-    # -- units ---------------------------------------------------------------------------------
-
     def trail(self, first: Tensor | None, call: Call, number: int, result: Tensor) -> None:
         """An activation or a normalisation right after a unit's module is part of the unit."""
-        for ending in self._ending:
-            if ending.tail is first and call.is_after:
-                break
-        else:
-            return
-        unit = ending.unit
-        ending.unit = replace(
-            unit,
-            output=number,
-            after=(*unit.after, call),
-            activations=[*unit.activations, *([call] if call.is_activation else [])],
-            parameters=[*unit.parameters, *self._flow.parameters(number)],
-        )
-        ending.tail, ending.missing = result, ending.missing - 1
-        if not ending.missing:
-            self._ending.remove(ending)
-            self._end_unit(ending.unit, result)
+        ending = next((e for e in self._ending if e.last is first and call.is_after), None)
+        if ending is not None:
+            ending.tail.append(number)
+            ending.last = result
+            if len(ending.tail) == self._tails[ending.visit.name]:
+                self._ending.remove(ending)
+                self._end_unit(ending)
 
     def _begin_unit(self, frame: Frame, output: Tensor) -> None:
         """A module that is a unit has ended; as many activations as the first time may follow."""
         number, entry = self._flow.enter(output), frame.entry
-        begun = Unit(
-            owner=frame.name,
-            ordinal=self.ordinal(frame.name),
-            input=frame.number,
+        visit = Visit(
+            frame.name,
+            frame.module,
+            self.ordinal(frame.name),
+            frame.number,
+            None if entry is None else entry.shape,
+            frame.scope.start,
+            frame.first_activation,
             output=number,
-            entered=None if entry is None else entry.shape,
             shape=output.shape,
             dtype=output.dtype,
-            features=self._flow.features(number),
-            after=(),
-            calls=self._flow.calls(frame.scope.start, number),
-            activations=self.activations[frame.first_activation :],
-            parameters=list(frame.module.parameters()),
-            chosen=not self._chosen,
+            gates=len(self.activations),
         )
-        missing = self._tails[frame.name]
-        if missing:
-            self._ending.append(_EndingUnit(begun, output, missing))
+        ending = _EndingUnit(visit, output)
+        if self._tails[frame.name]:
+            self._ending.append(ending)
         else:
-            self._end_unit(begun, output)
+            self._end_unit(ending)
 
-    def _end_unit(self, unit: Unit, output: Tensor) -> None:
-        self._pass(unit.output, output)
+    def _end_unit(self, ending: _EndingUnit) -> None:
+        chosen = not self._chosen
+        unit = unit_of(ending.visit, ending.tail, self._flow, self.activations, chosen=chosen)
+        self.tell_passing(unit.output, ending.last)
         self._bus.tell("unit", unit)
 
-    def _pass(self, number: int, x: Tensor) -> None:
-        self._bus.tell("passing", number, x, self._flow.features(number))
+    def tell_passing(self, number: int, x: Tensor) -> None:
+        """A tensor may be the input or the output of a unit."""
+        self._bus.tell("passing", number, x, self._flow.node(number).features)
 
 
 class Makers:
-    """Remembers, for one pass, the modules that returned tensors.
-
-    Args:
-        names: The modules of a model by name.
-    """
+    """Remembers, for one pass of this thread, the modules that returned tensors."""
 
     def __init__(self, names: Mapping[nn.Module, str]) -> None:
         self._names = names
         self._known = TensorTable[str]()
-        self._thread = 0
-
-    def begin(self) -> None:
-        """A pass begins in this thread."""
         self._thread = get_ident()
-
-    def clear(self) -> None:
-        """Forget the pass."""
-        self._known.clear()
 
     def remember(self, module: nn.Module, args: object, output: object) -> None:
         """A forward hook for all modules: the outermost one of those that hand a tensor on."""

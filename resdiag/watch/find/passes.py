@@ -1,4 +1,4 @@
-"""What is seen of a forward pass, and the protocol of those who are told.
+"""What is seen of a forward pass, and those who are told.
 
 A `TracedPass` follows a pass operation by operation and tells its observers what it finds. In a
 later pass that is expected to be the same, hooks at the places of a plan tell the recorder the
@@ -18,25 +18,20 @@ from torch import Tensor, nn
 from resdiag.watch.base.functions import Call
 from resdiag.watch.base.safety import is_running_compiled, never_alone, plain
 from resdiag.watch.find.additions import Addition
+from resdiag.watch.find.dataflow import Lineage
 from resdiag.watch.find.units import Unit
 
 
 @dataclass(eq=False)
 class Operands:
-    """The tensors of a residual addition in one pass.
+    """The tensors of a residual addition in one pass."""
 
-    Attributes:
-        origin: The block's input x, where both operands come from; None if it was freed.
-        branch: F(x), before the addition, which may broadcast it.
-        shortcut: h(x).
-    """
-
-    origin: Tensor | None
-    branch: Tensor
-    shortcut: Tensor
+    origin: Tensor | None  # x, where both operands come from; None if it was freed
+    branch: Tensor  # F(x), before the addition, which may broadcast it
+    shortcut: Tensor  # h(x)
 
 
-class Observer(Protocol):
+class Observer:
     """Is told what a forward pass does, while it runs and before a tensor can be overwritten."""
 
     def started(self, inputs: Sequence[Tensor]) -> None:
@@ -72,30 +67,30 @@ class Observer(Protocol):
         """The pass has ended; the last linear layer mapped `features` to `logits`."""
 
 
-class Silent:
-    """An observer of nothing, to inherit from."""
+class Surveyor(Observer):
+    """Sees every module and every operation of the pass as well."""
 
-    def started(self, inputs: Sequence[Tensor]) -> None: ...  # noqa: D102
+    def begin(self, flow: Lineage) -> None:
+        """The pass begins; `flow` numbers its tensors."""
 
-    def operands(self, addition: Addition, tensors: Operands) -> None: ...  # noqa: D102
+    def enters(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A module's forward begins."""
 
-    def added(self, addition: Addition, total: Tensor) -> None: ...  # noqa: D102
+    def leaves(self, name: str, module: nn.Module, output: Any) -> Any:  # noqa: ANN401
+        """A module's forward has ended; returns what is to be handed on in place of `output`."""
+        return output
 
-    def closed(self, addition: Addition, output: Tensor) -> None: ...  # noqa: D102
+    def reads(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
+        """An operation is about to run."""
 
-    def passing(self, number: int, x: Tensor, features: int | None) -> None: ...  # noqa: D102
+    def returns(self, result: Any) -> Any:  # noqa: ANN401
+        """It has run; returns what is to be handed on in place of `result`."""
+        return result
 
-    def dismiss(self) -> None: ...  # noqa: D102
-
-    def unit(self, unit: Unit) -> None: ...  # noqa: D102
-
-    def same(self, old: Tensor, new: Tensor) -> None: ...  # noqa: D102
-
-    def activation(self, call: Call, x: Tensor) -> None: ...  # noqa: D102
-
-    def finished(  # noqa: D102
-        self, features: Tensor | None, logits: Tensor | None, outputs: Sequence[Tensor]
-    ) -> None: ...
+    def wrote(self, result: Tensor) -> None:
+        """The result of the operation has its number."""
 
 
 class Bus:
@@ -131,24 +126,17 @@ class FollowedPass(Protocol):
 
 @dataclass(eq=False)
 class Seen:
-    """What was noticed of torch.compile, whose passes cannot be followed.
+    """What was noticed of torch.compile, whose passes cannot be followed."""
 
-    Attributes:
-        compiled: Whether the pass that is beginning runs compiled.
-        in_graph: Whether a training pass ran as a part of somebody's graph.
-    """
-
-    compiled: bool = False
-    in_graph: bool = False
+    compiled: bool = False  # whether the pass that is beginning runs compiled
+    in_graph: bool = False  # whether a training pass ran as a part of somebody's graph
 
 
 class PassDriver:
     """Two hooks on the root; all others stand for the length of a followed pass only.
 
-    Args:
-        model: The root module.
-        begin: Asked at the beginning of each pass for what follows it, None for nothing.
-        seen: Takes what is noticed of torch.compile.
+    `begin` is asked at the beginning of each pass for what follows it, None for nothing; `seen`
+    takes what is noticed of torch.compile.
     """
 
     def __init__(

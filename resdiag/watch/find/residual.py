@@ -4,11 +4,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from resdiag.watch.base.functions import Call
-from resdiag.watch.find.additions import Addition, Operand, Sum
-from resdiag.watch.find.dataflow import Depth, Lineage, Scope
+from resdiag.watch.find.additions import Addition, Operand, Sum, Ways
+from resdiag.watch.find.dataflow import Depth, Lineage, Scope, reach
 from resdiag.watch.find.module_stack import Frame
 from resdiag.watch.find.passes import Operands
 from resdiag.watch.find.streams import Mix, are_pieces, is_cut, is_inner, read_mix, was_added
@@ -17,51 +17,19 @@ _LEFT, _RIGHT = 1, 2
 _NONE: Depth = (0, 0, 0)
 
 
-@dataclass(frozen=True)
-class Meeting:
-    """What lies between a shortcut and a branch and the last tensor that both came from.
+@dataclass(eq=False, kw_only=True)
+class Meeting(Ways):
+    """A shortcut and a branch, and the last tensor that both came from."""
 
-    Attributes:
-        swapped: Whether the right operand is the shortcut.
-        origin: That tensor: the block's input; None if it is gone.
-        begin: Its number.
-        shortcut: The shortcut's number.
-        shortcut_count: Parameterised calls between it and the shortcut.
-        path: The calls that lead from it to the shortcut if they can be repeated, else None.
-        parameters: Parameters used on the way to either operand.
-        calls: The calls on the branch, in order.
-        activations: Activations on the way to either operand.
-        is_learned: Whether a parameterised transformation is on the branch.
-        begins_activated: Whether the origin was normalised or activated inside the module.
-        features: The channel dimension of the sum, if known.
-        is_scaled: Whether a parameter multiplies the shortcut.
-        is_gated: Whether a gate does.
-        sides: The operands, shortcut first, as they enter the sum; set once it is called residual.
-    """
-
-    swapped: bool
-    origin: Tensor | None
-    begin: int
-    shortcut: int
-    shortcut_count: int
-    path: tuple[Call, ...] | None
-    parameters: list[nn.Parameter]
-    calls: tuple[Call, ...]
-    activations: list[Call]
-    is_learned: bool
-    begins_activated: bool
-    features: int | None
-    is_scaled: bool
-    is_gated: bool = False
-    sides: tuple[Operand, ...] = ()
+    origin: Tensor | None  # that tensor: the block's input; None if it is gone
+    begin: int  # its number
+    is_learned: bool  # whether a parameterised transformation is on the branch
+    is_scaled: bool  # whether a parameter multiplies the shortcut
+    sides: tuple[Operand, ...] = ()  # shortcut first; set once the sum is called residual
 
 
 class Residuals:
-    """Judges the sums of one pass by the descent of their operands.
-
-    Args:
-        lineage: The tensors of the pass.
-    """
+    """Judges the sums of one pass by the descent of their operands."""
 
     def __init__(self, lineage: Lineage) -> None:
         self._lineage = lineage
@@ -173,13 +141,11 @@ class Residuals:
         ways = {left: _LEFT}
         ways[right] = ways.get(right, 0) | _RIGHT
         between: list[int] = []
-        origin = None
-        for number in self._lineage.walk(ways, min(scope.entries, default=0)):
-            if ways[number] == _LEFT | _RIGHT:
-                origin = number
+        for origin in self._lineage.walk(ways, min(scope.entries, default=0)):
+            if ways[origin] == _LEFT | _RIGHT:
                 break
-            between.append(number)
-        if origin is None:
+            between.append(origin)
+        else:
             return None
         if mix is not None and not self._lineage.descends(mix.gate, origin):
             return self.judge(*mix.operands, scope)  # a mask, or another factor from outside
@@ -192,11 +158,12 @@ class Residuals:
         short, long = (_RIGHT, _LEFT) if swapped else (_LEFT, _RIGHT)
         on_shortcut = [n for n in reversed(between) if ways[n] == short]
         on_branch = [n for n in reversed(between) if ways[n] == long and n in depths]
-        if depths[branch][:2] == (0, 0) or not self._is_shortcut(on_shortcut):
-            return None
-        if are_pieces(self._lineage, origin, on_shortcut, on_branch):
-            return None
-        if depths[branch][0] and is_cut(self._lineage, branch, depths):
+        if (
+            depths[branch][:2] == (0, 0)
+            or not self._is_shortcut(on_shortcut)
+            or are_pieces(self._lineage, origin, on_shortcut, on_branch)
+            or (depths[branch][0] and is_cut(self._lineage, branch, depths))
+        ):
             return None
         passed_by = any(
             (s := self._lineage.node(n).stream) is not None and s not in depths for n in on_branch
@@ -212,56 +179,34 @@ class Residuals:
             inside = [n for n in self._lineage.walk(made, origin) if n != origin]
             if self._is_recurrent(mix.gate, origin):
                 return None
-        found = self._meeting(swapped, origin, shortcut, branch, on_shortcut, on_branch, inside)
-        return found if mix is None else replace(found, is_gated=True, path=None)
-
-    def _is_recurrent(self, gate: int, origin: int) -> bool:
-        """Whether a gate was made of a tensor and of something else that was there before it."""
-        queue, seen, mixed = [gate], {gate, origin}, False
-        while queue:
-            node = self._lineage.node(queue.pop())
-            mixed = mixed or (not node.parents and node.call is not None)
-            for parent in set(node.parents) - seen:
-                seen.add(parent)
-                mixed = mixed or parent < origin
-                queue.append(parent)
-        return mixed
-
-    def _meeting(
-        self,
-        swapped: bool,
-        origin: int,
-        shortcut: int,
-        branch: int,
-        on_shortcut: list[int],
-        on_branch: list[int],
-        inside: list[int],
-    ) -> Meeting:
         node = self._lineage.node
-        calls = tuple(call for n in on_branch if (call := node(n).call) is not None)
-        at, reference = node(origin), node(origin).tensor
         # the stream's own: a branch that mixes tokens, turned, has its features where they are
-        found = (node(n).features for n in (shortcut, origin, branch))
+        features = (node(n).features for n in (shortcut, origin, branch))
         return Meeting(
             swapped=swapped,
-            origin=None if reference is None else reference(),
+            origin=node(origin).at_hand(),
             begin=origin,
-            shortcut=shortcut,
+            stream=shortcut,
             shortcut_count=sum(bool(node(n).parameters) for n in on_shortcut),
-            path=self._path(shortcut, origin),
-            parameters=[p for n in inside for p in node(n).parameters],
-            calls=calls,
-            activations=[
-                call for n in inside if (call := node(n).call) is not None and call.is_activation
-            ],
+            path=self._path(shortcut, origin) if mix is None else None,
+            parameters=self._lineage.parameters(inside),
+            calls=self._lineage.calls(on_branch),
+            activations=[call for call in self._lineage.calls(inside) if call.is_activation],
             is_learned=any(node(n).depth[0] for n in on_branch),
-            begins_activated=at.call is not None
-            and (at.call.is_activation or at.call.is_normalisation),
-            features=next((f for f in found if f is not None), None),
+            features=next((known for known in features if known is not None), None),
             is_scaled=any(
                 (call := node(n).call) is not None and call.is_product and node(n).parameters
                 for n in on_shortcut
             ),
+            is_gated=mix is not None,
+        )
+
+    def _is_recurrent(self, gate: int, origin: int) -> bool:
+        """Whether a gate was made of a tensor and of something else that was there before it."""
+        node = self._lineage.node
+        return any(
+            n < origin or (not node(n).parents and node(n).call is not None)
+            for n in reach(gate, lambda n: set(node(n).parents) - {origin})
         )
 
     def _depths(self, origin: int, numbers: Iterable[int]) -> dict[int, Depth]:
@@ -315,8 +260,6 @@ def _is_inside(
     A branch may come from outside if the shortcut is the module's very input, as where a module
     gets x and F(x) and adds them; a shortcut may where the module gets x and h(x).
     """
-    if any(number in scope.entries for number in on_shortcut):
-        handed = on_shortcut[-1] in scope.entries and origin in scope.entries
-        if not handed:
-            return False
-    return identity or not any(number in scope.entries for number in on_branch)
+    if not scope.entries.isdisjoint(on_shortcut) and not {on_shortcut[-1], origin} <= scope.entries:
+        return False
+    return identity or scope.entries.isdisjoint(on_branch)

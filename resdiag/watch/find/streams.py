@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resdiag.watch.base.functions import Call
 from resdiag.watch.find.additions import Operand, Sum, rest_of
-from resdiag.watch.find.dataflow import Depth, Lineage
+from resdiag.watch.find.dataflow import Depth, Lineage, reach
 from resdiag.watch.find.module_stack import Frame
 
 _COMPLEMENTS = ("rsub", "neg")
@@ -23,21 +23,13 @@ _HARMLESS = (
 
 @dataclass(frozen=True)
 class Mix:
-    """Two tensors of which a gate takes complementary shares.
+    """Two tensors of which a gate takes complementary shares."""
 
-    Attributes:
-        left: Number of the tensor of which the left operand is a share.
-        right: The same of the right operand.
-        gate: Number of the gate.
-        operands: Numbers of the operands of the addition.
-        shares: The two shares where they are not the operands, as in x + t * (f - x).
-    """
-
-    left: int
-    right: int
-    gate: int
-    operands: tuple[int, int]
-    shares: tuple[Operand, Operand] | None = None
+    left: int  # number of the tensor of which the left operand is a share
+    right: int  # the same of the right operand
+    gate: int  # number of the gate
+    operands: tuple[int, int]  # numbers of the operands of the addition
+    shares: tuple[Operand, Operand] | None = None  # None: the operands; else of x + t * (f - x)
 
 
 @dataclass(frozen=True)
@@ -95,16 +87,12 @@ def _origins(lineage: Lineage, number: int) -> Iterator[tuple[int, bool]]:
         call, (before,) = lineage.node(number).call, lineage.node(number).parents
         if call is None or call.name not in (*_COMPLEMENTS, *_HARMLESS):
             return
-        subtracted = call.name in ("sub", "subtract") and _is_second(lineage, call, before)
+        second = call.args[0] if call.args else call.kwargs.get("other")
+        is_second = isinstance(second, Tensor) and lineage.number(second) == before
+        subtracted = call.name in ("sub", "subtract") and is_second
         falls ^= call.name in _COMPLEMENTS or subtracted
         number = before
         yield number, falls
-
-
-def _is_second(lineage: Lineage, call: Call, number: int) -> bool:
-    """Whether a tensor is the second operand of a call."""
-    second = call.args[0] if call.args else call.kwargs.get("other")
-    return isinstance(second, Tensor) and lineage.number(second) == number
 
 
 def _read_step(lineage: Lineage, spelled: Sum, left: int, right: int) -> Mix | None:
@@ -164,16 +152,20 @@ def are_pieces(
 
 def was_added(lineage: Lineage, number: int) -> bool:
     """Whether a tensor, or a view of it, has been an operand of an addition."""
-    users, queue = lineage.users(), [number]
-    while queue:
-        for user in users.get(queue.pop(), ()):
-            node = lineage.node(user)
-            alone = len(set(node.parents)) == 1
-            if not alone and node.call is not None and node.call.is_sum:
-                return True
-            if alone and not node.is_transform and not node.is_opaque:
-                queue.append(user)
-    return False
+    users = lineage.users()
+
+    def is_view(n: int) -> bool:
+        node = lineage.node(n)
+        return len(set(node.parents)) == 1 and not node.is_transform and not node.is_opaque
+
+    views = reach(number, lambda n: filter(is_view, users.get(n, ())))
+    return any(
+        (call := lineage.node(user).call) is not None
+        and call.is_sum
+        and len(set(lineage.node(user).parents)) > 1
+        for view in views
+        for user in users.get(view, ())
+    )
 
 
 def is_cut(lineage: Lineage, branch: int, depths: Mapping[int, Depth]) -> bool:
@@ -182,24 +174,16 @@ def is_cut(lineage: Lineage, branch: int, depths: Mapping[int, Depth]) -> bool:
     What follows begins anew, as a position does that was embedded from a predicted box. A branch
     that is detached as a whole is a fault in a block.
 
-    Args:
-        lineage: The tensors of the pass.
-        branch: Number of the branch.
-        depths: What is on the ways from the origin.
+    `depths` are of what is on the ways from the origin.
     """
-    whole, queue, seen = depths[branch][0], [branch], {branch}
-    while queue:
-        number = queue.pop()
-        if depths[number][0] == 0:
-            return False
+    whole = depths[branch][0]
+
+    def ahead(number: int) -> Iterator[int]:
         node = lineage.node(number)
-        if node.call is not None and node.call.name == "detach" and depths[number][0] < whole:
-            continue
-        for parent in set(node.parents) - seen:
-            if parent in depths:
-                seen.add(parent)
-                queue.append(parent)
-    return True
+        if node.name != "detach" or depths[number][0] == whole:
+            yield from (parent for parent in node.parents if parent in depths)
+
+    return all(depths[number][0] for number in reach(branch, ahead))
 
 
 def is_inner(lineage: Lineage, origin: int, frames: Sequence[Frame]) -> bool:

@@ -13,8 +13,9 @@ to the unit that the first one began, however the terms are put in order.
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 from threading import get_ident
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,71 +24,30 @@ from torch.overrides import TorchFunctionMode
 from resdiag.watch.base.functions import Call, is_question
 from resdiag.watch.base.safety import never_alone
 from resdiag.watch.base.tensors import first_floating, tensors_in
-from resdiag.watch.find.additions import ADDITIONS, Addition, Stacks, Sum, read_sum
+from resdiag.watch.find.additions import ADDITIONS, Addition, Stacks, Sum, Ways, read_sum
 from resdiag.watch.find.dataflow import Lineage
 from resdiag.watch.find.module_stack import Frame, Makers, ModuleStack
-from resdiag.watch.find.passes import Bus, Observer, Operands
+from resdiag.watch.find.passes import Bus, Observer, Operands, Surveyor
 from resdiag.watch.find.residual import Residuals
 from resdiag.watch.find.units import Search
-
-
-class Surveyor(Observer, Protocol):
-    """An observer that sees every module and every operation of the pass as well."""
-
-    def begin(self, flow: Lineage) -> None:
-        """The pass begins; `flow` numbers its tensors."""
-
-    def enters(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """A module's forward begins."""
-
-    def leaves(self, name: str, module: nn.Module, output: Any) -> Any:  # noqa: ANN401
-        """A module's forward has ended; returns what is to be handed on in place of `output`."""
-
-    def reads(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> None:
-        """An operation is about to run."""
-
-    def returns(self, result: Any) -> Any:  # noqa: ANN401
-        """It has run; returns what is to be handed on in place of `result`."""
-
-    def wrote(self, result: Tensor) -> None:
-        """The result of the operation has its number."""
 
 
 class Tracing:
     """What is known of a model from one traced pass to the next.
 
-    Args:
-        model: The root module.
-        units: Names of modules that are blocks even without a residual addition; if given,
-            additions elsewhere are not blocks. Without, a network whose first pass has no residual
-            addition has the units that `choose_units` finds in it.
-
-    Attributes:
-        names: The modules and their names.
-        tails: Names of units, and how many activations and normalisations after each belong to it.
-        searching: Whether units are still to be found.
-        units: As given.
-        with_makers: Whether the names of the modules that made tensors are asked for: in the first
-            pass only.
+    `units` are names of modules that are blocks even without a residual addition; if given,
+    additions elsewhere are not blocks. Without, a network whose first pass has no residual addition
+    has the units that `choose_units` finds in it.
     """
 
     def __init__(self, model: nn.Module, units: frozenset[str] | None = None) -> None:
         self.model, self.units = model, units
         self.names = {module: name for name, module in model.named_modules()}
+        # names of units, and how many activations and normalisations after each belong to it
         self.tails = dict.fromkeys(units or (), 0)
-        self.searching, self.with_makers = units is None, True
+        self.searching = units is None  # units are still to be found
+        self.with_makers = True  # the modules that made tensors are asked for in the first pass
         self._framed = {module for module in self.names if module is model or _can_add(module)}
-
-    def begin(
-        self,
-        observers: Sequence[Observer],
-        surveyor: "Surveyor | None" = None,
-        ended: "Callable[[TracedPass], None]" = lambda followed: None,
-    ) -> "TracedPass":
-        """A pass to be followed; `ended` is told when it has ended as it should."""
-        return TracedPass(self, observers, surveyor, ended)
 
     def is_framed(self, module: nn.Module) -> bool:
         """Whether additions can run in a module's own forward, or it is a unit."""
@@ -97,42 +57,39 @@ class Tracing:
 class TracedPass(TorchFunctionMode):
     """One forward pass that is followed, from `start` to `finish` or `stop`.
 
-    Attributes:
-        calls: How often each module was called.
+    `ended` is told when it has ended as it should.
     """
 
     def __init__(
         self,
         tracing: Tracing,
         observers: Sequence[Observer],
-        surveyor: Surveyor | None,
-        ended: "Callable[[TracedPass], None]",
+        surveyor: Surveyor | None = None,
+        ended: "Callable[[TracedPass], None]" = lambda followed: None,
     ) -> None:
         super().__init__()
         self._ended = ended
-        self.calls: Counter[str] = Counter()
-        self._tracing, self._survey = tracing, surveyor
-        self._bus = Bus([*observers, *([surveyor] if surveyor is not None else [])])
+        self.calls: Counter[str] = Counter()  # of each module
+        self._tracing, self._survey = tracing, surveyor or Surveyor()
+        self._sees_all = surveyor is not None or tracing.searching  # modules that add nothing, too
+        self._bus = Bus([*observers, self._survey])
         self._flow = Lineage()
         chosen = tracing.units is not None
         self._stack = ModuleStack(self._flow, self._bus, tracing.tails, chosen=chosen)
         self._residuals, self._stacked = Residuals(self._flow), Stacks()
-        self._makers = Makers(tracing.names) if tracing.with_makers else None
+        self._makers = Makers(tracing.names)
         self._search: Search | None = None
         if tracing.searching:
-            self._search = Search(self._flow, self._stack.activations, self._pass)
+            self._search = Search(self._flow, self._stack.activations, self._stack.tell_passing)
         self._root = tracing.model
         self._head: tuple[Tensor | None, Tensor | None] = (None, None)
         self._thread = get_ident()  # replicas in other threads (DataParallel) are not followed
         self._entered = ExitStack()
 
-    # -- the pass ------------------------------------------------------------------------------
-
     def start(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The forward of a module begins: the model's, or of one that runs alone."""
         self._root = root
-        if self._survey is not None:
-            self._survey.begin(self._flow)
+        self._survey.begin(self._flow)
         if root is self._tracing.model:
             self._bus.tell("started", [*tensors_in(args), *tensors_in(kwargs)])
         self._install(root)
@@ -158,23 +115,18 @@ class TracedPass(TorchFunctionMode):
         """Follow on with `new` where a wrapper of the module's hands on `old` as another tensor."""
         if get_ident() == self._thread and self._flow.number(old) is not None:
             self._flow.mark(new, self._flow.descend([old]), None, alone=True)
-            if self._makers is not None:
-                self._makers.same(old, new)
+            self._makers.same(old, new)
             self._bus.tell("same", old, new)
-
-    # -- modules -------------------------------------------------------------------------------
 
     def _install(self, root: nn.Module) -> None:
         """Hooks on the modules below the root, for this pass only."""
-        everywhere = self._survey is not None or self._search is not None
         for module, name in self._tracing.names.items():
-            if module is not root and (everywhere or self._tracing.is_framed(module)):
+            if module is not root and (self._sees_all or self._tracing.is_framed(module)):
                 enter, leave = self._hooks(name, module)
                 handle = module.register_forward_pre_hook(enter, with_kwargs=True)
                 self._entered.callback(handle.remove)
                 self._entered.callback(module.register_forward_hook(leave).remove)
-        if self._makers is not None:
-            self._makers.begin()
+        if self._tracing.with_makers:
             handle = nn.modules.module.register_module_forward_hook(self._makers.remember)
             self._entered.callback(handle.remove)
 
@@ -210,8 +162,7 @@ class TracedPass(TorchFunctionMode):
         if self._tracing.is_framed(module) or module is self._root:
             self.calls[name] += 1
             self._stack.push(name, module, inputs)
-        if self._survey is not None:
-            self._survey.enters(name, args, kwargs)
+        self._survey.enters(name, args, kwargs)
 
     def _leave(self, name: str, module: nn.Module, output: object) -> object:
         """A module's forward has ended."""
@@ -219,8 +170,6 @@ class TracedPass(TorchFunctionMode):
             self._search.leave(module, first_floating(tensors_in(output)))
         if any(frame.module is module for frame in self._stack.frames):
             self._stack.pop(module, output)
-        if self._survey is None:
-            return None
         handed_on = self._survey.leaves(name, module, output)
         if handed_on is not output and isinstance(output, Tensor):
             self.same(output, handed_on)
@@ -235,11 +184,6 @@ class TracedPass(TorchFunctionMode):
                 self._bus.tell("unit", unit)
             self._tracing.searching, self._search = False, None
 
-    def _pass(self, number: int, x: Tensor) -> None:
-        self._bus.tell("passing", number, x, self._flow.features(number))
-
-    # -- operations ----------------------------------------------------------------------------
-
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -251,69 +195,46 @@ class TracedPass(TorchFunctionMode):
         kwargs = kwargs or {}
         if is_question(func) or not self._stack.frames:
             return func(*args, **kwargs)
-        if self._survey is not None:
-            self._survey.reads(func, args, kwargs)
-        spelled = (
-            read_sum(func, args, kwargs) if func in ADDITIONS else self._stacked.read(func, args)
-        )
+        self._survey.reads(func, args, kwargs)
+        is_sum = func in ADDITIONS
+        spelled = read_sum(func, args, kwargs) if is_sum else self._stacked.read(func, args)
         residual = None if spelled is None else self._residual(spelled)
         call = Call(func, args[1:], kwargs)
-        if call.is_activation and args and isinstance(args[0], Tensor):
+        first = args[0] if args and isinstance(args[0], Tensor) else None
+        if call.is_activation and first is not None:
             self._stack.activations.append(call)
-            self._bus.tell("activation", call, args[0])
+            self._bus.tell("activation", call, first)
         inputs = [*tensors_in(args), *tensors_in(kwargs)]
         alone = len(inputs) == 1
-        if call.takes_shape_only or call.is_blank:
-            inputs = inputs[: not call.is_blank]
-        descent = self._flow.descend(inputs)
-        result = func(*args, **kwargs)
-        if self._survey is not None:
-            result = self._survey.returns(result)
+        descent = self._flow.descend(call.operands(inputs))
+        result = self._survey.returns(func(*args, **kwargs))
         results = list(tensors_in(result))
         if call.name == "setitem":  # returns nothing, and makes the whole what it is
             results = list(tensors_in(args[:1]))
         for index, tensor in enumerate(results):
             piece = _piece(call, index, len(results))
             number = self._flow.mark(tensor, descent, call, alone=alone, piece=piece)
-            if number is not None:
-                self._follow(call, args, number, tensor, residual, descent.parents)
-        if call.name == "linear" and descent.weighted and len(results) == 1 and residual is None:
-            self._remember_head(args, results[0])
+            if number is None:
+                continue
+            owner = self._stack.owner_of(first, call, tensor)
+            self._survey.wrote(tensor)
+            self._stack.trail(first, call, number, tensor)
+            if self._search is not None:
+                self._search.operation(call, descent.parents, number, tensor)
+            if residual is not None:
+                self._flow.set_stream(number, residual[0].stream)
+                self._stack.open(self._stack.frames[-1], *residual, tensor)
+                self._bus.tell("added", residual[0], tensor)
+            elif owner is not None:
+                owner.tail, owner.chain = tensor, (*owner.chain, call)
+                owner.chain_parameters += self._flow.node(number).parameters
+        linear = call.name == "linear" and descent.weighted and len(results) == 1
+        if linear and residual is None and first is not None:
+            # the last linear layer of the pass is the classifier, unless it turns a sum into more
+            self._head = first, results[0]
         if call.name == "stack" and results:
             self._stacked.add(args, kwargs, results[0])
         return result
-
-    def _follow(
-        self,
-        call: Call,
-        args: tuple[Any, ...],
-        number: int,
-        result: Tensor,
-        residual: tuple[Addition, Operands] | None,
-        parents: Sequence[int],
-    ) -> None:
-        """A result has its number: is it a sum, or does it turn one into a block's output?"""
-        first = args[0] if args and isinstance(args[0], Tensor) else None
-        owner = self._stack.owner_of(first, call, result)
-        if self._survey is not None:
-            self._survey.wrote(result)
-        self._stack.trail(first, call, number, result)
-        if self._search is not None:
-            self._search.operation(call, parents, number, result)
-        if residual is not None:
-            self._flow.set_stream(number, residual[0].stream)
-            self._stack.open(self._stack.frames[-1], *residual, result)
-            self._bus.tell("added", residual[0], result)
-        elif owner is not None:
-            owner.tail, owner.chain = result, (*owner.chain, call)
-            owner.chain_parameters += self._flow.parameters(number)
-
-    def _remember_head(self, args: tuple[Any, ...], result: Tensor) -> None:
-        """The last linear layer of the pass is the classifier, unless it turns a sum into more."""
-        if args and isinstance(args[0], Tensor):
-            self._head = args[0], result
-
-    # -- additions -----------------------------------------------------------------------------
 
     def _residual(self, spelled: Sum) -> tuple[Addition, Operands] | None:
         """The addition, if the rule calls it residual; the block before it in this frame ends."""
@@ -340,38 +261,23 @@ class TracedPass(TorchFunctionMode):
             entered=None if meeting.origin is None else meeting.origin.shape,
             shape=h.shape,
             dtype=h.dtype,
-            shortcut_count=meeting.shortcut_count,
-            path=meeting.path,
             shortcut_scale=shortcut.scale,
             branch_scale=branch.scale,
-            parameters=meeting.parameters,
-            activations=meeting.activations,
-            calls=meeting.calls,
-            begins_activated=meeting.begins_activated,
-            features=meeting.features,
-            branch_module="" if self._makers is None else self._makers.of(f),
-            shortcut_module="" if self._makers is None else self._makers.of(h),
-            stream=meeting.shortcut,
-            is_gated=meeting.is_gated,
-            swapped=meeting.swapped,
+            branch_module=self._makers.of(f),
+            shortcut_module=self._makers.of(h),
+            **{field.name: getattr(meeting, field.name) for field in fields(Ways)},
         )
-        self._dismiss()
-        return addition, Operands(meeting.origin, f, h)
-
-    def _dismiss(self) -> None:
-        """A residual addition has come: the network is divided into blocks."""
-        if self._search is not None:
+        if self._search is not None:  # the network is divided into blocks, not into units
             self._tracing.searching, self._search = False, None
             self._bus.tell("dismiss")
+        return addition, Operands(meeting.origin, f, h)
 
 
 def _piece(call: Call, index: int, count: int) -> str:
     """What part of its operand a result is, "" for the whole."""
     if count > 1 and call.name in ("chunk", "split", "unbind", "tensor_split", "split_with_sizes"):
         return f"{call.name} {index}"
-    if call.name in ("getitem", "narrow", "select") and not any(
-        True for _ in tensors_in(call.args)
-    ):
+    if call.name in ("getitem", "narrow", "select") and not list(tensors_in(call.args)):
         return f"{call.name} {call.args}"
     return ""
 

@@ -11,7 +11,7 @@ that output: that is the head, as in a residual network.
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,94 +20,54 @@ from torch import Tensor, nn
 from resdiag.watch.base.functions import Call
 from resdiag.watch.find.dataflow import Lineage
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _LARGE = 0.25
 """Share of all parameterised layers above which a module is too coarse a unit."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Unit:
-    """A module call that stands for a block, with the activations right after it.
-
-    Attributes:
-        owner: The module's name.
-        ordinal: Number of its calls before in this pass.
-        input: Number of its first floating-point input (of a list, the first tensor), None if it
-            has none.
-        output: Number of its output, after `after`.
-        entered: Shape of the input, None without.
-        shape: Shape of the output.
-        dtype: Type of its elements.
-        features: The channel dimension of the output, if known.
-        after: Normalisations and activations that directly follow the module.
-        calls: The operations inside the module, in order.
-        activations: Activations inside the module and after it.
-        parameters: Parameters of the module and of what follows it.
-        chosen: Whether it was chosen here rather than named by the user.
-    """
+    """A module call that stands for a block, with the activations right after it."""
 
     owner: str
-    ordinal: int
+    ordinal: int  # number of its calls before in this pass
+    # number of its first floating-point input (of a list, the first tensor), None if it has none
     input: int | None
-    output: int
-    entered: torch.Size | None
-    shape: torch.Size
-    dtype: torch.dtype
-    features: int | None
-    after: tuple[Call, ...]
-    calls: tuple[Call, ...]
-    activations: list[Call]
-    parameters: list[nn.Parameter]
-    chosen: bool
+    output: int  # number of its output, after `after`
+    entered: torch.Size | None  # shape of the input, None without
+    shape: torch.Size  # shape of the output
+    dtype: torch.dtype  # type of its elements
+    features: int | None  # the channel dimension of the output, if known
+    after: tuple[Call, ...]  # normalisations and activations that directly follow the module
+    calls: tuple[Call, ...]  # the operations inside the module, in order
+    activations: list[Call]  # activations inside the module and after it
+    parameters: list[nn.Parameter]  # parameters of the module and of what follows it
+    chosen: bool  # whether it was chosen here rather than named by the user
 
 
 @dataclass(eq=False)
 class Visit:
-    """One call of a module in a pass.
-
-    Attributes:
-        name: The module's name, "" for the root.
-        module: The module.
-        ordinal: Number of its calls before.
-        input: Number of its first floating-point input, None if it has none.
-        entered: Shape of that.
-        start: Tensors of the pass numbered below this were there before it began.
-        gate: Number of activations before it began.
-        layers: Parameterised transforming operations that ran inside.
-        inner: The calls inside, in order.
-        output: Number of its first floating-point output.
-        shape: Shape of that.
-        dtype: Type of its elements.
-        gates: Number of activations when it had ended.
-    """
+    """One call of a module in a pass."""
 
     name: str
     module: nn.Module
-    ordinal: int
-    input: int | None
-    entered: torch.Size | None
-    start: int
-    gate: int
-    layers: int = 0
+    ordinal: int  # number of its calls before
+    input: int | None  # number of its first floating-point input, None if it has none
+    entered: torch.Size | None  # shape of that
+    start: int  # tensors of the pass numbered below this were there before it began
+    gate: int  # number of activations before it began
+    layers: int = 0  # parameterised transforming operations that ran inside
     inner: "list[Visit]" = field(default_factory=list)
-    output: int | None = None
-    shape: torch.Size | None = None
-    dtype: torch.dtype = torch.float32
-    gates: int = 0
-
-    @property
-    def is_container(self) -> bool:
-        """Whether it only puts other modules together."""
-        return isinstance(self.module, _CONTAINERS)
+    output: int | None = None  # number of its first floating-point output
+    shape: torch.Size | None = None  # shape of that
+    dtype: torch.dtype = torch.float32  # type of its elements
+    gates: int = 0  # number of activations when it had ended
 
 
 class Search:
     """Follows the module calls of one pass and chooses units at its end.
 
-    Args:
-        lineage: The tensors of the pass.
-        gates: The activations of the pass so far.
-        passing: Told of every tensor that may become the input or the output of a unit.
+    `gates` are the activations of the pass so far; `passing` is told of every tensor that may
+    become the input or the output of a unit.
     """
 
     def __init__(
@@ -127,8 +87,7 @@ class Search:
             if next(module.parameters(), None) is not None:
                 self._pass(number, x)
         shape = None if x is None else x.shape
-        gate, ordinal = len(self._gates), self._counts[name]
-        visit = Visit(name, module, ordinal, number, shape, start, gate)
+        visit = Visit(name, module, self._counts[name], number, shape, start, len(self._gates))
         self._counts[name] += 1
         if self._open:
             self._open[-1].inner.append(visit)
@@ -152,7 +111,7 @@ class Search:
 
     def operation(self, call: Call, parents: Sequence[int], number: int, result: Tensor) -> None:
         """An operation of the pass made a tensor of others."""
-        if call.is_transform and self._lineage.parameters(number):
+        if call.is_transform and self._lineage.node(number).parameters:
             for visit in self._open:
                 visit.layers += 1
         elif call.is_after and not self._passed.isdisjoint(parents):
@@ -162,39 +121,45 @@ class Search:
         """The units of the pass that has ended."""
         if self._root is None:
             return []
-        users = self._lineage.users()
-        return [self._unit(visit, users) for visit in choose_units(self._root, self._lineage)]
+        flow, users = self._lineage, self._lineage.users()
+        return [
+            unit_of(visit, flow.tail(visit.output or 0, users), flow, self._gates, chosen=True)
+            for visit in choose_units(self._root, flow)
+        ]
 
     def _pass(self, number: int, x: Tensor) -> None:
         self._passed.add(number)
         self._passing(number, x)
 
-    def _unit(self, visit: Visit, users: Mapping[int, Sequence[int]]) -> Unit:
-        lineage, output = self._lineage, visit.output
-        assert output is not None
-        assert visit.shape is not None
-        tail = lineage.tail(output, users)
-        after = tuple(call for n in tail if (call := lineage.node(n).call) is not None)
-        later = [p for n in tail for p in lineage.parameters(n)]
-        return Unit(
-            owner=visit.name,
-            ordinal=visit.ordinal,
-            input=visit.input,
-            output=tail[-1] if tail else output,
-            entered=visit.entered,
-            shape=visit.shape,
-            dtype=visit.dtype,
-            features=lineage.features(output),
-            after=after,
-            calls=lineage.calls(visit.start, output),
-            activations=[*self._gates[visit.gate : visit.gates], *_activations(after)],
-            parameters=[*visit.module.parameters(), *later],
-            chosen=True,
-        )
 
+def unit_of(
+    visit: Visit, tail: Sequence[int], lineage: Lineage, gates: Sequence[Call], *, chosen: bool
+) -> Unit:
+    """The unit that a call is, with the tensors of its `tail`; of the pass's activations, its own.
 
-def _activations(calls: Iterable[Call]) -> list[Call]:
-    return [call for call in calls if call.is_activation]
+    `chosen` says whether it was chosen here rather than named by the user.
+    """
+    output, after = visit.output, lineage.calls(tail)
+    assert output is not None
+    assert visit.shape is not None
+    return Unit(
+        owner=visit.name,
+        ordinal=visit.ordinal,
+        input=visit.input,
+        output=tail[-1] if tail else output,
+        entered=visit.entered,
+        shape=visit.shape,
+        dtype=visit.dtype,
+        features=lineage.node(output).features,
+        after=after,
+        calls=lineage.calls(range(visit.start, output + 1)),
+        activations=[
+            *gates[visit.gate : visit.gates],
+            *(call for call in after if call.is_activation),
+        ],
+        parameters=[*visit.module.parameters(), *lineage.parameters(tail)],
+        chosen=chosen,
+    )
 
 
 def choose_units(root: Visit, lineage: Lineage) -> list[Visit]:
@@ -204,11 +169,12 @@ def choose_units(root: Visit, lineage: Lineage) -> list[Visit]:
     """
     if not root.layers or root.output is None:
         return []
-    way = lineage.ancestors(root.output)
+    way = set(lineage.walk({root.output: 1}, 0))
     units = list(_divide(root, root.layers, way, lineage))
     while len(units) == 1 and (inner := _inner(units[0], way)) and len(inner) > 1:
         units = [unit for call in inner for unit in _divide(call, root.layers, way, lineage)]
-    if len(units) > 1 and lineage.is_linear(units[-1].output) and units[-1].output == root.output:
+    is_head = lineage.node(root.output).name == "linear" and units[-1].output == root.output
+    if len(units) > 1 and is_head:
         units.pop()
     return units
 
@@ -224,16 +190,14 @@ def _divide(visit: Visit, total: int, way: set[int], lineage: Lineage) -> Iterat
     if visit.layers < 2 or not inner:
         yield visit
         return
-    root = not visit.name
-    divisible = visit.is_container or visit.layers > _LARGE * total
-    if root or (divisible and _is_chain(inner, lineage)):
+    container = isinstance(visit.module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+    divisible = container or visit.layers > _LARGE * total
+    chain = (
+        lineage.descends(late.output or 0, early.output or 0)
+        for early, late in itertools.pairwise(inner)
+    )
+    if not visit.name or (divisible and all(chain)):
         for call in inner:
             yield from _divide(call, total, way, lineage)
     else:
         yield visit
-
-
-def _is_chain(calls: list[Visit], lineage: Lineage) -> bool:
-    """Whether each call was made of the one before."""
-    pairs = itertools.pairwise(calls)
-    return all(lineage.descends(late.output or 0, early.output or 0) for early, late in pairs)

@@ -51,7 +51,7 @@ def change_by(calls: Sequence[Call], u: Tensor) -> Scalar:
     """
     u = u.detach()
     # u - max(u, 0) in one operation
-    difference = u.clamp(max=0) if is_relu(calls) else compose(tuple(calls))(u) - u
+    difference = u.clamp(max=0) if is_relu(calls) else compose(calls)(u) - u
     size = _size(difference)
     return quotient(size, _size(u)) if size else 0.0
 
@@ -75,7 +75,7 @@ def slope(function: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
     [0.0, 1.0]
     """
     # own saved-tensor hooks: those around us (activation checkpointing) would count our tensors
-    with torch.enable_grad(), saved_tensors_hooks(_itself, _itself):
+    with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
         at = u.detach().requires_grad_()
         (derivative,) = torch.autograd.grad(function(at).sum(), at)
     return derivative
@@ -88,21 +88,23 @@ def slope_at(calls: Sequence[Call], u: Tensor, output: Tensor) -> Tensor:
     """
     if is_relu(calls):
         return (u > 0).to(u.dtype)
-    plain = len(calls) == 1 and not calls[0].args
-    name, kwargs = calls[0].name, {k: v for k, v in calls[0].kwargs.items() if k != "inplace"}
-    if plain and name == "elu" and kwargs.get("alpha", 1.0) == 1.0 and len(kwargs) <= 1:
+    if (
+        len(calls) == 1
+        and _is_plain_elu(calls[0])
+        and calls[0].kwargs.keys() <= {"alpha", "inplace"}
+    ):
         return (output + 1).clamp_max(1)
-    return slope(compose(tuple(calls)), u)
+    return slope(compose(calls), u)
 
 
 def is_relu(calls: Sequence[Call]) -> bool:
     """Whether calls are one ReLU, in place or not."""
-    return (
-        len(calls) == 1
-        and calls[0].name == "relu"
-        and not calls[0].args
-        and set(calls[0].kwargs) <= {"inplace"}
-    )
+    names = [call.name for call in calls]
+    return names == ["relu"] and not calls[0].args and calls[0].kwargs.keys() <= {"inplace"}
+
+
+def _is_plain_elu(call: Call) -> bool:
+    return call.name == "elu" and not call.args and call.kwargs.get("alpha", 1.0) == 1.0
 
 
 class Saturation:
@@ -135,8 +137,7 @@ class Saturation:
     ) -> Iterator[tuple[int, list[Tensor], list[int]]]:
         """Closed units of every block: row, counts per channel of each gate, sizes of the gates.
 
-        Args:
-            features: The dimension of the channels in a tensor of a row, if it is known.
+        `features` gives the dimension of the channels in a tensor of a row, if it is known.
         """
         counted = _count_closed(
             (gate, features(row, gate)) for row, gates in self._inside for gate in gates
@@ -148,9 +149,8 @@ class Saturation:
 def fractions(counts: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Scalar, Scalar]:
     """Shares of saturated units, and of channels all of whose units are: dead ones."""
     # NaN counts, of a graph that did not write them, stay NaN
-    full = [
-        (count == size // len(count)) + 0 * count for count, size in zip(counts, sizes, strict=True)
-    ]
+    pairs = zip(counts, sizes, strict=True)
+    full = [(count == size // len(count)) + 0 * count for count, size in pairs]
     channels = sum(len(count) for count in counts)
     return _total(counts) / sum(sizes), _total(full) / channels
 
@@ -159,7 +159,7 @@ def saturated(call: Call, x: Tensor) -> Tensor:
     """Which units have a slope below `SATURATED_SLOPE`; the usual two without computing slopes."""
     if call.name == "relu":
         return x <= 0
-    if call.name == "elu" and call.kwargs.get("alpha", 1.0) == 1.0 and not call.args:
+    if _is_plain_elu(call):
         return x < math.log(SATURATED_SLOPE)
     return slope(call, x).abs() < SATURATED_SLOPE
 
@@ -187,12 +187,7 @@ def _total(counts: Sequence[Tensor]) -> Scalar:
 def share(part: Tensor, total: Tensor) -> Scalar:
     """Projection share <part, total> / ||total||^2; the shares of the parts of `total` sum to 1.
 
-    Args:
-        part: One addend of `total`, same shape.
-        total: E.g. dL/dx, the sum of what came through the shortcut and through the branch.
-
-    Returns:
-        Scalar; outside 0..1 where the parts partly cancel.
+    Outside 0..1 where the parts, e.g. of dL/dx through shortcut and branch, partly cancel.
 
     >>> round(share(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1.0])), 6)
     0.5
@@ -212,11 +207,7 @@ def share(part: Tensor, total: Tensor) -> Scalar:
 
 
 class ShortcutGradient:
-    """What came through the shortcuts of one backward pass, held until the whole gradient is there.
-
-    Args:
-        head: The samples of a tensor that are looked at.
-    """
+    """What came through the shortcuts in a backward pass, until the whole gradient is there."""
 
     def __init__(self, head: Callable[[Tensor], Tensor]) -> None:
         self._head = head
@@ -274,10 +265,6 @@ def entries(h: Tensor, x: Tensor) -> list[tuple[Node, int]] | None:
             elif before is not None and before is not target:
                 stack.append(before)
     return found
-
-
-def _itself(x: Tensor) -> Tensor:
-    return x
 
 
 def _dot(a: Tensor, b: Tensor) -> float:

@@ -29,25 +29,18 @@ def serves(x: Tensor) -> bool:
 
 
 def moments(x: Tensor, channel: int) -> Tensor:
-    """Channel means, second moment and non-finite fraction, float64 (C + 2,), in one pass.
-
-    Args:
-        x: At least two-dimensional.
-        channel: The dimension of the channels.
-    """
+    """Channel means, second moment and non-finite fraction, float64 (C + 2,), in one pass."""
     out = torch.empty(x.shape[channel] + 2, dtype=torch.float64, device=x.device)
     return _launch(x, channel, out, samples=0)
 
 
 def gradient(g: Tensor) -> Tensor:
-    """G2 and the non-finite fraction of a gradient, float64 (2,), in one pass.
-
-    Args:
-        g: Gradient of the mean loss, batch first.
-    """
+    """G2 and the non-finite fraction of a gradient, float64 (2,), in one pass."""
     out = torch.empty(2, dtype=torch.float64, device=g.device)
-    flat = _in_memory_order(g).reshape(-1, 1)
-    return _launch(flat, 1, out, samples=g.shape[0] if g.dim() else 1)
+    samples = g.shape[0] if g.dim() else 1
+    if g.dim() == 4 and g.is_contiguous(memory_format=torch.channels_last):
+        g = g.permute(0, 2, 3, 1)  # as the elements lie: a norm does not care for their order
+    return _launch(g.reshape(-1, 1), 1, out, samples=samples)
 
 
 def _launch(x: Tensor, channel: int, out: Tensor, *, samples: int) -> Tensor:
@@ -102,15 +95,8 @@ def _collapse(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, int] | 
     return size, step
 
 
-def _in_memory_order(x: Tensor) -> Tensor:
-    """The elements as they lie, if they lie densely: a norm does not care for their order."""
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        return x.permute(0, 2, 3, 1)
-    return x
-
-
 def _reach(x: Tensor) -> int:
-    """The last place of a tensor in memory, counted from its first."""
+    """The last place in memory, counted from the first."""
     return sum((count - 1) * stride for count, stride in zip(x.shape, x.stride(), strict=True))
 
 

@@ -28,12 +28,8 @@ _MOMENTS = ("mean", "channel_std", "nonfinite")
 def describe_input(inputs: Sequence[Tensor]) -> Tensor | None:
     """Mean, standard deviation and non-finite share of the first floating-point input.
 
-    Args:
-        inputs: What the model was called with.
-
-    Returns:
-        float64 tensor (3,), on the input's device; None where there is no such input, as of
-        language models, whose inputs are whole numbers.
+    Returns a float64 tensor (3,), on the input's device; None where there is no such input, as of
+    language models, whose inputs are whole numbers.
     """
     x = next((t for t in inputs if t.is_floating_point() and t.dim() > 1 and t.numel() > 1), None)
     if x is None:
@@ -47,13 +43,9 @@ def describe_input(inputs: Sequence[Tensor]) -> Tensor | None:
 
 
 class Logits:
-    """The logits of a pass until their gradient comes.
+    """The logits (..., K) of a pass until their gradient comes.
 
-    Args:
-        logits: (..., K); of many rows only the first are kept, 2^17 numbers or 16 rows.
-
-    Attributes:
-        classes: K.
+    Of many rows only the first are kept, 2^17 numbers or 16 rows.
     """
 
     def __init__(self, logits: Tensor) -> None:
@@ -74,12 +66,8 @@ class Logits:
         cross-entropy (of two classes the signs say nothing). Rows that do not fit, or have
         no gradient (labels that are ignored), do not count.
 
-        Args:
-            g: dL/dlogits.
-
-        Returns:
-            float64 tensor (2,); NaN where half of the rows or more do not fit a cross-entropy with
-            one label each, and the share where they are fewer than 8. None without classes.
+        Returns a float64 tensor (2,); NaN where half of the rows or more do not fit a cross-entropy
+        with one label each, and the share where they are fewer than 8. None without classes.
         """
         if self.classes < 2 or self._kept._version != self._version:
             return None

@@ -1,5 +1,6 @@
 """Norms of gradients and updates of many parameters, gathered per block in a few kernels."""
 
+import functools
 import math
 from collections.abc import Collection, Sequence
 
@@ -16,12 +17,9 @@ _KEPT = 16
 class ParameterNorms:
     """Per-block norms over groups of parameters.
 
-    Args:
-        parameters: All parameters watched, in any order.
-        groups: Per block, its parameters; those of no block count in the total only, and those
-            of several blocks (shared weights, a block inside a block) in each of them.
-        ranks: Where parameters are shards, how many ranks hold them: squared norms are then this
-            rank's share of the whole. None for whole parameters.
+    Those of no block count in the total only, and those of several blocks (shared weights, a block
+    inside a block) in each of them. Where parameters are shards that `ranks` hold, squared norms
+    are this rank's share of the whole.
     """
 
     def __init__(
@@ -50,18 +48,17 @@ class ParameterNorms:
     def take(self, owned: Collection[int] | None = None, scale: Tensor | float = 1.0) -> None:
         """Measure the gradients that are there and were not taken before in this step.
 
-        Args:
-            owned: `id` of the parameters to look at: those of the optimizer that is about to step;
-                None for all.
-            scale: What the loss was multiplied with, to be divided out again.
+        Of the parameters whose `id` is in `owned`, those of the optimizer that is about to step;
+        None for all. `scale` is what the loss was multiplied with, to be divided out again.
         """
         due = [
-            (i, self._local(p.grad))
+            (i, p.grad)
             for i, p in enumerate(self._parameters)
             if i not in self._taken and (owned is None or id(p) in owned)
         ]
         self._taken.update(i for i, _ in due)
-        dense = [(i, g.coalesce().values() if g.is_sparse else g) for i, g in due if g is not None]
+        there = [(i, g if self._shares is None else local(g)) for i, g in due if g is not None]
+        dense = [(i, g.coalesce().values() if g.is_sparse else g) for i, g in there]
         if dense:
             which = tuple(i for i, _ in dense)
             squares = self._squares([g for _, g in dense], which, scale)
@@ -81,11 +78,9 @@ class ParameterNorms:
     def gradients(self) -> tuple[Tensor, Tensor]:
         """G1 per block (L,) and the norm over all parameters, float64; NaN without gradients."""
         if not self._parts:
-            nan = torch.full((self._blocks + 1,), math.nan, dtype=torch.float64)
-            return nan[:-1], nan[-1]
+            return self._unknown()
         which = tuple(i for part, _ in self._parts for i in part)
-        squares = [part for _, part in self._parts]
-        return self._sum(squares[0] if len(squares) == 1 else torch.cat(squares), which)
+        return self._sum(torch.cat([part for _, part in self._parts]), which)
 
     def remember(self) -> None:
         """Copy the parameters: call before the optimizer's step."""
@@ -98,8 +93,7 @@ class ParameterNorms:
     def updates(self) -> tuple[Tensor, Tensor]:
         """||after - before|| and ||before|| per block (L,), float64; call after the step."""
         if self._sizes is None or self._copies is None:
-            nan = torch.full((self._blocks,), math.nan, dtype=torch.float64)
-            return nan, nan
+            return (self._unknown()[0],) * 2
         torch._foreach_sub_(self._copies, self._detached())
         moved, _ = self._gather(self._copies, self._everything)
         sizes, self._sizes = self._sizes, None
@@ -110,25 +104,26 @@ class ParameterNorms:
         return self._gather(self._detached(), self._everything)[1]
 
     def _detached(self) -> list[Tensor]:
-        if self._shares is None:
-            return [p.detach() for p in self._parameters]
-        return [local(p.detach()) for p in self._parameters]
-
-    def _local(self, gradient: Tensor | None) -> Tensor | None:
-        return gradient if gradient is None or self._shares is None else local(gradient)
+        parameters = [p.detach() for p in self._parameters]
+        return parameters if self._shares is None else list(map(local, parameters))
 
     def _gather(self, tensors: list[Tensor], which: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """Root of summed squares per block, and over everything; `which` parameters they are."""
-        if not tensors:
-            nan = torch.full((self._blocks + 1,), math.nan, dtype=torch.float64)
-            return nan[:-1], nan[-1]
-        return self._sum(self._squares(tensors, which), which)
+        return self._sum(self._squares(tensors, which), which) if tensors else self._unknown()
+
+    def _unknown(self) -> tuple[Tensor, Tensor]:
+        nan = torch.full((self._blocks + 1,), math.nan, dtype=torch.float64)
+        return nan[:-1], nan[-1]
 
     def _squares(
         self, tensors: list[Tensor], which: tuple[int, ...], scale: Tensor | float = 1.0
     ) -> Tensor:
         """Squared norms (P,); of shards, this rank's share of them."""
-        squares = (_norms(tensors) / scale).square()
+        if on_host(tensors[0].device):
+            sizes = norms(tensors)
+        else:
+            sizes = torch.stack(torch._foreach_norm(tensors, 2, torch.float64))
+        squares = (sizes / scale).square()
         return squares if self._shares is None else squares * self._shares[list(which)].to(squares)
 
     def _sum(self, squares: Tensor, which: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -145,19 +140,10 @@ class ParameterNorms:
                 self._indices.clear()
             place = {parameter: at for at, parameter in enumerate(which)}
             pairs = [(place[i], row) for i, row in self._members if i in place]
-            lists = [p for p, _ in pairs], [r for _, r in pairs], sorted({r for _, r in pairs})
-            places, rows, present = (
-                torch.tensor(numbers, dtype=torch.long, device=device) for numbers in lists
-            )
-            self._indices[which] = places, rows, present
+            places, rows = [p for p, _ in pairs], [r for _, r in pairs]
+            send = functools.partial(torch.tensor, dtype=torch.long, device=device)
+            self._indices[which] = send(places), send(rows), send(sorted(set(rows)))
         return self._indices[which]
-
-
-def _norms(tensors: list[Tensor]) -> Tensor:
-    """Euclidean norms (P,), float64, finite whenever the elements are."""
-    if not on_host(tensors[0].device):
-        return torch.stack(torch._foreach_norm(tensors, 2, torch.float64))
-    return norms(tensors)
 
 
 def _shares(parameters: Sequence[Tensor], ranks: int) -> list[float]:
@@ -167,9 +153,8 @@ def _shares(parameters: Sequence[Tensor], ranks: int) -> list[float]:
     """
     out = []
     for parameter in parameters:
-        mesh, copies = mesh_of(parameter), 1
-        if mesh is None:
-            copies = ranks
+        mesh = mesh_of(parameter)
+        copies = ranks if mesh is None else 1
         for dimension, placement in enumerate(placements_of(parameter)):
             copies *= mesh.size(dimension) if placement.is_replicate() else 1
         out.append(1 / copies)

@@ -27,12 +27,6 @@ _FEW = 2**12
 def norm(x: Tensor) -> Scalar:
     """Euclidean norm sqrt(sum x^2), finite whenever every element of `x` is.
 
-    Args:
-        x: Any shape and floating dtype.
-
-    Returns:
-        Scalar in units of `x`.
-
     >>> f"{norm(torch.full((4,), 1e30)):.4g}"  # although 1e60 is no float32
     '2e+30'
     """
@@ -45,14 +39,6 @@ def norm(x: Tensor) -> Scalar:
             return fast
     exact: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
     return look(exact) if on_host(x.device) else exact
-
-
-def trusted_norm(x: Tensor) -> float | None:
-    """`norm` in the fewest steps, None where float32 cannot be trusted with it."""
-    if x.requires_grad or not is_fast(x):
-        return None
-    size = _norm_by_pieces(x)
-    return size if TRUSTED[0] < size < TRUSTED[1] else None
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:

@@ -1,8 +1,7 @@
 """The skip path of one forward pass: what the after-adds do to it, block after block.
 
-Everything here is measured on the first samples of a batch: the definitions are averages over units
-(sample, channel, position), and carrying one number per unit through all blocks costs as much as a
-batch of activations.
+Measured on the first samples of a batch: the definitions are averages over units (sample, channel,
+position), and one number per unit costs as much as a batch of activations.
 """
 
 import math
@@ -32,14 +31,10 @@ _PER_UNIT = ("identity_defect", "identity_drift", "slope_mean", "slope_mean_sq")
 
 
 class _Chain:
-    """One number per unit carried along the shortcuts: the product of the slopes on the way.
-
-    Attributes:
-        lost: Why the product cannot be known any more, or "".
-    """
+    """One number per unit carried along the shortcuts: the product of the slopes on the way."""
 
     def __init__(self) -> None:
-        self.lost = ""
+        self.lost = ""  # why the product cannot be known any more
         self._product: Tensor | None = None  # None: 1 for every unit
         self._alive: Tensor | None = None  # 1 where a unit leads back to the chain's beginning
         self._share: Scalar = 1.0  # of units that are alive
@@ -72,7 +67,7 @@ class _Chain:
         return units if self._alive is None else self._share * self._alive.numel()
 
     def mean(self) -> Scalar:
-        """Mean over the surviving units; NaN once it is lost."""
+        """Mean over the surviving units."""
         if self.lost:
             return math.nan
         return 1.0 if self._product is None else quotient(_mean(self._product), self._share)
@@ -80,60 +75,47 @@ class _Chain:
 
 @dataclass(eq=False)
 class _Passage:
-    """One block's first samples, copied while the forward pass runs, measured when it has ended.
-
-    Attributes:
-        row: The block.
-        x: Block input where its shape is needed, else None.
-        h: Shortcut output, as it goes into the sum; None if `source` says what it is.
-        path: Calls of a parameter-free shortcut, () for the identity, None for a projection.
-        scale: Factor on the shortcut inside the addition.
-        stage: The block's stage; None for a block of which P1 alone is measured.
-        joined: Whether the input is the sum or the output of the block before, or there is none.
-        source: Which of the two h itself is, "sum" or "output"; "" if it is neither.
-        u: The sum before the after-add.
-        after: The after-add's calls, () for none.
-        output: The block's output where it cannot be computed from u, else None.
-        rejected: Whether nothing that was seen of the block holds.
-    """
+    """One block's first samples, copied while the forward pass runs, measured when it has ended."""
 
     row: int
-    x: Tensor | None
-    h: Tensor | None
-    path: tuple[Call, ...] | None
-    scale: float
-    stage: int | None
-    joined: bool
-    source: str
-    u: Tensor | None = None
-    after: tuple[Call, ...] = ()
-    output: Tensor | None = None
-    rejected: bool = False
+    x: Tensor | None = None  # block input where its shape is needed
+    h: Tensor | None = None  # shortcut output as it goes into the sum, where `source` is ""
+    # calls of a parameter-free shortcut, () for the identity, None for a projection
+    path: tuple[Call, ...] | None = None
+    scale: float = 1.0  # factor on the shortcut inside the addition
+    stage: int | None = None  # the block's stage; None for a block of which P1 alone is measured
+    joined: bool = False  # whether x is the sum or output of the block before, or there is none
+    source: str = ""  # which of the two h itself is, "sum" or "output"; "" if it is neither
+    u: Tensor | None = None  # the sum before the after-add
+    after: tuple[Call, ...] = ()  # the after-add's calls, () for none
+    output: Tensor | None = None  # the block's output where it cannot be computed from u
+    rejected: bool = False  # whether nothing that was seen of the block holds
 
     @property
     def is_elementwise(self) -> bool:
         """Whether the output can be computed from the sum."""
         return all(call.is_activation for call in self.after)
 
+    def ends(self) -> dict[str, Tensor]:
+        """What the next block may begin with: the sum, and what the after-add made of it."""
+        if self.u is None or self.rejected:
+            return {}
+        output = compose(self.after)(self.u) if self.output is None else self.output
+        return {"sum": self.u, "output": output}
+
 
 class SkipPath:
     """Running products of after-add slopes (P3) and iterates of the after-add (P4).
 
     While the forward pass runs, only the first samples are copied; `finish` measures all blocks in
-    one go: the same operations cost a third of what they cost between two convolutions.
-
-    Args:
-        samples: Samples at the head of the batch to look at; None for all.
-        core: Measure P1 only.
-
-    Attributes:
-        samples: The same.
-        weigh: Told each block's row, values, and what each value is a mean over: the sum of squares
-            or the number of units below its fraction bar.
+    one go: the same operations cost a third of what they cost between two convolutions. `samples`
+    at the head of the batch are looked at, None for all; of the `core` set P1 only is measured.
     """
 
     def __init__(self, samples: int | None, *, core: bool = False) -> None:
         self.samples, self._core = samples, core
+        # told each block's row, values, and what each value is a mean over: the sum of squares or
+        # the number of units below its fraction bar
         self.weigh: Callable[[int, list[Scalar], list[Scalar]], None] | None = None
         self._memory: dict[tuple[int, str], tuple[tuple[Any, ...], Tensor]] = {}
         self.reset()
@@ -184,13 +166,12 @@ class SkipPath:
 
     def pass_by(self, row: int) -> None:
         """Pass a block that has had no after-add so far: of the core set nothing is to be kept."""
-        self._passages[row] = _Passage(row, None, None, None, 1.0, None, False, "")
+        self._passages[row] = _Passage(row)
 
     def reject(self, stages: Mapping[int, int]) -> None:
         """Nothing that was seen of some blocks, of these stages, holds."""
         for row, stage in stages.items():
-            lost = _Passage(row, None, None, None, 1.0, stage, False, "", rejected=True)
-            self._passages[row] = lost
+            self._passages[row] = _Passage(row, stage=stage, rejected=True)
         self._passages = {row: self._passages[row] for row in sorted(self._passages)}
 
     def close(self, row: int, output: Tensor, after: tuple[Call, ...]) -> None:
@@ -217,34 +198,34 @@ class SkipPath:
     def finish(self) -> Iterator[tuple[int, list[Scalar], dict[str, str]]]:
         """Measure the blocks in forward order.
 
-        Yields:
-            Row; 9 scalars, see `COLUMNS`, NaN where undefined; why columns are NaN.
+        Yields rows; 9 scalars, see `COLUMNS`, NaN where undefined; why columns are NaN.
         """
         if self._core:
             yield from self._perturbations()
             return
-        last: dict[str, Tensor] = {}  # the sum and the output of the block before
+        last: dict[str, Tensor] = {}  # of the block before
         for passage in self._passages.values():
             u, h = passage.u, last.get(passage.source, passage.h)
+            ends = passage.ends()
             if passage.rejected or (h is None and passage.source):
-                last = {} if passage.rejected else self._ends(passage)
+                last = ends
                 yield passage.row, [math.nan] * len(COLUMNS), self._lose(passage)
                 continue
             if u is None or h is None:  # an exception passed
                 continue
             self._cross(passage, h)
-            if passage.output is not None:
-                output = passage.output
-                values = self._unmeasurable(u, output)
-            elif not passage.after:
-                output, values = u, self._untouched(u)
-            else:
-                output, settled = compose(passage.after)(u), passage.source == "output"
-                values = self._measure(passage.after, u, output, h, settled=settled)
-            last = {"sum": u, "output": output}
+            last, output = ends, ends["output"]
+            if passage.output is not None:  # a normalisation: what it does to the sum can be said
+                for chain in (self._stage, self._whole):
+                    chain.lose(NOT_ELEMENTWISE)
+                values = self._values(u, relative_change(output, u), *[math.nan] * 4)
+            elif passage.after:
+                values = self._measure(passage, u, output, h)
+            else:  # by definition rather than by rounding
+                values = self._values(u, 0.0, 0.0, self._drift, 1.0, 1.0)
             if self.weigh is not None:
                 self.weigh(passage.row, values, self._weights(u, h))
-            yield passage.row, values, self._missing(passage.after)
+            yield passage.row, values, self._missing(passage)
         self.reset()
 
     def _perturbations(self) -> Iterator[tuple[int, list[Scalar], dict[str, str]]]:
@@ -252,10 +233,8 @@ class SkipPath:
         nothing = [math.nan] * (len(COLUMNS) - 1)
         outputs, sums = dict[int, Tensor](), dict[int, Tensor]()
         for row, passage in self._passages.items():
-            u, output = passage.u, passage.output
-            if u is not None and passage.after and not passage.rejected:
-                outputs[row] = compose(passage.after)(u) if output is None else output
-                sums[row] = u
+            if passage.u is not None and passage.after and not passage.rejected:
+                outputs[row], sums[row] = passage.ends()["output"], passage.u
         changes = relative_changes(list(outputs.values()), list(sums.values()))
         known: dict[int, Scalar] = dict(zip(sums, changes, strict=True))
         for row, passage in self._passages.items():
@@ -268,19 +247,12 @@ class SkipPath:
             yield row, values, {COLUMNS[0]: why} if lost else {}
         self.reset()
 
-    def _ends(self, passage: _Passage) -> dict[str, Tensor]:
-        """What the next block may begin with."""
-        u, output = passage.u, passage.output
-        if u is None:
-            return {}
-        return {"sum": u, "output": compose(passage.after)(u) if output is None else output}
-
     def _lose(self, passage: _Passage) -> dict[str, str]:
         """A block that was rejected interrupts the products, and the stage's iterates."""
         self._begin_stage(passage)
-        self._stage.lose(OTHER_PASS)
-        self._whole.lose(OTHER_PASS)
-        self._is_adrift = True
+        for chain in (self._stage, self._whole):
+            chain.lose(OTHER_PASS)
+        self._is_adrift, self._drift = True, math.nan
         return dict.fromkeys(COLUMNS, OTHER_PASS)
 
     def _begin_stage(self, passage: _Passage) -> bool:
@@ -308,66 +280,51 @@ class SkipPath:
         if self._base is None:
             self._base = self._iterate = h
 
-    def _measure(
-        self, after: tuple[Call, ...], u: Tensor, output: Tensor, h: Tensor, *, settled: bool
-    ) -> list[Scalar]:
-        """What an elementwise after-add does; `settled` says that h came out of the one before."""
+    def _measure(self, passage: _Passage, u: Tensor, output: Tensor, h: Tensor) -> list[Scalar]:
+        """What an elementwise after-add does."""
+        after, settled = passage.after, passage.source == "output"  # h came out of the one before
         f = compose(after)
         idempotent = len(after) == 1 and after[0].is_idempotent
         slopes = slope_at(after, u, output)
         for chain in (self._stage, self._whole):
             chain.multiply(slopes)
-        mean = _mean(slopes)
-        binary = len(after) == 1 and after[0].name == "relu"  # slopes are 0 or 1
-        size = None if binary else norm(slopes)
-        return [
-            relative_change(output, u),
-            0.0 if idempotent and settled else relative_change(f(h), h),
-            self._stage.mean(),
-            self._whole.mean(),
-            self._advance(f, idempotent=idempotent),
-            math.nan,
-            _share(u < 0),
-            mean,
-            mean if size is None else size * size / slopes.numel(),
-        ]
+        mean = square = _mean(slopes)
+        if len(after) > 1 or after[0].name != "relu":  # its slopes are 0 or 1
+            size = norm(slopes)
+            square = size * size / slopes.numel()
+        change, drift = relative_change(output, u), self._advance(f, idempotent=idempotent)
+        defect = 0.0 if idempotent and settled else relative_change(f(h), h)
+        return self._values(u, change, defect, drift, mean, square)
+
+    def _values(
+        self, u: Tensor, change: Scalar, defect: Scalar, drift: Scalar, mean: Scalar, square: Scalar
+    ) -> list[Scalar]:
+        """What `COLUMNS` names, in order."""
+        gains = self._stage.mean(), self._whole.mean()
+        return [change, defect, *gains, drift, math.nan, _share(u < 0), mean, square]
 
     def _weights(self, u: Tensor, h: Tensor) -> list[Scalar]:
         """The denominators of the values of a block just measured, in the order of `COLUMNS`."""
         assert self._base is not None
         sums, shortcuts, base = (size * size for size in map(norm, (u, h, self._base)))
         units = float(u.numel())
-        alive = [chain.alive(units) for chain in (self._stage, self._whole)]
-        return [sums, shortcuts, *alive, base, units, units, units, units]
+        alive = self._stage.alive(units), self._whole.alive(units)
+        return [sums, shortcuts, *alive, base, *[units] * 4]
 
-    def _missing(self, after: tuple[Call, ...]) -> dict[str, str]:
+    def _missing(self, passage: _Passage) -> dict[str, str]:
         """Why columns of the block just measured are NaN."""
         reasons = {"skip_gain_stage": self._stage.lost, "skip_gain": self._whole.lost}
         if self._is_adrift:
             reasons["identity_drift"] = OTHER_PASS
-        if not all(call.is_activation for call in after):
+        if not passage.is_elementwise:
             reasons |= dict.fromkeys(_PER_UNIT, NOT_ELEMENTWISE)
         return {column: reason for column, reason in reasons.items() if reason}
-
-    def _untouched(self, u: Tensor) -> list[Scalar]:
-        """No after-add: P1 = P2 = 0, slope 1, by definition rather than by rounding."""
-        gains = self._stage.mean(), self._whole.mean()
-        drift = math.nan if self._is_adrift else self._drift
-        return [0.0, 0.0, *gains, drift, math.nan, _share(u < 0), 1.0, 1.0]
-
-    def _unmeasurable(self, u: Tensor, output: Tensor) -> list[Scalar]:
-        """A normalisation after the addition: only what it does to the sum can be said."""
-        self._stage.lose(NOT_ELEMENTWISE)
-        self._whole.lose(NOT_ELEMENTWISE)
-        return [relative_change(output, u), *[math.nan] * 5, _share(u < 0), math.nan, math.nan]
 
     def _advance(self, f: Callable[[Tensor], Tensor], *, idempotent: bool) -> Scalar:
         """P4: apply f once more to the iterate that began as the stage's first h."""
         base, iterate = self._base, self._iterate
-        if self._is_adrift:
+        if self._is_adrift or base is None or iterate is None:
             return math.nan
-        assert base is not None
-        assert iterate is not None
         if not idempotent or iterate is base:
             self._iterate = f(iterate)
             self._drift = relative_change(self._iterate, base)
@@ -382,7 +339,6 @@ def _mean(x: Tensor) -> Scalar:
 
 
 def _share(x: Tensor) -> Scalar:
-    """Share of True."""
     count = torch.count_nonzero(x)
     if on_host(x.device):
         return int(count.numpy()) / max(1, x.numel())

@@ -7,6 +7,7 @@ take and return, and, where a torch function mode is entered, what operations ta
 the one that was planned.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,25 +34,15 @@ SITES = ("input", "branch", "shortcut", "sum", "output")
 
 @dataclass(frozen=True)
 class Port:
-    """One argument or result of one call of a module, or of an operation in its own forward.
-
-    Attributes:
-        module: The module's name.
-        call: How many calls of it came before in the pass.
-        is_output: Whether the tensor leaves the module, or the operation.
-        place: Position or keyword of the argument; position or key in the result, None for all.
-        operation: The operation's name, "" for the module itself.
-        ordinal: How many operations of that name came before in this call of the module.
-        writes: Whether the operation writes into its operand.
-    """
+    """One argument or result of one call of a module, or of an operation in its own forward."""
 
     module: str
-    call: int
-    is_output: bool
-    place: int | str | None
-    operation: str = ""
-    ordinal: int = 0
-    writes: bool = False
+    call: int  # how many calls of it came before in the pass
+    is_output: bool  # whether the tensor leaves the module, or the operation
+    place: int | str | None  # position or keyword, in a result position or key; None for all
+    operation: str = ""  # the operation's name, "" for the module itself
+    ordinal: int = 0  # how many operations of that name came before in this call of the module
+    writes: bool = False  # whether the operation writes into its operand
 
 
 @dataclass(eq=False)
@@ -65,32 +56,23 @@ class Visit:
 
 @dataclass(eq=False)
 class Trail:
-    """One tensor of one pass: where it passed and when it was used.
-
-    Attributes:
-        shape: Its shape.
-        dtype: Its type.
-        device: Its device.
-        visits: Ports, in time order.
-        uses: Times at which an operation read it.
-    """
+    """One tensor of one pass: where it passed and when it was used."""
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-    visits: list[Visit] = field(default_factory=list)
-    uses: list[int] = field(default_factory=list)
+    visits: list[Visit] = field(default_factory=list)  # ports, in time order
+    uses: list[int] = field(default_factory=list)  # times at which an operation read it
 
-    def value_port(self, owner: str = "") -> Port | None:
-        """A port at which its values can be read: a module's before an operation's.
+    def value_port(self, owner: str = "", before: float = math.inf) -> Port | None:
+        """A port that it passes before a time: there its values can be read.
 
-        Among several, one of `owner` or inside it: such a port is there whenever the block runs.
+        A module's comes first, before an operation's; among several, one of `owner` or inside it:
+        such a port is there whenever the block runs.
         """
-        ordered = sorted(
-            self.visits,
-            key=lambda visit: (bool(visit.port.operation), not is_in(visit.port.module, owner)),
-        )
-        return next((visit.port for visit in ordered), None)
+        ports = [visit.port for visit in self.visits if visit.time < before]
+        ports.sort(key=lambda port: (bool(port.operation), not is_in(port.module, owner)))
+        return next(iter(ports), None)
 
     def gradient_port(self, *, operations: bool = False) -> Port | None:
         """A port that all its uses come after, so that the gradient there is the whole one."""
@@ -111,12 +93,8 @@ class Trail:
 
     def _takers(self, *, operations: bool) -> list[Visit]:
         """Ports of modules, or of operations, where another tensor may take its place."""
-        takers = [
-            visit
-            for visit in self.visits
-            if bool(visit.port.operation) == operations
-            and (visit.port.is_output or not visit.port.writes)
-        ]
+        of_kind = [visit for visit in self.visits if bool(visit.port.operation) == operations]
+        takers = [visit for visit in of_kind if visit.port.is_output or not visit.port.writes]
         # who calls y.add_(f) need not go on with what it returns
         return sorted(takers, key=lambda visit: visit.port.writes)
 
@@ -128,41 +106,23 @@ def is_in(module: str, owner: str) -> bool:
 
 @dataclass(eq=False)
 class BlockPlan:
-    """The tensors of one block; None where the block has no such tensor.
+    """The tensors of one block; None where the block has no such tensor."""
 
-    Attributes:
-        key: What names the block in every pass.
-        addition: The addition; None for a unit without one.
-        unit: The unit; None for a residual block.
-        begin: When the addition began.
-        junction: The addition's own operation, its ordinal among the module's.
-        input: x.
-        branch: F(x).
-        shortcut: h(x).
-        sum: u.
-        output: H.
-        joined: Whether x is the output of the block before, or this is the first block.
-        projection: Port at which x enters the module that makes h of it, if one module does.
-        activations: Activations inside, each with what goes into it.
-        extended: Whether a second addition gave it one more branch.
-        features: Of a unit, the channel dimensions of input and output, None where unknown.
-    """
-
-    key: tuple[str, int]
+    key: tuple[str, int]  # what names the block in every pass
     addition: Addition | None
-    unit: Unit | None
-    begin: int
-    junction: Port | None = None
-    input: Trail | None = None
-    branch: Trail | None = None
-    shortcut: Trail | None = None
-    sum: Trail | None = None
-    output: Trail | None = None
-    joined: bool = True
-    projection: Port | None = None
-    activations: list[tuple[Call, Trail]] = field(default_factory=list)
-    extended: bool = False
-    features: tuple[int | None, int | None] = (None, None)
+    unit: Unit | None  # the unit; None for a residual block
+    begin: int  # when the addition began
+    junction: Port | None = None  # the addition's own operation, its ordinal among the module's
+    input: Trail | None = None  # x
+    branch: Trail | None = None  # F(x)
+    shortcut: Trail | None = None  # h(x)
+    sum: Trail | None = None  # u
+    output: Trail | None = None  # H
+    joined: bool = True  # whether x is the output of the block before, or this is the first block
+    projection: Port | None = None  # where x enters the module that makes h of it, if one does
+    activations: list[tuple[Call, Trail]] = field(default_factory=list)  # and what goes into each
+    extended: bool = False  # whether a second addition gave it one more branch
+    features: tuple[int | None, int | None] = (None, None)  # channel dimensions of a unit's ends
 
     def trail(self, site: str) -> Trail | None:
         """The tensor at one of `SITES`."""
@@ -177,25 +137,16 @@ class BlockPlan:
 
 @dataclass(eq=False)
 class Plan:
-    """What one traced pass showed.
-
-    Attributes:
-        anatomy: The blocks.
-        blocks: Their tensors, in the order of the pass.
-        features: Input of the last linear layer.
-        logits: Its output.
-        calls: How often each module was called.
-        operations: Per call of a module, how often it did which operation of `OPERATIONS` itself.
-        flaw: Why no later pass can be compared with it, or "".
-    """
+    """What one traced pass showed."""
 
     anatomy: Anatomy
-    blocks: list[BlockPlan] = field(default_factory=list)
-    features: Trail | None = None
-    logits: Trail | None = None
-    calls: dict[str, int] = field(default_factory=dict)
+    blocks: list[BlockPlan] = field(default_factory=list)  # their tensors, in the order of the pass
+    features: Trail | None = None  # input of the last linear layer
+    logits: Trail | None = None  # its output
+    calls: dict[str, int] = field(default_factory=dict)  # how often each module was called
+    # per call of a module, how often it did which operation of `OPERATIONS` itself
     operations: dict[tuple[str, int], dict[str, int]] = field(default_factory=dict)
-    flaw: str = ""
+    flaw: str = ""  # why no later pass can be compared with it, or ""
 
 
 def example(given: object) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
@@ -224,62 +175,45 @@ class Role:
 
 @dataclass(eq=False)
 class Reads:
-    """Where a later pass is read.
-
-    Attributes:
-        modules: Per module, direction and number of the call: places and what is there.
-        operations: Per module, number of its call, operation and ordinal: the same.
-        needs: Per row of the plan, what must be seen before its operands are complete.
-        order: The rows in the order in which their sums, or a unit's output, are seen.
-        reason: Why the plan cannot be read, or "".
-    """
+    """Where a later pass is read."""
 
     modules: dict[str, dict[tuple[bool, int], list[tuple[int | str | None, list[Role]]]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(list))
-    )
+    )  # per module, direction and number of the call: places and what is there
     operations: dict[str, dict[tuple[int, str, int], list[tuple[Port, list[Role]]]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(list))
-    )
+    )  # per module, number of its call, operation and ordinal: the same
+    # per row of the plan, what must be seen before its operands are complete
     needs: list[frozenset[str]] = field(default_factory=list)
+    # the rows in the order in which their sums, or a unit's output, are seen
     order: list[int] = field(default_factory=list)
-    reason: str = ""
+    reason: str = ""  # why the plan cannot be read, or ""
 
 
 def place_reads(plan: Plan, kept: frozenset[int], *, core: bool) -> Reads:
-    """Choose a port for every tensor of interest.
-
-    Args:
-        plan: The plan.
-        kept: `id` of tensors that stay from pass to pass: parameters and buffers.
-        core: Whether only the core set is recorded.
-    """
-    reads, roles = Reads(reason=plan.flaw), dict[Port, list[Role]]()
+    """Choose a port for every tensor of interest; `kept`: `id` of parameters and buffers."""
+    reads, roles = Reads(reason=plan.flaw), defaultdict[Port, list[Role]](list)
     times: list[int] = []
     for row, block in enumerate(plan.blocks):
         reads.reason = reads.reason or _why_not(block, kept)
         if reads.reason:
             return reads
-        found = dict(_of_block(block)) if block.unit is None else dict(_of_unit(block))
-        for site, port in found.items():
+        owner, found = block.key[0], dict(_found(block))
+        wanted = [(site, 0, port) for site, port in found.items()]
+        for index, (_, trail) in enumerate(() if core else block.activations):
+            wanted.append(("activation", index, trail.value_port(owner)))
+        for site, index, port in wanted:
             if port is None:
-                reads.reason = _unseen(site, block)
+                reads.reason = f"nothing shows the {site} of block {owner}"
                 return reads
-            roles.setdefault(port, []).append(Role(row, _ORDER.index(site), site))
+            roles[port].append(Role(row, _ORDER.index(site), site, index))
         times.append(_time_of(block, found))
         both = () if block.unit is not None else ("branch", "shortcut")
-        reads.needs.append(frozenset([*both, *(site for site in found if site == "input")]))
-        for index, (_, trail) in enumerate(() if core else block.activations):
-            port = trail.value_port(block.key[0])
-            if port is None:
-                reads.reason = _unseen("activation", block)
-                return reads
-            roles.setdefault(port, []).append(
-                Role(row, _ORDER.index("activation"), "activation", index)
-            )
+        reads.needs.append(frozenset([*both, *found.keys() & {"input"}]))
     for site, end in (("features", plan.features), ("logits", plan.logits)):
         port = None if end is None else end.value_port()
         if port is not None:
-            roles.setdefault(port, []).append(Role(ENDS, 0, site))
+            roles[port].append(Role(ENDS, 0, site))
     reads.order = sorted(range(len(times)), key=times.__getitem__)
     for port, several in roles.items():
         if port.operation:
@@ -293,10 +227,6 @@ def place_reads(plan: Plan, kept: frozenset[int], *, core: bool) -> Reads:
 
 _ORDER = ("input", "branch", "shortcut", OPERANDS, "sum", "activation", "output")
 """In which order what is at one port is told."""
-
-
-def _unseen(site: str, block: BlockPlan) -> str:
-    return f"nothing shows the {site} of block {block.key[0]}"
 
 
 def _why_not(block: BlockPlan, kept: frozenset[int]) -> str:
@@ -314,18 +244,15 @@ def _why_not(block: BlockPlan, kept: frozenset[int]) -> str:
     return ""
 
 
-def _of_unit(block: BlockPlan) -> Iterator[tuple[str, Port | None]]:
-    for site in ("input", "output"):
-        trail = block.trail(site)
-        if trail is not None:
-            yield site, trail.value_port(block.key[0])
-
-
-def _of_block(block: BlockPlan) -> Iterator[tuple[str, Port | None]]:
-    """Ports of a residual block, each before the tensor can be overwritten."""
+def _found(block: BlockPlan) -> Iterator[tuple[str, Port | None]]:
+    """Ports of a unit, or of a residual block, each before the tensor can be overwritten."""
     owner = block.key[0]
+    if block.unit is not None:
+        ends = (("input", block.input), ("output", block.output))
+        yield from ((site, x.value_port(owner)) for site, x in ends if x is not None)
+        return
     found = {
-        site: _before(trail, owner, block.begin)
+        site: trail.value_port(owner, block.begin)
         for site in ("input", "branch", "shortcut")
         if (trail := block.trail(site)) is not None
     }
@@ -334,8 +261,6 @@ def _of_block(block: BlockPlan) -> Iterator[tuple[str, Port | None]]:
         found.pop("branch", None)
         found.pop("shortcut", None)
         found[OPERANDS] = block.junction
-        if block.input is not None and found["input"] is None:
-            found["input"] = _before(block.input, owner, block.begin, operations=True)
     output = block.output
     end = None if output is None else output.value_port(owner)
     yield from found.items()
@@ -343,15 +268,8 @@ def _of_block(block: BlockPlan) -> Iterator[tuple[str, Port | None]]:
         yield "sum", end
     elif block.sum is not None and output is not None:
         first = min((visit.time for visit in output.visits), default=0)
-        yield "sum", _before(block.sum, owner, first, operations=True)
+        yield "sum", block.sum.value_port(owner, first)
     yield "output", end
-
-
-def _before(trail: Trail, owner: str, time: int, *, operations: bool = True) -> Port | None:
-    """A port of a tensor that it passes before a time."""
-    early = [visit for visit in trail.visits if visit.time < time]
-    ordered = sorted(early, key=lambda v: (bool(v.port.operation), not is_in(v.port.module, owner)))
-    return next((v.port for v in ordered if operations or not v.port.operation), None)
 
 
 def _time_of(block: BlockPlan, found: dict[str, Port | None]) -> int:

@@ -13,7 +13,7 @@ from resdiag.watch.base.tensors import tensors_in
 from resdiag.watch.find.additions import Addition
 from resdiag.watch.find.blocks import BlockFinder, trace_once
 from resdiag.watch.find.dataflow import Lineage
-from resdiag.watch.find.passes import Operands
+from resdiag.watch.find.passes import Operands, Surveyor
 from resdiag.watch.find.units import Unit
 from resdiag.watch.plan.ports import OPERATIONS, BlockPlan, Plan, Port, Trail, Visit
 
@@ -37,15 +37,12 @@ class _Operation:
     operands: list[Visit] = field(default_factory=list)
 
 
-class Survey(BlockFinder):
+class Survey(BlockFinder, Surveyor):
     """Notes where every tensor of a traced pass can be seen; each event is an instant.
 
     A tensor is known by its number in the pass: what an in-place operation makes of it has another.
-
-    Args:
-        example: Whether the pass is one over example inputs, in evaluation mode: what hands on its
-            very input there (dropout, stochastic depth) will return another tensor in training, so
-            another one takes its place.
+    In a pass over example inputs, in evaluation mode, what hands on its very input (dropout,
+    stochastic depth) will return another tensor in training, so another one takes its place.
     """
 
     def __init__(self, *, example: bool = False) -> None:
@@ -56,7 +53,7 @@ class Survey(BlockFinder):
         self._trails: dict[int, Trail] = {}
         self._calls: dict[str, int] = defaultdict(int)
         self._open: list[_Frame] = []
-        self._passages: dict[tuple[int, int], Port] = {}
+        self._passages: dict[tuple[int | None, int | None], Port] = {}
         self._keys: dict[int, tuple[int | None, int | None]] = {}
         self._activations: list[tuple[Call, Trail]] = []
         self._passed: dict[int | None, tuple[Trail, int | None]] = {}
@@ -69,17 +66,11 @@ class Survey(BlockFinder):
         """The pass begins."""
         self._flow = flow
 
-    # -- modules -------------------------------------------------------------------------------
-
     def enters(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A module's forward begins."""
         call = self._calls[name]
         self._calls[name] += 1
-        visits = [
-            (self._visit(Port(name, call, False, place), number, value), number)
-            for place, value in _arguments(args, kwargs)
-            if (number := self._flow.number(value)) is not None
-        ]
+        visits = self._arrive(Port(name, call, False, None), args, kwargs)
         self._open.append(_Frame(name, call, visits))
 
     def leaves(self, name: str, module: nn.Module, output: Any) -> Any:  # noqa: ANN401
@@ -117,50 +108,45 @@ class Survey(BlockFinder):
 
     def _separate(self, module: nn.Module, frame: _Frame, output: object) -> object:
         """Another tensor of the same values where a module hands on its input today only."""
-        number = self._flow.number(output) if isinstance(output, Tensor) else None
-        if (
-            not self._example
-            or number is None
-            or not isinstance(output, Tensor)
-            or _is_idle(module)
-            or all(number != entered for _, entered in frame.visits)
-        ):
+        if not self._example or not isinstance(output, Tensor) or _is_idle(module):
+            return output
+        if self._flow.number(output) not in [entered for _, entered in frame.visits]:
             return output
         with torch._C.DisableTorchFunction():
             fresh = output.view_as(output)
         self._waiting = frame
         return fresh
 
-    # -- operations ----------------------------------------------------------------------------
-
     def reads(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         """An operation is about to run."""
         read = {}
-        for x in (*tensors_in(args), *tensors_in(kwargs)):
+        for x in tensors_in((args, kwargs)):
             number = self._flow.number(x)
             if number is not None:
                 read[number] = x, x._version
                 self._trail(number, x)
-        self._running = _Operation(read)
+        running = self._running = _Operation(read)
         name = getattr(func, "__name__", "")
-        if name in OPERATIONS and self._open:
-            self._count(name, args, kwargs)
+        if name in OPERATIONS and self._open:  # it can be found again
+            frame = self._open[-1]
+            writes = name.endswith("_") or bool(kwargs.get("inplace")) or "out" in kwargs
+            port = Port(frame.name, frame.call, True, None, name, frame.operations[name], writes)
+            frame.operations[name] += 1
+            running.port = port
+            operands = self._arrive(replace(port, is_output=False), args, kwargs)
+            running.operands = [visit for visit, _ in operands]
 
-    def _count(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Note the ports of an operation that can be found again."""
-        frame, running = self._open[-1], self._running
-        assert running is not None
-        ordinal = frame.operations[name]
-        frame.operations[name] += 1
-        writes = name.endswith("_") or bool(kwargs.get("inplace")) or "out" in kwargs
-        port = Port(frame.name, frame.call, True, None, name, ordinal, writes)
-        running.port = port
-        running.operands = [
-            self._visit(replace(port, is_output=False, place=place), number, value)
-            for place, value in _arguments(args, kwargs)
-            if (number := self._flow.number(value)) is not None
+    def _arrive(
+        self, port: Port, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> list[tuple[Visit, int]]:
+        """Visits of the tensors of the pass among arguments, and their numbers."""
+        places: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+        return [
+            (self._visit(replace(port, place=place), number, x), number)
+            for place, x in places
+            if isinstance(x, Tensor) and (number := self._flow.number(x)) is not None
         ]
 
     def returns(self, result: Any) -> Any:  # noqa: ANN401
@@ -185,21 +171,16 @@ class Survey(BlockFinder):
         if running is None or running.port is None or number is None:
             return
         # what was written into a part of another tensor: nothing may take its place
-        borrowed = result._is_view() and any(x is result for x, _ in running.read.values())
-        if not borrowed:
+        if not (result._is_view() and any(x is result for x, _ in running.read.values())):
             self._visit(running.port, number, result)
-
-    # -- blocks --------------------------------------------------------------------------------
 
     def operands(self, addition: Addition, tensors: Operands) -> None:
         """Both operands of a residual addition are there."""
         if addition.extends:
-            self._block(addition.key).extended = True
+            self.plan.blocks[self.row_of(addition.key)].extended = True
             return
-        x = tensors.origin
-        running = self._running
-        entered = None if x is None else self._trail_of(x)
-        first = not self.plan.blocks
+        running, first = self._running, not self.plan.blocks
+        entered = self._trail_of(tensors.origin)
         self.plan.blocks.append(
             BlockPlan(
                 addition.key,
@@ -213,18 +194,19 @@ class Survey(BlockFinder):
                 joined=first or (entered is not None and entered is self._last),
             )
         )
-        numbers = (None if x is None else self._flow.number(x), self._flow.number(tensors.shortcut))
-        self._keys[len(self.plan.blocks) - 1] = numbers
+        if tensors.origin is not None:
+            ends = self._flow.number(tensors.origin), self._flow.number(tensors.shortcut)
+            self._keys[len(self.plan.blocks) - 1] = ends
 
     def added(self, addition: Addition, total: Tensor) -> None:
         """The sum, before an in-place after-add."""
         super().added(addition, total)
-        self._block(addition.key).sum = self._last = self._trail_of(total)
+        self.plan.blocks[self.row_of(addition.key)].sum = self._last = self._trail_of(total)
 
     def closed(self, addition: Addition, output: Tensor) -> None:
         """The block's end."""
         super().closed(addition, output)
-        block = self._block(addition.key)
+        block = self.plan.blocks[self.row_of(addition.key)]
         block.addition = addition
         block.output = self._last = self._trail_of(output)
 
@@ -251,32 +233,23 @@ class Survey(BlockFinder):
         self, features: Tensor | None, logits: Tensor | None, outputs: Sequence[Tensor]
     ) -> None:
         """The classifier, and what the blocks could not know before."""
-        if features is not None and logits is not None:
-            self.plan.features = self._trail_of(features)
-            self.plan.logits = self._trail_of(logits)
+        if logits is not None:
+            self.plan.features, self.plan.logits = map(self._trail_of, (features, logits))
         self.plan.calls = dict(self._calls)
         self._held.clear()
         for row, block in enumerate(self.plan.blocks):
             thing = block.addition or block.unit
             inside = set() if thing is None else {id(call) for call in thing.activations}
             block.activations = [(call, x) for call, x in self._activations if id(call) in inside]
-            x, h = self._keys.get(row, (None, None))
-            if x is not None and h is not None:
-                block.projection = self._passages.get((x, h))
-
-    # -- inside --------------------------------------------------------------------------------
+            block.projection = self._passages.get(self._keys.get(row, (None, None)))
 
     def row_of(self, key: tuple[str, int]) -> int:
         """The place of a block in the plan."""
         blocks = self.plan.blocks
         return next(row for row in reversed(range(len(blocks))) if blocks[row].key == key)
 
-    def _block(self, key: tuple[str, int]) -> BlockPlan:
-        return self.plan.blocks[self.row_of(key)]
-
     def _visit(self, port: Port, number: int, x: Tensor) -> Visit:
-        time = self._tick()
-        visit = Visit(port, time, time)
+        visit = Visit(port, time := self._tick(), end=time)
         self._trail(number, x).visits.append(visit)
         return visit
 
@@ -284,14 +257,12 @@ class Survey(BlockFinder):
         self._time += 1
         return self._time
 
-    def _trail_of(self, x: Tensor) -> Trail | None:
-        number = self._flow.number(x)
-        return None if number is None else self._trail(number, x)
+    def _trail_of(self, x: Tensor | None) -> Trail | None:
+        number = None if x is None else self._flow.number(x)
+        return None if x is None or number is None else self._trail(number, x)
 
     def _trail(self, number: int, x: Tensor) -> Trail:
-        if number not in self._trails:
-            self._trails[number] = Trail(x.shape, x.dtype, x.device)
-        return self._trails[number]
+        return self._trails.setdefault(number, Trail(x.shape, x.dtype, x.device))
 
 
 def plan_of_example(
@@ -312,14 +283,6 @@ def plan_of_example(
         survey = Survey(example=True)
         trace_once(model, inputs, keywords, [], units, survey)
     return survey.plan
-
-
-def _arguments(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Iterator[tuple[int | str, Tensor]]:
-    """The tensors among arguments and their places."""
-    yield from ((place, x) for place, x in enumerate(args) if isinstance(x, Tensor))
-    yield from ((name, x) for name, x in kwargs.items() if isinstance(x, Tensor))
 
 
 def _results(output: object) -> Iterator[tuple[int | str | None, Tensor]]:

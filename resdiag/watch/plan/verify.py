@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from resdiag.watch.measure.batchnorm import Gone, kept
+from resdiag.watch.measure.moments import Gone, kept
 from resdiag.watch.plan.ports import Plan
 
 Edge: TypeAlias = tuple[Node, int]
@@ -62,8 +62,7 @@ def edge_of(x: Tensor | None) -> Edge | None:
 class PassGraph:
     """The edges of what was seen in one pass: of blocks by row and site, and of its two ends.
 
-    Args:
-        kept: `id` of the tensors that stay from pass to pass: parameters and buffers.
+    `kept` are `id` of the tensors that stay from pass to pass: parameters and buffers.
     """
 
     def __init__(self, kept: frozenset[int]) -> None:
@@ -88,21 +87,12 @@ class PassGraph:
         for index, output in enumerate(outputs):
             self.see(_ENDS, f"output {index}", output)
 
-    def edge(self, row: int, site: str) -> Edge | None:
-        """What was seen there."""
-        return self._edges.get((row, site))
-
     def tokens(self, row: int, sites: Sequence[str], *, path: bool = False) -> Tokens | None:
         """The way back from the last of some sites of a row to the first.
 
         It ends at sums and outputs of the blocks before, too. None if no gradient leads along it,
-        so that nothing can be said.
-
-        Args:
-            row: The row.
-            sites: Sites that were seen, from the beginning of the way to its end.
-            path: Whether to write down all numbers that the nodes keep, for calls that will be
-                applied again.
+        so that nothing can be said. `path` writes down all numbers that the nodes keep, for calls
+        that will be applied again.
         """
         edges = [self._edges.get((row, site)) for site in sites]
         start, target = edges[-1], edges[0]
@@ -113,12 +103,10 @@ class PassGraph:
             stops.setdefault(target, "start")
         found, at = _walk(start, stops, self._kept, path=path)
         for edge in edges[:-1]:
-            place: object = None
-            if edge is not None and edge in stops:
-                place = stops[edge]
-            elif edge is not None:
-                place = (at[edge[0]], edge[1]) if edge[0] in at else AWAY
-            found.append(place)
+            if edge is None or edge in stops:
+                found.append(edge and stops[edge])
+            else:
+                found.append((at[edge[0]], edge[1]) if edge[0] in at else AWAY)
         return found
 
     def behind(self, row: int, site: str) -> Tokens | None:
@@ -200,19 +188,10 @@ _ENDS = -1
 
 
 class Pattern:
-    """What the graph of one pass says of a plan's blocks and of its classifier.
-
-    Args:
-        plan: The plan.
-        graph: What was seen in the pass.
-        outputs: How many tensors the model returned.
-
-    Attributes:
-        blocks: Tokens of each block; None where no gradient tells.
-        ends: Tokens of the classifier and of the outputs.
-    """
+    """What the graph of one pass, of `outputs` results, says of a plan's blocks and classifier."""
 
     def __init__(self, plan: Plan, graph: PassGraph, outputs: int) -> None:
+        # tokens of each block; None where no gradient tells
         self.blocks: list[tuple[Tokens | None, ...]] = []
         for row, block in enumerate(plan.blocks):
             whole = graph.tokens(row, _BLOCK if block.unit is None else ("input", "output"))
@@ -222,21 +201,17 @@ class Pattern:
                 parts = (*parts, graph.tokens(row, ("input", "shortcut"), path=True))
             self.blocks.append(parts)
             graph.end(row)
+        # those of the classifier and of the outputs
         ends = [("features", "logits"), *(("logits", f"output {k}") for k in range(outputs))]
         self.ends = [graph.tokens(_ENDS, sites) for sites in ends]
         self.ends.append(graph.behind(_ENDS, "features"))
 
     def unseen(self, plan: Plan) -> frozenset[int]:
         """Rows of a traced pass whose sums no gradient shows: frozen, or run without gradients."""
-        return frozenset(
-            row
-            for row, (block, (whole, _, *path)) in enumerate(
-                zip(plan.blocks, self.blocks, strict=True)
-            )
-            if block.unit is None
-            and (
-                whole is None
-                or any(place in (None, AWAY) for place in whole[-4:])
-                or (path and path[0] is None)
-            )
-        )
+        unseen = set[int]()
+        for row, block in enumerate(plan.blocks):
+            whole, _, *path = self.blocks[row]
+            hidden = whole is None or any(place in (None, AWAY) for place in whole[-4:])
+            if block.unit is None and (hidden or (path and path[0] is None)):
+                unseen.add(row)
+        return frozenset(unseen)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from resdiag.watch.base.safety import never_alone
 from resdiag.watch.find.additions import Addition
-from resdiag.watch.find.passes import FollowedPass, Operands, Silent
+from resdiag.watch.find.passes import FollowedPass, Observer, Operands
 from resdiag.watch.find.tracer import TracedPass, Tracing
 from resdiag.watch.find.units import Unit
 from resdiag.watch.plan.ports import is_in, place_reads
@@ -123,8 +123,11 @@ class Follower:
         model = self._tracing.model
         kept = frozenset(id(x) for x in (*model.parameters(), *model.buffers()))
         planner = None if self.always_traces else Planner(kept, self._plan)
-        return self._tracing.begin(
-            [self._recorder], planner, lambda followed: self._again.arm(followed.calls)
+        return TracedPass(
+            self._tracing,
+            [self._recorder],
+            planner,
+            lambda followed: self._again.arm(followed.calls),
         )
 
     def end(self) -> None:
@@ -156,7 +159,7 @@ class Follower:
             self._expected = Expected(plan, reads, pattern, unseen, self._names, planner.kept)
 
 
-class _Again(Silent):
+class _Again(Observer):
     """Hooks the tensors of blocks that run again, and measures nothing twice."""
 
     def __init__(self, recorder: Recorder, calls: Mapping[str, int]) -> None:
@@ -224,7 +227,7 @@ class Recompute:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             in_backward = torch._C._current_graph_task_id() != -1
             if module is owner and self._pass is None and in_backward and torch.is_grad_enabled():
-                self._pass = self._tracing.begin([_Again(self._recorder, self._calls)])
+                self._pass = TracedPass(self._tracing, [_Again(self._recorder, self._calls)])
                 self._root = module
                 self._pass.start(module, args, kwargs)
 

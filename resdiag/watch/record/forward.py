@@ -15,7 +15,7 @@ from resdiag.watch.base.functions import Call
 from resdiag.watch.base.safety import Guard, guarded
 from resdiag.watch.find.additions import Addition
 from resdiag.watch.find.blocks import Anatomy
-from resdiag.watch.find.passes import Operands
+from resdiag.watch.find.passes import Observer, Operands
 from resdiag.watch.find.units import Unit
 from resdiag.watch.measure import reductions
 from resdiag.watch.measure.changes import Saturation, fractions
@@ -39,7 +39,7 @@ OTHER_PASS = "the forward pass of a step was not the one that had been traced"
 _NOT_CORE = "not in the core set: attach(metrics='full') records it"
 
 
-class Recorder:
+class Recorder(Observer):
     """The observer that records one forward and backward pass.
 
     Args:

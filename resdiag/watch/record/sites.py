@@ -10,10 +10,9 @@ from torch import Tensor
 
 from resdiag.catalog.table import SITES
 from resdiag.watch.find.blocks import Anatomy
-from resdiag.watch.measure import batchnorm, moments
-from resdiag.watch.measure.batchnorm import Normalised
+from resdiag.watch.measure import moments
 from resdiag.watch.measure.model_ends import DATA, HEAD_LOSS, Logits, describe_input
-from resdiag.watch.measure.moments import Sums, reduce
+from resdiag.watch.measure.moments import Normalised, Sums, reduce
 from resdiag.watch.record.buffer import Buffer, Key
 from resdiag.watch.record.pool import HEAD as ROW
 from resdiag.watch.record.pool import Pool
@@ -109,7 +108,7 @@ class Sites:
 
     def read(self, x: Tensor, features: int | None) -> Part:
         """What is needed of any tensor, its channels being this dimension."""
-        return batchnorm.normalised(x) or moments.reduce(self.head(x), None, features)
+        return moments.normalised(x) or moments.reduce(self.head(x), None, features)
 
     def head(self, x: Tensor) -> Tensor:
         """The samples of which moments are taken."""
@@ -125,7 +124,7 @@ class Sites:
         waiting = self._waiting
         self.clear()
         closed = [part for _, part in waiting if isinstance(part, Normalised)]
-        known = iter(batchnorm.normalised_sums(closed))
+        known = iter(moments.normalised_sums(closed))
         sites = [
             (key, self._sums_of(key, part, next(known)))
             if isinstance(part, Normalised)
