@@ -16,10 +16,10 @@ from resdiag.watch.base.safety import WatchWarning as WatchWarning
 from resdiag.watch.find.blocks import Block
 from resdiag.watch.find.passes import PassDriver
 from resdiag.watch.find.tracer import Tracing
-from resdiag.watch.loop.forward_passes import Checks, Passes
+from resdiag.watch.loop.forward_passes import Checks, ForwardPasses
 from resdiag.watch.loop.gradients import Gradients
 from resdiag.watch.loop.parameters import OptimizerSteps, Shards
-from resdiag.watch.loop.ranks import Assembly, Ranks
+from resdiag.watch.loop.ranks import RankReduction, Ranks
 from resdiag.watch.loop.state import LossScale, State, Step
 from resdiag.watch.plan.survey import plan_of_example
 from resdiag.watch.record.collect import GraphRecorder
@@ -51,12 +51,12 @@ class Monitor:
         moments: int | None,
         always: bool,
     ) -> None:
-        self._optimizers, self._units = optimizers, units
+        self._model, self._optimizers, self._units = model, optimizers, units
         self._samples, self._moments = samples, moments
-        self._open, self._model = True, model
+        self._open, given = True, bool(optimizers)
         self._custom = CustomValues(custom_metrics().values())
-        warnings, now = Warnings(), Step()
-        record = Record(self._custom.ids, warnings)
+        self._now, self._warnings = Step(), Warnings()
+        self._record = record = Record(self._custom.ids, self._warnings)
         pool = None
         if ranks is not None:
             pool = Pool(record.cells, record.head, ranks.size, sharded=ranks.sharded)
@@ -71,20 +71,28 @@ class Monitor:
             core=core,
             moments=moments,
         )
-        self._now, self._record, self._warnings = now, record, warnings
-        state = self._state = State(model, now, self._recorder, record, scale, warnings)
+        state = State(model, self._now, self._recorder, record, scale, self._warnings)
+        self._state = state
         # its hooks come before those of a pass, which would see tensors that they do not know
-        self._shards = Shards(model, lambda a, b: self._driver.same(a, b))
-        updates = bool(optimizers) and not core
-        self._gradients = Gradients(state, self._shards, ranks, pool, point, updates=updates)
+        self._shards = Shards(model)
+        self._gradients = Gradients(
+            state,
+            self._shards,
+            pool,
+            point,
+            ranks=1 if ranks is None else ranks.size,
+            updates=given and not core,
+        )
         follower = Follower(Tracing(model, units), self._recorder, always=always)
-        self._passes = Passes(state, schedule, self._gradients, follower, take_last=take_last)
-        given = bool(optimizers)
+        self._passes = ForwardPasses(
+            state, schedule, self._gradients, follower, take_last=take_last
+        )
         self._checks = Checks(state, self._passes, self._custom.stopped, given=given)
-        self._assembly: Assembly | None = None
+        self._reduction: RankReduction | None = None
         if ranks is not None and pool is not None:
-            self._assembly = Assembly(ranks, pool, state, self._gradients)
+            self._reduction = RankReduction(ranks, pool, state, self._gradients)
         self._driver = PassDriver(model, self._passes.begin, self._passes.seen)
+        self._shards.same = self._driver.same
         self._steps = OptimizerSteps(model, optimizers, self._before_update, self._after_update)
 
     def prepare(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
@@ -92,12 +100,7 @@ class Monitor:
         with self.paused():
             plan = plan_of_example(self._model, inputs, keywords, self._units)
         self._passes.taps = GraphRecorder(
-            self._model,
-            plan,
-            self._recorder,
-            self._record.cells,
-            self._samples,
-            self._moments,
+            self._model, plan, self._recorder, self._record.cells, self._samples, self._moments
         )
         self._passes.arm()
 
@@ -115,8 +118,8 @@ class Monitor:
 
     @property
     def lost(self) -> bool:
-        """Whether a loss was told that is not finite, as of the last flush."""
-        return self._record.told.lost
+        """Whether the loop told a loss that is not finite, as of the last flush."""
+        return self._record.losses.lost
 
     def step(self, loss: float | Tensor | None = None) -> None:
         """End a training step: after backward, and after the optimizer's step if there is one.
@@ -132,15 +135,15 @@ class Monitor:
         if not self._open:
             raise RuntimeError("the monitor is closed; attach again")
         if loss is not None:
-            self._record.told.tell(self._now.number, loss)
+            self._record.losses.tell(self._now.number, loss)
         self._checks.order()
         self._passes.adopt_hidden()
         if self._now.forward:
             self._finish()
         else:
             self._checks.forward()
-        if self._assembly is not None and self._passes.is_due():
-            self._assembly.meet()
+        if self._reduction is not None and self._passes.is_due():
+            self._reduction.meet()
         if self._now.forward and self._state.scale.is_used:
             self._gradients.divide_scale()
         self._now.begin()
@@ -183,7 +186,7 @@ class Monitor:
         Raises:
             RuntimeError: Several ranks record together: one that did not demand it would be missed.
         """
-        if self._assembly is not None:
+        if self._reduction is not None:
             raise RuntimeError(
                 "demand() on one rank would wait for the others: use every= or record_first=, or "
                 "attach(..., reduce=False)"
@@ -229,8 +232,8 @@ class Monitor:
         self._passes.follower.end()
         self._passes.close()
         self._shards.close()
-        if self._assembly is not None:
-            self._assembly.close()
+        if self._reduction is not None:
+            self._reduction.close()
         self._recorder.close()
         self._steps.close()
         self._gradients.close()
@@ -269,21 +272,22 @@ class Monitor:
     @property
     def unavailable(self) -> list[dict[str, Any]]:
         """Metrics that are NaN for a reason: `{"metric", "blocks", "reason"}`."""
-        missing: list[dict[str, Any]] = [
-            {"metric": metric, "blocks": sorted(rows) or "all", "reason": reason}
+        missing = [
+            (metric, sorted(rows) or "all", reason)
             for metric, reasons in self._recorder.guard.reasons.items()
             for reason, rows in reasons.items()
         ]
         for metric, reason in self._custom.stopped.items():
-            missing.append({"metric": metric, "blocks": "all", "reason": f"stopped: {reason}"})
+            missing.append((metric, "all", f"stopped: {reason}"))
         if not self._optimizers:
-            reason = "attach(optimizer=...) is needed to see updates"
-            missing.append({"metric": "update_ratio", "blocks": "all", "reason": reason})
+            missing.append(
+                ("update_ratio", "all", "attach(optimizer=...) is needed to see updates")
+            )
         if not self._gradients.rated:
             reason = "no optimizer was seen to step in a recorded step"
             for metric in ("head_kick", "lr", "momentum", "weight_decay"):
-                missing.append({"metric": metric, "blocks": "all", "reason": reason})
-        return missing
+                missing.append((metric, "all", reason))
+        return [dict(zip(("metric", "blocks", "reason"), one, strict=True)) for one in missing]
 
     @property
     def custom_metrics(self) -> list[dict[str, str]]:
@@ -324,14 +328,15 @@ class Monitor:
             now.foreign = True
             return
         now.updates[id(optimizer)] += 1
-        if now.updates[id(optimizer)] == 2:
+        times = now.updates[id(optimizer)]
+        if times == 2:
             self._warnings.say(
                 "the optimizer stepped twice without monitor.step() in between: call it after each "
                 "of its steps, or only the first is recorded and steps are counted wrong"
             )
         now.stepped = now.updated = now.updating = True
         self._passes.adopt_hidden()
-        if now.forward and not self._recorder.guard.failure and now.updates[id(optimizer)] == 1:
+        if now.forward and not self._recorder.guard.failure and times == 1:
             self._gradients.before_update(optimizer, owned)
 
     def _after_update(self, optimizer: Optimizer, owned: Collection[int] | None) -> None:
@@ -342,8 +347,8 @@ class Monitor:
 
     def _finish(self) -> None:
         """Complete the recorded step."""
-        if self._now.compiled:
-            self._passes.collect()
+        if self._now.compiled and self._passes.taps is not None:
+            self._passes.taps.collect()
         self._recorder.backward.conclude()
         self._passes.follower.end()
         self._gradients.finish()
@@ -352,7 +357,7 @@ class Monitor:
         self._now.recorded += 1
 
     def _flush(self) -> None:
-        """Bring the used slots to the host."""
-        if self._assembly is not None:
-            self._assembly.check()
+        """Bring what was recorded to the host."""
+        if self._reduction is not None:
+            self._reduction.check()
         self._record.flush(self.blocks, keep_open=self._now.forward and self._open)

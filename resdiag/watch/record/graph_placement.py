@@ -40,7 +40,8 @@ class Placement:
         taps: The taps by port.
         users: Which columns of which row each tap feeds.
         gradients: Row, column and tap of each gradient, with the factor to apply.
-        custom: Row, id, tap and place of each custom metric; whether it is one of a gradient.
+        custom: Row, id and tap of each custom metric; its index among the tap's values, and whether
+            it is one of a gradient.
     """
 
     def __init__(
@@ -54,26 +55,22 @@ class Placement:
         self.gradients: list[tuple[int, str, Tap, float]] = []
         self.custom: list[tuple[int, str, Tap, int, bool]] = []
         self._values: dict[int, Tap] = {}
-        reason = "a compiled pass does not show its batch"
-        recorder.head.miss(*DATA, *HEAD_LOSS, reason=reason)
+        recorder.head.miss(*DATA, *HEAD_LOSS, reason="a compiled pass does not show its batch")
         for row, block in enumerate(plan.blocks):
             self._place(row, block)
         self._place_classifier()
 
     def tap_of(self, trail: Trail | None) -> Tap | None:
         """The tap that reads a tensor's values, one for all sites that it is."""
-        if trail is None:
-            return None
-        if id(trail) not in self._values:
-            port = trail.gradient_port() or trail.value_port()
-            if port is None:
-                return None
-            self._values[id(trail)] = self._tap_at(port)
-        return self._values[id(trail)]
+        if trail is not None and id(trail) not in self._values:
+            tap = self._tap_at(trail.gradient_port() or trail.value_port())
+            if tap is not None:
+                self._values[id(trail)] = tap
+        return self._values.get(id(trail))
 
     def head_of(self, trail: Trail | None) -> Tensor | None:
         """The first samples of a tensor, if they are kept."""
-        tap = None if trail is None else self._values.get(id(trail))
+        tap = self._values.get(id(trail))
         return None if tap is None else tap.head
 
     def channel(self, row: int, trail: Trail) -> int:
@@ -87,21 +84,18 @@ class Placement:
 
         The gradient of a sum is also that of an operand which nothing but the addition uses.
         """
-        port = trail.gradient_port()
-        if port is not None:
+        if (port := trail.gradient_port()) is not None:
             return self._tap_at(port), 1.0
         for other in self.plan.blocks[: row + 1]:
             if other.sum is trail and other.addition is not None:
-                operands = (
+                for operand, scale in (
                     (other.branch, other.addition.branch_scale),
                     (other.shortcut, other.addition.shortcut_scale),
-                )
-                for operand, scale in operands:
+                ):
                     port = None if operand is None else operand.operand_port(other.begin)
                     if port is not None and scale:
                         return self._tap_at(port), 1 / scale
-        port = trail.gradient_port(operations=True)
-        return (None if port is None else self._tap_at(port)), 1.0
+        return self._tap_at(trail.gradient_port(operations=True)), 1.0
 
     def shortcut_tap(self, row: int, block: BlockPlan) -> tuple[Tap | None, float]:
         """Where the gradient that enters x through the shortcut passes, and its factor."""
@@ -110,18 +104,19 @@ class Placement:
         if block.shortcut is block.input:
             tap, factor = self.gradient_tap(row, block.sum)
             return tap, factor * block.addition.shortcut_scale
-        if block.projection is None or block.addition.is_gated:
+        if block.addition.is_gated:
             return None, 1.0
         tap = self._tap_at(block.projection)
-        tap.separate = True  # x may be used elsewhere: of its gradient only this part is meant
+        if tap is not None:
+            tap.separate = True  # x may be used elsewhere: of its gradient only this part is meant
         return tap, 1.0
 
     def logits_tap(self) -> Tap | None:
         """Where the whole gradient of the logits passes."""
         logits = self.plan.logits
-        port = None if logits is None else logits.gradient_port()
-        port = port or (None if logits is None else logits.gradient_port(operations=True))
-        return None if port is None else self._tap_at(port)
+        if logits is None:
+            return None
+        return self._tap_at(logits.gradient_port() or logits.gradient_port(operations=True))
 
     # -- one block -----------------------------------------------------------------------------
 
@@ -137,8 +132,8 @@ class Placement:
             self._place_share(row, block)
         self._place_custom(row, block)
 
-    def _tap_at(self, port: Port) -> Tap:
-        return self.taps.setdefault(port, Tap(port, self._moments))
+    def _tap_at(self, port: Port | None) -> Tap | None:
+        return None if port is None else self.taps.setdefault(port, Tap(port, self._moments))
 
     def _place_values(self, row: int, site: str, trail: Trail | None) -> None:
         if trail is None:
@@ -148,25 +143,19 @@ class Placement:
             self._recorder.guard.miss(row, SITE_COLUMNS[site], HIDDEN)
             return
         self.users.append((row, SITE_COLUMNS[site], tap))
-        if tap.moments is None:
-            self._place_moments(tap, trail, self.channel(row, trail))
-
-    @staticmethod
-    def _place_moments(tap: Tap, trail: Trail, channel: int) -> None:
-        tap.channel = channel
-        tap.moments = numbers(trail.shape[channel] + 3, trail)
+        _place_moments(tap, trail, self.channel(row, trail))
 
     def _place_heads(
         self, row: int, columns: tuple[str, ...], trails: Sequence[Trail | None]
-    ) -> bool:
-        """Keep the first samples of some tensors; whether all can be seen."""
-        seen = [
-            (trail, tap) for trail in trails if trail is not None and (tap := self.tap_of(trail))
-        ]
-        for trail, tap in seen:
+    ) -> None:
+        """Keep the first samples of some tensors, or say that not all can be seen."""
+        for trail in trails:
+            tap = self.tap_of(trail)
+            if trail is None or tap is None:
+                self._recorder.guard.miss(row, columns, HIDDEN)
+                continue
             self.users.append((row, columns, tap))
             tap.head = self._samples_of(trail) if tap.head is None else tap.head
-        return len(seen) == len(trails)
 
     def _samples_of(self, trail: Trail) -> Tensor:
         count = trail.shape[0] if self._samples is None else self._samples
@@ -204,15 +193,13 @@ class Placement:
         if not all(call.is_activation for call in block.after):
             trails.append(block.output)
         columns = COLUMNS[:1] if core else (*COLUMNS[:5], *COLUMNS[6:])
-        if not self._place_heads(row, columns, trails):
-            self._recorder.guard.miss(row, columns, HIDDEN)
+        self._place_heads(row, columns, trails)
 
     def _place_activations(self, row: int, block: BlockPlan) -> None:
         columns = ("saturated_fraction", "dead_fraction")
         if not block.activations:
             self._recorder.guard.miss(row, columns, "no known activation inside the block")
-        elif not self._place_heads(row, columns, [trail for _, trail in block.activations]):
-            self._recorder.guard.miss(row, columns, HIDDEN)
+        self._place_heads(row, columns, [trail for _, trail in block.activations])
 
     def _place_share(self, row: int, block: BlockPlan) -> None:
         """Keep first samples of dL/dx and of what came to it through the shortcut."""
@@ -241,13 +228,13 @@ class Placement:
             if tap is None:
                 self._recorder.guard.miss(row, (name,), HIDDEN)
             elif backward:
+                self.custom.append((row, name, tap, len(tap.backward_functions), True))
                 tap.backward_functions = (*tap.backward_functions, one.function)
                 tap.backward_values = numbers(len(tap.backward_functions), trail)
-                self.custom.append((row, name, tap, len(tap.backward_functions) - 1, True))
             else:
+                self.custom.append((row, name, tap, len(tap.functions), False))
                 tap.functions = (*tap.functions, one.function)
                 tap.values = numbers(len(tap.functions), trail)
-                self.custom.append((row, name, tap, len(tap.functions) - 1, False))
 
     def _place_classifier(self) -> None:
         features, logits = self.plan.features, self.plan.logits
@@ -255,9 +242,13 @@ class Placement:
         if features is None or logits is None or seen is None or tap is None:
             self._recorder.head.miss("head_mean", "head_bias", "head_kick")
             return
-        if seen.moments is None:
-            self._place_moments(seen, features, reductions.channel_dimension(len(features.shape)))
+        _place_moments(seen, features, reductions.channel_dimension(len(features.shape)))
         tap.gap = numbers(logits.shape[-1], logits)
+
+
+def _place_moments(tap: Tap, trail: Trail, channel: int) -> None:
+    if tap.moments is None:
+        tap.channel, tap.moments = channel, numbers(trail.shape[channel] + 3, trail)
 
 
 def _lost(site: str, *, at_sum: bool) -> tuple[str, ...]:

@@ -3,12 +3,13 @@
 A graph that torch.compile makes, or that CUDA replays, runs no Python: what is to be known of it
 must be a part of it. Everything here is traced into the graph, or runs in a hook while it is
 captured; it is a pure function of tensors and of numbers that stay the same, and writes into
-tensors made beforehand. It may not look at a value: the shortcuts of `metrics` on a CPU rest on
+tensors made beforehand. It may not look at a value: the shortcuts of `measure` on a CPU rest on
 that, so these are writers of their own. `collect` hands on what they wrote.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,58 +21,58 @@ from resdiag.watch.plan.ports import Port, Trail
 from resdiag.watch.record.operations import Where
 
 Function = Callable[[Tensor], Tensor]
+Place = int | str | None
+"""A position or a keyword; None for all of a result."""
 
 MEANS = slice(None, -3)
 SECOND, BROKEN, COUNT = -3, -2, -1
 """Where a tap's `moments` holds channel means, E[x^2], non-finite fraction, elements a channel."""
 
 
+@dataclass(eq=False)
 class Tap:
     """What is written at one port; each part is a tensor made beforehand, or None.
 
-    Args:
-        port: The port.
-        samples: Samples at the head of the batch for moments and gradients; None for all.
+    `samples` at the head of the batch are measured for moments and gradients, None for all.
 
     Attributes:
-        port: The port.
         moments: Of the tensor, float64 (C + 3,), see `MEANS`.
         head: The first samples of the tensor.
+        values: Custom metrics of the tensor, float64 (n,), one for each of `functions`.
         norm: G2, non-finite fraction and batch size of the gradient, float64 (3,).
         tail: The first samples of the gradient.
         gap: The gradient's sum over the batch, float64 (K,).
-        values: Custom metrics of the tensor, float64 (n,), and their functions.
-        backward_values: The same of its gradient.
+        backward_values: Custom metrics of the gradient, one for each of `backward_functions`.
         channel: The dimension of the channels.
         separate: Whether the gradient of this use alone is wanted, not of the whole tensor.
     """
 
-    def __init__(self, port: Port, samples: int | None) -> None:
-        self.port, self.samples = port, samples
-        self.moments: Tensor | None = None
-        self.head: Tensor | None = None
-        self.norm: Tensor | None = None
-        self.tail: Tensor | None = None
-        self.gap: Tensor | None = None
-        self.values: Tensor | None = None
-        self.backward_values: Tensor | None = None
-        self.functions: tuple[Function, ...] = ()
-        self.backward_functions: tuple[Function, ...] = ()
-        self.channel, self.separate = 1, False
+    port: Port
+    samples: int | None
+    moments: Tensor | None = None
+    head: Tensor | None = None
+    values: Tensor | None = None
+    norm: Tensor | None = None
+    tail: Tensor | None = None
+    gap: Tensor | None = None
+    backward_values: Tensor | None = None
+    functions: tuple[Function, ...] = ()
+    backward_functions: tuple[Function, ...] = ()
+    channel: int = 1
+    separate: bool = False
 
     def tensors(self) -> list[Tensor]:
         """All parts that are there."""
-        parts = (
-            *(self.moments, self.head, self.norm, self.tail, self.gap),
-            *(self.values, self.backward_values),
-        )
+        parts = self.moments, self.head, self.values, *self._of_gradient()
         return [part for part in parts if part is not None]
 
     @property
     def reads_gradient(self) -> bool:
         """Whether anything of the gradient is written."""
-        parts = (self.norm, self.tail, self.gap, self.backward_values)
-        return any(part is not None for part in parts)
+        return any(part is not None for part in self._of_gradient())
+
+    def _of_gradient(self) -> tuple[Tensor | None, ...]:
+        return self.norm, self.tail, self.gap, self.backward_values
 
 
 def numbers(count: int, trail: Trail) -> Tensor:
@@ -82,13 +83,17 @@ def numbers(count: int, trail: Trail) -> Tensor:
 class Switch:
     """What all hooks look at; guarded by torch.compile, so that each state is one graph.
 
-    Attributes:
-        on: Whether passes write.
-        eager: Whether hooks that run outside of every graph write too.
+    `on` says whether graphs write, `eager` whether hooks that run outside of every graph do.
     """
 
     def __init__(self) -> None:
         self.on, self.eager = True, False
+
+    @never_alone
+    def is_on(self) -> bool:
+        """Whether the pass that runs is to be written."""
+        compiling = torch.compiler.is_compiling()
+        return (self.on and torch.is_grad_enabled()) if compiling else self.eager
 
 
 class _Gradient(torch.autograd.Function):
@@ -110,16 +115,14 @@ class _Gradient(torch.autograd.Function):
 class Hook:
     """The forward hooks of one module.
 
-    Args:
-        switch: Whether to write.
-        taps: Per direction and number of the call, places and their taps.
-        repeated: Whether the module is called several times in a pass.
+    `taps` holds, for (is_output, number of the call), places and their taps; `repeated` says that
+    the module is called several times in a pass.
     """
 
     def __init__(
         self,
         switch: Switch,
-        taps: dict[tuple[bool, int], list[tuple[int | str | None, Tap]]],
+        taps: dict[tuple[bool, int], list[tuple[Place, Tap]]],
         *,
         repeated: bool,
     ) -> None:
@@ -129,16 +132,8 @@ class Hook:
     @never_alone
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
         """Tap arguments."""
-        taps = self.taps.get((False, self.calls)) if _is_on(self.switch) else None
-        if taps is None:
-            return None
-        changed, named = list(args), dict(kwargs)
-        for place, tap in taps:
-            if isinstance(place, str):
-                named[place] = tapped(tap, named[place])
-            else:
-                changed[place] = tapped(tap, changed[place])  # type: ignore[index]
-        return tuple(changed), named
+        taps = self.taps.get((False, self.calls)) if self.switch.is_on() else None
+        return None if taps is None else _tap_arguments(taps, args, kwargs)
 
     @never_alone
     def after(self, module: nn.Module, args: object, output: Any) -> Any:  # noqa: ANN401
@@ -146,7 +141,7 @@ class Hook:
         call = self.calls
         if self.repeated:
             self.calls = call + 1
-        taps = self.taps.get((True, call)) if _is_on(self.switch) else None
+        taps = self.taps.get((True, call)) if self.switch.is_on() else None
         if taps is None:
             return None
         for place, tap in taps:
@@ -164,60 +159,48 @@ class Hook:
 class TappedOperations:
     """What is tapped at the operations of one module; an `operations.Handler`.
 
-    Args:
-        switch: Whether to write.
-        operands: Taps of operands by place.
-        results: Taps of results.
+    `taps` holds places and their taps; where a place is None it is the result.
     """
 
-    def __init__(
-        self,
-        switch: Switch,
-        operands: Mapping[Where, list[tuple[int | str, Tap]]],
-        results: Mapping[Where, list[Tap]],
-    ) -> None:
-        self.switch, self.operands, self.results = switch, dict(operands), dict(results)
+    def __init__(self, switch: Switch, taps: Mapping[Where, list[tuple[Place, Tap]]]) -> None:
+        self.switch = switch
+        self.operands = {
+            where: [(place, tap) for place, tap in here if place is not None]
+            for where, here in taps.items()
+        }
+        self.results = {
+            where: [tap for place, tap in here if place is None] for where, here in taps.items()
+        }
 
     @never_alone
     def before(
-        self,
-        where: Where,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, where: Where, func: object, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Tap operands."""
-        taps = self.operands.get(where) if _is_on(self.switch) else None
-        if taps is None:
-            return args, kwargs
-        changed, named = list(args), dict(kwargs)
-        for place, tap in taps:
-            if isinstance(place, str):
-                named[place] = tapped(tap, named[place])
-            else:
-                changed[place] = tapped(tap, changed[place])
-        return tuple(changed), named
+        taps = self.operands.get(where) if self.switch.is_on() else None
+        return (args, kwargs) if not taps else _tap_arguments(taps, args, kwargs)
 
     @never_alone
-    def after(
-        self,
-        where: Where,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        result: Any,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
+    def after(self, where: Where, func: object, args: object, kwargs: object, result: Any) -> Any:  # noqa: ANN401
         """Tap the result."""
-        if _is_on(self.switch):
+        if self.switch.is_on():
             for tap in self.results.get(where, ()):
                 result = tapped(tap, result)
         return result
 
 
 @never_alone
-def _is_on(switch: Switch) -> bool:
-    compiling = torch.compiler.is_compiling()
-    return (switch.on and torch.is_grad_enabled()) if compiling else switch.eager
+def _tap_arguments(
+    taps: Sequence[tuple[Place, Tap]], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with taps behind them."""
+    changed, named = list(args), dict(kwargs)
+    for place, tap in taps:
+        if isinstance(place, str):
+            named[place] = tapped(tap, named[place])
+        elif place is not None:
+            changed[place] = tapped(tap, changed[place])
+    return tuple(changed), named
 
 
 @never_alone
@@ -272,7 +255,7 @@ def _write_head(target: Tensor, x: Tensor) -> None:
 
 
 def moments_of(x: Tensor, channel: int) -> Tensor:
-    """See `MEANS`: no look at a value, float64 throughout."""
+    """Channel means, E[x^2], non-finite fraction, elements a channel, all float64; see `MEANS`."""
     if x.dim() < 2:
         x, channel = x.reshape(1, -1), 1
     count = torch.full((1,), x.numel() // x.shape[channel], dtype=torch.float64, device=x.device)
@@ -285,7 +268,7 @@ def moments_of(x: Tensor, channel: int) -> Tensor:
 
 
 def gradient_of(g: Tensor, samples: int | None) -> Tensor:
-    """G2, non-finite fraction and batch size, see `metrics.gradient`."""
+    """G2, non-finite fraction and batch size, see `reductions.gradient`."""
     batch = g.shape[0] if g.dim() else 1
     scale = 1.0
     if samples is not None and samples < batch:
