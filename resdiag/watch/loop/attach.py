@@ -62,8 +62,7 @@ def attach(
         model: The module whose `__call__` the training loop uses.
         optimizer: Its optimizer, or several: the update ratio is then measured, for which the
             weights are copied at recorded steps. Parameter gradients are read right before the
-            step of whichever optimizer owns them, given here or not; without such a step, at
-            `Monitor.step()`.
+            step of the optimizer that owns them, given here or not; without one, at `step()`.
         blocks: Names or shell patterns of modules to take as the blocks instead of found additions.
         every: Record every `every`-th step.
         record_first: Record each of the first steps, whatever `every` says.
@@ -77,8 +76,8 @@ def attach(
             (docs/explanation/watching.md), where the first that differs is missed, and said.
         moment_samples: Samples at the head of the batch from which moments, gradient norms at
             activations and their non-finite shares are estimated; None for the whole batch. Of k
-            samples a second moment has the relative standard error s / sqrt(k), with s the
-            deviation over samples of their second moments over its mean: a few per cent for 16
+            samples a second moment has the relative standard error s / sqrt(k), s being the
+            deviation over samples of their second moments, over its mean: a few per cent for 16
             images (docs/explanation/performance.md). Outputs of BatchNorm and parameter gradients
             stay those of the whole batch.
         reduce: Where several processes train the model together (DDP, `fully_shard`), record the
@@ -118,6 +117,8 @@ def attach(
     """
     if every < 1 or record_first < 0:
         raise ValueError(f"every={every} must be at least 1 and record_first={record_first} >= 0")
+    if moment_samples is not None and moment_samples < 1:
+        raise ValueError(f"moment_samples={moment_samples} must be at least 1, or None for all")
     for what, given, known in (
         ("point", point, (None, *POINTS)),
         ("forward pass to take", take, _TAKES),
@@ -137,8 +138,6 @@ def attach(
         raise ValueError("reduce=False: the parameters are shards, no rank has a whole gradient")
     ranks = find_ranks(model) if reduce else None
     reduced = ranks is not None or is_reduced(model)
-    if moment_samples is not None and moment_samples < 1:
-        raise ValueError(f"moment_samples={moment_samples} must be at least 1, or None for all")
     monitor = Monitor(
         inner,
         _optimizers(optimizer),
@@ -159,7 +158,6 @@ def attach(
 
 
 def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
-    """One optimizer, several or none as a list."""
     optimizers = [] if given is None else list(given) if isinstance(given, Iterable) else [given]
     for optimizer in optimizers:
         if not hasattr(optimizer, "param_groups"):
@@ -168,11 +166,7 @@ def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module to watch inside a wrapper of PyTorch's.
-
-    Raises:
-        ValueError: A kind of parallel training whose numbers would silently be wrong.
-    """
+    """The module to watch inside a wrapper; a ValueError where its numbers would be wrong."""
     refusal = next(_refusals(model), None)
     if refusal is not None:
         raise ValueError(refusal)

@@ -17,12 +17,8 @@ from resdiag.watch.record.follow import Follower
 class ForwardPasses:
     """Decides at the beginning of each forward pass of a model whether it is recorded.
 
-    Args:
-        state: The monitor's state.
-        schedule: Whether a step of that number is due for recording.
-        gradients: The parameters' gradients.
-        follower: Gives a pass what follows it.
-        take_last: Whether the last pass of a step is recorded, not the first.
+    `schedule` says whether a step of some number is due; `take_last` that the last pass of a step
+    is recorded, not the first.
 
     Attributes:
         taps: What records compiled passes, if the model was prepared for them.
@@ -109,11 +105,10 @@ class ForwardPasses:
             self._open_compiled()
 
     def close(self) -> None:
-        """Remove the taps."""
+        """Remove the hooks."""
+        self.follower.end()
         if self.taps is not None:
             self.taps.close()
-
-    # -- inside --------------------------------------------------------------------------------
 
     def _is_due_now(self) -> bool:
         wanted = self.demanded or self.follower.missed or self.is_due()

@@ -17,15 +17,7 @@ _SCALED = ("grad_input", "grad_sum", "grad_output")
 
 
 class Gradients:
-    """Reads the gradients of a model's parameters into the record.
-
-    Args:
-        state: The monitor's state.
-        shards: Which rank holds what of the parameters.
-        pool: Where several ranks add up their numbers.
-        point: Where in the loop gradients are read, as asked for.
-        ranks: How many ranks record together.
-        updates: Whether to measure how far the parameters move.
+    """Reads the gradients of a model's parameters into the record, and how far they move.
 
     Attributes:
         point: Where in the loop gradients are read.
@@ -82,8 +74,6 @@ class Gradients:
             blocks = [p for members in self._recorder.anatomy.parameters for p in members]
             self._clipping.follow([*blocks, *self._model.parameters()])
 
-    # -- updates -------------------------------------------------------------------------------
-
     def before_update(self, optimizer: Optimizer, owned: Collection[int]) -> None:
         """An optimizer is about to make its first step: read the gradients that it will use."""
         self._norms_at(self._point_before_update()).take(owned, self._scale.inside(optimizer))
@@ -121,8 +111,6 @@ class Gradients:
         self._norms["post_clip"] = self._norms.pop(self.point)
         self.point = self._asked = "post_clip"
         return self.point
-
-    # -- the end of a step ---------------------------------------------------------------------
 
     def finish(self) -> None:
         """Complete what is known of the step's gradients and updates."""
@@ -162,28 +150,25 @@ class Gradients:
 
     def _write(self) -> None:
         """G1 and the total norm, at the monitor's point and at others."""
-        for point, norms in self._norms.items():
-            if point == self.point:
-                self._write_here(norms)
-            elif norms.has_taken:
-                self._write_there(point, norms)
-        for row, members in enumerate(self._recorder.anatomy.parameters):
-            if not members:
-                self._recorder.guard.miss(row, ("update_ratio",), "the block has no parameters")
-
-    def _write_here(self, norms: ParameterNorms) -> None:
+        guard, norms = self._recorder.guard, self._norms_at(self.point)
+        for point, others in self._norms.items():
+            if point != self.point and others.has_taken:
+                self._write_further(point, others)
         per_block, self.total = norms.gradients()
         self._write_rows("grad_param", per_block, torch.ones_like(per_block))
         self._write_head("grad_norm", self.total)
+        for row, members in enumerate(self._recorder.anatomy.parameters):
+            if not members:
+                guard.miss(row, ("update_ratio",), "the block has no parameters")
         for row in norms.missing():
-            self._recorder.guard.miss(row, ("grad_param",), "no parameter of it has a gradient")
+            guard.miss(row, ("grad_param",), "no parameter of it has a gradient")
         if self._recorder.backward.seen and not norms.has_taken:
             self._warnings.say(
                 "no gradient was left when monitor.step() looked for them: was zero_grad() "
                 "called before it?"
             )
 
-    def _write_there(self, point: str, norms: ParameterNorms) -> None:
+    def _write_further(self, point: str, norms: ParameterNorms) -> None:
         per_block, total = norms.gradients()
         if self._pool is not None and self._pool.sharded:
             per_block, total = per_block * math.nan, total * math.nan
@@ -192,8 +177,6 @@ class Gradients:
                 f"grad_param_{point} is NaN; to record that one, attach(..., point='{point}')"
             )
         self._record.add(self._step.number, point, per_block, total)
-
-    # -- inside --------------------------------------------------------------------------------
 
     def _norms_at(self, point: str) -> ParameterNorms:
         """The norms that were read at a point."""
@@ -240,7 +223,7 @@ class Clipping:
         return self._parameter is not None
 
     def follow(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Choose the first parameter that takes a gradient."""
+        """Choose the first parameter that gets a gradient."""
         self._parameter = next((p for p in parameters if p.requires_grad and p.is_leaf), None)
         if self._parameter is not None:
             self._handle = self._parameter.register_post_accumulate_grad_hook(self._accumulated)

@@ -1,7 +1,7 @@
-"""`attach`: watch the residual blocks of a model while it trains."""
+"""The `Monitor`: what a training loop calls, and what was recorded."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Self
 
 from numpy.typing import NDArray
@@ -12,7 +12,6 @@ from resdiag.catalog.custom import CustomValues, custom_metrics
 from resdiag.catalog.table import POINTS, derive
 from resdiag.errors import unknown
 from resdiag.watch.base.safety import Guard, Warnings
-from resdiag.watch.base.safety import WatchWarning as WatchWarning
 from resdiag.watch.find.blocks import Block
 from resdiag.watch.find.passes import PassDriver
 from resdiag.watch.find.tracer import Tracing
@@ -52,8 +51,7 @@ class Monitor:
         always: bool,
     ) -> None:
         self._model, self._optimizers, self._units = model, optimizers, units
-        self._samples, self._moments = samples, moments
-        self._open, given = True, bool(optimizers)
+        self._samples, self._open, given = (samples, moments), True, len(optimizers) > 0
         self._custom = CustomValues(custom_metrics().values())
         self._now, self._warnings = Step(), Warnings()
         self._record = record = Record(self._custom.ids, self._warnings)
@@ -71,26 +69,19 @@ class Monitor:
             core=core,
             moments=moments,
         )
-        state = State(model, self._now, self._recorder, record, scale, self._warnings)
-        self._state = state
+        self._state = state = State(model, self._now, self._recorder, record, scale, self._warnings)
         # its hooks come before those of a pass, which would see tensors that they do not know
         self._shards = Shards(model)
-        self._gradients = Gradients(
-            state,
-            self._shards,
-            pool,
-            point,
-            ranks=1 if ranks is None else ranks.size,
-            updates=given and not core,
+        count, updates = 1 if ranks is None else ranks.size, given and not core
+        self._gradients = gradients = Gradients(
+            state, self._shards, pool, point, ranks=count, updates=updates
         )
         follower = Follower(Tracing(model, units), self._recorder, always=always)
-        self._passes = ForwardPasses(
-            state, schedule, self._gradients, follower, take_last=take_last
-        )
+        self._passes = ForwardPasses(state, schedule, gradients, follower, take_last=take_last)
         self._checks = Checks(state, self._passes, self._custom.stopped, given=given)
         self._reduction: RankReduction | None = None
         if ranks is not None and pool is not None:
-            self._reduction = RankReduction(ranks, pool, state, self._gradients)
+            self._reduction = RankReduction(ranks, pool, state, gradients)
         self._driver = PassDriver(model, self._passes.begin, self._passes.seen)
         self._shards.same = self._driver.same
         self._steps = OptimizerSteps(model, optimizers, self._before_update, self._after_update)
@@ -100,7 +91,7 @@ class Monitor:
         with self.paused():
             plan = plan_of_example(self._model, inputs, keywords, self._units)
         self._passes.taps = GraphRecorder(
-            self._model, plan, self._recorder, self._record.cells, self._samples, self._moments
+            self._model, plan, self._recorder, self._record.cells, *self._samples
         )
         self._passes.arm()
 
@@ -156,8 +147,8 @@ class Monitor:
     def read_gradients(self, point: str | None = None) -> None:
         """Read the parameter gradients now instead of right before the optimizer's step.
 
-        For both sides of a clipping, call it before: what the optimizer gets is then recorded as
-        well, in columns that end in `_post_clip`. At steps that are not recorded it does nothing.
+        Called before a clipping, it records both sides: what the optimizer gets is in columns that
+        end in `_post_clip`. At steps that are not recorded it does nothing.
 
         Args:
             point: What the loop has done to the gradients so far, one of `catalog.POINTS`. The
@@ -175,8 +166,8 @@ class Monitor:
         """Hand what was recorded to `listener` too whenever it has come to the host.
 
         Args:
-            listener: Called with the columns of `drain()`, those that are new each time; derived
-                metrics are not among them. What it raises ends its listening and becomes a warning.
+            listener: Called with the new columns of `drain()`, without derived metrics. What it
+                raises ends its listening and becomes a warning.
         """
         self._record.listeners.append(listener)
 
@@ -220,16 +211,13 @@ class Monitor:
         self._now.number = step
         self._passes.arm()
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """Ignore forward passes inside the `with`, e.g. an evaluation in training mode."""
-        with self._passes.paused():
-            yield
+        return self._passes.paused()
 
     def close(self) -> None:
         """Remove every hook; what was recorded stays readable. Safe to call twice."""
         self._driver.close()
-        self._passes.follower.end()
         self._passes.close()
         self._shards.close()
         if self._reduction is not None:
@@ -280,13 +268,12 @@ class Monitor:
         for metric, reason in self._custom.stopped.items():
             missing.append((metric, "all", f"stopped: {reason}"))
         if not self._optimizers:
-            missing.append(
-                ("update_ratio", "all", "attach(optimizer=...) is needed to see updates")
-            )
+            reason = "attach(optimizer=...) is needed to see updates"
+            missing.append(("update_ratio", "all", reason))
         if not self._gradients.rated:
             reason = "no optimizer was seen to step in a recorded step"
-            for metric in ("head_kick", "lr", "momentum", "weight_decay"):
-                missing.append((metric, "all", reason))
+            rates = "head_kick", "lr", "momentum", "weight_decay"
+            missing += [(metric, "all", reason) for metric in rates]
         return [dict(zip(("metric", "blocks", "reason"), one, strict=True)) for one in missing]
 
     @property
@@ -295,7 +282,7 @@ class Monitor:
         return [one.to_dict() for one in self._custom.metrics]
 
     def drain(self) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
-        """Take what was recorded since the last drain: per-block columns and per-step columns."""
+        """Take what was recorded since the last drain: per-block and per-step columns."""
         self._flush()
         return self._record.take()
 
@@ -314,15 +301,12 @@ class Monitor:
             raise ValueError(f"per must be 'block' or 'step', not '{per}'")
         self._flush()
         columns = self._record.columns()[per == "step"]
-        derived = derive(columns, per_step=per == "step")
-        frame = pd.DataFrame({**columns, **derived})
-        frame["point"] = pd.Categorical([self.point] * len(frame))
-        return frame
+        frame = pd.DataFrame({**columns, **derive(columns, per_step=per == "step")})
+        return frame.assign(point=pd.Categorical([self.point] * len(frame)))
 
     # -- inside --------------------------------------------------------------------------------
 
     def _before_update(self, optimizer: Optimizer, owned: Collection[int] | None) -> None:
-        """An optimizer is about to step."""
         now = self._now
         if owned is None:
             now.foreign = True
@@ -340,13 +324,11 @@ class Monitor:
             self._gradients.before_update(optimizer, owned)
 
     def _after_update(self, optimizer: Optimizer, owned: Collection[int] | None) -> None:
-        """An optimizer has stepped."""
         self._now.updating = self._now.updating and owned is None
         if owned is not None:
             self._gradients.after_update(owned)
 
     def _finish(self) -> None:
-        """Complete the recorded step."""
         if self._now.compiled and self._passes.taps is not None:
             self._passes.taps.collect()
         self._recorder.backward.conclude()
@@ -357,7 +339,6 @@ class Monitor:
         self._now.recorded += 1
 
     def _flush(self) -> None:
-        """Bring what was recorded to the host."""
         if self._reduction is not None:
             self._reduction.check()
         self._record.flush(self.blocks, keep_open=self._now.forward and self._open)

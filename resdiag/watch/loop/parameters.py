@@ -42,20 +42,10 @@ class OptimizerSteps:
         self._before, self._after = before, after
         self._owned = weakref.WeakKeyDictionary[Optimizer, tuple[int, frozenset[int]]]()
         # the hooks are global: they must not keep a model alive whose monitor was never closed
-        ours = weakref.ref(self)
-
-        def begins(*args: Any) -> Any:  # noqa: ANN401
-            steps = ours()
-            return None if steps is None else steps._step_begins(*args)
-
-        def ends(*args: Any) -> None:  # noqa: ANN401
-            steps = ours()
-            if steps is not None:
-                steps._step_ends(*args)
-
+        begins, ends = weakref.WeakMethod(self._step_begins), weakref.WeakMethod(self._step_ends)
         hooks = ExitStack()
-        hooks.callback(register_optimizer_step_pre_hook(begins).remove)
-        hooks.callback(register_optimizer_step_post_hook(ends).remove)
+        hooks.callback(register_optimizer_step_pre_hook(_weakly(begins)).remove)
+        hooks.callback(register_optimizer_step_post_hook(_weakly(ends)).remove)
         self.close = weakref.finalize(self, hooks.close)
         """Removes the hooks; safe to call twice."""
 
@@ -101,6 +91,14 @@ class OptimizerSteps:
         return known[1] or None
 
 
+def _weakly(method: "weakref.WeakMethod[Any]") -> Callable[..., Any]:
+    def call(*args: Any) -> Any:  # noqa: ANN401
+        alive = method()
+        return None if alive is None else alive(*args)
+
+    return call
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether a model's parameters are shards."""
     return any(mesh_of(p) is not None for p in model.parameters())
@@ -123,13 +121,13 @@ class Shards:
         self._model = model
         self._names: dict[int, str] = {}
         self._given: dict[nn.Module, list[Tensor]] = {}
-        self._handles = list(self._install())
+        self._hooks = ExitStack()
+        for handle in self._install():
+            self._hooks.callback(handle.remove)
 
     def close(self) -> None:
         """Remove every hook; safe to call twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
 
     def owned(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         """The model's own parameters in the place of the whole ones that were seen in a pass."""

@@ -40,8 +40,9 @@ class RanksError(RuntimeError):
 
 def is_reduced(model: nn.Module) -> bool:
     """Whether a model is a wrapper that averages gradients over several ranks."""
-    group = _group_of(model) if isinstance(model, DistributedDataParallel) else None
-    return group is not None and dist.get_world_size(group) > 1
+    return (
+        isinstance(model, DistributedDataParallel) and dist.get_world_size(model.process_group) > 1
+    )
 
 
 def find_ranks(model: nn.Module) -> "Ranks | None":
@@ -134,11 +135,11 @@ class Ranks:
 
         Args:
             pool: This rank's sums.
-            rows: Blocks recorded; None if this rank has recorded nothing in this step.
+            rows: How many blocks it recorded in this step; None if it recorded nothing.
             step: The step, the same on every rank.
             slot: The open slot of the pool's buffers.
             norm: This rank's gradient norm, 0-d float64, on the device of the model.
-            weights: The norm of this rank's weights, 0-d float64; asked for once.
+            weights: Gives the norm of this rank's weights, 0-d float64; called once.
 
         Returns:
             The gradient norm, 0-d float64, and a 0-d bool: whether all ranks have recorded the step
@@ -176,8 +177,6 @@ class Ranks:
                     "the gradients differ from rank to rank when they are read (under no_sync(), "
                     "or before the reduction?): parameter gradients and updates are NaN"
                 )
-
-    # -- inside --------------------------------------------------------------------------------
 
     def _agree(self, layout: Layout | None, weights: Tensor) -> Layout | None:
         """The layout of all ranks; None if some have recorded nothing yet. Waits for the device."""

@@ -28,6 +28,7 @@ from resdiag.watch.record.graph_taps import (
     SECOND,
     Hook,
     Place,
+    Side,
     Switch,
     Tap,
     TappedOperations,
@@ -44,13 +45,8 @@ UNREACHED = "in the compiled pass no gradient came to this tensor"
 class GraphRecorder:
     """The taps of one model, and what becomes of what they wrote.
 
-    Args:
-        model: The model.
-        plan: Where its tensors pass.
-        recorder: Is given the blocks, why something cannot be tapped, and what was written.
-        cells: Per-block buffer.
-        samples: Samples on which per-unit quantities are measured; None for all.
-        moments: Samples on which moments and gradients are measured; None for all.
+    Per-unit quantities are measured on so many `samples`, moments and gradients on `moments` of
+    them, None for all.
     """
 
     def __init__(
@@ -70,12 +66,13 @@ class GraphRecorder:
         if ends:
             cells.reserve(len(plan.blocks), ends[0].device)
         self._placed = Placement(plan, recorder, samples, moments)
-        self._parts = [part for tap in self._placed.taps.values() for part in tap.tensors()]
+        self._written = [x for tap in self._placed.taps.values() for x in tap.tensors()]
         self._switch, self._hooks = Switch(), list[Hook]()
         self._was_entered = self._was_captured = False
         self._operations: Operations | None = None
-        self._entered = ExitStack()
-        self._handles = list(self._install(model))
+        self._entered, self._installed = ExitStack(), ExitStack()
+        for handle in self._install(model):
+            self._installed.callback(handle.remove)
 
     def begin(self, *, on: bool, captured: bool = False) -> None:
         """A pass begins, whose taps write if `on`.
@@ -101,14 +98,10 @@ class GraphRecorder:
         """Remove the hooks; graphs made with them are not used any more."""
         self._leave()
         self._switch.on = self._switch.eager = False
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    # -- hooks ---------------------------------------------------------------------------------
+        self._installed.close()
 
     def _install(self, model: nn.Module) -> Iterator[RemovableHandle]:
-        places: dict[str, dict[tuple[bool, int], list[tuple[Place, Tap]]]]
+        places: dict[str, dict[Side, list[tuple[Place, Tap]]]]
         places = defaultdict(lambda: defaultdict(list))
         inside: dict[str, dict[Where, list[tuple[Place, Tap]]]]
         inside = defaultdict(lambda: defaultdict(list))
@@ -157,11 +150,11 @@ class GraphRecorder:
         self._collect_custom()
         self._collect_classifier()
         self._cells.settle()  # before what was put is wiped
-        if self._parts:
-            torch._foreach_mul_(self._parts, math.nan)
+        if self._written:
+            torch._foreach_mul_(self._written, math.nan)
 
     def _drop_unseen(self) -> None:
-        """Say what was not written as it should have been, and make it NaN."""
+        """Note what was not written as it should have been, and make it NaN."""
         frames = {} if self._operations is None else self._operations.frames
         changed = {name for name, frame in frames.items() if frame.has_changed}
         entered = self._was_entered or self._was_captured
@@ -169,9 +162,11 @@ class GraphRecorder:
             if tap.port.operation and not (entered and tap.port.module not in changed):
                 self.guard.miss(row, columns, CHANGED if entered else INSIDE)
                 torch._foreach_mul_(tap.tensors(), math.nan)
-            elif tap.norm is not None and reductions.on_host(tap.norm.device):
+                continue
+            norm = tap.gradient.sums
+            if norm is not None and reductions.on_host(norm.device):
                 gradients = tuple(c for c in columns if c.startswith("grad_"))
-                if gradients and tap.norm[0].isnan() and not tap.norm[1].isfinite():
+                if gradients and norm[0].isnan() and not norm[1].isfinite():
                     self.guard.miss(row, columns, UNREACHED)
         self._was_entered = False
 
@@ -182,18 +177,18 @@ class GraphRecorder:
             for site in self._placed.sites:
                 trail = block.trail(site)
                 tap, scale = self._placed.tap_of(trail), _scale(block, site)
-                if tap is None or tap.moments is None:
+                if tap is None or tap.forward.sums is None:
                     continue
                 if scale != 1 or first.setdefault(id(trail), (row, site)) == (row, site):
-                    sites.keep(row, site, _sums(tap.moments, scale))
+                    sites.keep(row, site, _sums(tap.forward.sums, scale))
                 else:
                     sites.repeat(row, site, first[id(trail)])
 
     def _collect_gradients(self) -> None:
         backward = self._recorder.backward
         for row, column, tap, factor in self._placed.gradients:
-            assert tap.norm is not None
-            size, broken, batch = _scalars(tap.norm)
+            assert tap.gradient.sums is not None
+            size, broken, batch = _scalars(tap.gradient.sums)
             numel = batch * math.prod(self._blocks[row].shape)
             backward.write(row, column, size * abs(factor), broken, batch, numel)
             if column == "grad_sum" and self._blocks[row].ends_at_sum:
@@ -203,8 +198,9 @@ class GraphRecorder:
                 continue
             total, scale = self._placed.gradient_tap(row, block.input)
             via, factor = self._placed.shortcut_tap(row, block)
-            if total and via and total.tail is not None and via.tail is not None:
-                backward.write_share(row, via.tail * factor, total.tail * scale)
+            if total and via and total.gradient.head is not None and via.gradient.head is not None:
+                heads = via.gradient.head * factor, total.gradient.head * scale
+                backward.write_share(row, *heads)
 
     def _collect_skip(self) -> None:
         skip, core, joined = self._recorder.skip, self._recorder.is_core, True
@@ -244,20 +240,17 @@ class GraphRecorder:
                 self._recorder.write_saturation(row, counts, sizes)
 
     def _collect_custom(self) -> None:
-        for row, name, tap, index, backward in self._placed.custom:
-            values = tap.backward_values if backward else tap.values
-            if values is not None:
-                self._cells.put(self._cells.slot, row, name, _scalars(values)[index])
+        for row, name, written, index in self._placed.custom:
+            if written.values is not None:
+                self._cells.put(self._cells.slot, row, name, _scalars(written.values)[index])
 
     def _collect_classifier(self) -> None:
-        features, tap = self._plan.features, self._placed.logits_tap()
-        seen = self._placed.tap_of(features)
-        if features is None or seen is None or seen.moments is None or tap is None:
-            return
-        if tap.gap is not None:
-            head = self._recorder.head
-            head.write_features(_sums(seen.moments, 1.0), features.shape[-1], tap.gap.device)
-            head.write_gap(head.slot, tap.gap)
+        features, tap, head = self._plan.features, self._placed.logits_tap(), self._recorder.head
+        seen, gap = self._placed.tap_of(features), None if tap is None else tap.gradient.total
+        if features and seen and seen.forward.sums is not None and gap is not None:
+            sums = _sums(seen.forward.sums, 1.0)
+            head.write_features(sums, features.shape[-1], gap.device)
+            head.write_gap(head.slot, gap)
 
 
 def _scalars(values: Tensor) -> list[Any]:

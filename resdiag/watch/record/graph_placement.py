@@ -12,7 +12,7 @@ from resdiag.watch.measure.skip_path import COLUMNS
 from resdiag.watch.plan.ports import SITES, BlockPlan, Plan, Port, Trail
 from resdiag.watch.record.backward import OUTPUT_GRADIENT
 from resdiag.watch.record.forward import NO_ADDITION, Recorder
-from resdiag.watch.record.graph_taps import Tap, numbers
+from resdiag.watch.record.graph_taps import Tap, Written, numbers
 from resdiag.watch.record.sites import SITE_COLUMNS
 
 HIDDEN = (
@@ -25,23 +25,21 @@ CUSTOM = (
     "with compiles=True"
 )
 _CORE_SITES = ("branch", "shortcut", "output")
+_LOST = {"input": ("grad_input",), "sum": ("grad_sum",), "output": OUTPUT_GRADIENT}
+"""The columns that are NaN with the gradient of a site."""
 
 
 class Placement:
-    """The taps of one plan.
+    """The taps of one plan; the recorder is told what cannot be tapped.
 
-    Args:
-        plan: The plan.
-        recorder: Its options say what is of interest; reasons go there.
-        samples: Samples on which per-unit quantities are measured; None for all.
-        moments: Samples on which moments and gradients are measured; None for all.
+    Per-unit quantities are measured on so many `samples`, moments and gradients on `moments` of
+    them, None for all.
 
     Attributes:
         taps: The taps by port.
         users: Which columns of which row each tap feeds.
         gradients: Row, column and tap of each gradient, with the factor to apply.
-        custom: Row, id and tap of each custom metric; its index among the tap's values, and whether
-            it is one of a gradient.
+        custom: Row and id of each custom metric, where it is written and its index there.
     """
 
     def __init__(
@@ -53,7 +51,7 @@ class Placement:
         self.taps: dict[Port, Tap] = {}
         self.users: list[tuple[int, tuple[str, ...], Tap]] = []
         self.gradients: list[tuple[int, str, Tap, float]] = []
-        self.custom: list[tuple[int, str, Tap, int, bool]] = []
+        self.custom: list[tuple[int, str, Written, int]] = []
         self._values: dict[int, Tap] = {}
         recorder.head.miss(*DATA, *HEAD_LOSS, reason="a compiled pass does not show its batch")
         for row, block in enumerate(plan.blocks):
@@ -71,7 +69,7 @@ class Placement:
     def head_of(self, trail: Trail | None) -> Tensor | None:
         """The first samples of a tensor, if they are kept."""
         tap = self._values.get(id(trail))
-        return None if tap is None else tap.head
+        return None if tap is None else tap.forward.head
 
     def channel(self, row: int, trail: Trail) -> int:
         """The dimension of the channels in a tensor of a block."""
@@ -118,8 +116,6 @@ class Placement:
             return None
         return self._tap_at(logits.gradient_port() or logits.gradient_port(operations=True))
 
-    # -- one block -----------------------------------------------------------------------------
-
     def _place(self, row: int, block: BlockPlan) -> None:
         for site in self.sites:
             self._place_values(row, site, block.trail(site))
@@ -155,13 +151,14 @@ class Placement:
                 self._recorder.guard.miss(row, columns, HIDDEN)
                 continue
             self.users.append((row, columns, tap))
-            tap.head = self._samples_of(trail) if tap.head is None else tap.head
+            self._place_head(tap.forward, trail)
 
-    def _samples_of(self, trail: Trail) -> Tensor:
-        count = trail.shape[0] if self._samples is None else self._samples
-        dtype = torch.promote_types(trail.dtype, torch.float32)
-        shape = (count, *trail.shape[1:])
-        return torch.full(shape, math.nan, dtype=dtype, device=trail.device)
+    def _place_head(self, written: Written, trail: Trail) -> None:
+        if written.head is None:
+            count = trail.shape[0] if self._samples is None else self._samples
+            shape = count, *trail.shape[1:]
+            dtype = torch.promote_types(trail.dtype, torch.float32)
+            written.head = torch.full(shape, math.nan, dtype=dtype, device=trail.device)
 
     def _place_gradients(self, row: int, block: BlockPlan) -> None:
         at_sum = self.plan.anatomy.blocks[row].ends_at_sum
@@ -172,11 +169,12 @@ class Placement:
             if trail is None:
                 continue
             tap, factor = self.gradient_tap(row, trail)
-            lost = _lost(site, at_sum=at_sum)
+            lost = (*_LOST[site], *(OUTPUT_GRADIENT if at_sum and site == "sum" else ()))
             if tap is None:
                 self._recorder.guard.miss(row, lost, SPLIT if trail.visits else HIDDEN)
             else:
-                tap.norm = numbers(3, trail) if tap.norm is None else tap.norm
+                if tap.gradient.sums is None:
+                    tap.gradient.sums = numbers(3, trail)
                 self.gradients.append((row, f"grad_{site}", tap, factor))
                 self.users.append((row, lost, tap))
 
@@ -213,7 +211,7 @@ class Placement:
             return
         for tap in (total, via):
             self.users.append((row, ("shortcut_share",), tap))
-            tap.tail = self._samples_of(block.input) if tap.tail is None else tap.tail
+            self._place_head(tap.gradient, block.input)
 
     def _place_custom(self, row: int, block: BlockPlan) -> None:
         """Custom metrics of which the user says that they may become part of a graph."""
@@ -227,14 +225,11 @@ class Placement:
             tap = self.gradient_tap(row, trail)[0] if backward else self.tap_of(trail)
             if tap is None:
                 self._recorder.guard.miss(row, (name,), HIDDEN)
-            elif backward:
-                self.custom.append((row, name, tap, len(tap.backward_functions), True))
-                tap.backward_functions = (*tap.backward_functions, one.function)
-                tap.backward_values = numbers(len(tap.backward_functions), trail)
             else:
-                self.custom.append((row, name, tap, len(tap.functions), False))
-                tap.functions = (*tap.functions, one.function)
-                tap.values = numbers(len(tap.functions), trail)
+                written = tap.gradient if backward else tap.forward
+                self.custom.append((row, name, written, len(written.functions)))
+                written.functions = (*written.functions, one.function)
+                written.values = numbers(len(written.functions), trail)
 
     def _place_classifier(self) -> None:
         features, logits = self.plan.features, self.plan.logits
@@ -243,18 +238,10 @@ class Placement:
             self._recorder.head.miss("head_mean", "head_bias", "head_kick")
             return
         _place_moments(seen, features, reductions.channel_dimension(len(features.shape)))
-        tap.gap = numbers(logits.shape[-1], logits)
+        tap.gradient.total = numbers(logits.shape[-1], logits)
 
 
 def _place_moments(tap: Tap, trail: Trail, channel: int) -> None:
-    if tap.moments is None:
-        tap.channel, tap.moments = channel, numbers(trail.shape[channel] + 3, trail)
-
-
-def _lost(site: str, *, at_sum: bool) -> tuple[str, ...]:
-    """The columns that are NaN with the gradient of a site."""
-    if site == "input":
-        return ("grad_input",)
-    if site == "output":
-        return OUTPUT_GRADIENT
-    return ("grad_sum", *OUTPUT_GRADIENT) if at_sum else ("grad_sum",)
+    if tap.forward.sums is None:
+        tap.channel = channel
+        tap.forward.sums = numbers(trail.shape[channel] + 3, trail)

@@ -3,8 +3,7 @@
 A graph that torch.compile makes, or that CUDA replays, runs no Python: what is to be known of it
 must be a part of it. Everything here is traced into the graph, or runs in a hook while it is
 captured; it is a pure function of tensors and of numbers that stay the same, and writes into
-tensors made beforehand. It may not look at a value: the shortcuts of `measure` on a CPU rest on
-that, so these are writers of their own. `collect` hands on what they wrote.
+tensors made beforehand. It may not look at a value, as the shortcuts of `measure` on a CPU do.
 """
 
 import math
@@ -21,58 +20,67 @@ from resdiag.watch.plan.ports import Port, Trail
 from resdiag.watch.record.operations import Where
 
 Function = Callable[[Tensor], Tensor]
+Side = tuple[bool, int]
+"""Whether it is the output, and the number of the module's call."""
+
 Place = int | str | None
 """A position or a keyword; None for all of a result."""
 
 MEANS = slice(None, -3)
 SECOND, BROKEN, COUNT = -3, -2, -1
-"""Where a tap's `moments` holds channel means, E[x^2], non-finite fraction, elements a channel."""
+"""Where a tensor's sums hold channel means, E[x^2], non-finite fraction, elements a channel."""
 
 
 @dataclass(eq=False)
-class Tap:
-    """What is written at one port; each part is a tensor made beforehand, or None.
-
-    `samples` at the head of the batch are measured for moments and gradients, None for all.
+class Written:
+    """What is written of a tensor or of its gradient: tensors that are made beforehand, or None.
 
     Attributes:
-        moments: Of the tensor, float64 (C + 3,), see `MEANS`.
-        head: The first samples of the tensor.
-        values: Custom metrics of the tensor, float64 (n,), one for each of `functions`.
-        norm: G2, non-finite fraction and batch size of the gradient, float64 (3,).
-        tail: The first samples of the gradient.
-        gap: The gradient's sum over the batch, float64 (K,).
-        backward_values: Custom metrics of the gradient, one for each of `backward_functions`.
+        sums: Of a tensor its moments, float64 (C + 3,), see `MEANS`; of a gradient G2, non-finite
+            fraction and batch size, float64 (3,).
+        head: The first samples.
+        total: The sum over the batch, float64 (K,).
+        values: Custom metrics, float64 (n,), one for each of `functions`.
+    """
+
+    sums: Tensor | None = None
+    head: Tensor | None = None
+    total: Tensor | None = None
+    values: Tensor | None = None
+    functions: tuple[Function, ...] = ()
+
+    def tensors(self) -> list[Tensor]:
+        """All that are there."""
+        parts = self.sums, self.head, self.total, self.values
+        return [part for part in parts if part is not None]
+
+    def write(self, x: Tensor) -> None:
+        """Write all but `sums`."""
+        if self.head is not None and x[: self.head.shape[0]].shape == self.head.shape:
+            self.head.copy_(x[: self.head.shape[0]])
+        if self.total is not None:
+            self.total.copy_(x.reshape(-1, x.shape[-1]).sum(0).double())
+        if self.values is not None:
+            self.values.copy_(torch.stack([f(x).double() for f in self.functions]))
+
+
+class Tap:
+    """What is written at one port, of the tensor there and of its gradient.
+
+    Attributes:
+        samples: How many at the head of the batch the sums are taken over; None for all.
         channel: The dimension of the channels.
         separate: Whether the gradient of this use alone is wanted, not of the whole tensor.
     """
 
-    port: Port
-    samples: int | None
-    moments: Tensor | None = None
-    head: Tensor | None = None
-    values: Tensor | None = None
-    norm: Tensor | None = None
-    tail: Tensor | None = None
-    gap: Tensor | None = None
-    backward_values: Tensor | None = None
-    functions: tuple[Function, ...] = ()
-    backward_functions: tuple[Function, ...] = ()
-    channel: int = 1
-    separate: bool = False
+    def __init__(self, port: Port, samples: int | None) -> None:
+        self.port, self.samples = port, samples
+        self.channel, self.separate = 1, False
+        self.forward, self.gradient = Written(), Written()
 
     def tensors(self) -> list[Tensor]:
-        """All parts that are there."""
-        parts = self.moments, self.head, self.values, *self._of_gradient()
-        return [part for part in parts if part is not None]
-
-    @property
-    def reads_gradient(self) -> bool:
-        """Whether anything of the gradient is written."""
-        return any(part is not None for part in self._of_gradient())
-
-    def _of_gradient(self) -> tuple[Tensor | None, ...]:
-        return self.norm, self.tail, self.gap, self.backward_values
+        """All tensors that are written into."""
+        return [*self.forward.tensors(), *self.gradient.tensors()]
 
 
 def numbers(count: int, trail: Trail) -> Tensor:
@@ -97,7 +105,7 @@ class Switch:
 
 
 class _Gradient(torch.autograd.Function):
-    """The identity, whose backward writes what the gradient is."""
+    """The identity, whose backward writes something of the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tap: Tap) -> Tensor:  # noqa: ANN401
@@ -107,7 +115,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
-        """Write into the parts."""
+        """Write what the gradient is."""
         _write_gradient(ctx.tap, g)
         return g, None
 
@@ -115,16 +123,12 @@ class _Gradient(torch.autograd.Function):
 class Hook:
     """The forward hooks of one module.
 
-    `taps` holds, for (is_output, number of the call), places and their taps; `repeated` says that
-    the module is called several times in a pass.
+    `taps` holds places and their taps; `repeated` says that the module is called several times in
+    a pass.
     """
 
     def __init__(
-        self,
-        switch: Switch,
-        taps: dict[tuple[bool, int], list[tuple[Place, Tap]]],
-        *,
-        repeated: bool,
+        self, switch: Switch, taps: dict[Side, list[tuple[Place, Tap]]], *, repeated: bool
     ) -> None:
         self.switch, self.taps, self.repeated = switch, taps, repeated
         self.calls = 0
@@ -159,33 +163,26 @@ class Hook:
 class TappedOperations:
     """What is tapped at the operations of one module; an `operations.Handler`.
 
-    `taps` holds places and their taps; where a place is None it is the result.
+    `taps` holds places and their taps: those of operands, and None for the result.
     """
 
     def __init__(self, switch: Switch, taps: Mapping[Where, list[tuple[Place, Tap]]]) -> None:
-        self.switch = switch
-        self.operands = {
-            where: [(place, tap) for place, tap in here if place is not None]
-            for where, here in taps.items()
-        }
-        self.results = {
-            where: [tap for place, tap in here if place is None] for where, here in taps.items()
-        }
+        self.switch, self.taps = switch, dict(taps)
 
     @never_alone
     def before(
         self, where: Where, func: object, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Tap operands."""
-        taps = self.operands.get(where) if self.switch.is_on() else None
-        return (args, kwargs) if not taps else _tap_arguments(taps, args, kwargs)
+        taps = self.taps.get(where) if self.switch.is_on() else None
+        return (args, kwargs) if taps is None else _tap_arguments(taps, args, kwargs)
 
     @never_alone
     def after(self, where: Where, func: object, args: object, kwargs: object, result: Any) -> Any:  # noqa: ANN401
         """Tap the result."""
         if self.switch.is_on():
-            for tap in self.results.get(where, ()):
-                result = tapped(tap, result)
+            for place, tap in self.taps.get(where, ()):
+                result = tapped(tap, result) if place is None else result
         return result
 
 
@@ -209,7 +206,7 @@ def tapped(tap: Tap, x: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         return _pass_eager(tap, x)
     _write_forward(tap, x.detach())
-    if x.requires_grad and tap.reads_gradient:
+    if x.requires_grad and tap.gradient.tensors():
         passed: Tensor = _Gradient.apply(x, tap)
         return passed
     return x
@@ -220,38 +217,25 @@ def _pass_eager(tap: Tap, x: Tensor) -> Tensor:
     """The same for a hook outside of every graph: a tensor hook leaves the tensor as it is."""
     with torch.no_grad():
         _write_forward(tap, x.detach())
-    if x.requires_grad and tap.reads_gradient:
+    if x.requires_grad and tap.gradient.tensors():
         x = x.view_as(x) if tap.separate else x
         x.register_hook(lambda g: _write_gradient(tap, g.detach()))
     return x
 
 
 def _write_forward(tap: Tap, x: Tensor) -> None:
-    if tap.moments is not None:
+    sums = tap.forward.sums
+    if sums is not None:
         values = moments_of(x if tap.samples is None else x[: tap.samples], tap.channel)
-        if values.shape == tap.moments.shape:
-            tap.moments.copy_(values)
-    if tap.head is not None:
-        _write_head(tap.head, x)
-    if tap.values is not None:
-        tap.values.copy_(torch.stack([f(x).double() for f in tap.functions]))
+        if values.shape == sums.shape:
+            sums.copy_(values)
+    tap.forward.write(x)
 
 
 def _write_gradient(tap: Tap, g: Tensor) -> None:
-    if tap.norm is not None:
-        tap.norm.copy_(gradient_of(g, tap.samples))
-    if tap.tail is not None:
-        _write_head(tap.tail, g)
-    if tap.gap is not None:
-        tap.gap.copy_(g.reshape(-1, g.shape[-1]).sum(0).double())
-    if tap.backward_values is not None:
-        tap.backward_values.copy_(torch.stack([f(g).double() for f in tap.backward_functions]))
-
-
-def _write_head(target: Tensor, x: Tensor) -> None:
-    head = x[: target.shape[0]]
-    if head.shape == target.shape:
-        target.copy_(head)
+    if tap.gradient.sums is not None:
+        tap.gradient.sums.copy_(gradient_of(g, tap.samples))
+    tap.gradient.write(g)
 
 
 def moments_of(x: Tensor, channel: int) -> Tensor:

@@ -1,10 +1,10 @@
 """Finds an operation that a module does in its own forward again in a later pass.
 
-Some tensors no module takes or returns: the sum in `F.relu(x + f)`, or one that is overwritten at
-once. Where a plan has such a tensor, a torch function mode is entered for the pass; torch.compile
-traces through a mode that is active when the graph is entered, as long as what it keeps is the same
-at the end of the graph as at its beginning. An operation is known by its name and by how many of
-that name came before in the call of its module.
+No module takes or returns the sum in `F.relu(x + f)`, or a tensor that is overwritten at once.
+Where a plan has such a tensor, a torch function mode is entered for the pass; torch.compile traces
+through a mode that is active when the graph is entered, as long as what it keeps is the same at the
+end of the graph as at its beginning. An operation is known by its name and by how many of that name
+came before in the call of its module.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -89,8 +89,6 @@ class Pool:
         self._gates: dict[int, tuple[Sequence[Tensor], Sequence[int]]] = {}
         self._gap: Tensor | None = None
 
-    # -- collecting ----------------------------------------------------------------------------
-
     def put(self, row: int, column: str, value: Scalar, weight: Scalar) -> None:
         """A cell that is a mean, or a root mean square, of parts of these weights."""
         self._scalars[row, column] = value, weight
@@ -117,8 +115,6 @@ class Pool:
     def gap(self, gradient: Tensor) -> None:
         """The batch sum of the logits' gradient, float64 (K,)."""
         self._gap = gradient
-
-    # -- adding up -----------------------------------------------------------------------------
 
     def layout(self, rows: int) -> Layout:
         """How this pass's vector is laid out."""
@@ -169,7 +165,7 @@ class Pool:
             layout: Of both vectors.
             total: The first vectors' sum.
             spreads: The second vectors' sum.
-            valid: 0-d bool: otherwise NaN is written.
+            valid: 0-d bool: where it is false, NaN is written.
             slot: The open slot of both buffers.
         """
         total = torch.where(valid, total, math.nan)
@@ -179,8 +175,6 @@ class Pool:
         self._write_gates(layout, gated, gates, slot)
         if layout.classes:
             self._head.write(slot, 0, "head_gap", gap.abs().amax() / self._ranks)
-
-    # -- inside --------------------------------------------------------------------------------
 
     def _pack_scalars(self, layout: Layout, device: torch.device) -> Tensor:
         """Numerator, denominator and presence of each quotient: (rows, columns, 3), flat."""
