@@ -24,7 +24,7 @@ from resdiag.study.curvature import largest_curvature
 from resdiag.watch.base.safety import WatchWarning
 from resdiag.watch.loop import ranks as distributed
 from resdiag.watch.loop.attach import attach
-from resdiag.watch.loop.ranks import Assembly
+from resdiag.watch.loop.ranks import RankReduction
 from resdiag.watch.measure import skip_path
 from resdiag.watch.record.graph_placement import CUSTOM, HIDDEN, SPLIT
 
@@ -269,7 +269,7 @@ def test_a_first_step_that_not_every_rank_recorded_is_nan_and_said():
     """Shown without other ranks: their meeting answers that not all have recorded yet."""
     ranks = SimpleNamespace(is_open=True, meet=lambda *args: None, check=list, close=lambda: None)
     with attach(Net()) as watched:
-        watched._assembly = Assembly(ranks, None, watched._state, watched._gradients)
+        watched._reduction = RankReduction(ranks, None, watched._state, watched._gradients)
         F.cross_entropy(watched._model(data()[0]), data()[1]).backward()
         with pytest.warns(WatchWarning, match="not recorded by every rank"):
             watched.step()

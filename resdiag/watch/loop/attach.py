@@ -1,7 +1,7 @@
 """`attach`: watch the residual blocks of a model while it trains."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -19,12 +19,22 @@ from resdiag.watch.loop.ranks import find_ranks, is_reduced
 from resdiag.watch.loop.state import LossScale
 from resdiag.watch.plan.ports import example
 
-if TYPE_CHECKING:
-    pass
-
-
 _TAKES = ("first", "last")
 _TRACES = ("first", "always")
+
+_WRAPPERS = {
+    "DataParallel": (
+        "DataParallel runs copies of the model in threads, which no hook of ours follows: use "
+        "DistributedDataParallel, or attach before wrapping and run on one device"
+    ),
+    "FullyShardedDataParallel": (
+        "FullyShardedDataParallel (FSDP1) flattens parameters, so that none belongs to a block: "
+        "use torch.distributed.fsdp.fully_shard (FSDP2)"
+    ),
+    "_RemoteModule": (
+        "a RemoteModule runs on another RPC worker: attach on the worker that holds the module"
+    ),
+}
 
 
 def attach(
@@ -43,7 +53,7 @@ def attach(
     moment_samples: int | None = None,
     example_inputs: object = None,
     trace: str = "first",
-) -> "Monitor":
+) -> Monitor:
     """Start watching a model. Nothing in it is edited, and its training stays the same bit for bit.
 
     The blocks are found in the first forward pass in training mode, and recorded in that same pass.
@@ -52,8 +62,7 @@ def attach(
         model: The module whose `__call__` the training loop uses.
         optimizer: Its optimizer, or several: the update ratio is then measured, for which the
             weights are copied at recorded steps. Parameter gradients are read right before the
-            step of whichever optimizer owns them, given here or not; without such a step, at
-            `Monitor.step()`.
+            step of the optimizer that owns them, given here or not; without one, at `step()`.
         blocks: Names or shell patterns of modules to take as the blocks instead of found additions.
         every: Record every `every`-th step.
         record_first: Record each of the first steps, whatever `every` says.
@@ -67,8 +76,8 @@ def attach(
             (docs/explanation/watching.md), where the first that differs is missed, and said.
         moment_samples: Samples at the head of the batch from which moments, gradient norms at
             activations and their non-finite shares are estimated; None for the whole batch. Of k
-            samples a second moment has the relative standard error s / sqrt(k), with s the
-            deviation over samples of their second moments over its mean: a few per cent for 16
+            samples a second moment has the relative standard error s / sqrt(k), s being the
+            deviation over samples of their second moments, over its mean: a few per cent for 16
             images (docs/explanation/performance.md). Outputs of BatchNorm and parameter gradients
             stay those of the whole batch.
         reduce: Where several processes train the model together (DDP, `fully_shard`), record the
@@ -79,7 +88,6 @@ def attach(
             whether it skipped the step.
         take: Which forward pass of a step to record where there are several (gradient
             accumulation, two views of a batch), "first" or "last".
-
         example_inputs: Inputs of one forward pass, a tuple or a mapping of keywords, on the model's
             device: the blocks are found at once, and passes that torch.compile runs are recorded
             too. Needed only for those; attach before compiling.
@@ -109,14 +117,16 @@ def attach(
     """
     if every < 1 or record_first < 0:
         raise ValueError(f"every={every} must be at least 1 and record_first={record_first} >= 0")
-    if point is not None and point not in POINTS:
-        raise ValueError(unknown("point", point, POINTS).message)
-    if take not in _TAKES:
-        raise ValueError(unknown("forward pass to take", take, _TAKES).message)
-    if trace not in _TRACES:
-        raise ValueError(unknown("trace", trace, _TRACES).message)
-    if metrics not in SETS:
-        raise ValueError(unknown("set of metrics", metrics, SETS).message)
+    if moment_samples is not None and moment_samples < 1:
+        raise ValueError(f"moment_samples={moment_samples} must be at least 1, or None for all")
+    for what, given, known in (
+        ("point", point, (None, *POINTS)),
+        ("forward pass to take", take, _TAKES),
+        ("trace", trace, _TRACES),
+        ("set of metrics", metrics, SETS),
+    ):
+        if given not in known:
+            raise ValueError(unknown(what, str(given), [one for one in known if one]).message)
     inner = unwrap(model)
     if hasattr(model, "_orig_mod") or compiled_parts(model):
         raise ValueError(
@@ -128,8 +138,6 @@ def attach(
         raise ValueError("reduce=False: the parameters are shards, no rank has a whole gradient")
     ranks = find_ranks(model) if reduce else None
     reduced = ranks is not None or is_reduced(model)
-    if moment_samples is not None and moment_samples < 1:
-        raise ValueError(f"moment_samples={moment_samples} must be at least 1, or None for all")
     monitor = Monitor(
         inner,
         _optimizers(optimizer),
@@ -150,9 +158,7 @@ def attach(
 
 
 def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:
-    """One optimizer, several or none as a list."""
-    several = given if isinstance(given, Iterable) else [given] if given is not None else []
-    optimizers = list(several)
+    optimizers = [] if given is None else list(given) if isinstance(given, Iterable) else [given]
     for optimizer in optimizers:
         if not hasattr(optimizer, "param_groups"):
             raise TypeError(f"not an optimizer: {type(optimizer).__name__}")
@@ -160,11 +166,7 @@ def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module to watch inside a wrapper of PyTorch's.
-
-    Raises:
-        ValueError: A kind of parallel training whose numbers would silently be wrong.
-    """
+    """The module to watch inside a wrapper; a ValueError where its numbers would be wrong."""
     refusal = next(_refusals(model), None)
     if refusal is not None:
         raise ValueError(refusal)
@@ -198,21 +200,6 @@ def _refusals(model: nn.Module) -> Iterator[str]:
 def _modules(model: nn.Module) -> Iterator[nn.Module]:
     yield model  # first: a RemoteModule answers modules() with an error of its own
     yield from model.modules()
-
-
-_WRAPPERS = {
-    "DataParallel": (
-        "DataParallel runs copies of the model in threads, which no hook of ours follows: use "
-        "DistributedDataParallel, or attach before wrapping and run on one device"
-    ),
-    "FullyShardedDataParallel": (
-        "FullyShardedDataParallel (FSDP1) flattens parameters, so that none belongs to a block: "
-        "use torch.distributed.fsdp.fully_shard (FSDP2)"
-    ),
-    "_RemoteModule": (
-        "a RemoteModule runs on another RPC worker: attach on the worker that holds the module"
-    ),
-}
 
 
 def _is_data_parallel(model: nn.Module, parameter: nn.Parameter) -> bool:

@@ -14,21 +14,17 @@ from resdiag.watch.record.collect import GraphRecorder
 from resdiag.watch.record.follow import Follower
 
 
-class Passes:
-    """Decides at the beginning of each forward pass of a model.
+class ForwardPasses:
+    """Decides at the beginning of each forward pass of a model whether it is recorded.
 
-    Args:
-        state: The monitor's state.
-        schedule: Whether a step of that number is due for recording.
-        gradients: The parameters' gradients.
-        follower: Gives a pass what follows it.
-        take_last: Whether the last pass of a step is recorded, not the first.
+    `schedule` says whether a step of some number is due; `take_last` that the last pass of a step
+    is recorded, not the first.
 
     Attributes:
         taps: What records compiled passes, if the model was prepared for them.
         seen: What was noticed of torch.compile.
-        follower: As given.
         demanded: Whether the next pass is recorded whatever the schedule says.
+        is_paused: Whether passes are ignored.
     """
 
     def __init__(
@@ -43,25 +39,19 @@ class Passes:
         self.follower = follower
         self.taps: GraphRecorder | None = None
         self.seen = Seen()
-        self.demanded = False
+        self.demanded = self.is_paused = self._captured = False
         self._model, self._schedule, self._take_last = state.model, schedule, take_last
         self._step, self._recorder, self._record = state.now, state.recorder, state.record
         self._gradients, self._scale, self._warnings = gradients, state.scale, state.warnings
-        self._paused = self._captured = False
-
-    @property
-    def is_paused(self) -> bool:
-        """Whether passes are ignored."""
-        return self._paused
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Ignore forward passes inside the `with`."""
-        before, self._paused = self._paused, True
+        before, self.is_paused = self.is_paused, True
         try:
             yield
         finally:
-            self._paused = before
+            self.is_paused = before
 
     def is_due(self) -> bool:
         """Whether the schedule names the step under way."""
@@ -83,7 +73,7 @@ class Passes:
             return False
         if self.taps is not None:
             self.taps.begin(on=False)
-        if self._paused or not self._model.training or not torch.is_grad_enabled():
+        if not self._is_training():
             return False
         self._step.passes += 1
         if not self._can_trace() or not self._is_due_now():
@@ -91,15 +81,22 @@ class Passes:
         if self._step.forward and self._recorder.is_whole and not self._replaces():
             return False
         self._check_scale()
+        self._open()
+        return True
+
+    def _open(self) -> None:
+        """Begin to record a pass, in place of one that was recorded in the same step."""
         self._record.begin(self._step.number, again=self._step.forward)
         self._step.forward, self.demanded, self._step.foreign = True, False, False
         self._recorder.begin()
-        return True
+
+    def _is_training(self) -> bool:
+        return not self.is_paused and self._model.training and torch.is_grad_enabled()
 
     def adopt_hidden(self) -> None:
         """Count a pass whose beginning no hook saw: inside somebody's graph, or a replayed one."""
         hidden, self.seen.in_graph = self.seen.in_graph, False
-        due = self.is_due() and not self._paused and not self._recorder.guard.failure
+        due = self.is_due() and not self.is_paused and not self._recorder.guard.failure
         if self._step.forward or not due or not (hidden or self._captured):
             return
         if self.taps is None:
@@ -107,17 +104,11 @@ class Passes:
         else:
             self._open_compiled()
 
-    def collect(self) -> None:
-        """Bring what the taps wrote into the record."""
-        assert self.taps is not None
-        self.taps.collect()
-
     def close(self) -> None:
-        """Remove the taps."""
+        """Remove the hooks."""
+        self.follower.end()
         if self.taps is not None:
             self.taps.close()
-
-    # -- inside --------------------------------------------------------------------------------
 
     def _is_due_now(self) -> bool:
         wanted = self.demanded or self.follower.missed or self.is_due()
@@ -145,7 +136,7 @@ class Passes:
         Where the whole model is compiled, a pass that is not due runs a graph without taps; where
         parts are, theirs always write: a second graph for each could exceed the recompile limit.
         """
-        training = not self._paused and self._model.training and torch.is_grad_enabled()
+        training = self._is_training()
         due = training and self._is_due_now()
         self._step.passes += training
         if self.taps is None:
@@ -160,17 +151,14 @@ class Passes:
         if first:
             self._open_compiled()
         elif due:
+            which = "first" if whole else "last"
             self._warnings.say(
-                "several compiled forward passes in one step: the "
-                f"{'first' if whole else 'last'} one is recorded"
+                f"several compiled forward passes in one step: the {which} one is recorded"
             )
 
     def _open_compiled(self) -> None:
-        self._step.forward = self._step.compiled = True
-        self.demanded = self._step.foreign = False
-        self._step.factor = self._scale.now()
-        self._record.begin(self._step.number, again=False)
-        self._recorder.begin()
+        self._step.compiled, self._step.factor = True, self._scale.now()
+        self._open()
 
     def _replaces(self) -> bool:
         """Whether a further forward pass of the step is recorded in place of the one before."""
@@ -193,31 +181,22 @@ class Passes:
         return self._recorder.backward.seen and cleared and not self._gradients.has_taken
 
 
-_REMEDY = (
-    "a step was due for recording, but torch.compile ran the forward pass and hides it: "
-    "attach(model, example_inputs=(...)) before torch.compile"
-)
-
-
 class Checks:
-    """Looks at a step when it ends.
+    """Warns, when a step ends, of what was wrong with it.
 
-    Args:
-        state: The monitor's state.
-        passes: The forward passes.
-        stopped: Custom metrics that stopped, and why.
-        given: Whether `attach` was given an optimizer.
+    `stopped` has the custom metrics that stopped, and why; `given` says whether `attach` was given
+    an optimizer.
     """
 
     def __init__(
-        self, state: State, passes: Passes, stopped: Mapping[str, str], *, given: bool
+        self, state: State, passes: ForwardPasses, stopped: Mapping[str, str], *, given: bool
     ) -> None:
         self._now, self._passes, self._recorder = state.now, passes, state.recorder
         self._loss_scale, self._warnings = state.scale, state.warnings
         self._stopped, self._given = stopped, given
 
     def order(self) -> None:
-        """Say what is wrong with where `step()` is called."""
+        """Warn if `step()` is called at the wrong place of the loop."""
         if self._passes.is_paused:
             return
         updated = any(self._now.updates.values())
@@ -236,9 +215,12 @@ class Checks:
             )
 
     def forward(self) -> None:
-        """Say why a step that was due has no recorded pass."""
+        """Warn why a step that was due has no recorded pass."""
         if self._now.hidden:
-            self._warnings.say(_REMEDY)
+            self._warnings.say(
+                "a step was due for recording, but torch.compile ran the forward pass and hides "
+                "it: attach(model, example_inputs=(...)) before torch.compile"
+            )
         elif self._passes.is_due() and not self._recorder.guard.failure and not self._now.repeated:
             self._warnings.say(
                 "a step was due for recording, but no forward pass in training mode went through "
@@ -247,7 +229,7 @@ class Checks:
             )
 
     def backward(self) -> None:
-        """Say what is wrong with a recorded pass."""
+        """Warn of what is wrong with a recorded pass."""
         for metric, reason in self._stopped.items():
             self._warnings.say(f"custom metric '{metric}' stopped: {reason}")
         if self._recorder.guard.failure:
@@ -256,7 +238,7 @@ class Checks:
                 f"training goes on: {self._recorder.guard.failure}"
             )
             return
-        anatomy = self._recorder.anatomy
+        anatomy, backward = self._recorder.anatomy, self._recorder.backward
         if anatomy.is_chosen:
             self._warnings.say(f"{describe_units(anatomy.blocks)}; blocks=[...] names others")
         if not anatomy.blocks:
@@ -266,9 +248,9 @@ class Checks:
                 "the forward pass of a recorded step was not like the one that had been traced: "
                 "its numbers are NaN where they differ, and the next recorded pass is traced"
             )
-        elif not self._recorder.backward.seen and not self._now.compiled:
+        elif not backward.seen and not self._now.compiled:
             self._warnings.say("a recorded step had no backward pass through the blocks")
-        if self._recorder.backward.repeats:
+        if backward.repeats:
             self._warnings.say(
                 "several backward passes reached the blocks: the last one is recorded"
             )

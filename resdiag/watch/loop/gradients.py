@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,23 +13,11 @@ from resdiag.watch.loop.state import State
 from resdiag.watch.measure.parameter_norms import ParameterNorms
 from resdiag.watch.record.pool import Pool
 
-if TYPE_CHECKING:
-    from resdiag.watch.loop.ranks import Ranks
-
-
 _SCALED = ("grad_input", "grad_sum", "grad_output")
 
 
 class Gradients:
-    """Reads the gradients of a model's parameters into the record.
-
-    Args:
-        state: The monitor's state.
-        shards: Which rank holds what of the parameters.
-        ranks: The ranks that record together, if there are several.
-        pool: Where they add up their numbers.
-        point: Where in the loop gradients are read, as asked for.
-        updates: Whether to measure how far the parameters move.
+    """Reads the gradients of a model's parameters into the record, and how far they move.
 
     Attributes:
         point: Where in the loop gradients are read.
@@ -42,10 +29,10 @@ class Gradients:
         self,
         state: State,
         shards: Shards,
-        ranks: "Ranks | None",
         pool: Pool | None,
         point: str | None,
         *,
+        ranks: int,
         updates: bool,
     ) -> None:
         self.point = point or ("unscaled" if state.scale.is_used else "local")
@@ -53,9 +40,9 @@ class Gradients:
         self.total = torch.zeros((), dtype=torch.float64)
         self._model, self._step, self._scale = state.model, state.now, state.scale
         self._recorder, self._record, self._warnings = state.recorder, state.record, state.warnings
-        self._shards = shards
-        self._ranks, self._pool, self._asked, self._wants_updates = ranks, pool, point, updates
-        self._rewriting = Rewriting()
+        self._shards, self._ranks, self._pool = shards, ranks, pool
+        self._asked, self._wants_updates = point, updates
+        self._clipping = Clipping()
         self._norms: dict[str, ParameterNorms] = {}
 
     @property
@@ -70,84 +57,74 @@ class Gradients:
 
     def close(self) -> None:
         """Remove the hook on a parameter."""
-        self._rewriting.close()
+        self._clipping.close()
 
     def read(self, point: str | None, owners: Collection[int]) -> None:
-        """Read now what the step of these optimizers would read later; see `Monitor`."""
+        """Read now what the step of these optimizers would read; see `Monitor.read_gradients`."""
         if point is not None and self._asked is None:
             self.point = self._asked = point
         if self._step.forward and not self._recorder.guard.failure:
-            scaled = self._scale.is_still_on(owners)
-            self._reading(point or self.point).take(scale=self._scale.now() if scaled else 1.0)
+            scale = self._scale.now() if self._scale.is_still_on(owners) else 1.0
+            self._norms_at(point or self.point).take(scale=scale)
 
     def backward_begins(self) -> None:
         """The first gradient of the recorded pass has come: the loss scale is known now."""
         self._step.factor = self._recorder.backward.factor = self._scale.now()
-        if not self._rewriting.follows:
+        if not self._clipping.follows:
             blocks = [p for members in self._recorder.anatomy.parameters for p in members]
-            self._rewriting.follow([*blocks, *self._model.parameters()])
-
-    # -- updates -------------------------------------------------------------------------------
+            self._clipping.follow([*blocks, *self._model.parameters()])
 
     def before_update(self, optimizer: Optimizer, owned: Collection[int]) -> None:
         """An optimizer is about to make its first step: read the gradients that it will use."""
-        inside = self._scale.inside(optimizer)
-        self._reading(self._point_before_update()).take(owned, inside)
+        self._norms_at(self._point_before_update()).take(owned, self._scale.inside(optimizer))
         self.rated |= self._record.rate(optimizer.param_groups)
-        skips = self._scale.skips(optimizer)
         if self._scale.is_used:
+            skips = self._scale.skips(optimizer)
             self._write_head("skipped", torch.zeros(()) if skips is None else skips)
         if self._wants_updates and not self._step.pending:
-            self._reading(self.point).remember()
+            self._norms_at(self.point).remember()
             self._step.pending = True
 
     def after_update(self, owned: Collection[int]) -> None:
         """An optimizer has stepped: if it owns all parameters, nothing will move them any more."""
-        if self._step.pending:
-            trained = (p for p in self._model.parameters() if p.requires_grad)
-            if all(id(p) in owned for p in trained):
-                self._write_updates()
+        trained = (p for p in self._model.parameters() if p.requires_grad)
+        if self._step.pending and all(id(p) in owned for p in trained):
+            self._write_updates()
 
     def _write_updates(self) -> None:
         """Write how far the blocks' parameters moved since they were remembered."""
         self._step.pending = False
-        moved, sizes = self._reading(self.point).updates()
-        if moved.numel():
-            cells = self._record.cells
-            cells.write_column(cells.slot, "update_ratio", moved / sizes)
-            self._pool_rows("update_ratio", moved / sizes, sizes.square())
+        moved, sizes = self._norms_at(self.point).updates()
+        self._write_rows("update_ratio", moved / sizes, sizes.square())
 
     def _point_before_update(self) -> str:
         """The point at which gradients are read now; where the loop rewrote them, `post_clip`."""
-        rewritten = self._rewriting.count() > 0
-        if not rewritten or self.point == "post_clip" or may_reduce():
-            return self.point  # a reduction over ranks is a rewriting as well
-        if self._reading(self.point).has_taken:
+        if not self._clipping.was_seen() or self.point == "post_clip" or may_reduce():
+            return self.point  # a reduction over ranks rewrites gradients as well
+        if self._norms_at(self.point).has_taken:
             return "post_clip"
         self._warnings.say(
             "the loop rewrote the gradients (clipped them?) before the optimizer's step: parameter "
             f"gradients are read after that, point 'post_clip' instead of '{self.point}'; call "
             "monitor.read_gradients('pre_clip') before it to have both"
         )
-        norms = self._norms.pop(self.point)
+        self._norms["post_clip"] = self._norms.pop(self.point)
         self.point = self._asked = "post_clip"
-        self._norms[self.point] = norms
         return self.point
-
-    # -- the end of a step ---------------------------------------------------------------------
 
     def finish(self) -> None:
         """Complete what is known of the step's gradients and updates."""
         skipped = self._scale.is_used and not self._step.stepped
-        known = self._wants_updates and not self._recorder.guard.failure
-        if self._step.pending or (skipped and known):
-            if not self._step.pending:
-                self._reading(self.point).remember()
+        works = not self._recorder.guard.failure
+        if skipped and works and self._wants_updates and not self._step.pending:
+            self._norms_at(self.point).remember()
+            self._step.pending = True
+        if self._step.pending:
             self._write_updates()
-        if not self._recorder.guard.failure:
-            self._reading(self.point).take()  # a scaler that skipped the step had unscaled them
+        if works:
+            self._norms_at(self.point).take()  # a scaler that skipped the step had unscaled them
         self._record.cells.settle()
-        if not self._recorder.guard.failure:
+        if works:
             self._write()
         if skipped:
             self._write_head("skipped", torch.ones(()))
@@ -173,45 +150,36 @@ class Gradients:
 
     def _write(self) -> None:
         """G1 and the total norm, at the monitor's point and at others."""
-        for point, norms in self._norms.items():
-            if point == self.point:
-                self._write_here(norms)
-            elif norms.has_taken:
-                self._write_there(point, norms)
+        guard, norms = self._recorder.guard, self._norms_at(self.point)
+        for point, others in self._norms.items():
+            if point != self.point and others.has_taken:
+                self._write_further(point, others)
+        per_block, self.total = norms.gradients()
+        self._write_rows("grad_param", per_block, torch.ones_like(per_block))
+        self._write_head("grad_norm", self.total)
         for row, members in enumerate(self._recorder.anatomy.parameters):
             if not members:
-                self._recorder.guard.miss(row, ("update_ratio",), "the block has no parameters")
-
-    def _write_here(self, norms: ParameterNorms) -> None:
-        per_block, self.total = norms.gradients()
-        self._pool_rows("grad_param", per_block, torch.ones_like(per_block))
-        if per_block.numel():
-            cells = self._record.cells
-            cells.write_column(cells.slot, "grad_param", per_block)
-        self._write_head("grad_norm", self.total)
+                guard.miss(row, ("update_ratio",), "the block has no parameters")
         for row in norms.missing():
-            self._recorder.guard.miss(row, ("grad_param",), "no parameter of it has a gradient")
+            guard.miss(row, ("grad_param",), "no parameter of it has a gradient")
         if self._recorder.backward.seen and not norms.has_taken:
             self._warnings.say(
                 "no gradient was left when monitor.step() looked for them: was zero_grad() "
                 "called before it?"
             )
 
-    def _write_there(self, point: str, norms: ParameterNorms) -> None:
+    def _write_further(self, point: str, norms: ParameterNorms) -> None:
         per_block, total = norms.gradients()
         if self._pool is not None and self._pool.sharded:
             per_block, total = per_block * math.nan, total * math.nan
             self._warnings.say(
                 "parameters are shards, whose gradients are added up at one point only: "
-                f"grad_param_{point} is NaN; to record that one, attach(..., "
-                f"point='{point}')"
+                f"grad_param_{point} is NaN; to record that one, attach(..., point='{point}')"
             )
         self._record.add(self._step.number, point, per_block, total)
 
-    # -- inside --------------------------------------------------------------------------------
-
-    def _reading(self, point: str) -> ParameterNorms:
-        """The norms read at a point."""
+    def _norms_at(self, point: str) -> ParameterNorms:
+        """The norms that were read at a point."""
         if point not in self._norms:
             anatomy = self._recorder.anatomy
             if not self._norms:
@@ -222,12 +190,12 @@ class Gradients:
 
     def _holders(self) -> int | None:
         """How many ranks hold shards of the parameters; None where each has them whole."""
-        if not is_sharded(self._model):
-            return None
-        return 1 if self._ranks is None else self._ranks.size
+        return self._ranks if is_sharded(self._model) else None
 
-    def _pool_rows(self, column: str, values: Tensor, weights: Tensor) -> None:
-        """Where a rank has a part of the parameters only, hand a column on to be added up."""
+    def _write_rows(self, column: str, values: Tensor, weights: Tensor) -> None:
+        """Write a column; where a rank has shards of the parameters only, let the ranks add it."""
+        if values.numel():
+            self._record.cells.write_column(self._record.cells.slot, column, values)
         if self._pool is not None and self._pool.sharded:
             pairs = zip(values.unbind(), weights.unbind(), strict=True)
             for row, (value, weight) in enumerate(pairs):
@@ -237,11 +205,11 @@ class Gradients:
         self._record.write_head(name, value, self.device())
 
 
-class Rewriting:
-    """Follows the version counter of one parameter's gradient; costs no operation on the device.
+class Clipping:
+    """Sees whether the loop rewrote the gradients, without any operation on the device.
 
-    A clipped gradient is changed in place, which torch counts. Compared are the count right after
-    the last accumulation and the one right before the optimizer's step.
+    A clipped gradient is changed in place, which torch counts in its version. Of one parameter the
+    version right after the last accumulation and that right before the step are compared.
     """
 
     def __init__(self) -> None:
@@ -255,7 +223,7 @@ class Rewriting:
         return self._parameter is not None
 
     def follow(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Choose the first parameter that takes a gradient."""
+        """Choose the first parameter that gets a gradient."""
         self._parameter = next((p for p in parameters if p.requires_grad and p.is_leaf), None)
         if self._parameter is not None:
             self._handle = self._parameter.register_post_accumulate_grad_hook(self._accumulated)
@@ -266,13 +234,10 @@ class Rewriting:
             self._handle.remove()
             self._handle = None
 
-    def count(self) -> int:
-        """How often the gradient was changed in place since it was accumulated; 0 if unknown."""
+    def was_seen(self) -> bool:
+        """Whether the gradient was changed, or replaced, since it was accumulated."""
         grad = None if self._parameter is None else self._parameter.grad
-        if grad is None or self._fresh is None:
-            return 0
-        same, version = self._fresh
-        return grad._version - version if same == id(grad) else 1
+        return grad is not None and self._fresh not in (None, (id(grad), grad._version))
 
     def _accumulated(self, parameter: torch.Tensor) -> None:
         grad = parameter.grad

@@ -1,7 +1,7 @@
-"""`attach`: watch the residual blocks of a model while it trains."""
+"""The `Monitor`: what a training loop calls, and what was recorded."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Self
 
 from numpy.typing import NDArray
@@ -12,14 +12,13 @@ from resdiag.catalog.custom import CustomValues, custom_metrics
 from resdiag.catalog.table import POINTS, derive
 from resdiag.errors import unknown
 from resdiag.watch.base.safety import Guard, Warnings
-from resdiag.watch.base.safety import WatchWarning as WatchWarning
 from resdiag.watch.find.blocks import Block
 from resdiag.watch.find.passes import PassDriver
 from resdiag.watch.find.tracer import Tracing
-from resdiag.watch.loop.forward_passes import Checks, Passes
+from resdiag.watch.loop.forward_passes import Checks, ForwardPasses
 from resdiag.watch.loop.gradients import Gradients
 from resdiag.watch.loop.parameters import OptimizerSteps, Shards
-from resdiag.watch.loop.ranks import Assembly, Ranks
+from resdiag.watch.loop.ranks import RankReduction, Ranks
 from resdiag.watch.loop.state import LossScale, State, Step
 from resdiag.watch.plan.survey import plan_of_example
 from resdiag.watch.record.collect import GraphRecorder
@@ -51,12 +50,11 @@ class Monitor:
         moments: int | None,
         always: bool,
     ) -> None:
-        self._optimizers, self._units = optimizers, units
-        self._samples, self._moments = samples, moments
-        self._open, self._model = True, model
+        self._model, self._optimizers, self._units = model, optimizers, units
+        self._samples, self._open, given = (samples, moments), True, len(optimizers) > 0
         self._custom = CustomValues(custom_metrics().values())
-        warnings, now = Warnings(), Step()
-        record = Record(self._custom.ids, warnings)
+        self._now, self._warnings = Step(), Warnings()
+        self._record = record = Record(self._custom.ids, self._warnings)
         pool = None
         if ranks is not None:
             pool = Pool(record.cells, record.head, ranks.size, sharded=ranks.sharded)
@@ -71,20 +69,21 @@ class Monitor:
             core=core,
             moments=moments,
         )
-        self._now, self._record, self._warnings = now, record, warnings
-        state = self._state = State(model, now, self._recorder, record, scale, warnings)
+        self._state = state = State(model, self._now, self._recorder, record, scale, self._warnings)
         # its hooks come before those of a pass, which would see tensors that they do not know
-        self._shards = Shards(model, lambda a, b: self._driver.same(a, b))
-        updates = bool(optimizers) and not core
-        self._gradients = Gradients(state, self._shards, ranks, pool, point, updates=updates)
+        self._shards = Shards(model)
+        count, updates = 1 if ranks is None else ranks.size, given and not core
+        self._gradients = gradients = Gradients(
+            state, self._shards, pool, point, ranks=count, updates=updates
+        )
         follower = Follower(Tracing(model, units), self._recorder, always=always)
-        self._passes = Passes(state, schedule, self._gradients, follower, take_last=take_last)
-        given = bool(optimizers)
+        self._passes = ForwardPasses(state, schedule, gradients, follower, take_last=take_last)
         self._checks = Checks(state, self._passes, self._custom.stopped, given=given)
-        self._assembly: Assembly | None = None
+        self._reduction: RankReduction | None = None
         if ranks is not None and pool is not None:
-            self._assembly = Assembly(ranks, pool, state, self._gradients)
+            self._reduction = RankReduction(ranks, pool, state, gradients)
         self._driver = PassDriver(model, self._passes.begin, self._passes.seen)
+        self._shards.same = self._driver.same
         self._steps = OptimizerSteps(model, optimizers, self._before_update, self._after_update)
 
     def prepare(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
@@ -92,12 +91,7 @@ class Monitor:
         with self.paused():
             plan = plan_of_example(self._model, inputs, keywords, self._units)
         self._passes.taps = GraphRecorder(
-            self._model,
-            plan,
-            self._recorder,
-            self._record.cells,
-            self._samples,
-            self._moments,
+            self._model, plan, self._recorder, self._record.cells, *self._samples
         )
         self._passes.arm()
 
@@ -115,8 +109,8 @@ class Monitor:
 
     @property
     def lost(self) -> bool:
-        """Whether a loss was told that is not finite, as of the last flush."""
-        return self._record.told.lost
+        """Whether the loop told a loss that is not finite, as of the last flush."""
+        return self._record.losses.lost
 
     def step(self, loss: float | Tensor | None = None) -> None:
         """End a training step: after backward, and after the optimizer's step if there is one.
@@ -132,15 +126,15 @@ class Monitor:
         if not self._open:
             raise RuntimeError("the monitor is closed; attach again")
         if loss is not None:
-            self._record.told.tell(self._now.number, loss)
+            self._record.losses.tell(self._now.number, loss)
         self._checks.order()
         self._passes.adopt_hidden()
         if self._now.forward:
             self._finish()
         else:
             self._checks.forward()
-        if self._assembly is not None and self._passes.is_due():
-            self._assembly.meet()
+        if self._reduction is not None and self._passes.is_due():
+            self._reduction.meet()
         if self._now.forward and self._state.scale.is_used:
             self._gradients.divide_scale()
         self._now.begin()
@@ -153,8 +147,8 @@ class Monitor:
     def read_gradients(self, point: str | None = None) -> None:
         """Read the parameter gradients now instead of right before the optimizer's step.
 
-        For both sides of a clipping, call it before: what the optimizer gets is then recorded as
-        well, in columns that end in `_post_clip`. At steps that are not recorded it does nothing.
+        Called before a clipping, it records both sides: what the optimizer gets is in columns that
+        end in `_post_clip`. At steps that are not recorded it does nothing.
 
         Args:
             point: What the loop has done to the gradients so far, one of `catalog.POINTS`. The
@@ -172,8 +166,8 @@ class Monitor:
         """Hand what was recorded to `listener` too whenever it has come to the host.
 
         Args:
-            listener: Called with the columns of `drain()`, those that are new each time; derived
-                metrics are not among them. What it raises ends its listening and becomes a warning.
+            listener: Called with the new columns of `drain()`, without derived metrics. What it
+                raises ends its listening and becomes a warning.
         """
         self._record.listeners.append(listener)
 
@@ -183,7 +177,7 @@ class Monitor:
         Raises:
             RuntimeError: Several ranks record together: one that did not demand it would be missed.
         """
-        if self._assembly is not None:
+        if self._reduction is not None:
             raise RuntimeError(
                 "demand() on one rank would wait for the others: use every= or record_first=, or "
                 "attach(..., reduce=False)"
@@ -222,20 +216,17 @@ class Monitor:
         self._now.number = step
         self._passes.arm()
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """Ignore forward passes inside the `with`, e.g. an evaluation in training mode."""
-        with self._passes.paused():
-            yield
+        return self._passes.paused()
 
     def close(self) -> None:
         """Remove every hook; what was recorded stays readable. Safe to call twice."""
         self._driver.close()
-        self._passes.follower.end()
         self._passes.close()
         self._shards.close()
-        if self._assembly is not None:
-            self._assembly.close()
+        if self._reduction is not None:
+            self._reduction.close()
         self._recorder.close()
         self._steps.close()
         self._gradients.close()
@@ -274,21 +265,21 @@ class Monitor:
     @property
     def unavailable(self) -> list[dict[str, Any]]:
         """Metrics that are NaN for a reason: `{"metric", "blocks", "reason"}`."""
-        missing: list[dict[str, Any]] = [
-            {"metric": metric, "blocks": sorted(rows) or "all", "reason": reason}
+        missing = [
+            (metric, sorted(rows) or "all", reason)
             for metric, reasons in self._recorder.guard.reasons.items()
             for reason, rows in reasons.items()
         ]
         for metric, reason in self._custom.stopped.items():
-            missing.append({"metric": metric, "blocks": "all", "reason": f"stopped: {reason}"})
+            missing.append((metric, "all", f"stopped: {reason}"))
         if not self._optimizers:
             reason = "attach(optimizer=...) is needed to see updates"
-            missing.append({"metric": "update_ratio", "blocks": "all", "reason": reason})
+            missing.append(("update_ratio", "all", reason))
         if not self._gradients.rated:
             reason = "no optimizer was seen to step in a recorded step"
-            for metric in ("head_kick", "lr", "momentum", "weight_decay"):
-                missing.append({"metric": metric, "blocks": "all", "reason": reason})
-        return missing
+            rates = "head_kick", "lr", "momentum", "weight_decay"
+            missing += [(metric, "all", reason) for metric in rates]
+        return [dict(zip(("metric", "blocks", "reason"), one, strict=True)) for one in missing]
 
     @property
     def custom_metrics(self) -> list[dict[str, str]]:
@@ -296,7 +287,7 @@ class Monitor:
         return [one.to_dict() for one in self._custom.metrics]
 
     def drain(self) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
-        """Take what was recorded since the last drain: per-block columns and per-step columns."""
+        """Take what was recorded since the last drain: per-block and per-step columns."""
         self._flush()
         return self._record.take()
 
@@ -315,40 +306,36 @@ class Monitor:
             raise ValueError(f"per must be 'block' or 'step', not '{per}'")
         self._flush()
         columns = self._record.columns()[per == "step"]
-        derived = derive(columns, per_step=per == "step")
-        frame = pd.DataFrame({**columns, **derived})
-        frame["point"] = pd.Categorical([self.point] * len(frame))
-        return frame
+        frame = pd.DataFrame({**columns, **derive(columns, per_step=per == "step")})
+        return frame.assign(point=pd.Categorical([self.point] * len(frame)))
 
     # -- inside --------------------------------------------------------------------------------
 
     def _before_update(self, optimizer: Optimizer, owned: Collection[int] | None) -> None:
-        """An optimizer is about to step."""
         now = self._now
         if owned is None:
             now.foreign = True
             return
         now.updates[id(optimizer)] += 1
-        if now.updates[id(optimizer)] == 2:
+        times = now.updates[id(optimizer)]
+        if times == 2:
             self._warnings.say(
                 "the optimizer stepped twice without monitor.step() in between: call it after each "
                 "of its steps, or only the first is recorded and steps are counted wrong"
             )
         now.stepped = now.updated = now.updating = True
         self._passes.adopt_hidden()
-        if now.forward and not self._recorder.guard.failure and now.updates[id(optimizer)] == 1:
+        if now.forward and not self._recorder.guard.failure and times == 1:
             self._gradients.before_update(optimizer, owned)
 
     def _after_update(self, optimizer: Optimizer, owned: Collection[int] | None) -> None:
-        """An optimizer has stepped."""
         self._now.updating = self._now.updating and owned is None
         if owned is not None:
             self._gradients.after_update(owned)
 
     def _finish(self) -> None:
-        """Complete the recorded step."""
-        if self._now.compiled:
-            self._passes.collect()
+        if self._now.compiled and self._passes.taps is not None:
+            self._passes.taps.collect()
         self._recorder.backward.conclude()
         self._passes.follower.end()
         self._gradients.finish()
@@ -357,7 +344,6 @@ class Monitor:
         self._now.recorded += 1
 
     def _flush(self) -> None:
-        """Bring the used slots to the host."""
-        if self._assembly is not None:
-            self._assembly.check()
+        if self._reduction is not None:
+            self._reduction.check()
         self._record.flush(self.blocks, keep_open=self._now.forward and self._open)

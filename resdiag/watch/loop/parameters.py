@@ -3,6 +3,7 @@
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from resdiag.watch.base.tensors import mesh_of
 
-Told = Callable[[Optimizer, Collection[int] | None], None]
+StepHook = Callable[[Optimizer, Collection[int] | None], None]
 """Called with an optimizer and the `id` of its parameters; None if none of them is the model's."""
 
 
@@ -35,34 +36,18 @@ class OptimizerSteps:
     """
 
     def __init__(
-        self, model: nn.Module, given: Iterable[Optimizer], before: Told, after: Told
+        self, model: nn.Module, given: Iterable[Optimizer], before: StepHook, after: StepHook
     ) -> None:
         self._model, self._given = model, {id(optimizer) for optimizer in given}
         self._before, self._after = before, after
-        self._owned: weakref.WeakKeyDictionary[Optimizer, tuple[int, frozenset[int]]] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._owned = weakref.WeakKeyDictionary[Optimizer, tuple[int, frozenset[int]]]()
         # the hooks are global: they must not keep a model alive whose monitor was never closed
-        ours = weakref.ref(self)
-
-        def begins(*args: Any) -> Any:  # noqa: ANN401
-            steps = ours()
-            return None if steps is None else steps._step_begins(*args)
-
-        def ends(*args: Any) -> None:  # noqa: ANN401
-            steps = ours()
-            if steps is not None:
-                steps._step_ends(*args)
-
-        handles = [
-            register_optimizer_step_pre_hook(begins),
-            register_optimizer_step_post_hook(ends),
-        ]
-        self._remove = weakref.finalize(self, _remove, handles)
-
-    def close(self) -> None:
-        """Remove the hooks; safe to call twice."""
-        self._remove()
+        begins, ends = weakref.WeakMethod(self._step_begins), weakref.WeakMethod(self._step_ends)
+        hooks = ExitStack()
+        hooks.callback(register_optimizer_step_pre_hook(_weakly(begins)).remove)
+        hooks.callback(register_optimizer_step_post_hook(_weakly(ends)).remove)
+        self.close = weakref.finalize(self, hooks.close)
+        """Removes the hooks; safe to call twice."""
 
     def owners(self) -> list[int]:
         """The `id` of the optimizers known to own a parameter of the model."""
@@ -76,7 +61,16 @@ class OptimizerSteps:
         if not callable(closure):
             self._before(optimizer, owned)
             return None
-        wrapped = self._telling(closure, optimizer, owned)
+        called = False
+
+        def wrapped() -> Any:  # noqa: ANN401
+            nonlocal called
+            result = closure()
+            if not called:
+                called = True
+                self._before(optimizer, owned)
+            return result
+
         if "closure" in kwargs:
             return args, {**kwargs, "closure": wrapped}
         return (args[0], wrapped, *args[2:]), kwargs
@@ -84,38 +78,25 @@ class OptimizerSteps:
     def _step_ends(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         self._after(optimizer, self._parameters(optimizer))
 
-    def _telling(
-        self, closure: Callable[[], Any], optimizer: Optimizer, owned: Collection[int] | None
-    ) -> Callable[[], Any]:
-        """The closure; its first call is followed by `before`."""
-        calls = 0
-
-        def call() -> Any:  # noqa: ANN401
-            nonlocal calls
-            result = closure()
-            calls += 1
-            if calls == 1:
-                self._before(optimizer, owned)
-            return result
-
-        return call
-
     def _parameters(self, optimizer: Optimizer) -> frozenset[int] | None:
         """The `id` of its parameters; None if none is the model's."""
         count = sum(len(group["params"]) for group in optimizer.param_groups)
         known = self._owned.get(optimizer)
         if known is None or known[0] != count:  # a group may be added, e.g. when thawing
-            ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            ids = frozenset(id(p) for group in optimizer.param_groups for p in group["params"])
             ours = id(optimizer) in self._given or any(
                 id(p) in ids for p in self._model.parameters()
             )
-            known = self._owned[optimizer] = count, frozenset(ids) if ours else frozenset()
+            known = self._owned[optimizer] = count, ids if ours else frozenset()
         return known[1] or None
 
 
-def _remove(handles: list[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
+def _weakly(method: "weakref.WeakMethod[Any]") -> Callable[..., Any]:
+    def call(*args: Any) -> Any:  # noqa: ANN401
+        alive = method()
+        return None if alive is None else alive(*args)
+
+    return call
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -132,22 +113,21 @@ def is_sharding(module: nn.Module) -> bool:
 class Shards:
     """Follows tensors and parameters through the sharded modules of a model.
 
-    Args:
-        model: The root module.
-        same: Told of each input (before, after) that was replaced by an equal one.
+    `same` is told of each input (before, after) that `fully_shard` replaced by an equal one.
     """
 
-    def __init__(self, model: nn.Module, same: Callable[[Tensor, Tensor], None]) -> None:
-        self._model, self._same = model, same
+    def __init__(self, model: nn.Module) -> None:
+        self.same: Callable[[Tensor, Tensor], None] = lambda before, after: None
+        self._model = model
         self._names: dict[int, str] = {}
         self._given: dict[nn.Module, list[Tensor]] = {}
-        self._handles = list(self._install())
+        self._hooks = ExitStack()
+        for handle in self._install():
+            self._hooks.callback(handle.remove)
 
     def close(self) -> None:
         """Remove every hook; safe to call twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.close()
 
     def owned(self, parameters: Sequence[nn.Parameter]) -> list[nn.Parameter]:
         """The model's own parameters in the place of the whole ones that were seen in a pass."""
@@ -174,7 +154,7 @@ class Shards:
             for old, new in zip(given, _direct(args, kwargs), strict=False):
                 equal = old.shape == new.shape and old.data_ptr() == new.data_ptr()
                 if old is not new and equal and old.dtype == new.dtype:
-                    self._same(old, new)
+                    self.same(old, new)
 
         return hook
 
@@ -184,5 +164,5 @@ def _direct(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
 
 
 def may_reduce() -> bool:
-    """Whether what rewrites gradients may be a reduction; a DDP of one rank is one too."""
+    """Whether a reduction over ranks may rewrite gradients; a DDP of one rank does so too."""
     return dist.is_available() and dist.is_initialized()

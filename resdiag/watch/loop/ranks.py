@@ -7,9 +7,9 @@ it in vain. Two sums per recorded step, on a process group of our own: whatever 
 the order of the training's own collectives alone.
 """
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +40,9 @@ class RanksError(RuntimeError):
 
 def is_reduced(model: nn.Module) -> bool:
     """Whether a model is a wrapper that averages gradients over several ranks."""
-    group = _group_of(model) if isinstance(model, DistributedDataParallel) else None
-    return group is not None and dist.get_world_size(group) > 1
+    return (
+        isinstance(model, DistributedDataParallel) and dist.get_world_size(model.process_group) > 1
+    )
 
 
 def find_ranks(model: nn.Module) -> "Ranks | None":
@@ -58,11 +59,10 @@ def find_ranks(model: nn.Module) -> "Ranks | None":
         return None
     sharded = is_sharded(model)
     theirs = _group_of(model)
-    if theirs is not None and dist.get_world_size(theirs) < dist.get_world_size():
-        alone = dist.get_world_size(theirs) == 1
-        return None if alone else Ranks(theirs, own=False, sharded=sharded, wrapper=model)
-    if dist.get_world_size() == 1:
+    if dist.get_world_size(theirs) == 1:
         return None
+    if theirs is not None and dist.get_world_size(theirs) < dist.get_world_size():
+        return Ranks(theirs, own=False, sharded=sharded, wrapper=model)
     try:
         ours: Any = dist.new_group(timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
@@ -97,12 +97,7 @@ class Ranks:
         group: Their process group.
         own: Whether it was made for us.
         sharded: Whether each holds a part of the parameters only.
-        wrapper: The DDP wrapper, where it is known.
-
-    Attributes:
-        size: How many they are.
-        rank: Which of them this one is.
-        sharded: As given.
+        wrapper: The model as it was given to `attach`, which may be a DDP wrapper.
     """
 
     def __init__(
@@ -124,7 +119,7 @@ class Ranks:
         """Let go of the process group; safe to call twice, and after all groups are gone."""
         group, self._group = self._group, None
         if self._own and group is not None:
-            with contextlib.suppress(Exception):  # destroy_process_group() came before us
+            with suppress(Exception):  # destroy_process_group() came before us
                 dist.destroy_process_group(group)
 
     def meet(
@@ -140,11 +135,11 @@ class Ranks:
 
         Args:
             pool: This rank's sums.
-            rows: Blocks recorded; None if this rank has recorded nothing in this step.
+            rows: How many blocks it recorded in this step; None if it recorded nothing.
             step: The step, the same on every rank.
             slot: The open slot of the pool's buffers.
             norm: This rank's gradient norm, 0-d float64, on the device of the model.
-            weights: The norm of this rank's weights, 0-d float64; asked for once.
+            weights: Gives the norm of this rank's weights, 0-d float64; called once.
 
         Returns:
             The gradient norm, 0-d float64, and a 0-d bool: whether all ranks have recorded the step
@@ -159,9 +154,9 @@ class Ranks:
                 "(DistributedSampler does), or attach(..., reduce=False) for each rank's own"
             )
         layout = None if rows is None else pool.layout(rows)
-        if self._layout is None and not self._settle(layout, weights()):
-            return None
-        return self._add(pool, layout, step, slot, norm)
+        if self._layout is None:
+            self._layout = self._agree(layout, weights())
+        return None if self._layout is None else self._add(pool, layout, step, slot, norm)
 
     def check(self) -> Iterator[str]:
         """What the meetings since the last call say about the ranks; waits for the device."""
@@ -169,9 +164,10 @@ class Ranks:
         for step, header in headers:
             recorded, steps, norms = header.view(self.size, 3).cpu().unbind(1)
             absent = [i for i, flag in enumerate(recorded.tolist()) if not flag]
-            if absent and len(absent) < self.size:
+            present = self.size - len(absent)
+            if absent and present:
                 yield (
-                    f"step {step} was recorded alike by {self.size - len(absent)} of {self.size} "
+                    f"step {step} was recorded alike by {present} of {self.size} "
                     f"ranks only (not by {_listed(absent)}): its numbers are NaN"
                 )
             elif len(set(steps.tolist())) > 1:
@@ -182,16 +178,14 @@ class Ranks:
                     "or before the reduction?): parameter gradients and updates are NaN"
                 )
 
-    # -- inside --------------------------------------------------------------------------------
-
-    def _settle(self, layout: Layout | None, weights: Tensor) -> bool:
-        """Whether all ranks have recorded for the first time, and alike; waits for the device."""
+    def _agree(self, layout: Layout | None, weights: Tensor) -> Layout | None:
+        """The layout of all ranks; None if some have recorded nothing yet. Waits for the device."""
         known = (0, 0, 0) if layout is None else (1, layout.digest, layout.rows)
         mine = torch.cat([weights.new_tensor(known), weights.reshape(1)])
         answers = self._sum(self._placed(mine)).view(self.size, 4).cpu()
         recorded, digests, rows, sizes = answers.unbind(1)
         if not recorded.all():
-            return False
+            return None
         if len(set(digests.tolist())) > 1:
             found = ", ".join(f"{int(count)} on rank {i}" for i, count in enumerate(rows.tolist()))
             raise RanksError(
@@ -204,8 +198,7 @@ class Ranks:
                 "the ranks hold different weights, so they do not train one model (is DDP "
                 "missing?): attach(..., reduce=False) records each rank's own"
             )
-        self._layout = layout
-        return True
+        return layout
 
     def _add(
         self, pool: Pool, layout: Layout | None, step: int, slot: int, norm: Tensor
@@ -238,16 +231,14 @@ class Ranks:
         try:
             dist.all_reduce(vector, group=self._group)
         except RuntimeError as error:
+            others = [i for i in range(self.size) if i != self.rank]
             raise RanksError(
-                f"rank {self.rank} did not meet {_listed(self._others())} "
+                f"rank {self.rank} did not meet {_listed(others)} "
                 f"({str(error).splitlines()[0]}): call monitor.step() equally often on every "
                 "rank, which uneven inputs under join() do not allow, or "
                 "attach(..., reduce=False) for each rank's own numbers"
             ) from error
         return vector
-
-    def _others(self) -> list[int]:
-        return [i for i in range(self.size) if i != self.rank]
 
 
 def _equal(values: Tensor) -> Tensor:
@@ -260,23 +251,17 @@ def _listed(ranks: list[int]) -> str:
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
-class Assembly:
-    """Lets ranks meet at the end of a step, and keeps what came of it.
-
-    Args:
-        ranks: The ranks.
-        pool: What this one has recorded.
-        state: The monitor's state.
-        gradients: The parameters' gradients.
-    """
+class RankReduction:
+    """Replaces, at the end of a step, what one rank has recorded by the numbers of all ranks."""
 
     def __init__(self, ranks: Ranks, pool: Pool, state: State, gradients: Gradients) -> None:
         self._ranks, self._pool, self._now = ranks, pool, state.now
-        self._recorder, self._record = state.recorder, state.record
+        self._recorder, self._guard = state.recorder, state.recorder.guard
+        self._cells, self._head = state.record.cells, state.record.head
         self._gradients, self._warnings = gradients, state.warnings
 
     def check(self) -> None:
-        """Say what past meetings tell of the ranks; waits for the device."""
+        """Warn of what past meetings tell of the ranks; waits for the device."""
         for text in self._ranks.check():
             self._warnings.say(text)
 
@@ -288,43 +273,31 @@ class Assembly:
         """Let the ranks make the metrics of all from what each has recorded in this step."""
         if not self._ranks.is_open:
             return
-        whole = self._now.forward and not self._recorder.guard.failure
-        norm = torch.zeros((), dtype=torch.float64, device=self._gradients.device())
-        if whole:
-            norm = self._gradients.total.to(norm.device)
-        met = None
+        whole = self._now.forward and not self._guard.failure
+        rows = len(self._recorder.anatomy.blocks) if whole else None
+        norm = self._gradients.total if whole else torch.zeros((), dtype=torch.float64)
+        norm = norm.to(self._gradients.device())
+        step, slot, met = self._now.number, self._cells.slot, None
         try:
-            met = self._ranks.meet(
-                self._pool,
-                len(self._recorder.anatomy.blocks) if whole else None,
-                self._now.number,
-                self._record.cells.slot,
-                norm,
-                self._gradients.weights,
-            )
+            met = self._ranks.meet(self._pool, rows, step, slot, norm, self._gradients.weights)
         except Exception as error:  # training goes on, whatever happened to the record
-            self._recorder.guard.failure = str(error) or type(error).__name__
+            self._guard.failure = str(error) or type(error).__name__
             self._ranks.close()
-            self._warnings.say(
-                f"watching stopped at step {self._now.number}: {self._recorder.guard.failure}"
-            )
-        if not self._now.forward:
-            return
-        if met is not None:
-            self._keep(*met)
-        else:
-            self._record.cells.wipe()
-            self._record.head.wipe()
+            self._warnings.say(f"watching stopped at step {step}: {self._guard.failure}")
+        if met is not None and self._now.forward:
+            self._keep(slot, *met)
+        elif self._now.forward:
+            self._cells.wipe()
+            self._head.wipe()
             if self._ranks.is_open:
                 self._warnings.say(
-                    f"step {self._now.number} was not recorded by every rank: its numbers are NaN"
+                    f"step {step} was not recorded by every rank: its numbers are NaN"
                 )
 
-    def _keep(self, norm: Tensor, same: Tensor) -> None:
-        """Write the gradient norm of all ranks; what was read before the reduction is nobody's."""
-        slot = self._record.cells.slot
-        self._record.head.write(slot, 0, "grad_norm", torch.where(same, norm, math.nan))
+    def _keep(self, slot: int, norm: Tensor, same: Tensor) -> None:
+        """Write the gradient norm of all ranks; NaN if they had not the `same` gradients."""
+        self._head.write(slot, 0, "grad_norm", torch.where(same, norm, math.nan))
         if not self._pool.sharded:
             for column in ("grad_param", "update_ratio"):
-                read = self._record.cells.read_column(slot, column)
-                self._record.cells.write_column(slot, column, torch.where(same, read, math.nan))
+                read = self._cells.read_column(slot, column)
+                self._cells.write_column(slot, column, torch.where(same, read, math.nan))

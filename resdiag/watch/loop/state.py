@@ -18,16 +18,16 @@ class Step:
     """One training step after another: its number, and what was seen of it so far.
 
     Attributes:
-        number: Steps that ended before.
-        recorded: Steps of them that were recorded.
+        number: How many steps ended before.
+        recorded: How many of them were recorded.
         updated: Whether an optimizer of the model has ever stepped.
         forward: Whether a forward pass is recorded in this step.
-        passes: Forward passes in training mode.
+        passes: How many forward passes there were in training mode.
         compiled: Whether torch.compile runs the recorded pass.
-        hidden: Whether a pass was due that torch.compile hid.
+        hidden: Whether torch.compile hid a pass that was due.
         stepped: Whether an optimizer of the model has stepped.
-        updating: Whether one is about to and has not ended.
-        updates: Steps of each optimizer, by `id`.
+        updating: Whether one is stepping now.
+        updates: How often each optimizer has stepped, by `id`.
         foreign: Whether an optimizer of other parameters has stepped.
         repeated: Whether `Monitor.step()` came twice.
         pending: Whether parameters are remembered whose update has not been measured.
@@ -49,31 +49,22 @@ class Step:
 
 
 class LossScale:
-    """Reads the scale of a `torch.amp.GradScaler` on the device; the host never waits.
+    """Reads the scale of the loop's `torch.amp.GradScaler` on the device; the host never waits.
 
-    Args:
-        scaler: The loop's scaler, or None: then the scale is 1.
-
-    Raises:
-        TypeError: It is not a GradScaler.
+    Without a scaler the scale is 1; anything else than a GradScaler is a TypeError.
     """
 
     def __init__(self, scaler: Any = None) -> None:  # noqa: ANN401
-        if scaler is not None and not all(
-            hasattr(scaler, name) for name in ("is_enabled", "unscale_", "get_scale")
-        ):
+        needed = ("is_enabled", "unscale_", "get_scale")
+        self.is_known = scaler is not None
+        if self.is_known and not all(hasattr(scaler, name) for name in needed):
             raise TypeError(f"scaler must be a torch.amp.GradScaler, not {type(scaler).__name__}")
         self._scaler = scaler
 
     @property
-    def is_known(self) -> bool:
-        """Whether the loop's scaler was given."""
-        return self._scaler is not None
-
-    @property
     def is_used(self) -> bool:
         """Whether the loss is scaled."""
-        return self._scaler is not None and bool(self._scaler.is_enabled())
+        return self.is_known and bool(self._scaler.is_enabled())
 
     def now(self) -> Tensor | float:
         """The scale in force: a copy on the device, because `update()` changes it in place."""
@@ -88,7 +79,7 @@ class LossScale:
         """Whether gradients carry the scale: no optimizer of these `id`s was unscaled so far."""
         states = getattr(self._scaler, "_per_optimizer_states", {})
         stages = [states[one]["stage"].name for one in optimizers if one in states]
-        return self.is_used and not any(stage != "READY" for stage in stages)
+        return self.is_used and all(stage == "READY" for stage in stages)
 
     @staticmethod
     def inside(optimizer: Optimizer) -> Tensor | float:
@@ -113,16 +104,7 @@ def casts_to_half() -> bool:
 
 @dataclass(eq=False)
 class State:
-    """The state of one monitor.
-
-    Attributes:
-        model: The model that is watched.
-        now: The step under way.
-        recorder: What measures the recorded pass.
-        record: Where numbers are written.
-        scale: The loss scale.
-        warnings: What could not be watched.
-    """
+    """What the parts of one monitor share; `now` is the step under way."""
 
     model: nn.Module
     now: Step

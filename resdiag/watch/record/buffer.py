@@ -15,27 +15,25 @@ Key = tuple[int, str]
 
 _KEPT = 128
 
+_Alias = tuple[int, slice, int, slice]
+"""Row and columns, and the row and columns whose cells they equal."""
+
 
 class Buffer:
     """Preallocated float64 cells [slots, rows, columns] on the device of the model.
 
     A slot is one recorded step. Writing is a device-side copy; the host sees nothing until `flush`
-    copies all used slots at once.
-
-    Args:
-        columns: Names of the columns.
-        slots: Recorded steps to keep before a flush is due.
+    copies all used slots at once, which is due when no slot is free.
     """
 
     def __init__(self, columns: tuple[str, ...], slots: int) -> None:
-        self.columns = columns
+        self.columns, self._slots = columns, slots
         self._at = {name: i for i, name in enumerate(columns)}
-        self._slots = slots
         self._cells: Tensor | None = None
         self._loose: list[tuple[int, Key, Scalar]] = []
         self._steps: list[int] = []
         self._taken = 0  # slots that were flushed while a later one was open
-        self._aliases: list[list[tuple[int, slice, int, slice]]] = []
+        self._aliases: list[list[_Alias]] = []
         # kept: sending numbers to an accelerator makes the host wait; of this buffer, so that they
         # go with it
         self._places: dict[tuple[tuple[int, ...], int, torch.device], Tensor] = {}
@@ -61,8 +59,7 @@ class Buffer:
             self._steps.append(step)
             self._aliases.append([])
         self._aliases[-1].clear()
-        if self._cells is not None:
-            self._cells[self.slot].fill_(math.nan)
+        self.wipe()
 
     def wipe(self) -> None:
         """Forget what the open slot holds."""
@@ -72,8 +69,7 @@ class Buffer:
     def reject(self, rows: Collection[int]) -> list[tuple[Key, Key]]:
         """Rows of the open slot hold nothing: forget what was put, and that cells equal others.
 
-        Returns:
-            First cells of other rows that were to equal cells of these, and those.
+        Returns the first cells of other rows that were to equal cells of these, and those.
         """
         slot = self.slot
         self._loose = [one for one in self._loose if one[0] != slot or one[1][0] not in rows]
@@ -125,7 +121,7 @@ class Buffer:
         for slot in {slot for slot, _, _ in loose}:
             # a cell put twice has its last value: a write to one place twice has no order
             mine = {key: value for at, key, value in loose if at == slot}
-            self.write_rows(slot, list(mine), stack(list(mine.values()), self.device).unsqueeze(1))
+            self.write_rows(slot, [*mine], stack([*mine.values()], self.device).unsqueeze(1))
 
     def write_column(self, slot: int, name: str, values: Tensor) -> None:
         """Write one value per row."""
@@ -139,13 +135,9 @@ class Buffer:
             self._cells[slot, :, self._at[name]] /= by
 
     def alias(self, row: int, first: str, source: Key, width: int = 1) -> None:
-        """Say that cells of the open slot equal others: the same tensor was there before.
+        """Say that `width` cells of the open slot equal others: the same tensor was there before.
 
-        Args:
-            row: The row.
-            first: The first of `width` columns.
-            source: Row and first column of the cells that they equal; may be an alias itself.
-            width: Number of consecutive columns.
+        `source` is the first of those others; it may be an alias itself.
         """
         here, there = self._at[first], self._at[source[1]]
         places = row, slice(here, here + width), source[0], slice(there, there + width)
@@ -154,10 +146,8 @@ class Buffer:
     def flush(self, *, keep_open: bool = False) -> tuple[list[int], NDArray[np.float64]]:
         """Move all used slots to the host: the steps, and values (steps, rows, columns).
 
-        This is the only place where the recorder waits for the device.
-
-        Args:
-            keep_open: The last slot is still being written: leave it for the next flush.
+        This is the only place where the recorder waits for the device. `keep_open` leaves the last
+        slot, which is still being written, for the next flush.
         """
         self.settle()
         used = slice(self._taken, len(self._steps) - keep_open)
@@ -166,18 +156,13 @@ class Buffer:
             values = np.empty((len(steps), 0, len(self.columns)))
         else:
             values = self._cells[used].cpu().numpy().copy()
-        for cells, known in zip(values, aliases, strict=True):
-            self._fill(cells, known)
+            for cells, known in zip(values, aliases, strict=True):
+                for row, columns, source, there in known:
+                    cells[row, columns] = cells[source, there]  # filled before its aliases
         self._taken = used.stop if keep_open else 0
         if not keep_open:
             self._steps, self._aliases = [], []
         return steps, values
-
-    @staticmethod
-    def _fill(cells: NDArray[np.float64], aliases: Sequence[tuple[int, slice, int, slice]]) -> None:
-        """Write what aliases stand for."""
-        for row, columns, source, there in aliases if cells.size else ():
-            cells[row, columns] = cells[source, there]  # a source was known before its aliases
 
     def _index(self, starts: tuple[int, ...], width: int, device: torch.device) -> Tensor:
         """Flat places (n, width)."""

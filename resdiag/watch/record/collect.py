@@ -2,8 +2,7 @@
 
 Every tensor of interest gets a tap where it passes in or out of a module or an operation. When the
 step has ended, what the taps wrote goes the way of everything else that is recorded: moments into
-`Sites`, first samples into `SkipPath` and `Saturation`, gradients into `Backward`. So sums over
-ranks, sets of metrics and samples of the batch are those of eager passes.
+`Sites`, first samples into `SkipPath` and `Saturation`, gradients into `Backward`.
 """
 
 import math
@@ -16,13 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from resdiag.watch.base.functions import Call
 from resdiag.watch.base.safety import guarded, never_alone
 from resdiag.watch.measure import reductions
 from resdiag.watch.measure.changes import saturated
 from resdiag.watch.measure.moments import Sums
-from resdiag.watch.measure.reductions import Scalar
-from resdiag.watch.plan.ports import BlockPlan, Plan, Port
+from resdiag.watch.plan.ports import BlockPlan, Plan
 from resdiag.watch.record.buffer import Buffer
 from resdiag.watch.record.forward import Recorder
 from resdiag.watch.record.graph_placement import Placement
@@ -30,11 +27,13 @@ from resdiag.watch.record.graph_taps import (
     MEANS,
     SECOND,
     Hook,
+    Place,
+    Side,
     Switch,
     Tap,
     TappedOperations,
 )
-from resdiag.watch.record.operations import Handler, Operations, Where
+from resdiag.watch.record.operations import Operations, Where
 
 INSIDE = (
     "a compiled function around the model hides operations that are no modules: compile the model"
@@ -46,13 +45,8 @@ UNREACHED = "in the compiled pass no gradient came to this tensor"
 class GraphRecorder:
     """The taps of one model, and what becomes of what they wrote.
 
-    Args:
-        model: The model.
-        plan: Where its tensors pass.
-        recorder: Takes the blocks, the reasons for what cannot be tapped, and what was written.
-        cells: Per-block buffer.
-        samples: Samples on which per-unit quantities are measured; None for all.
-        moments: Samples on which moments and gradients are measured; None for all.
+    Per-unit quantities are measured on so many `samples`, moments and gradients on `moments` of
+    them, None for all.
     """
 
     def __init__(
@@ -72,19 +66,18 @@ class GraphRecorder:
         if ends:
             cells.reserve(len(plan.blocks), ends[0].device)
         self._placed = Placement(plan, recorder, samples, moments)
-        self._parts = [part for tap in self._placed.taps.values() for part in tap.tensors()]
+        self._written = [x for tap in self._placed.taps.values() for x in tap.tensors()]
         self._switch, self._hooks = Switch(), list[Hook]()
         self._was_entered = self._was_captured = False
         self._operations: Operations | None = None
-        self._entered = ExitStack()
-        self._handles = list(self._install(model))
+        self._entered, self._installed = ExitStack(), ExitStack()
+        for handle in self._install(model):
+            self._installed.callback(handle.remove)
 
     def begin(self, *, on: bool, captured: bool = False) -> None:
-        """Before a pass: whether to write.
+        """A pass begins, whose taps write if `on`.
 
-        Args:
-            on: Whether the taps of this pass write.
-            captured: A CUDA graph takes the pass down, and replays it without Python.
+        If `captured`, a CUDA graph takes the pass down, and replays it without Python.
         """
         self._switch.on = self._switch.eager = on
         for hook in self._hooks:
@@ -105,19 +98,17 @@ class GraphRecorder:
         """Remove the hooks; graphs made with them are not used any more."""
         self._leave()
         self._switch.on = self._switch.eager = False
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    # -- hooks ---------------------------------------------------------------------------------
+        self._installed.close()
 
     def _install(self, model: nn.Module) -> Iterator[RemovableHandle]:
-        places: dict[str, dict[tuple[bool, int], list[tuple[int | str | None, Tap]]]]
+        places: dict[str, dict[Side, list[tuple[Place, Tap]]]]
         places = defaultdict(lambda: defaultdict(list))
-        inside: dict[str, list[tuple[Port, Tap]]] = defaultdict(list)
+        inside: dict[str, dict[Where, list[tuple[Place, Tap]]]]
+        inside = defaultdict(lambda: defaultdict(list))
         for port, tap in self._placed.taps.items():
             if tap.tensors() and port.operation:
-                inside[port.module].append((port, tap))
+                where = port.call, port.operation, port.ordinal
+                inside[port.module][where].append((port.place, tap))
             elif tap.tensors():
                 places[port.module][port.is_output, port.call].append((port.place, tap))
         for name, taps in places.items():
@@ -128,21 +119,10 @@ class GraphRecorder:
             yield module.register_forward_pre_hook(hook.before, with_kwargs=True)
             yield module.register_forward_hook(hook.after)
         if inside:
-            handlers = {name: self._operations_of(taps) for name, taps in inside.items()}
+            handlers = {name: TappedOperations(self._switch, at) for name, at in inside.items()}
             self._operations = Operations(self._plan, handlers, dict(model.named_modules()))
             yield from self._operations.install()
             yield model.register_forward_hook(self._end, always_call=True)
-
-    def _operations_of(self, taps: list[tuple[Port, Tap]]) -> Handler:
-        operands: dict[Where, list[tuple[int | str, Tap]]] = defaultdict(list)
-        results: dict[Where, list[Tap]] = defaultdict(list)
-        for port, tap in taps:
-            where = port.call, port.operation, port.ordinal
-            if port.place is None:
-                results[where].append(tap)
-            else:
-                operands[where].append((port.place, tap))
-        return TappedOperations(self._switch, operands, results)
 
     @never_alone
     def _end(self, module: nn.Module, args: object, output: object) -> None:
@@ -170,11 +150,11 @@ class GraphRecorder:
         self._collect_custom()
         self._collect_classifier()
         self._cells.settle()  # before what was put is wiped
-        if self._parts:
-            torch._foreach_mul_(self._parts, math.nan)
+        if self._written:
+            torch._foreach_mul_(self._written, math.nan)
 
     def _drop_unseen(self) -> None:
-        """Say what was not written as it should have been, and make it NaN."""
+        """Note what was not written as it should have been, and make it NaN."""
         frames = {} if self._operations is None else self._operations.frames
         changed = {name for name, frame in frames.items() if frame.has_changed}
         entered = self._was_entered or self._was_captured
@@ -182,9 +162,11 @@ class GraphRecorder:
             if tap.port.operation and not (entered and tap.port.module not in changed):
                 self.guard.miss(row, columns, CHANGED if entered else INSIDE)
                 torch._foreach_mul_(tap.tensors(), math.nan)
-            elif tap.norm is not None and reductions.on_host(tap.norm.device):
+                continue
+            norm = tap.gradient.sums
+            if norm is not None and reductions.on_host(norm.device):
                 gradients = tuple(c for c in columns if c.startswith("grad_"))
-                if gradients and tap.norm[0].isnan() and not tap.norm[1].isfinite():
+                if gradients and norm[0].isnan() and not norm[1].isfinite():
                     self.guard.miss(row, columns, UNREACHED)
         self._was_entered = False
 
@@ -194,22 +176,19 @@ class GraphRecorder:
         for row, block in enumerate(self._plan.blocks):
             for site in self._placed.sites:
                 trail = block.trail(site)
-                tap = self._placed.tap_of(trail)
-                if tap is None or tap.moments is None:
+                tap, scale = self._placed.tap_of(trail), _scale(block, site)
+                if tap is None or tap.forward.sums is None:
                     continue
-                scale = _scale(block, site)
-                if scale == 1 and id(trail) in first:
+                if scale != 1 or first.setdefault(id(trail), (row, site)) == (row, site):
+                    sites.keep(row, site, _sums(tap.forward.sums, scale))
+                else:
                     sites.repeat(row, site, first[id(trail)])
-                    continue
-                if scale == 1:
-                    first[id(trail)] = row, site
-                sites.keep(row, site, _sums(tap.moments, scale))
 
     def _collect_gradients(self) -> None:
         backward = self._recorder.backward
         for row, column, tap, factor in self._placed.gradients:
-            assert tap.norm is not None
-            size, broken, batch = _scalars(tap.norm)
+            assert tap.gradient.sums is not None
+            size, broken, batch = _scalars(tap.gradient.sums)
             numel = batch * math.prod(self._blocks[row].shape)
             backward.write(row, column, size * abs(factor), broken, batch, numel)
             if column == "grad_sum" and self._blocks[row].ends_at_sum:
@@ -219,10 +198,9 @@ class GraphRecorder:
                 continue
             total, scale = self._placed.gradient_tap(row, block.input)
             via, factor = self._placed.shortcut_tap(row, block)
-            if total is None or via is None:
-                continue
-            if total.tail is not None and via.tail is not None:
-                backward.write_share(row, via.tail * factor, total.tail * scale)
+            if total and via and total.gradient.head is not None and via.gradient.head is not None:
+                heads = via.gradient.head * factor, total.gradient.head * scale
+                backward.write_share(row, *heads)
 
     def _collect_skip(self) -> None:
         skip, core, joined = self._recorder.skip, self._recorder.is_core, True
@@ -250,37 +228,29 @@ class GraphRecorder:
         if self._recorder.is_core:
             return
         for row, block in enumerate(self._plan.blocks):
-            heads = [
-                (call, trail, self._placed.head_of(trail)) for call, trail in block.activations
-            ]
-            seen = [(call, trail, x) for call, trail, x in heads if x is not None]
-            if not seen or len(seen) < len(heads):
-                continue
-            closed = [_closed(call, x) for call, _, x in seen]
-            channels = [self._placed.channel(row, trail) for _, trail, _ in seen]
-            pairs = zip(closed, channels, strict=True)
-            counts = [one.sum(_others(one.dim(), channel)) for one, channel in pairs]
-            self._recorder.write_saturation(row, counts, [one.numel() for one in closed])
+            counts, sizes = list[Tensor](), list[int]()
+            for call, trail in block.activations:
+                if (x := self._placed.head_of(trail)) is not None:
+                    # 0 or 1 for each unit; NaN where the tap did not write
+                    closed = saturated(call, x).double() + 0 * x.double()
+                    channel = self._placed.channel(row, trail)
+                    counts.append(closed.sum([d for d in range(x.dim()) if d != channel]))
+                    sizes.append(x.numel())
+            if counts and len(counts) == len(block.activations):
+                self._recorder.write_saturation(row, counts, sizes)
 
     def _collect_custom(self) -> None:
-        for row, name, tap, index, backward in self._placed.custom:
-            values = tap.backward_values if backward else tap.values
-            if values is not None:
-                self._cells.put(self._cells.slot, row, name, _scalar(values[index]))
+        for row, name, written, index in self._placed.custom:
+            if written.values is not None:
+                self._cells.put(self._cells.slot, row, name, _scalars(written.values)[index])
 
     def _collect_classifier(self) -> None:
-        features, tap = self._plan.features, self._placed.logits_tap()
-        seen = self._placed.tap_of(features)
-        if features is None or seen is None or seen.moments is None or tap is None:
-            return
-        if tap.gap is not None:
-            head = self._recorder.head
-            head.write_features(_sums(seen.moments, 1.0), features.shape[-1], tap.gap.device)
-            head.write_gap(head.slot, tap.gap.clone())  # the tap is wiped before ranks meet
-
-
-def _scalar(x: Tensor) -> Scalar:
-    return float(x) if reductions.on_host(x.device) else x
+        features, tap, head = self._plan.features, self._placed.logits_tap(), self._recorder.head
+        seen, gap = self._placed.tap_of(features), None if tap is None else tap.gradient.total
+        if features and seen and seen.forward.sums is not None and gap is not None:
+            sums = _sums(seen.forward.sums, 1.0)
+            head.write_features(sums, features.shape[-1], gap.device)
+            head.write_gap(head.slot, gap.clone())  # the tap is wiped before ranks meet
 
 
 def _scalars(values: Tensor) -> list[Any]:
@@ -306,13 +276,3 @@ def _scale(block: BlockPlan, site: str) -> float:
         return 1.0
     scales = {"branch": block.addition.branch_scale, "shortcut": block.addition.shortcut_scale}
     return scales.get(site, 1.0)
-
-
-def _closed(call: Call, x: Tensor) -> Tensor:
-    """Which units are saturated, 0 or 1; NaN where the tap did not write."""
-    return saturated(call, x).double() + 0 * x.double()
-
-
-def _others(dims: int, channel: int) -> tuple[int, ...]:
-    """All dimensions but that of the channels."""
-    return tuple(d for d in range(dims) if d != channel)

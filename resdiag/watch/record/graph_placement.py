@@ -12,7 +12,7 @@ from resdiag.watch.measure.skip_path import COLUMNS
 from resdiag.watch.plan.ports import SITES, BlockPlan, Plan, Port, Trail
 from resdiag.watch.record.backward import OUTPUT_GRADIENT
 from resdiag.watch.record.forward import NO_ADDITION, Recorder
-from resdiag.watch.record.graph_taps import Tap, numbers
+from resdiag.watch.record.graph_taps import Tap, Written, numbers
 from resdiag.watch.record.sites import SITE_COLUMNS
 
 HIDDEN = (
@@ -25,22 +25,21 @@ CUSTOM = (
     "with compiles=True"
 )
 _CORE_SITES = ("branch", "shortcut", "output")
+_LOST = {"input": ("grad_input",), "sum": ("grad_sum",), "output": OUTPUT_GRADIENT}
+"""The columns that are NaN with the gradient of a site."""
 
 
 class Placement:
-    """The taps of one plan.
+    """The taps of one plan; the recorder is told what cannot be tapped.
 
-    Args:
-        plan: The plan.
-        recorder: Its options say what is of interest; reasons go there.
-        samples: Samples on which per-unit quantities are measured; None for all.
-        moments: Samples on which moments and gradients are measured; None for all.
+    Per-unit quantities are measured on so many `samples`, moments and gradients on `moments` of
+    them, None for all.
 
     Attributes:
         taps: The taps by port.
         users: Which columns of which row each tap feeds.
         gradients: Row, column and tap of each gradient, with the factor to apply.
-        custom: Row, id, tap and place of each custom metric; whether it is one of a gradient.
+        custom: Row and id of each custom metric, where it is written and its index there.
     """
 
     def __init__(
@@ -52,29 +51,25 @@ class Placement:
         self.taps: dict[Port, Tap] = {}
         self.users: list[tuple[int, tuple[str, ...], Tap]] = []
         self.gradients: list[tuple[int, str, Tap, float]] = []
-        self.custom: list[tuple[int, str, Tap, int, bool]] = []
+        self.custom: list[tuple[int, str, Written, int]] = []
         self._values: dict[int, Tap] = {}
-        reason = "a compiled pass does not show its batch"
-        recorder.head.miss(*DATA, *HEAD_LOSS, reason=reason)
+        recorder.head.miss(*DATA, *HEAD_LOSS, reason="a compiled pass does not show its batch")
         for row, block in enumerate(plan.blocks):
             self._place(row, block)
         self._place_classifier()
 
     def tap_of(self, trail: Trail | None) -> Tap | None:
         """The tap that reads a tensor's values, one for all sites that it is."""
-        if trail is None:
-            return None
-        if id(trail) not in self._values:
-            port = trail.gradient_port() or trail.value_port()
-            if port is None:
-                return None
-            self._values[id(trail)] = self._tap_at(port)
-        return self._values[id(trail)]
+        if trail is not None and id(trail) not in self._values:
+            tap = self._tap_at(trail.gradient_port() or trail.value_port())
+            if tap is not None:
+                self._values[id(trail)] = tap
+        return self._values.get(id(trail))
 
     def head_of(self, trail: Trail | None) -> Tensor | None:
         """The first samples of a tensor, if they are kept."""
-        tap = None if trail is None else self._values.get(id(trail))
-        return None if tap is None else tap.head
+        tap = self._values.get(id(trail))
+        return None if tap is None else tap.forward.head
 
     def channel(self, row: int, trail: Trail) -> int:
         """The dimension of the channels in a tensor of a block."""
@@ -87,21 +82,18 @@ class Placement:
 
         The gradient of a sum is also that of an operand which nothing but the addition uses.
         """
-        port = trail.gradient_port()
-        if port is not None:
+        if (port := trail.gradient_port()) is not None:
             return self._tap_at(port), 1.0
         for other in self.plan.blocks[: row + 1]:
             if other.sum is trail and other.addition is not None:
-                operands = (
+                for operand, scale in (
                     (other.branch, other.addition.branch_scale),
                     (other.shortcut, other.addition.shortcut_scale),
-                )
-                for operand, scale in operands:
+                ):
                     port = None if operand is None else operand.operand_port(other.begin)
                     if port is not None and scale:
                         return self._tap_at(port), 1 / scale
-        port = trail.gradient_port(operations=True)
-        return (None if port is None else self._tap_at(port)), 1.0
+        return self._tap_at(trail.gradient_port(operations=True)), 1.0
 
     def shortcut_tap(self, row: int, block: BlockPlan) -> tuple[Tap | None, float]:
         """Where the gradient that enters x through the shortcut passes, and its factor."""
@@ -110,20 +102,19 @@ class Placement:
         if block.shortcut is block.input:
             tap, factor = self.gradient_tap(row, block.sum)
             return tap, factor * block.addition.shortcut_scale
-        if block.projection is None or block.addition.is_gated:
+        if block.addition.is_gated:
             return None, 1.0
         tap = self._tap_at(block.projection)
-        tap.separate = True  # x may be used elsewhere: of its gradient only this part is meant
+        if tap is not None:
+            tap.separate = True  # x may be used elsewhere: of its gradient only this part is meant
         return tap, 1.0
 
     def logits_tap(self) -> Tap | None:
         """Where the whole gradient of the logits passes."""
         logits = self.plan.logits
-        port = None if logits is None else logits.gradient_port()
-        port = port or (None if logits is None else logits.gradient_port(operations=True))
-        return None if port is None else self._tap_at(port)
-
-    # -- one block -----------------------------------------------------------------------------
+        if logits is None:
+            return None
+        return self._tap_at(logits.gradient_port() or logits.gradient_port(operations=True))
 
     def _place(self, row: int, block: BlockPlan) -> None:
         for site in self.sites:
@@ -137,8 +128,8 @@ class Placement:
             self._place_share(row, block)
         self._place_custom(row, block)
 
-    def _tap_at(self, port: Port) -> Tap:
-        return self.taps.setdefault(port, Tap(port, self._moments))
+    def _tap_at(self, port: Port | None) -> Tap | None:
+        return None if port is None else self.taps.setdefault(port, Tap(port, self._moments))
 
     def _place_values(self, row: int, site: str, trail: Trail | None) -> None:
         if trail is None:
@@ -148,31 +139,26 @@ class Placement:
             self._recorder.guard.miss(row, SITE_COLUMNS[site], HIDDEN)
             return
         self.users.append((row, SITE_COLUMNS[site], tap))
-        if tap.moments is None:
-            self._place_moments(tap, trail, self.channel(row, trail))
-
-    @staticmethod
-    def _place_moments(tap: Tap, trail: Trail, channel: int) -> None:
-        tap.channel = channel
-        tap.moments = numbers(trail.shape[channel] + 3, trail)
+        _place_moments(tap, trail, self.channel(row, trail))
 
     def _place_heads(
         self, row: int, columns: tuple[str, ...], trails: Sequence[Trail | None]
-    ) -> bool:
-        """Keep the first samples of some tensors; whether all can be seen."""
-        seen = [
-            (trail, tap) for trail in trails if trail is not None and (tap := self.tap_of(trail))
-        ]
-        for trail, tap in seen:
+    ) -> None:
+        """Keep the first samples of some tensors, or say that not all can be seen."""
+        for trail in trails:
+            tap = self.tap_of(trail)
+            if trail is None or tap is None:
+                self._recorder.guard.miss(row, columns, HIDDEN)
+                continue
             self.users.append((row, columns, tap))
-            tap.head = self._samples_of(trail) if tap.head is None else tap.head
-        return len(seen) == len(trails)
+            self._place_head(tap.forward, trail)
 
-    def _samples_of(self, trail: Trail) -> Tensor:
-        count = trail.shape[0] if self._samples is None else self._samples
-        dtype = torch.promote_types(trail.dtype, torch.float32)
-        shape = (count, *trail.shape[1:])
-        return torch.full(shape, math.nan, dtype=dtype, device=trail.device)
+    def _place_head(self, written: Written, trail: Trail) -> None:
+        if written.head is None:
+            count = trail.shape[0] if self._samples is None else self._samples
+            shape = count, *trail.shape[1:]
+            dtype = torch.promote_types(trail.dtype, torch.float32)
+            written.head = torch.full(shape, math.nan, dtype=dtype, device=trail.device)
 
     def _place_gradients(self, row: int, block: BlockPlan) -> None:
         at_sum = self.plan.anatomy.blocks[row].ends_at_sum
@@ -183,11 +169,12 @@ class Placement:
             if trail is None:
                 continue
             tap, factor = self.gradient_tap(row, trail)
-            lost = _lost(site, at_sum=at_sum)
+            lost = (*_LOST[site], *(OUTPUT_GRADIENT if at_sum and site == "sum" else ()))
             if tap is None:
                 self._recorder.guard.miss(row, lost, SPLIT if trail.visits else HIDDEN)
             else:
-                tap.norm = numbers(3, trail) if tap.norm is None else tap.norm
+                if tap.gradient.sums is None:
+                    tap.gradient.sums = numbers(3, trail)
                 self.gradients.append((row, f"grad_{site}", tap, factor))
                 self.users.append((row, lost, tap))
 
@@ -204,15 +191,13 @@ class Placement:
         if not all(call.is_activation for call in block.after):
             trails.append(block.output)
         columns = COLUMNS[:1] if core else (*COLUMNS[:5], *COLUMNS[6:])
-        if not self._place_heads(row, columns, trails):
-            self._recorder.guard.miss(row, columns, HIDDEN)
+        self._place_heads(row, columns, trails)
 
     def _place_activations(self, row: int, block: BlockPlan) -> None:
         columns = ("saturated_fraction", "dead_fraction")
         if not block.activations:
             self._recorder.guard.miss(row, columns, "no known activation inside the block")
-        elif not self._place_heads(row, columns, [trail for _, trail in block.activations]):
-            self._recorder.guard.miss(row, columns, HIDDEN)
+        self._place_heads(row, columns, [trail for _, trail in block.activations])
 
     def _place_share(self, row: int, block: BlockPlan) -> None:
         """Keep first samples of dL/dx and of what came to it through the shortcut."""
@@ -226,7 +211,7 @@ class Placement:
             return
         for tap in (total, via):
             self.users.append((row, ("shortcut_share",), tap))
-            tap.tail = self._samples_of(block.input) if tap.tail is None else tap.tail
+            self._place_head(tap.gradient, block.input)
 
     def _place_custom(self, row: int, block: BlockPlan) -> None:
         """Custom metrics of which the user says that they may become part of a graph."""
@@ -240,14 +225,11 @@ class Placement:
             tap = self.gradient_tap(row, trail)[0] if backward else self.tap_of(trail)
             if tap is None:
                 self._recorder.guard.miss(row, (name,), HIDDEN)
-            elif backward:
-                tap.backward_functions = (*tap.backward_functions, one.function)
-                tap.backward_values = numbers(len(tap.backward_functions), trail)
-                self.custom.append((row, name, tap, len(tap.backward_functions) - 1, True))
             else:
-                tap.functions = (*tap.functions, one.function)
-                tap.values = numbers(len(tap.functions), trail)
-                self.custom.append((row, name, tap, len(tap.functions) - 1, False))
+                written = tap.gradient if backward else tap.forward
+                self.custom.append((row, name, written, len(written.functions)))
+                written.functions = (*written.functions, one.function)
+                written.values = numbers(len(written.functions), trail)
 
     def _place_classifier(self) -> None:
         features, logits = self.plan.features, self.plan.logits
@@ -255,15 +237,11 @@ class Placement:
         if features is None or logits is None or seen is None or tap is None:
             self._recorder.head.miss("head_mean", "head_bias", "head_kick")
             return
-        if seen.moments is None:
-            self._place_moments(seen, features, reductions.channel_dimension(len(features.shape)))
-        tap.gap = numbers(logits.shape[-1], logits)
+        _place_moments(seen, features, reductions.channel_dimension(len(features.shape)))
+        tap.gradient.total = numbers(logits.shape[-1], logits)
 
 
-def _lost(site: str, *, at_sum: bool) -> tuple[str, ...]:
-    """The columns that are NaN with the gradient of a site."""
-    if site == "input":
-        return ("grad_input",)
-    if site == "output":
-        return OUTPUT_GRADIENT
-    return ("grad_sum", *OUTPUT_GRADIENT) if at_sum else ("grad_sum",)
+def _place_moments(tap: Tap, trail: Trail, channel: int) -> None:
+    if tap.forward.sums is None:
+        tap.channel = channel
+        tap.forward.sums = numbers(trail.shape[channel] + 3, trail)

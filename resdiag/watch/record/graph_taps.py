@@ -3,12 +3,12 @@
 A graph that torch.compile makes, or that CUDA replays, runs no Python: what is to be known of it
 must be a part of it. Everything here is traced into the graph, or runs in a hook while it is
 captured; it is a pure function of tensors and of numbers that stay the same, and writes into
-tensors made beforehand. It may not look at a value: the shortcuts of `metrics` on a CPU rest on
-that, so these are writers of their own. `collect` hands on what they wrote.
+tensors made beforehand. It may not look at a value, as the shortcuts of `measure` on a CPU do.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,58 +20,67 @@ from resdiag.watch.plan.ports import Port, Trail
 from resdiag.watch.record.operations import Where
 
 Function = Callable[[Tensor], Tensor]
+Side = tuple[bool, int]
+"""Whether it is the output, and the number of the module's call."""
+
+Place = int | str | None
+"""A position or a keyword; None for all of a result."""
 
 MEANS = slice(None, -3)
 SECOND, BROKEN, COUNT = -3, -2, -1
-"""Where a tap's `moments` holds channel means, E[x^2], non-finite fraction, elements a channel."""
+"""Where a tensor's sums hold channel means, E[x^2], non-finite fraction, elements a channel."""
+
+
+@dataclass(eq=False)
+class Written:
+    """What is written of a tensor or of its gradient: tensors that are made beforehand, or None.
+
+    Attributes:
+        sums: Of a tensor its moments, float64 (C + 3,), see `MEANS`; of a gradient G2, non-finite
+            fraction and batch size, float64 (3,).
+        head: The first samples.
+        total: The sum over the batch, float64 (K,).
+        values: Custom metrics, float64 (n,), one for each of `functions`.
+    """
+
+    sums: Tensor | None = None
+    head: Tensor | None = None
+    total: Tensor | None = None
+    values: Tensor | None = None
+    functions: tuple[Function, ...] = ()
+
+    def tensors(self) -> list[Tensor]:
+        """All that are there."""
+        parts = self.sums, self.head, self.total, self.values
+        return [part for part in parts if part is not None]
+
+    def write(self, x: Tensor) -> None:
+        """Write all but `sums`."""
+        if self.head is not None and x[: self.head.shape[0]].shape == self.head.shape:
+            self.head.copy_(x[: self.head.shape[0]])
+        if self.total is not None:
+            self.total.copy_(x.reshape(-1, x.shape[-1]).sum(0).double())
+        if self.values is not None:
+            self.values.copy_(torch.stack([f(x).double() for f in self.functions]))
 
 
 class Tap:
-    """What is written at one port; each part is a tensor made beforehand, or None.
-
-    Args:
-        port: The port.
-        samples: Samples at the head of the batch for moments and gradients; None for all.
+    """What is written at one port, of the tensor there and of its gradient.
 
     Attributes:
-        port: The port.
-        moments: Of the tensor, float64 (C + 3,), see `MEANS`.
-        head: The first samples of the tensor.
-        norm: G2, non-finite fraction and batch size of the gradient, float64 (3,).
-        tail: The first samples of the gradient.
-        gap: The gradient's sum over the batch, float64 (K,).
-        values: Custom metrics of the tensor, float64 (n,), and their functions.
-        backward_values: The same of its gradient.
+        samples: How many at the head of the batch the sums are taken over; None for all.
         channel: The dimension of the channels.
         separate: Whether the gradient of this use alone is wanted, not of the whole tensor.
     """
 
     def __init__(self, port: Port, samples: int | None) -> None:
         self.port, self.samples = port, samples
-        self.moments: Tensor | None = None
-        self.head: Tensor | None = None
-        self.norm: Tensor | None = None
-        self.tail: Tensor | None = None
-        self.gap: Tensor | None = None
-        self.values: Tensor | None = None
-        self.backward_values: Tensor | None = None
-        self.functions: tuple[Function, ...] = ()
-        self.backward_functions: tuple[Function, ...] = ()
         self.channel, self.separate = 1, False
+        self.forward, self.gradient = Written(), Written()
 
     def tensors(self) -> list[Tensor]:
-        """All parts that are there."""
-        parts = (
-            *(self.moments, self.head, self.norm, self.tail, self.gap),
-            *(self.values, self.backward_values),
-        )
-        return [part for part in parts if part is not None]
-
-    @property
-    def reads_gradient(self) -> bool:
-        """Whether anything of the gradient is written."""
-        parts = (self.norm, self.tail, self.gap, self.backward_values)
-        return any(part is not None for part in parts)
+        """All tensors that are written into."""
+        return [*self.forward.tensors(), *self.gradient.tensors()]
 
 
 def numbers(count: int, trail: Trail) -> Tensor:
@@ -82,17 +91,21 @@ def numbers(count: int, trail: Trail) -> Tensor:
 class Switch:
     """What all hooks look at; guarded by torch.compile, so that each state is one graph.
 
-    Attributes:
-        on: Whether passes write.
-        eager: Whether hooks that run outside of every graph write too.
+    `on` says whether graphs write, `eager` whether hooks that run outside of every graph do.
     """
 
     def __init__(self) -> None:
         self.on, self.eager = True, False
 
+    @never_alone
+    def is_on(self) -> bool:
+        """Whether the pass that runs is to be written."""
+        compiling = torch.compiler.is_compiling()
+        return (self.on and torch.is_grad_enabled()) if compiling else self.eager
+
 
 class _Gradient(torch.autograd.Function):
-    """The identity, whose backward writes what the gradient is."""
+    """The identity, whose backward writes something of the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tap: Tap) -> Tensor:  # noqa: ANN401
@@ -102,7 +115,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
-        """Write into the parts."""
+        """Write what the gradient is."""
         _write_gradient(ctx.tap, g)
         return g, None
 
@@ -110,18 +123,12 @@ class _Gradient(torch.autograd.Function):
 class Hook:
     """The forward hooks of one module.
 
-    Args:
-        switch: Whether to write.
-        taps: Per direction and number of the call, places and their taps.
-        repeated: Whether the module is called several times in a pass.
+    `taps` holds places and their taps; `repeated` says that the module is called several times in
+    a pass.
     """
 
     def __init__(
-        self,
-        switch: Switch,
-        taps: dict[tuple[bool, int], list[tuple[int | str | None, Tap]]],
-        *,
-        repeated: bool,
+        self, switch: Switch, taps: dict[Side, list[tuple[Place, Tap]]], *, repeated: bool
     ) -> None:
         self.switch, self.taps, self.repeated = switch, taps, repeated
         self.calls = 0
@@ -129,16 +136,8 @@ class Hook:
     @never_alone
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
         """Tap arguments."""
-        taps = self.taps.get((False, self.calls)) if _is_on(self.switch) else None
-        if taps is None:
-            return None
-        changed, named = list(args), dict(kwargs)
-        for place, tap in taps:
-            if isinstance(place, str):
-                named[place] = tapped(tap, named[place])
-            else:
-                changed[place] = tapped(tap, changed[place])  # type: ignore[index]
-        return tuple(changed), named
+        taps = self.taps.get((False, self.calls)) if self.switch.is_on() else None
+        return None if taps is None else _tap_arguments(taps, args, kwargs)
 
     @never_alone
     def after(self, module: nn.Module, args: object, output: Any) -> Any:  # noqa: ANN401
@@ -146,7 +145,7 @@ class Hook:
         call = self.calls
         if self.repeated:
             self.calls = call + 1
-        taps = self.taps.get((True, call)) if _is_on(self.switch) else None
+        taps = self.taps.get((True, call)) if self.switch.is_on() else None
         if taps is None:
             return None
         for place, tap in taps:
@@ -164,60 +163,41 @@ class Hook:
 class TappedOperations:
     """What is tapped at the operations of one module; an `operations.Handler`.
 
-    Args:
-        switch: Whether to write.
-        operands: Taps of operands by place.
-        results: Taps of results.
+    `taps` holds places and their taps: those of operands, and None for the result.
     """
 
-    def __init__(
-        self,
-        switch: Switch,
-        operands: Mapping[Where, list[tuple[int | str, Tap]]],
-        results: Mapping[Where, list[Tap]],
-    ) -> None:
-        self.switch, self.operands, self.results = switch, dict(operands), dict(results)
+    def __init__(self, switch: Switch, taps: Mapping[Where, list[tuple[Place, Tap]]]) -> None:
+        self.switch, self.taps = switch, dict(taps)
 
     @never_alone
     def before(
-        self,
-        where: Where,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, where: Where, func: object, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Tap operands."""
-        taps = self.operands.get(where) if _is_on(self.switch) else None
-        if taps is None:
-            return args, kwargs
-        changed, named = list(args), dict(kwargs)
-        for place, tap in taps:
-            if isinstance(place, str):
-                named[place] = tapped(tap, named[place])
-            else:
-                changed[place] = tapped(tap, changed[place])
-        return tuple(changed), named
+        taps = self.taps.get(where) if self.switch.is_on() else None
+        return (args, kwargs) if taps is None else _tap_arguments(taps, args, kwargs)
 
     @never_alone
-    def after(
-        self,
-        where: Where,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        result: Any,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
+    def after(self, where: Where, func: object, args: object, kwargs: object, result: Any) -> Any:  # noqa: ANN401
         """Tap the result."""
-        if _is_on(self.switch):
-            for tap in self.results.get(where, ()):
-                result = tapped(tap, result)
+        if self.switch.is_on():
+            for place, tap in self.taps.get(where, ()):
+                result = tapped(tap, result) if place is None else result
         return result
 
 
 @never_alone
-def _is_on(switch: Switch) -> bool:
-    compiling = torch.compiler.is_compiling()
-    return (switch.on and torch.is_grad_enabled()) if compiling else switch.eager
+def _tap_arguments(
+    taps: Sequence[tuple[Place, Tap]], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with taps behind them."""
+    changed, named = list(args), dict(kwargs)
+    for place, tap in taps:
+        if isinstance(place, str):
+            named[place] = tapped(tap, named[place])
+        elif place is not None:
+            changed[place] = tapped(tap, changed[place])
+    return tuple(changed), named
 
 
 @never_alone
@@ -226,7 +206,7 @@ def tapped(tap: Tap, x: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         return _pass_eager(tap, x)
     _write_forward(tap, x.detach())
-    if x.requires_grad and tap.reads_gradient:
+    if x.requires_grad and tap.gradient.tensors():
         passed: Tensor = _Gradient.apply(x, tap)
         return passed
     return x
@@ -237,42 +217,29 @@ def _pass_eager(tap: Tap, x: Tensor) -> Tensor:
     """The same for a hook outside of every graph: a tensor hook leaves the tensor as it is."""
     with torch.no_grad():
         _write_forward(tap, x.detach())
-    if x.requires_grad and tap.reads_gradient:
+    if x.requires_grad and tap.gradient.tensors():
         x = x.view_as(x) if tap.separate else x
         x.register_hook(lambda g: _write_gradient(tap, g.detach()))
     return x
 
 
 def _write_forward(tap: Tap, x: Tensor) -> None:
-    if tap.moments is not None:
+    sums = tap.forward.sums
+    if sums is not None:
         values = moments_of(x if tap.samples is None else x[: tap.samples], tap.channel)
-        if values.shape == tap.moments.shape:
-            tap.moments.copy_(values)
-    if tap.head is not None:
-        _write_head(tap.head, x)
-    if tap.values is not None:
-        tap.values.copy_(torch.stack([f(x).double() for f in tap.functions]))
+        if values.shape == sums.shape:
+            sums.copy_(values)
+    tap.forward.write(x)
 
 
 def _write_gradient(tap: Tap, g: Tensor) -> None:
-    if tap.norm is not None:
-        tap.norm.copy_(gradient_of(g, tap.samples))
-    if tap.tail is not None:
-        _write_head(tap.tail, g)
-    if tap.gap is not None:
-        tap.gap.copy_(g.reshape(-1, g.shape[-1]).sum(0).double())
-    if tap.backward_values is not None:
-        tap.backward_values.copy_(torch.stack([f(g).double() for f in tap.backward_functions]))
-
-
-def _write_head(target: Tensor, x: Tensor) -> None:
-    head = x[: target.shape[0]]
-    if head.shape == target.shape:
-        target.copy_(head)
+    if tap.gradient.sums is not None:
+        tap.gradient.sums.copy_(gradient_of(g, tap.samples))
+    tap.gradient.write(g)
 
 
 def moments_of(x: Tensor, channel: int) -> Tensor:
-    """See `MEANS`: no look at a value, float64 throughout."""
+    """Channel means, E[x^2], non-finite fraction, elements a channel, all float64; see `MEANS`."""
     if x.dim() < 2:
         x, channel = x.reshape(1, -1), 1
     count = torch.full((1,), x.numel() // x.shape[channel], dtype=torch.float64, device=x.device)
@@ -285,7 +252,7 @@ def moments_of(x: Tensor, channel: int) -> Tensor:
 
 
 def gradient_of(g: Tensor, samples: int | None) -> Tensor:
-    """G2, non-finite fraction and batch size, see `metrics.gradient`."""
+    """G2, non-finite fraction and batch size, see `reductions.gradient`."""
     batch = g.shape[0] if g.dim() else 1
     scale = 1.0
     if samples is not None and samples < batch:

@@ -26,24 +26,16 @@ _NO_RATES = (math.nan, math.nan, math.nan)
 
 
 class Record:
-    """The record of one monitor.
+    """The record of one monitor: `cells` per block, `head` per step, the `losses` the loop tells.
 
-    Args:
-        custom: Columns of custom metrics.
-        warnings: Told about listeners that raised.
-
-    Attributes:
-        cells: Per-block buffer.
-        head: Per-step buffer.
-        listeners: Told what came to the host.
-        told: Losses that the loop tells.
+    Each of `listeners` is told what came to the host.
     """
 
     def __init__(self, custom: Sequence[str], warnings: Warnings) -> None:
         self.cells = Buffer((*RECORDED, *custom), _SLOTS)
         self.head = Buffer(_STEP_COLUMNS, _SLOTS)
+        self.losses = Losses()
         self.listeners: list[Listener] = []
-        self.told = Told()
         self._warnings = warnings
         self._rates: list[tuple[float, float, float]] = []
         self._extra: list[tuple[int, str, Tensor, Tensor]] = []
@@ -60,8 +52,7 @@ class Record:
     def rate(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Note the first group's learning rate and momentum, and the largest weight decay.
 
-        Returns:
-            Whether the open step had none.
+        Returns whether the open step had none.
         """
         if not math.isnan(self._rates[-1][0]):
             return False
@@ -80,28 +71,23 @@ class Record:
 
     def flush(self, blocks: Sequence[Block], *, keep_open: bool) -> None:
         """Bring the used slots to the host and complete what the host computes."""
-        self._flush(blocks, keep_open=keep_open)
-        told = self.told.flush()
-        if told is not None:
-            self._curve.append(told)
-
-    def _flush(self, blocks: Sequence[Block], *, keep_open: bool) -> None:
         steps, values = self.cells.flush(keep_open=keep_open)
-        head_steps, head = self.head.flush(keep_open=keep_open)
+        _, head = self.head.flush(keep_open=keep_open)
         rates, self._rates = self._rates[: len(steps)], self._rates[len(steps) :]
-        if not steps:
-            return
-        metrics = _block_columns(steps, values[:, : len(blocks)], blocks, self.cells.columns)
-        curve = _step_columns(head_steps, head, rates) if head_steps else None
-        self._complete(steps, metrics, curve)
-        self._metrics.append(metrics)
-        if curve is not None:
+        if steps:
+            metrics = _block_columns(steps, values[:, : len(blocks)], blocks, self.cells.columns)
+            curve = _step_columns(steps, head, rates)
+            self._add_points(metrics, curve)
+            self._metrics.append(metrics)
             self._curve.append(curve)
-        self._tell(metrics, curve or {})
+            self._tell(metrics, curve)
+        losses = self.losses.flush()
+        if losses is not None:
+            self._curve.append(losses)
 
     def columns(self) -> tuple[Columns, Columns]:
         """Per-block and per-step columns of what was flushed and not taken."""
-        return _concatenate(self._metrics), join(_concatenate(self._curve))
+        return _concatenate(self._metrics), _join(_concatenate(self._curve))
 
     def take(self) -> tuple[Columns, Columns]:
         """The same, and forget them."""
@@ -109,18 +95,19 @@ class Record:
         self._metrics, self._curve = [], []
         return taken
 
-    def _complete(self, steps: Sequence[int], metrics: Columns, curve: Columns | None) -> None:
-        """Add the columns of further points."""
-        extra = [entry for entry in self._extra if entry[0] in steps]
-        self._extra = [entry for entry in self._extra if entry[0] not in steps]
+    def _add_points(self, metrics: Columns, curve: Columns) -> None:
+        """Add the columns of gradients that were read at further points."""
+        extra, self._extra = self._extra, []
         for step, point, per_block, total in extra:
-            where = metrics["step"] == step
-            values_of = metrics.setdefault(f"grad_param_{point}", _gap(len(where)))
-            values_of[where] = per_block.cpu().numpy()
-            if curve is not None:
-                curve.setdefault(f"grad_norm_{point}", _gap(len(curve["step"])))[
-                    curve["step"] == step
-                ] = float(total)
+            if step not in curve["step"]:
+                self._extra.append((step, point, per_block, total))
+                continue
+            for columns, name, value in (
+                (metrics, f"grad_param_{point}", per_block.cpu().numpy()),
+                (curve, f"grad_norm_{point}", float(total)),
+            ):
+                here = columns["step"] == step
+                columns.setdefault(name, _gap(len(here)))[here] = value
 
     def _tell(self, metrics: Columns, curve: Columns) -> None:
         for listener in list(self.listeners):
@@ -128,9 +115,8 @@ class Record:
                 listener(metrics, curve)
             except Exception as error:
                 self.listeners.remove(listener)
-                self._warnings.say(
-                    f"{_name(listener)} is no longer told what is recorded: {error!r}"
-                )
+                name = getattr(listener, "__qualname__", type(listener).__name__)
+                self._warnings.say(f"{name} is no longer told what is recorded: {error!r}")
 
 
 def _gap(rows: int) -> NDArray[np.float64]:
@@ -138,10 +124,7 @@ def _gap(rows: int) -> NDArray[np.float64]:
 
 
 def _block_columns(
-    steps: list[int],
-    values: NDArray[np.float64],
-    blocks: Sequence[Block],
-    names: Sequence[str],
+    steps: list[int], values: NDArray[np.float64], blocks: Sequence[Block], names: Sequence[str]
 ) -> Columns:
     """Columns of a flush, with the ratios that need two cells computed on the host."""
     count = values.shape[1]
@@ -165,10 +148,10 @@ def _step_columns(
     steps: list[int], head: NDArray[np.float64], rates: Sequence[tuple[float, float, float]]
 ) -> Columns:
     """Per-step columns `catalog.RECORDED_PER_STEP`; B3 is put together here."""
-    cells = dict(zip(_STEP_COLUMNS, head[:, 0].T, strict=True)) if head.shape[1] else {}
-    nan = np.full(len(steps), np.nan)
+    if not head.shape[1]:  # nothing was written of any of these steps
+        head = np.full((len(steps), 1, len(_STEP_COLUMNS)), np.nan)
+    get = dict(zip(_STEP_COLUMNS, head[:, 0].T, strict=True))
     lr, momentum, decay = np.asarray(rates, dtype=np.float64).reshape(-1, 3).T
-    get: Mapping[str, NDArray[np.float64]] = {name: cells.get(name, nan) for name in _STEP_COLUMNS}
     with np.errstate(all="ignore"):
         squared = get["head_size"] * get["head_channel_mean_rms"] ** 2
         out = {
@@ -187,10 +170,6 @@ def _step_columns(
     return {"step": np.asarray(steps, dtype=np.int32), **out}
 
 
-def _name(listener: Listener) -> str:
-    return str(getattr(listener, "__qualname__", type(listener).__name__))
-
-
 def _concatenate(parts: Sequence[Mapping[str, NDArray[Any]]]) -> Columns:
     """Join flushes; without any, empty columns."""
     if not parts:
@@ -205,23 +184,15 @@ def _concatenate(parts: Sequence[Mapping[str, NDArray[Any]]]) -> Columns:
     }
 
 
-class Told:
-    """The losses of one monitor.
-
-    Attributes:
-        lost: Whether one was not finite, as of the last flush.
-    """
+class Losses:
+    """The losses that the loop tells; `lost` says whether a flushed one was not finite."""
 
     def __init__(self) -> None:
         self.lost = False
         self._losses: list[tuple[int, float | Tensor]] = []
 
     def tell(self, step: int, loss: float | Tensor) -> None:
-        """Keep the loss of a step, without its graph.
-
-        Raises:
-            ValueError: It is not one number.
-        """
+        """Keep the loss of a step, without its graph; a ValueError if it is not one number."""
         if isinstance(loss, Tensor):
             if loss.numel() != 1:
                 shape = tuple(loss.shape)
@@ -229,7 +200,7 @@ class Told:
             loss = loss.detach().reshape(()).double()
         self._losses.append((step, loss if isinstance(loss, Tensor) else float(loss)))
 
-    def flush(self) -> dict[str, NDArray[Any]] | None:
+    def flush(self) -> Columns | None:
         """Columns of what was told since the last flush; None if nothing was."""
         told, self._losses = self._losses, []
         if not told:
@@ -242,12 +213,12 @@ class Told:
         return {"step": steps, "loss": np.array(values, dtype=np.float64)}
 
 
-def join(columns: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+def _join(columns: Columns) -> Columns:
     """One row per step: what was told of a step joins what was recorded of it."""
     steps, rows = np.unique(columns["step"], return_inverse=True)
     if len(steps) == len(columns["step"]):
         return columns
-    joined: dict[str, NDArray[Any]] = {"step": steps}
+    joined: Columns = {"step": steps}
     for name, values in columns.items():
         if name not in ("step", "block"):
             known = ~np.isnan(values)

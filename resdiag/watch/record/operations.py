@@ -1,10 +1,10 @@
 """Finds an operation that a module does in its own forward again in a later pass.
 
-Some tensors no module takes or returns: the sum in `F.relu(x + f)`, or one that is overwritten at
-once. Where a plan has such a tensor, a torch function mode is entered for the pass; torch.compile
-traces through a mode that is active when the graph is entered, as long as what it keeps is the same
-at the end of the graph as at its beginning. An operation is known by its name and by how many of
-that name came before in the call of its module.
+No module takes or returns the sum in `F.relu(x + f)`, or a tensor that is overwritten at once.
+Where a plan has such a tensor, a torch function mode is entered for the pass; torch.compile traces
+through a mode that is active when the graph is entered, as long as what it keeps is the same at the
+end of the graph as at its beginning. An operation is known by its name and by how many of that name
+came before in the call of its module.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from resdiag.watch.base.safety import never_alone
 from resdiag.watch.plan.ports import OPERATIONS, Plan, Port, is_in
 
+Function = Callable[..., Any]
 Where = tuple[int, str, int]
 """Number of the module's call, name and ordinal of the operation."""
 
@@ -26,18 +27,14 @@ class Handler(Protocol):
     """What is done at the operations of one module."""
 
     def before(
-        self,
-        where: Where,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, where: Where, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """An operation is about to run; returns the arguments to run it with."""
 
     def after(
         self,
         where: Where,
-        func: Callable[..., Any],
+        func: Function,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         result: Any,  # noqa: ANN401
@@ -49,9 +46,8 @@ class Frame:
     """The hooks that tell that a module's forward is running.
 
     Args:
-        name: The module's name.
         running: The open calls, innermost last; shared by all frames.
-        handler: What is done at its operations, None for nothing.
+        handler: What is done at the module's operations, None for nothing.
         expected: Per call of the module, how often it does which operation.
 
     Attributes:
@@ -61,13 +57,12 @@ class Frame:
 
     def __init__(
         self,
-        name: str,
         running: "list[tuple[Frame, dict[str, int]]]",
         handler: Handler | None,
-        expected: Mapping[int, tuple[tuple[str, int], ...]],
+        expected: dict[int, dict[str, int]],
     ) -> None:
-        self.name, self.running, self.handler = name, running, handler
-        self.expected, self.repeated = dict(expected), len(expected) > 1
+        self.running, self.handler = running, handler
+        self.expected, self.repeated = expected, len(expected) > 1
         self.calls, self.has_changed = 0, False
 
     @never_alone
@@ -79,13 +74,8 @@ class Frame:
     def after(self, module: nn.Module, args: object, output: object) -> None:
         """The module's forward ends."""
         _, counts = self.running.pop()
-        if self.handler is not None:
-            expected = self.expected.get(self.calls, ())
-            if len(expected) != len(counts):
-                self.has_changed = True
-            for name, count in expected:
-                if counts.get(name, 0) != count:
-                    self.has_changed = True
+        if self.handler is not None and counts != self.expected.get(self.calls, {}):
+            self.has_changed = True
         if self.repeated:
             self.calls = self.calls + 1
 
@@ -134,33 +124,25 @@ class Shown:
 
 
 class Operations(TorchFunctionMode):
-    """Hands the operations of some modules to their handlers while it is entered.
-
-    Attributes:
-        running: The open calls, innermost last.
-        frames: The frames that tell them.
-    """
+    """Hands the operations of some modules to their `handlers` while it is entered."""
 
     def __init__(
         self, plan: Plan, handlers: Mapping[str, Handler], names: Mapping[str, nn.Module]
     ) -> None:
         super().__init__()
         self.running: list[tuple[Frame, dict[str, int]]] = []
-        self._modules = {
-            name: module
-            for name, module in names.items()
-            if any(is_in(name, owner) for owner in handlers)
-        }
+        self._names = names
         self.frames = {
-            name: Frame(name, self.running, handlers.get(name), _expected(plan, name))
-            for name in self._modules
+            name: Frame(self.running, handlers.get(name), _expected(plan, name))
+            for name in names
+            if any(is_in(name, owner) for owner in handlers)
         }
 
     def install(self) -> Iterator[RemovableHandle]:
         """Hooks on modules with such operations, and on all modules inside them."""
-        for name, module in self._modules.items():
-            yield module.register_forward_pre_hook(self.frames[name].before)
-            yield module.register_forward_hook(self.frames[name].after)
+        for name, frame in self.frames.items():
+            yield self._names[name].register_forward_pre_hook(frame.before)
+            yield self._names[name].register_forward_hook(frame.after)
 
     def reset(self) -> None:
         """A pass begins."""
@@ -172,12 +154,11 @@ class Operations(TorchFunctionMode):
     @never_alone
     def __torch_function__(
         self,
-        func: Callable[..., Any],
+        func: Function,
         types: Iterable[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
-        """See one torch function."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name not in OPERATIONS or not self.running:
@@ -193,9 +174,7 @@ class Operations(TorchFunctionMode):
         return frame.handler.after(where, func, args, kwargs, result)
 
 
-def _expected(plan: Plan, name: str) -> dict[int, tuple[tuple[str, int], ...]]:
+def _expected(plan: Plan, name: str) -> dict[int, dict[str, int]]:
     """Per call of a module, how often it did which operation."""
-    return {
-        call: tuple(plan.operations.get((name, call), {}).items())
-        for call in range(plan.calls.get(name, 0))
-    }
+    calls = range(plan.calls.get(name, 0))
+    return {call: dict(plan.operations.get((name, call), {})) for call in calls}

@@ -1,9 +1,8 @@
 """One rank's share of a recorded step as sums that add up over the ranks, and back to the metrics.
 
 A metric of the whole batch is in general no function of the metrics of its parts: the RMS of the
-channel means needs the channel means. Here every recorded number is taken apart into numbers that
-add, `pack` puts them into one vector, somebody adds the vectors of all ranks, and `write` makes the
-metrics from the sum. Nothing here communicates.
+channel means needs the channel means. `pack` puts numbers that add into one vector, `loop.ranks`
+adds the vectors of all ranks, and `write` makes the metrics from the sum.
 
 With g_r the gradient of rank r's own loss on its B_r samples, data-parallel training steps along
 the mean of the R ranks' gradients: its loss is L = (1/R) sum_r L_r. Hence dL/dx on the samples of r
@@ -41,10 +40,10 @@ class Layout:
     """What stands where in the vector; ranks can only add what they have laid out alike.
 
     Attributes:
-        rows: Blocks.
+        rows: How many blocks there are.
         scalars: Columns that are a quotient of two sums.
-        sites: Row and first column of every tensor measured, and its channels.
-        gates: Row, and channels of each activation inside that block.
+        sites: Cell of every tensor measured, and its number of channels.
+        gates: Row, and number of channels of each activation inside that block.
         classes: Entries of the logits' gradient, 0 without a head.
     """
 
@@ -56,12 +55,11 @@ class Layout:
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Lengths of the parts of the vector."""
+        """Lengths of the parts of the vector, in the order of `Pool.pack`."""
         channels = sum(count for _, count in self.sites)
-        gated = sum(sum(counts) for _, counts in self.gates)
-        gates = sum(len(counts) for _, counts in self.gates)
-        cells = 3 * self.rows * len(self.scalars)
-        return cells, channels, len(self.sites), len(self.sites), gated, gates, self.classes
+        gates = [count for _, counts in self.gates for count in counts]
+        cells, sites = 3 * self.rows * len(self.scalars), len(self.sites)
+        return cells, channels, sites, sites, sum(gates), len(gates), self.classes
 
     @property
     def digest(self) -> int:
@@ -72,11 +70,7 @@ class Layout:
 class Pool:
     """Collects one rank's sums while a pass runs.
 
-    Args:
-        cells: Per-block buffer.
-        head: Per-step buffer.
-        ranks: How many ranks add up.
-        sharded: Whether a rank holds a part of the parameters only: their norms then add up too.
+    `sharded` says that a rank holds a part of the parameters only: their norms then add up too.
     """
 
     def __init__(self, cells: Buffer, head: Buffer, ranks: int, *, sharded: bool) -> None:
@@ -92,10 +86,8 @@ class Pool:
         """Begin a pass."""
         self._scalars: dict[Key, tuple[Scalar, Scalar]] = {}
         self._sites: list[tuple[Key, Sums]] = []
-        self._gates: dict[int, tuple[list[Tensor], list[int]]] = {}
+        self._gates: dict[int, tuple[Sequence[Tensor], Sequence[int]]] = {}
         self._gap: Tensor | None = None
-
-    # -- collecting ----------------------------------------------------------------------------
 
     def put(self, row: int, column: str, value: Scalar, weight: Scalar) -> None:
         """A cell that is a mean, or a root mean square, of parts of these weights."""
@@ -118,41 +110,32 @@ class Pool:
 
     def gates(self, row: int, counts: Sequence[Tensor], sizes: Sequence[int]) -> None:
         """Saturated units per channel of each activation in a block, of `sizes` units each."""
-        self._gates[row] = list(counts), list(sizes)
+        self._gates[row] = counts, sizes
 
     def gap(self, gradient: Tensor) -> None:
         """The batch sum of the logits' gradient, float64 (K,)."""
         self._gap = gradient
 
-    # -- adding up -----------------------------------------------------------------------------
-
     def layout(self, rows: int) -> Layout:
         """How this pass's vector is laid out."""
-        return Layout(
-            rows,
-            self._columns,
-            tuple((key, part.per_channel.numel()) for key, part in self._sites),
-            tuple(
-                (row, tuple(len(count) for count in self._gates[row][0]))
-                for row in sorted(self._gates)
-            ),
-            0 if self._gap is None else self._gap.numel(),
-        )
+        sites = tuple((key, part.per_channel.numel()) for key, part in self._sites)
+        gates = tuple((row, tuple(map(len, self._gates[row][0]))) for row in sorted(self._gates))
+        classes = 0 if self._gap is None else self._gap.numel()
+        return Layout(rows, self._columns, sites, gates, classes)
 
     def pack(self, layout: Layout, device: torch.device) -> Tensor:
         """The first vector, float64: everything but the spread within and between ranks."""
         parts = [part for _, part in self._sites]
         gates = [self._gates[row] for row, _ in layout.gates]
         nothing = torch.zeros(0, dtype=torch.float64, device=device)
-        channels = [part.per_channel.numel() * part.size for part in parts]
+        sizes = [part.size for part in parts]
+        broken = [part.broken * (part.per_channel.numel() * part.size) for part in parts]
         return torch.cat(
             [
                 self._pack_scalars(layout, device),
                 *(part.per_channel.double() for part in parts),
-                stack([part.size for part in parts], device) if parts else nothing,
-                stack([p.broken * n for p, n in zip(parts, channels, strict=True)], device)
-                if parts
-                else nothing,
+                stack(sizes, device) if parts else nothing,
+                stack(broken, device) if parts else nothing,
                 *(count.double() for counts, _ in gates for count in counts),
                 nothing.new_tensor([float(size) for _, sizes in gates for size in sizes]),
                 nothing if self._gap is None else self._gap,
@@ -165,11 +148,9 @@ class Pool:
         A sum of squares minus the squared mean would cancel where the mean dwarfs the spread; by
         the law of total variance, spreads within ranks and those of the ranks' means just add.
         """
-        means = self._means(layout, total)
         out: list[Tensor] = []
-        for (_, part), mean in zip(self._sites, means, strict=True):
-            local = part.per_channel.double() / part.size
-            within: Scalar | None = part.spread
+        for (_, part), mean in zip(self._sites, _means(layout, total), strict=True):
+            local, within = part.per_channel.double() / part.size, part.spread
             if within is None:
                 within = (part.second - local.square().mean()).clamp_min(0)
             out.append(part.size * (within + (local - mean).square().mean()))
@@ -184,41 +165,38 @@ class Pool:
             layout: Of both vectors.
             total: The first vectors' sum.
             spreads: The second vectors' sum.
-            valid: 0-d bool: otherwise NaN is written.
+            valid: 0-d bool: where it is false, NaN is written.
             slot: The open slot of both buffers.
         """
+        total = torch.where(valid, total, math.nan)
         cells, _, sizes, broken, gated, gates, gap = total.split(layout.sizes)
-        self._write_scalars(layout, cells, valid, slot)
-        self._write_sites(layout, total, spreads / sizes, broken / sizes, valid, slot)
-        self._write_gates(layout, gated, gates, valid, slot)
+        self._write_scalars(layout, cells, slot)
+        self._write_sites(layout, _means(layout, total), spreads / sizes, broken / sizes, slot)
+        self._write_gates(layout, gated, gates, slot)
         if layout.classes:
-            kick = _only(gap.abs().amax() / self._ranks, valid)
-            self._head.write(slot, 0, "head_gap", kick)
-
-    # -- inside --------------------------------------------------------------------------------
+            self._head.write(slot, 0, "head_gap", gap.abs().amax() / self._ranks)
 
     def _pack_scalars(self, layout: Layout, device: torch.device) -> Tensor:
         """Numerator, denominator and presence of each quotient: (rows, columns, 3), flat."""
         out = torch.zeros(layout.rows * len(layout.scalars), 3, dtype=torch.float64, device=device)
         if self._scalars:
+            names = [name for _, name in self._scalars]
             places = [row * len(layout.scalars) + self._at[name] for row, name in self._scalars]
-            squared = [_HOW[name] != "mean" for _, name in self._scalars]
             values = stack([value for value, _ in self._scalars.values()], device)
             weights = stack([weight for _, weight in self._scalars.values()], device)
-            root = torch.tensor(squared, device=device)
-            whole = torch.tensor([_HOW[name] in ("gradient", "norm") for _, name in self._scalars])
+            root = torch.tensor([_HOW[name] != "mean" for name in names], device=device)
+            whole = [_HOW[name] in ("gradient", "norm") for name in names]
             numerators = torch.where(root, values.square(), values)
             scaled = torch.where((weights == 0) & ~root, 0.0, numerators * weights)
-            numerators = torch.where(whole.to(device), numerators, scaled)
+            numerators = torch.where(torch.tensor(whole, device=device), numerators, scaled)
             rows = torch.stack([numerators, weights, torch.ones_like(weights)], dim=1)
             out[torch.tensor(places, device=device)] = rows
         return out.view(-1)
 
-    def _write_scalars(self, layout: Layout, cells: Tensor, valid: Tensor, slot: int) -> None:
+    def _write_scalars(self, layout: Layout, cells: Tensor, slot: int) -> None:
         sums = cells.view(layout.rows, len(layout.scalars), 3)
-        above, below, present = sums.unbind(2)
         for name, at in self._at.items():
-            a, b = above[:, at], below[:, at]
+            a, b, present = sums[:, at].unbind(1)
             if _HOW[name] == "gradient":
                 values = (a * b).sqrt() / self._ranks
             elif _HOW[name] == "norm":
@@ -227,27 +205,17 @@ class Pool:
                 values = torch.where(a == 0, a, a / b).sqrt()
             else:
                 values = a / b
-            here = _only(values, valid & (present[:, at] > 0))
-            self._cells.write_column(slot, name, here)
+            self._cells.write_column(slot, name, torch.where(present > 0, values, math.nan))
 
     def _write_sites(
-        self,
-        layout: Layout,
-        total: Tensor,
-        spreads: Tensor,
-        broken: Tensor,
-        valid: Tensor,
-        slot: int,
+        self, layout: Layout, means: list[Tensor], spreads: Tensor, broken: Tensor, slot: int
     ) -> None:
-        means = self._means(layout, total)
         for count in sorted({count for _, count in layout.sites}):
             which = [i for i, (_, channels) in enumerate(layout.sites) if channels == count]
             keys = [layout.sites[i][0] for i in which]
             mu = torch.stack([means[i] for i in which])
-            at = torch.tensor(which, device=total.device)
-            squared = mu.square().mean(1)
-            values = moments.describe(mu, squared, spreads[at], broken[at] / count)
-            values = _only(values, valid)
+            at = torch.tensor(which, device=mu.device)
+            values = moments.describe(mu, mu.square().mean(1), spreads[at], broken[at] / count)
             inner = [i for i, (row, _) in enumerate(keys) if row != HEAD]
             if inner:
                 picked = values if len(inner) == len(keys) else values[inner]
@@ -256,25 +224,20 @@ class Pool:
                 if row == HEAD:
                     self._head.write(slot, 0, name, values[i, :3])
 
-    def _write_gates(
-        self, layout: Layout, gated: Tensor, gates: Tensor, valid: Tensor, slot: int
-    ) -> None:
+    def _write_gates(self, layout: Layout, gated: Tensor, gates: Tensor, slot: int) -> None:
         channels = [counts for _, counts in layout.gates]
         per_row = gated.split([sum(counts) for counts in channels])
         sizes = gates.split([len(counts) for counts in channels])
         for (row, counts), closed, size in zip(layout.gates, per_row, sizes, strict=True):
             repeats = torch.tensor(counts, device=gated.device)
             full = size.repeat_interleave(repeats, output_size=sum(counts))
-            saturated, dead = closed.sum() / full.sum(), (closed == full).double().mean()
-            self._cells.write(slot, row, "saturated_fraction", _only(saturated, valid))
-            self._cells.write(slot, row, "dead_fraction", _only(dead, valid))
-
-    def _means(self, layout: Layout, total: Tensor) -> list[Tensor]:
-        """Channel means of all ranks per site."""
-        _, sums, sizes, *_ = total.split(layout.sizes)
-        per_site = sums.split([count for _, count in layout.sites])
-        return [part / size for part, size in zip(per_site, sizes.unbind(), strict=True)]
+            dead = (closed == full).double() + 0 * full  # NaN where the step is not valid
+            self._cells.write(slot, row, "saturated_fraction", closed.sum() / full.sum())
+            self._cells.write(slot, row, "dead_fraction", dead.mean())
 
 
-def _only(values: Tensor, valid: Tensor) -> Tensor:
-    return torch.where(valid, values, math.nan)
+def _means(layout: Layout, total: Tensor) -> list[Tensor]:
+    """Channel means of all ranks per site."""
+    _, sums, sizes, *_ = total.split(layout.sizes)
+    per_site = sums.split([count for _, count in layout.sites])
+    return [part / size for part, size in zip(per_site, sizes.unbind(), strict=True)]

@@ -1,7 +1,7 @@
 """The moments of the blocks' tensors: read while a pass runs, completed when it has ended."""
 
 import math
-import weakref
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeAlias
 
@@ -9,38 +9,32 @@ import torch
 from torch import Tensor
 
 from resdiag.catalog.table import SITES
+from resdiag.watch.base.tensors import TensorTable
 from resdiag.watch.find.blocks import Anatomy
 from resdiag.watch.measure import moments
 from resdiag.watch.measure.model_ends import DATA, HEAD_LOSS, Logits, describe_input
-from resdiag.watch.measure.moments import Normalised, Sums, reduce
+from resdiag.watch.measure.moments import Normalised, Sums
 from resdiag.watch.record.buffer import Buffer, Key
-from resdiag.watch.record.pool import HEAD as ROW
-from resdiag.watch.record.pool import Pool
+from resdiag.watch.record.pool import HEAD, Pool
 
 SITE_COLUMNS = {site: tuple(f"{site}_{name}" for name in moments.STATISTICS) for site in SITES}
-"""The columns of each site."""
 
 
-class KnownTensors:
-    """Which tensors of a pass were measured, and at which row and site."""
+class KnownTensors(TensorTable[tuple[int, str]]):
+    """Row and site at which a tensor of a pass was measured, unless it was written to since."""
+
+    __slots__ = ()
 
     def __init__(self) -> None:
-        self._at: dict[int, tuple[weakref.ref[Tensor], int, tuple[int, str]]] = {}
-
-    def clear(self) -> None:
-        """Forget the pass."""
-        self._at.clear()
+        super().__init__(versioned=True)
 
     def keep(self, x: Tensor, row: int, site: str, version: int | None = None) -> None:
         """A tensor was measured, as it is now or as it was at a version."""
-        self._at[id(x)] = weakref.ref(x), x._version if version is None else version, (row, site)
+        self.set(x, (row, site), version)
 
     def find(self, x: Tensor) -> tuple[int, str] | None:
         """Row and site at which `x`, unchanged since, was measured."""
-        entry = self._at.get(id(x))
-        if entry is None or entry[0]() is not x or entry[1] != x._version:
-            return None
-        return entry[2]
+        return self.get(x)
 
 
 Part: TypeAlias = Sums | Normalised
@@ -48,13 +42,10 @@ Part: TypeAlias = Sums | Normalised
 
 
 class Sites:
-    """The sites of one recorder: branch, shortcut, sum, ... of every block.
+    """The tensors of every block: branch, shortcut, sum, ...
 
-    Args:
-        cells: Per-block buffer.
-        pool: Where several ranks record together.
-        samples: Samples of the batch on which moments are measured; None for all.
-        miss: Told of a block whose columns are NaN, and why.
+    `samples` of the batch are measured, None for all; `pool` is there where several ranks record
+    together; `miss` is told of a block whose columns are NaN, and why.
     """
 
     def __init__(
@@ -81,11 +72,7 @@ class Sites:
     def measure(self, row: int, site: str, x: Tensor, *, is_sum: bool = False) -> None:
         """Read as little of a site's tensor as its statistics need.
 
-        Args:
-            row: The block.
-            site: One of `catalog.SITES`.
-            x: The tensor.
-            is_sum: Whether it is the sum of the tensors at branch and shortcut.
+        `is_sum` says that it is the sum of the tensors at branch and shortcut.
         """
         self.keep(row, site, self._read(row, site, x, is_sum=is_sum))
 
@@ -126,19 +113,18 @@ class Sites:
         closed = [part for _, part in waiting if isinstance(part, Normalised)]
         known = iter(moments.normalised_sums(closed))
         sites = [
-            (key, self._sums_of(key, part, next(known)))
-            if isinstance(part, Normalised)
-            else (key, part)
-            for key, part in waiting
+            (key, self._sums_of(key, x, next(known)) if isinstance(x, Normalised) else x)
+            for key, x in waiting
         ]
         if self._pool is not None:
             self._pool.sites(sites)
             return
-        channels = {part.per_channel.numel() for _, part in sites}
-        for count in sorted(channels):
-            same = [(key, part) for key, part in sites if part.per_channel.numel() == count]
-            values = moments.combine([part for _, part in same])
-            self._cells.write_rows(self._cells.slot, [key for key, _ in same], values)
+        same: dict[int, dict[Key, Sums]] = defaultdict(dict)
+        for key, part in sites:
+            same[part.per_channel.numel()][key] = part
+        for _, parts in sorted(same.items()):
+            values = moments.combine([*parts.values()])
+            self._cells.write_rows(self._cells.slot, [*parts], values)
 
     def _read(self, row: int, site: str, x: Tensor, *, is_sum: bool) -> Part:
         features = self.features(row, x)
@@ -156,8 +142,7 @@ class Sites:
         """The sums of a BatchNorm's output: `known`, its closed form, where that can be trusted."""
         if known is not None:
             return known
-        x = part.tensor()
-        if x is not None:
+        if (x := part.tensor()) is not None:
             return moments.reduce(self.head(x), None, 1)
         reason = "it was overwritten, and its batch variance overflowed"
         self._miss(key[0], SITE_COLUMNS[key[1].removesuffix("_mean")], reason)
@@ -178,19 +163,10 @@ Reasons: TypeAlias = Mapping[str, dict[str, set[int]]]
 
 
 class Head:
-    """Writes a pass's per-step numbers.
-
-    Args:
-        buffer: With one row; its columns begin with `HEAD_COLUMNS`.
-        pool: Where several ranks record together.
-        reasons: Takes why a column is NaN; makes the entry of a column that it has not.
-
-    Attributes:
-        classes: Width of the last linear layer; 0 while it is not known.
-    """
+    """Writes a pass's per-step numbers into a buffer of one row, and why there are none."""
 
     def __init__(self, buffer: Buffer, pool: Pool | None, reasons: Reasons) -> None:
-        self.classes = 0
+        self.classes = 0  # the width of the last linear layer, once it is known
         self._buffer, self._pool, self._reasons = buffer, pool, reasons
         self._moments: Tensor | None = None
 
@@ -199,16 +175,10 @@ class Head:
         """The buffer's open slot."""
         return self._buffer.slot
 
-    def miss(
-        self,
-        *columns: str,
-        reason: str = "",
-    ) -> None:
+    def miss(self, *columns: str, reason: str = "") -> None:
         """Note why columns are NaN."""
-        for column in columns:
-            self._reasons[column][reason or _NO_CLASSIFIER] = (
-                set()
-            )  # no rows: it is not about a block
+        for column in columns:  # without rows: it is not about a block
+            self._reasons[column][reason or _NO_CLASSIFIER] = set()
 
     def batch(self, inputs: Sequence[Tensor]) -> None:
         """Measure what goes into the model."""
@@ -224,14 +194,14 @@ class Head:
 
         The moments of the batch are written here: now a tensor of the pass says where it runs.
         """
-        moments, self._moments = self._moments, None
-        if moments is not None:
-            self._buffer.reserve(1, (moments if features is None else features).device)
-            self._buffer.write(self.slot, 0, DATA[0], moments)
+        batch, self._moments = self._moments, None
+        if batch is not None:
+            self._buffer.reserve(1, (batch if features is None else features).device)
+            self._buffer.write(self.slot, 0, DATA[0], batch)
         if features is None or logits is None:
             self.miss("head_mean", "head_bias", "head_kick", *HEAD_LOSS, reason=reason)
             return False
-        self.write_features(reduce(features), features.shape[-1], features.device)
+        self.write_features(moments.reduce(features), features.shape[-1], features.device)
         if not logits.requires_grad:
             self.miss("head_kick", *HEAD_LOSS)
         return logits.requires_grad
@@ -242,7 +212,7 @@ class Head:
         if self._pool is None:
             self._buffer.write(self.slot, 0, "head_mean", moments.combine([read])[0, :3])
         else:
-            self._pool.sites([((ROW, "head_mean"), read)])
+            self._pool.sites([((HEAD, "head_mean"), read)])
         size = torch.full((), width, dtype=torch.float64, device=device)
         self._buffer.write(self.slot, 0, "head_size", size)
 
@@ -253,8 +223,7 @@ class Head:
     def gap(self, slot: int, g: Tensor, logits: Logits | None) -> None:
         """max_k |p_k - y_k|: the batch sum of dL/dlogits of a mean cross-entropy; and the loss."""
         self.write_gap(slot, g.detach().reshape(-1, g.shape[-1]).sum(0))
-        read = None if logits is None else logits.read(g)
-        if logits is not None and read is not None:
+        if logits is not None and (read := logits.read(g)) is not None:
             self.classes = logits.classes
             self._buffer.write(slot, 0, HEAD_LOSS[0], read)
 
