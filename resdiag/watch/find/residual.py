@@ -1,17 +1,16 @@
 """Whether an addition joins a shortcut and a branch."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from resdiag.watch.base.functions import Call
-from resdiag.watch.find.additions import Addition, Operand, Sum, Ways
+from resdiag.watch.find.additions import Addition, Mix, Operand, Sum, Ways, read_mix
 from resdiag.watch.find.dataflow import Depth, Lineage, Scope, reach
 from resdiag.watch.find.module_stack import Frame
 from resdiag.watch.find.passes import Operands
-from resdiag.watch.find.streams import Mix, are_pieces, is_cut, is_inner, read_mix, was_added
 
 _LEFT, _RIGHT = 1, 2
 _NONE: Depth = (0, 0, 0)
@@ -263,3 +262,82 @@ def _is_inside(
     if not scope.entries.isdisjoint(on_shortcut) and not {on_shortcut[-1], origin} <= scope.entries:
         return False
     return identity or scope.entries.isdisjoint(on_branch)
+
+
+def are_pieces(
+    lineage: Lineage, origin: int, on_shortcut: Sequence[int], on_branch: Sequence[int]
+) -> bool:
+    """Whether two ways begin with different pieces of their origin, of which there are more.
+
+    Two pieces that make up the whole are two streams.
+    """
+    one, other = (
+        {node.piece: node.size for n in way if origin in (node := lineage.node(n)).parents}
+        for way in (on_shortcut, on_branch)
+    )
+    if not one or "" in {**one, **other} or not one.keys().isdisjoint(other):
+        return False
+    sizes = [*one.values(), *other.values()]
+    return len(sizes) != 2 or sum(sizes) < lineage.node(origin).size
+
+
+def was_added(lineage: Lineage, number: int) -> bool:
+    """Whether a tensor, or a view of it, has been an operand of an addition."""
+    users = lineage.users()
+
+    def is_view(n: int) -> bool:
+        node = lineage.node(n)
+        return len(set(node.parents)) == 1 and not node.is_transform and not node.is_opaque
+
+    views = reach(number, lambda n: filter(is_view, users.get(n, ())))
+    return any(
+        (call := lineage.node(user).call) is not None
+        and call.is_sum
+        and len(set(lineage.node(user).parents)) > 1
+        for view in views
+        for user in users.get(view, ())
+    )
+
+
+def is_cut(lineage: Lineage, branch: int, depths: Mapping[int, Depth]) -> bool:
+    """Whether every way to a branch is detached between two of its parameterised maps.
+
+    What follows begins anew, as a position does that was embedded from a predicted box. A branch
+    that is detached as a whole is a fault in a block.
+
+    `depths` are of what is on the ways from the origin.
+    """
+    whole = depths[branch][0]
+
+    def ahead(number: int) -> Iterator[int]:
+        node = lineage.node(number)
+        if node.name != "detach" or depths[number][0] == whole:
+            yield from (parent for parent in node.parents if parent in depths)
+
+    return all(depths[number][0] for number in reach(branch, ahead))
+
+
+def is_inner(lineage: Lineage, origin: int, frames: Sequence[Frame]) -> bool:
+    """Whether a tensor is no stream's, but a layer's own: mapped, or normalised, on its way in.
+
+    Either the module that adds has mapped its input to it, as a state-space mixer does before it
+    computes C h + D x, or one of those that called it has normalised its input to it, as a pre-norm
+    block does for its layer. What follows a residual sum is the stream's, and so is what the model
+    itself makes of its input.
+    """
+    for frame in frames[1:]:
+        scope, queue, seen = frame.scope, [origin], {origin}
+        maps = normalises = summed = False
+        while queue:
+            number = queue.pop()
+            node = lineage.node(number)
+            if number in scope.entries or number < scope.start or node.stream is not None:
+                summed = summed or (node.stream is not None and number not in scope.entries)
+                continue
+            maps = maps or node.depth[0] > 0
+            normalises = normalises or (node.call is not None and node.call.normalises)
+            queue.extend(set(node.parents) - seen)
+            seen.update(node.parents)
+        if (maps and frame is frames[-1]) or (normalises and not maps and not summed):
+            return True
+    return False

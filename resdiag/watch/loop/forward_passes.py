@@ -254,7 +254,7 @@ class Checks:
             self._warnings.say(
                 "several backward passes reached the blocks: the last one is recorded"
             )
-        if self._recorder.strangers:
+        if self._recorder.unplanned:
             self._warnings.say(
                 "the forward pass took additions that the first one had not: not recorded"
             )

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from resdiag.watch.loop.parameters import Shards, is_sharded, may_reduce
+from resdiag.watch.loop.parameters import ParameterNorms, Shards, is_sharded, may_reduce
 from resdiag.watch.loop.state import State
-from resdiag.watch.measure.parameter_norms import ParameterNorms
 from resdiag.watch.record.pool import Pool
 
 _SCALED = ("grad_input", "grad_sum", "grad_output")

@@ -64,7 +64,6 @@ class Monitor:
             Guard(),
             samples,
             pool,
-            lambda: self._gradients.backward_begins(),
             self._custom,
             core=core,
             moments=moments,
@@ -76,6 +75,7 @@ class Monitor:
         self._gradients = gradients = Gradients(
             state, self._shards, pool, point, ranks=count, updates=updates
         )
+        self._recorder.backward.begins = gradients.backward_begins
         follower = Follower(Tracing(model, units), self._recorder, always=always)
         self._passes = ForwardPasses(state, schedule, gradients, follower, take_last=take_last)
         self._checks = Checks(state, self._passes, self._custom.stopped, given=given)

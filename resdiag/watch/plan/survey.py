@@ -16,6 +16,7 @@ from resdiag.watch.find.dataflow import Lineage
 from resdiag.watch.find.passes import Operands, Surveyor
 from resdiag.watch.find.units import Unit
 from resdiag.watch.plan.ports import OPERATIONS, BlockPlan, Plan, Port, Trail, Visit
+from resdiag.watch.plan.verify import Edge, PassGraph, Pattern, edge_of
 
 
 @dataclass(eq=False)
@@ -43,11 +44,25 @@ class Survey(BlockFinder, Surveyor):
     A tensor is known by its number in the pass: what an in-place operation makes of it has another.
     In a pass over example inputs, in evaluation mode, what hands on its very input (dropout,
     stochastic depth) will return another tensor in training, so another one takes its place.
+    Beside the plan, the pattern of the pass's autograd graph is written down.
+
+    Args:
+        kept: `id` of the tensors that stay from pass to pass: parameters and buffers.
+        planned: Told at the end of the pass.
+        example: Whether it is a pass over example inputs.
     """
 
-    def __init__(self, *, example: bool = False) -> None:
+    def __init__(
+        self,
+        kept: frozenset[int] = frozenset(),
+        planned: "Callable[[Survey], None]" = lambda survey: None,
+        *,
+        example: bool = False,
+    ) -> None:
         super().__init__()
-        self.plan = Plan(self.anatomy)
+        self.kept, self._planned = kept, planned
+        self.plan, self.graph = Plan(self.anatomy), PassGraph(kept)
+        self.pattern: Pattern | None = None
         self._example, self._flow = example, Lineage()
         self._time = 0
         self._trails: dict[int, Trail] = {}
@@ -56,7 +71,7 @@ class Survey(BlockFinder, Surveyor):
         self._passages: dict[tuple[int | None, int | None], Port] = {}
         self._keys: dict[int, tuple[int | None, int | None]] = {}
         self._activations: list[tuple[Call, Trail]] = []
-        self._passed: dict[int | None, tuple[Trail, int | None]] = {}
+        self._passed: dict[int | None, tuple[Trail, int | None, Edge | None]] = {}
         self._last: Trail | None = None
         self._running: _Operation | None = None
         self._waiting: _Frame | None = None
@@ -194,32 +209,43 @@ class Survey(BlockFinder, Surveyor):
                 joined=first or (entered is not None and entered is self._last),
             )
         )
+        row = len(self.plan.blocks) - 1
+        self.graph.see(row, "input", tensors.origin)
+        self.graph.see(row, "branch", tensors.branch)
+        self.graph.see(row, "shortcut", tensors.shortcut)
         if tensors.origin is not None:
-            ends = self._flow.number(tensors.origin), self._flow.number(tensors.shortcut)
-            self._keys[len(self.plan.blocks) - 1] = ends
+            numbers = self._flow.number(tensors.origin), self._flow.number(tensors.shortcut)
+            self._keys[row] = numbers
 
     def added(self, addition: Addition, total: Tensor) -> None:
         """The sum, before an in-place after-add."""
         super().added(addition, total)
-        self.plan.blocks[self.row_of(addition.key)].sum = self._last = self._trail_of(total)
+        row = self.row_of(addition.key)
+        self.plan.blocks[row].sum = self._last = self._trail_of(total)
+        self.graph.see(row, "sum", total)
 
     def closed(self, addition: Addition, output: Tensor) -> None:
         """The block's end."""
         super().closed(addition, output)
-        block = self.plan.blocks[self.row_of(addition.key)]
+        row = self.row_of(addition.key)
+        block = self.plan.blocks[row]
         block.addition = addition
         block.output = self._last = self._trail_of(output)
+        self.graph.see(row, "output", output)
 
     def passing(self, number: int, x: Tensor, features: int | None) -> None:
         """A tensor that may be a unit's input or output."""
-        self._passed[number] = self._trail(number, x), features
+        self._passed[number] = self._trail(number, x), features, edge_of(x)
 
     def unit(self, unit: Unit) -> None:
         """A module without an addition."""
         super().unit(unit)
         block = BlockPlan((unit.owner, unit.ordinal), None, unit, self._time)
-        block.input, entered = self._passed.get(unit.input, (None, None))
-        block.output, left = self._passed[unit.output]
+        row, nothing = len(self.plan.blocks), (None, None, None)
+        block.input, entered, edge = self._passed.get(unit.input, nothing)
+        self.graph.see_edge(row, "input", edge)
+        block.output, left, edge = self._passed[unit.output]
+        self.graph.see_edge(row, "output", edge)
         self._last, block.features = block.output, (entered, left)
         self.plan.blocks.append(block)
 
@@ -242,6 +268,9 @@ class Survey(BlockFinder, Surveyor):
             inside = set() if thing is None else {id(call) for call in thing.activations}
             block.activations = [(call, x) for call, x in self._activations if id(call) in inside]
             block.projection = self._passages.get(self._keys.get(row, (None, None)))
+        self.graph.see_ends(features, logits, outputs)
+        self.pattern = Pattern(self.plan, self.graph, len(outputs))
+        self._planned(self)
 
     def row_of(self, key: tuple[str, int]) -> int:
         """The place of a block in the plan."""

@@ -7,22 +7,19 @@ overwritten by them; a tensor hook gets the gradient of the tensor as it was whe
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from resdiag.catalog.custom import CustomValues
-from resdiag.watch.base.safety import Guard, guarded
+from resdiag.watch.base.safety import guarded
 from resdiag.watch.find.additions import Addition
 from resdiag.watch.find.passes import Operands
 from resdiag.watch.measure import changes, reductions
 from resdiag.watch.measure.changes import TANGLED, ShortcutGradient, entries
 from resdiag.watch.measure.reductions import Scalar
-from resdiag.watch.record.buffer import Buffer, Key
-from resdiag.watch.record.pool import Pool
-from resdiag.watch.record.sites import Head, KnownTensors, Sites
+from resdiag.watch.record.buffer import Key
+from resdiag.watch.record.sites import Head, Parts
 
 OUTPUT_GRADIENT = ("grad_output", "grad_nonfinite", "elasticity")
 """What follows from the gradient of a block's output."""
@@ -45,38 +42,25 @@ class _Pass:
     """One forward pass: alive as long as its graph is, which keeps the hooks that hold it."""
 
 
-@dataclass(eq=False)
-class Parts:
-    """What the parts of one recorder share."""
-
-    cells: Buffer
-    sites: Sites
-    known: KnownTensors
-    custom: CustomValues
-    guard: Guard
-    pool: Pool | None  # where several ranks record together
-    samples: int | None  # on which shares are measured, None for all
-    moments: int | None  # on which moments and gradients are measured, None for all
-    core: bool
-
-
 class Backward:
     """The gradients at the blocks' tensors.
 
     Args:
         parts: Shared with the recorder.
         head: Takes the gradient of the logits.
-        begins: Called when the first gradient of the pass has come.
 
     Attributes:
+        begins: Called when the first gradient of the pass has come.
         seen: Whether a gradient of the pass has come.
         factor: The loss scale.
         repeats: Gradients that came a second time.
         rejected: Rows whose pass was not the expected one.
     """
 
-    def __init__(self, parts: Parts, head: Head, begins: Callable[[], None]) -> None:
-        self.guard, self._head, self._begins = parts.guard, head, begins
+    def __init__(self, parts: Parts, head: Head) -> None:
+        self.guard, self._parts = parts.guard, parts
+        self._head = head
+        self.begins: Callable[[], None] = lambda: None
         self._cells, self._sites, self._known = parts.cells, parts.sites, parts.known
         self._custom, self._custom_sites = parts.custom, parts.custom.sites()
         self._pool, self._core = parts.pool, parts.core
@@ -262,7 +246,7 @@ class Backward:
     def _see(self) -> None:
         if not self.seen:
             self.seen = True
-            self._begins()
+            self.begins()
 
     @guarded
     def _gradient(self, begun: "_Pass", slot: int, row: int, column: str, g: Tensor) -> None:
@@ -305,20 +289,13 @@ class Backward:
         else:
             self._pool.gradient(row, column, size, batch)
         if column == "grad_output" or column == self.column_of(row, "output"):
-            self._put(row, "grad_nonfinite", broken, numel)
+            self._parts.put(row, "grad_nonfinite", broken, numel)
 
     def write_share(self, row: int, via: Tensor, total: Tensor) -> None:
         """Write how much of the gradient at a block's input came through its shortcut."""
         if via.shape == total.shape and row not in self.rejected:
             size = 0.0 if self._pool is None else reductions.norm(total)
-            self._put(row, "shortcut_share", changes.share(via, total), size * size)
-
-    def _put(self, row: int, column: str, value: Scalar, weight: Scalar) -> None:
-        """Write a cell; `weight` is what the value is a mean over, for several ranks to add up."""
-        if self._pool is None:
-            self._cells.put(self._cells.slot, row, column, value)
-        else:
-            self._pool.put(row, column, value, weight)
+            self._parts.put(row, "shortcut_share", changes.share(via, total), size * size)
 
     def _compute_custom(self, row: int, column: str, g: Tensor) -> None:
         """A gradient is also that at the output, or at later blocks' inputs, of the same tensor."""

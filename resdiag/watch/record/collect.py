@@ -237,7 +237,7 @@ class GraphRecorder:
                     counts.append(closed.sum([d for d in range(x.dim()) if d != channel]))
                     sizes.append(x.numel())
             if counts and len(counts) == len(block.activations):
-                self._recorder.write_saturation(row, counts, sizes)
+                self._recorder.parts.write_saturation(row, counts, sizes)
 
     def _collect_custom(self) -> None:
         for row, name, written, index in self._placed.custom:

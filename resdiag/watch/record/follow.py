@@ -1,6 +1,6 @@
 """Which pass is traced, and which is read at the places of a plan."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,71 +11,13 @@ from resdiag.watch.base.safety import never_alone
 from resdiag.watch.find.additions import Addition
 from resdiag.watch.find.passes import FollowedPass, Observer, Operands
 from resdiag.watch.find.tracer import TracedPass, Tracing
-from resdiag.watch.find.units import Unit
 from resdiag.watch.plan.ports import is_in, place_reads
 from resdiag.watch.plan.survey import Survey
-from resdiag.watch.plan.verify import Edge, PassGraph, Pattern, edge_of
 from resdiag.watch.record.forward import Recorder
 from resdiag.watch.record.hooks import Expected, TappedPass
 
 _MISSES = 2
 """How many more passes may differ from the expected one than be like it; then all are traced."""
-
-
-class Planner(Survey):
-    """A survey of a training pass: it warnings what the autograd graph is like, too.
-
-    Args:
-        kept: `id` of the tensors that stay from pass to pass.
-        planned: Told at the end of the pass.
-    """
-
-    def __init__(self, kept: frozenset[int], planned: "Callable[[Planner], None]") -> None:
-        super().__init__()
-        self.kept, self.graph = kept, PassGraph(kept)
-        self.pattern: Pattern | None = None
-        self._planned = planned
-        self._edges: dict[int | None, Edge | None] = {}
-
-    def operands(self, addition: Addition, tensors: Operands) -> None:
-        """Note the edges of the operands."""
-        super().operands(addition, tensors)
-        if not addition.extends:
-            row = len(self.plan.blocks) - 1
-            self.graph.see(row, "input", tensors.origin)
-            self.graph.see(row, "branch", tensors.branch)
-            self.graph.see(row, "shortcut", tensors.shortcut)
-
-    def added(self, addition: Addition, total: Tensor) -> None:
-        """Note the edge of the sum."""
-        super().added(addition, total)
-        self.graph.see(self.row_of(addition.key), "sum", total)
-
-    def closed(self, addition: Addition, output: Tensor) -> None:
-        """Note the edge of the output."""
-        super().closed(addition, output)
-        self.graph.see(self.row_of(addition.key), "output", output)
-
-    def passing(self, number: int, x: Tensor, features: int | None) -> None:
-        """Note the edge of what may be a unit's."""
-        super().passing(number, x, features)
-        self._edges[number] = edge_of(x)
-
-    def unit(self, unit: Unit) -> None:
-        """Note the edges of a unit."""
-        super().unit(unit)
-        row = len(self.plan.blocks) - 1
-        self.graph.see_edge(row, "input", self._edges.get(unit.input))
-        self.graph.see_edge(row, "output", self._edges.get(unit.output))
-
-    def finished(
-        self, features: Tensor | None, logits: Tensor | None, outputs: Sequence[Tensor]
-    ) -> None:
-        """Write down the pattern."""
-        super().finished(features, logits, outputs)
-        self.graph.see_ends(features, logits, outputs)
-        self.pattern = Pattern(self.plan, self.graph, len(outputs))
-        self._planned(self)
 
 
 class Follower:
@@ -122,7 +64,7 @@ class Follower:
         self.missed = False
         model = self._tracing.model
         kept = frozenset(id(x) for x in (*model.parameters(), *model.buffers()))
-        planner = None if self.always_traces else Planner(kept, self._plan)
+        planner = None if self.always_traces else Survey(kept, self._plan)
         return TracedPass(
             self._tracing,
             [self._recorder],
@@ -142,7 +84,7 @@ class Follower:
             self._misses += 1
             self._expected = None
 
-    def _plan(self, planner: Planner) -> None:
+    def _plan(self, planner: Survey) -> None:
         model, plan, pattern = self._tracing.model, planner.plan, planner.pattern
         assert pattern is not None
         reads = place_reads(plan, planner.kept, core=self._recorder.is_core)

@@ -4,7 +4,7 @@ Who tells is an observer's affair: a `TracedPass` that follows every operation, 
 whose hooks stand at the places of a plan. Gradients are `Backward`'s.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,14 +17,12 @@ from resdiag.watch.find.additions import Addition
 from resdiag.watch.find.blocks import Anatomy
 from resdiag.watch.find.passes import Observer, Operands
 from resdiag.watch.find.units import Unit
-from resdiag.watch.measure import reductions
-from resdiag.watch.measure.changes import Saturation, fractions
-from resdiag.watch.measure.reductions import Scalar
+from resdiag.watch.measure.changes import Saturation
 from resdiag.watch.measure.skip_path import COLUMNS, SkipPath
-from resdiag.watch.record.backward import Backward, Parts
-from resdiag.watch.record.buffer import Buffer, Key
+from resdiag.watch.record.backward import Backward
+from resdiag.watch.record.buffer import Buffer
 from resdiag.watch.record.pool import Pool
-from resdiag.watch.record.sites import SITE_COLUMNS, Head, KnownTensors, Sites
+from resdiag.watch.record.sites import SITE_COLUMNS, Head, KnownTensors, Parts, Sites
 from resdiag.watch.record.unit_tensors import UnitTensors
 
 NO_ADDITION = (
@@ -46,16 +44,13 @@ class Recorder(Observer):
         cells: Per-block buffer; its columns are `catalog.table.RECORDED`.
         head: Per-step buffer with one row; its columns begin with `sites.HEAD_COLUMNS`.
         guard: Takes failures and reasons.
-        samples: Samples of the batch on which per-unit quantities are measured; None for all.
+        samples: As for `attach`, and so are `core` and `moments`.
         pool: Where several ranks record together, takes what they must add up.
-        backward_begins: Called when the first gradient of a pass has come.
         custom: Custom metrics.
-        core: Only the columns of `catalog.table.CORE`.
-        moments: Samples of the batch on which moments and gradients are measured; None for all.
 
     Attributes:
         is_whole: Whether the pass has ended as it should.
-        strangers: Additions of the pass that the first one had not.
+        unplanned: Additions of the pass that the first one had not.
         skipped: Blocks of the first pass that this one did not run.
         fixed: Whether the blocks are known.
     """
@@ -67,7 +62,6 @@ class Recorder(Observer):
         guard: Guard,
         samples: int | None,
         pool: Pool | None = None,
-        backward_begins: Callable[[], None] = lambda: None,
         custom: CustomValues | None = None,
         *,
         core: bool = False,
@@ -82,12 +76,12 @@ class Recorder(Observer):
         self._custom_sites = self.custom.sites()
         self._cells, self._pool, self._saturation = cells, pool, Saturation()
         self.is_core, self.fixed = core, False
-        self.is_whole, self.strangers = False, 0
+        self.is_whole, self.unplanned = False, 0
         self.skipped: list[str] = []
-        parts = Parts(
+        self.parts = parts = Parts(
             cells, self.sites, self._known, self.custom, guard, pool, samples, moments, core
         )
-        self.backward = Backward(parts, self.head, backward_begins)
+        self.backward = Backward(parts, self.head)
         self._units = UnitTensors(parts, self.backward)
         if core:
             for column in set(RECORDED) - set(CORE):
@@ -116,7 +110,7 @@ class Recorder(Observer):
         if self._pool is not None:
             self._pool.begin()
         self.backward.begin()
-        self.is_whole, self.strangers, self.skipped = False, 0, []
+        self.is_whole, self.unplanned, self.skipped = False, 0, []
 
     def end(self) -> None:
         """Let go of the pass."""
@@ -241,7 +235,7 @@ class Recorder(Observer):
         key = (unit.owner, unit.ordinal)
         if key not in self.anatomy.rows:
             if self.fixed:
-                self.strangers += 1
+                self.unplanned += 1
                 return
             row = self.anatomy.add_unit(unit)
             self._cells.reserve(row + 1, self._units.device(unit.output))
@@ -297,8 +291,10 @@ class Recorder(Observer):
     def complete(self) -> None:
         """Write what was measured in the forward pass and waits for its end."""
         self.sites.write()
-        self._write_skip()
-        self._write_saturation()
+        self.parts.write_skip(self.skip.finish())
+        for row, counts, sizes in self._saturation.count(self.sites.features):
+            self.parts.write_saturation(row, counts, sizes)
+        self._saturation.clear()
 
     # -- measuring -----------------------------------------------------------------------------
 
@@ -306,7 +302,7 @@ class Recorder(Observer):
         """The block's row, added during the first pass; None for an addition not seen then."""
         row = self.anatomy.rows.get(addition.key)
         if row is None and self.fixed:
-            self.strangers += 1
+            self.unplanned += 1
         elif row is None:
             row = self.anatomy.add_block(addition)
             self._cells.reserve(row + 1, device)
@@ -331,39 +327,6 @@ class Recorder(Observer):
         """Which tensor of the block before the block's input is, untouched: sum, output or ""."""
         known = None if x is None else self._known.find(x)
         return known[1] if known and known[0] == row - 1 and known[1] in ("sum", "output") else ""
-
-    def _write_skip(self) -> None:
-        """Write what was measured of the skip path, and what could not be."""
-        keys, values = list[Key](), list[Scalar]()
-        for row, measured, reasons in self.skip.finish():
-            keys.append((row, COLUMNS[0]))
-            values.extend(measured)
-            for column, reason in reasons.items():
-                self.guard.miss(row, (column,), reason)
-        if keys and self._pool is None:
-            table = reductions.stack(values, self._cells.device).view(len(keys), -1)
-            self._cells.write_rows(self._cells.slot, keys, table)
-
-    def _write_saturation(self) -> None:
-        """Saturated and dead fractions over the activations that ran inside each block."""
-        for row, counts, sizes in self._saturation.count(self.sites.features):
-            if counts:
-                self.write_saturation(row, counts, sizes)
-            else:
-                columns = ("saturated_fraction", "dead_fraction")
-                self.guard.miss(row, columns, "no known activation inside the block")
-        self._saturation.clear()
-
-    def write_saturation(self, row: int, counts: Sequence[Tensor], sizes: Sequence[int]) -> None:
-        """Write the fractions of a block from its saturated units per channel."""
-        if self._pool is not None:
-            per_channel = [n // len(c) for n, c in zip(sizes, counts, strict=True)]
-            self._pool.gates(row, counts, per_channel)
-            return
-        slot = self._cells.slot
-        saturated, dead = fractions(counts, sizes)
-        self._cells.put(slot, row, "saturated_fraction", saturated)
-        self._cells.put(slot, row, "dead_fraction", dead)
 
 
 _OF_PARAMETERS = ("grad_param", "update_ratio")

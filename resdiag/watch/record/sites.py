@@ -2,18 +2,24 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from resdiag.catalog.custom import CustomValues
 from resdiag.catalog.table import SITES
+from resdiag.watch.base.safety import Guard
 from resdiag.watch.base.tensors import TensorTable
 from resdiag.watch.find.blocks import Anatomy
 from resdiag.watch.measure import moments
+from resdiag.watch.measure.changes import fractions
 from resdiag.watch.measure.model_ends import DATA, HEAD_LOSS, Logits, describe_input
 from resdiag.watch.measure.moments import Normalised, Sums
+from resdiag.watch.measure.reductions import Scalar, stack
+from resdiag.watch.measure.skip_path import COLUMNS as SKIP_COLUMNS
 from resdiag.watch.record.buffer import Buffer, Key
 from resdiag.watch.record.pool import HEAD, Pool
 
@@ -148,6 +154,52 @@ class Sites:
         self._miss(key[0], SITE_COLUMNS[key[1].removesuffix("_mean")], reason)
         nan = torch.full_like(part.per_channel, math.nan)
         return Sums(nan, 1, math.nan, None, math.nan)
+
+
+@dataclass(eq=False)
+class Parts:
+    """What the parts of one recorder share, and where they write what is no moment of a site."""
+
+    cells: Buffer
+    sites: Sites
+    known: KnownTensors
+    custom: CustomValues
+    guard: Guard
+    pool: Pool | None  # where several ranks record together
+    samples: int | None  # on which shares are measured, None for all
+    moments: int | None  # on which moments and gradients are measured, None for all
+    core: bool
+
+    def put(self, row: int, column: str, value: Scalar, weight: Scalar) -> None:
+        """Write a cell; `weight` is what the value is a mean over, for several ranks to add up."""
+        if self.pool is None:
+            self.cells.put(self.cells.slot, row, column, value)
+        else:
+            self.pool.put(row, column, value, weight)
+
+    def write_skip(self, rows: Iterable[tuple[int, list[Scalar], dict[str, str]]]) -> None:
+        """Write what was measured of the skip path, and what could not be; see `finish`."""
+        keys, values = list[Key](), list[Scalar]()
+        for row, measured, reasons in rows:
+            keys.append((row, SKIP_COLUMNS[0]))
+            values.extend(measured)
+            for column, reason in reasons.items():
+                self.guard.miss(row, (column,), reason)
+        if keys and self.pool is None:
+            table = stack(values, self.cells.device).view(len(keys), -1)
+            self.cells.write_rows(self.cells.slot, keys, table)
+
+    def write_saturation(self, row: int, counts: Sequence[Tensor], sizes: Sequence[int]) -> None:
+        """Write a block's fractions; see `Saturation.count`."""
+        columns = ("saturated_fraction", "dead_fraction")
+        if not counts:
+            self.guard.miss(row, columns, "no known activation inside the block")
+        elif self.pool is not None:
+            per_channel = [n // len(c) for n, c in zip(sizes, counts, strict=True)]
+            self.pool.gates(row, counts, per_channel)
+        else:
+            for column, value in zip(columns, fractions(counts, sizes), strict=True):
+                self.cells.put(self.cells.slot, row, column, value)
 
 
 HEAD_COLUMNS = (

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from resdiag.watch.record.backward import Backward, Parts
+from resdiag.watch.record.backward import Backward
 from resdiag.watch.record.buffer import Key
-from resdiag.watch.record.sites import Part
+from resdiag.watch.record.sites import Part, Parts
 
 
 @dataclass(eq=False)
