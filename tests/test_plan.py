@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 import weakref
 from contextlib import nullcontext
 
@@ -450,3 +451,30 @@ def test_a_mistake_in_a_hook_ends_the_watching_and_not_the_training(monkeypatch)
             monitor.step()
     assert any("watching stopped at step 1" in text for text in monitor.warnings)
     assert monitor.drain()[0]["step"].max() == 1
+
+
+@pytest.mark.filterwarnings(WARNING)
+def test_two_threads_may_run_one_watched_model():
+    """The pass of one is followed, the other one's runs as if nobody watched."""
+    model = Net().eval()
+    failed = []
+
+    def evaluate():
+        try:
+            for _ in range(20):
+                with torch.no_grad():
+                    model(data())
+        except Exception as error:
+            failed.append(error)
+
+    with attach(model, every=1) as monitor:
+        model.train()
+        for _ in range(3):
+            threads = [threading.Thread(target=evaluate) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            classify(model).backward()
+            monitor.step()
+            for thread in threads:
+                thread.join()
+    assert failed == []
