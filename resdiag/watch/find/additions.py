@@ -184,9 +184,6 @@ class Addition(Ways):
         return self.owner, self.ordinal
 
 
-# -- gates: the spellings of t * f + (1 - t) * x -------------------------------------------------
-
-
 _COMPLEMENTS = ("rsub", "neg")
 _HARMLESS = (
     frozenset({"add", "radd", "sub", "subtract", "to", "clone", "contiguous", "type_as", "float"})
