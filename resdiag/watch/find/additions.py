@@ -13,23 +13,17 @@ from resdiag.watch.base.functions import Call
 from resdiag.watch.base.tensors import TensorTable, tensors_in
 from resdiag.watch.find.dataflow import Lineage
 
-_ADD = frozenset(
-    {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
-)
-_SUB = frozenset(
-    {torch.sub, torch.subtract, Tensor.sub, Tensor.sub_, Tensor.subtract, Tensor.subtract_}
-    | {Tensor.__sub__, Tensor.__isub__}
-)
+_ADD = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
+_SUB = {torch.sub, torch.subtract, Tensor.sub, Tensor.sub_, Tensor.subtract, Tensor.subtract_}
+_SUB |= {Tensor.__sub__, Tensor.__isub__}
 _ADDCMUL = frozenset({torch.addcmul, Tensor.addcmul, Tensor.addcmul_})
-_ADDMM = frozenset(
-    {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.addmm_, Tensor.baddbmm, Tensor.baddbmm_}
-)
+_ADDMM = {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.addmm_, Tensor.baddbmm, Tensor.baddbmm_}
 _LERP = frozenset({torch.lerp, Tensor.lerp, Tensor.lerp_})
 
 _NAMED = ("end", "weight", "tensor1", "tensor2", "mat1", "mat2", "batch1", "batch2")
 _OPERANDS = 2
 
-ADDITIONS = _ADD | _SUB | _ADDCMUL | _ADDMM | _LERP
+ADDITIONS = frozenset(_ADD | _SUB | _ADDCMUL | _ADDMM | _LERP)
 
 
 @dataclass(frozen=True)
@@ -132,9 +126,7 @@ class Stacks:
         if not kept or args[1] not in (dim, (dim,), [dim]):
             return None
         left, right = (tensor() for tensor in kept)
-        if left is None or right is None:
-            return None
-        return Sum(Operand((left,)), Operand((right,)))
+        return None if left is None or right is None else Sum(Operand((left,)), Operand((right,)))
 
 
 @dataclass(eq=False, kw_only=True)

@@ -152,18 +152,11 @@ class Lineage:
                 self._weights.set(result, descent.parameters)
             return None
         repeatable = alone and call is not None and not call.is_random
-        node = Node(
-            weakref.ref(result),
-            () if discrete else descent.parents,
-            call,
-            repeatable,
-            descent.parameters,
-            piece,
-            None if discrete else self._features(result, descent, call),
-            discrete,
-            result.numel(),
-            gate=self._gate(descent.parents, call),
-        )
+        parents = () if discrete else descent.parents
+        node = Node(weakref.ref(result), parents, call, repeatable, descent.parameters, piece)
+        node.discrete, node.size = discrete, result.numel()
+        node.features = None if discrete else self._features(result, descent, call)
+        node.gate = self._gate(descent.parents, call)
         return self._add(result, node)
 
     def set_stream(self, number: int, shortcut: int) -> None:

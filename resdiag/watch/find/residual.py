@@ -35,8 +35,7 @@ class Residuals:
 
     def meet(self, spelled: Sum, frames: Sequence[Frame]) -> Meeting | None:
         """Whether two operands are a shortcut and a branch, seen from the module that adds them."""
-        numbers = [self._number(side) for side in (spelled.left, spelled.right)]
-        left, right = numbers
+        left, right = map(self._number, (spelled.left, spelled.right))
         if left is None or right is None:
             return None
         mix = read_mix(self._lineage, spelled, left, right)
@@ -267,10 +266,7 @@ def _is_inside(
 def are_pieces(
     lineage: Lineage, origin: int, on_shortcut: Sequence[int], on_branch: Sequence[int]
 ) -> bool:
-    """Whether two ways begin with different pieces of their origin, of which there are more.
-
-    Two pieces that make up the whole are two streams.
-    """
+    """Whether two ways begin with different pieces of their origin, not its halves: two streams."""
     one, other = (
         {node.piece: node.size for n in way if origin in (node := lineage.node(n)).parents}
         for way in (on_shortcut, on_branch)
@@ -303,9 +299,7 @@ def is_cut(lineage: Lineage, branch: int, depths: Mapping[int, Depth]) -> bool:
     """Whether every way to a branch is detached between two of its parameterised maps.
 
     What follows begins anew, as a position does that was embedded from a predicted box. A branch
-    that is detached as a whole is a fault in a block.
-
-    `depths` are of what is on the ways from the origin.
+    that is detached as a whole is a fault. `depths` are of what is on the ways from the origin.
     """
     whole = depths[branch][0]
 

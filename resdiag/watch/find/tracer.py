@@ -55,10 +55,7 @@ class Tracing:
 
 
 class TracedPass(TorchFunctionMode):
-    """One forward pass that is followed, from `start` to `finish` or `stop`.
-
-    `ended` is told when it has ended as it should.
-    """
+    """A forward pass followed from `start` to `finish`, which tells `ended`, or to `stop`."""
 
     def __init__(
         self,

@@ -135,10 +135,7 @@ class Search:
 def unit_of(
     visit: Visit, tail: Sequence[int], lineage: Lineage, gates: Sequence[Call], *, chosen: bool
 ) -> Unit:
-    """The unit that a call is, with the tensors of its `tail`; of the pass's activations, its own.
-
-    `chosen` says whether it was chosen here rather than named by the user.
-    """
+    """The unit that a call is, with the tensors of its `tail` and, of the activations, its own."""
     output, after = visit.output, lineage.calls(tail)
     assert output is not None
     assert visit.shape is not None
@@ -163,10 +160,7 @@ def unit_of(
 
 
 def choose_units(root: Visit, lineage: Lineage) -> list[Visit]:
-    """The calls that are the units of a network, in the order of their outputs.
-
-    Empty if nothing in it has a parameterised layer.
-    """
+    """A network's units in the order of their outputs; none without parameterised layers."""
     if not root.layers or root.output is None:
         return []
     way = set(lineage.walk({root.output: 1}, 0))

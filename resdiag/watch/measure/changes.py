@@ -88,11 +88,8 @@ def slope_at(calls: Sequence[Call], u: Tensor, output: Tensor) -> Tensor:
     """
     if is_relu(calls):
         return (u > 0).to(u.dtype)
-    if (
-        len(calls) == 1
-        and _is_plain_elu(calls[0])
-        and calls[0].kwargs.keys() <= {"alpha", "inplace"}
-    ):
+    is_elu = len(calls) == 1 and _is_plain_elu(calls[0])
+    if is_elu and calls[0].kwargs.keys() <= {"alpha", "inplace"}:
         return (output + 1).clamp_max(1)
     return slope(compose(calls), u)
 
@@ -225,10 +222,9 @@ class ShortcutGradient:
 
     def hold(self, row: int, g: Tensor) -> None:
         """The gradient of a block's sum has come."""
-        scale = self._scales.get(row)
-        if scale is not None:
+        if row in self._scales:
             # a copy: autograd adds to a gradient in place as long as nobody else holds it
-            self._via[row] = self._head(g) * scale
+            self._via[row] = self._head(g) * self._scales[row]
 
     def collect(self, row: int, g: Tensor) -> None:
         """A part of the gradient has come through a shortcut that is not the input itself."""

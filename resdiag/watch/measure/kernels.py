@@ -55,8 +55,7 @@ def _launch(x: Tensor, channel: int, out: Tensor, *, samples: int) -> Tensor:
     wide = min(_WIDEST, _power(channels)) if strides[1] == 1 else 1
     tall = _TILE // wide
     programs = -(-rows // (tall * _STEPS)), -(-channels // wide)
-    shape = (programs[0], channels, 3)
-    parts = torch.empty(shape, dtype=torch.float64, device=x.device)
+    parts = torch.empty((programs[0], channels, 3), dtype=torch.float64, device=x.device)
     triton_kernels.read[programs](
         x, parts, rows, channels, inner, *strides, TALL=tall, WIDE=wide, STEPS=_STEPS
     )

@@ -183,13 +183,11 @@ def _quantiles(mu: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _quantile_places(
-    count: int,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+def _quantile_places(size: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Between which two of so many sorted numbers each quantile lies, and where."""
-    at = np.array(QUANTILES) * (count - 1)
+    at = np.array(QUANTILES) * (size - 1)
     low = np.floor(at).astype(np.int64)
-    return low, np.minimum(low + 1, count - 1), at - low
+    return low, np.minimum(low + 1, size - 1), at - low
 
 
 class Gone(Exception):

@@ -21,12 +21,7 @@ from resdiag.watch.find.additions import ADDITIONS, Addition
 from resdiag.watch.find.blocks import Anatomy
 from resdiag.watch.find.units import Unit
 
-OPERATIONS = (
-    frozenset(function.__name__ for function in ADDITIONS)
-    | ACTIVATIONS
-    | NORMALISATIONS
-    | {"linear"}
-)
+OPERATIONS = frozenset(f.__name__ for f in ADDITIONS) | ACTIVATIONS | NORMALISATIONS | {"linear"}
 """Names of the functions that are counted, so that one of them can be found again in a pass."""
 
 SITES = ("input", "branch", "shortcut", "sum", "output")
@@ -274,7 +269,7 @@ def _found(block: BlockPlan) -> Iterator[tuple[str, Port | None]]:
 
 def _time_of(block: BlockPlan, found: dict[str, Port | None]) -> int:
     """When a block's sum, or a unit's output, passes the port at which it is read."""
-    trail = block.output if block.unit is not None else block.sum
-    port = found["output" if block.unit is not None else "sum"]
+    site = "sum" if block.unit is None else "output"
+    trail = block.trail(site)
     visits = () if trail is None else trail.visits
-    return next((visit.time for visit in visits if visit.port == port), 0)
+    return next((visit.time for visit in visits if visit.port == found[site]), 0)
