@@ -166,9 +166,7 @@ class Addition(Ways):
     @property
     def kind(self) -> str:
         """What the shortcut is, in a word."""
-        if self.is_gated:
-            return "gated"
-        return "projection" if self.shortcut_count else "identity"
+        return "gated" if self.is_gated else "projection" if self.shortcut_count else "identity"
 
     @property
     def key(self) -> tuple[str, int]:
@@ -253,8 +251,7 @@ def _origins(lineage: Lineage, number: int) -> Iterator[tuple[int, bool]]:
             return
         second = call.args[0] if call.args else call.kwargs.get("other")
         is_second = isinstance(second, Tensor) and lineage.number(second) == before
-        subtracted = call.name in ("sub", "subtract") and is_second
-        falls ^= call.name in _COMPLEMENTS or subtracted
+        falls ^= call.name in _COMPLEMENTS or (call.name in ("sub", "subtract") and is_second)
         number = before
         yield number, falls
 

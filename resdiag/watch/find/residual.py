@@ -285,12 +285,11 @@ def was_added(lineage: Lineage, number: int) -> bool:
         node = lineage.node(n)
         return len(set(node.parents)) == 1 and not node.is_transform and not node.is_opaque
 
-    views = reach(number, lambda n: filter(is_view, users.get(n, ())))
     return any(
         (call := lineage.node(user).call) is not None
         and call.is_sum
         and len(set(lineage.node(user).parents)) > 1
-        for view in views
+        for view in reach(number, lambda n: filter(is_view, users.get(n, ())))
         for user in users.get(view, ())
     )
 

@@ -202,7 +202,6 @@ class TracedPass(TorchFunctionMode):
             self._stack.activations.append(call)
             self._bus.tell("activation", call, first)
         inputs = [*tensors_in(args), *tensors_in(kwargs)]
-        alone = len(inputs) == 1
         descent = self._flow.descend(call.operands(inputs))
         result = self._survey.returns(func(*args, **kwargs))
         results = list(tensors_in(result))
@@ -210,7 +209,7 @@ class TracedPass(TorchFunctionMode):
             results = list(tensors_in(args[:1]))
         for index, tensor in enumerate(results):
             piece = _piece(call, index, len(results))
-            number = self._flow.mark(tensor, descent, call, alone=alone, piece=piece)
+            number = self._flow.mark(tensor, descent, call, alone=len(inputs) == 1, piece=piece)
             if number is None:
                 continue
             owner = self._stack.owner_of(first, call, tensor)

@@ -51,8 +51,7 @@ def change_by(calls: Sequence[Call], u: Tensor) -> Scalar:
     """
     u = u.detach()
     # u - max(u, 0) in one operation
-    difference = u.clamp(max=0) if is_relu(calls) else compose(calls)(u) - u
-    size = _size(difference)
+    size = _size(u.clamp(max=0) if is_relu(calls) else compose(calls)(u) - u)
     return quotient(size, _size(u)) if size else 0.0
 
 
@@ -148,8 +147,7 @@ def fractions(counts: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Scalar, S
     # NaN counts, of a graph that did not write them, stay NaN
     pairs = zip(counts, sizes, strict=True)
     full = [(count == size // len(count)) + 0 * count for count, size in pairs]
-    channels = sum(len(count) for count in counts)
-    return _total(counts) / sum(sizes), _total(full) / channels
+    return _total(counts) / sum(sizes), _total(full) / sum(map(len, counts))
 
 
 def saturated(call: Call, x: Tensor) -> Tensor:

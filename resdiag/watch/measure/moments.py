@@ -117,14 +117,12 @@ def combine(parts: Sequence[Sums]) -> Tensor:
     if on_host(device):
         return torch.from_numpy(_combine_on_host(parts))
     mu = torch.stack([part.per_channel.double() / part.size for part in parts])
-    second = stack([part.second for part in parts], device)
     squared = mu.square().mean(1)
-    spread = (second - squared).clamp_min(0)
+    spread = (stack([part.second for part in parts], device) - squared).clamp_min(0)
     for index, part in enumerate(parts):
         if part.spread is not None:
             spread[index] = part.spread
-    broken = stack([part.broken for part in parts], device)
-    return describe(mu, squared, spread, broken)
+    return describe(mu, squared, spread, stack([part.broken for part in parts], device))
 
 
 def _combine_on_host(parts: Sequence[Sums]) -> NDArray[np.float64]:
@@ -270,8 +268,7 @@ def normalised_sums(layers: Sequence[Normalised]) -> list[Sums | None]:
     found: list[Sums | None] = [None] * len(layers)
     for channels in {len(layer.shift) for layer in layers}:
         which = [i for i, layer in enumerate(layers) if len(layer.shift) == channels]
-        sums = _normalised_sums([layers[i] for i in which])
-        for i, one in zip(which, sums, strict=True):
+        for i, one in zip(which, _normalised_sums([layers[i] for i in which]), strict=True):
             found[i] = one
     return found
 
@@ -289,11 +286,10 @@ def _normalised_sums(layers: Sequence[Normalised]) -> Iterator[Sums | None]:
         square = inverse * inverse
         broken = ~np.isfinite(gamma + beta) | np.isnan(square)
         usable = (square > 0).all(1) & np.isfinite(square.sum(1))
-        squared = np.square(beta).mean(1)
         kept = 1 - eps * square
         kept[kept < _NO_VARIANCE] = 0
         spread = (gamma * gamma * kept).mean(1)
-        second = squared + spread
+        second = np.square(beta).mean(1) + spread
         usable &= np.isfinite(second) & (np.sqrt(second * count * channels) < TRUSTED[1])
         # a variance is NaN where a mean was not finite: so is every element then
         totals = np.where(broken, math.nan, beta * count[:, None])

@@ -103,8 +103,7 @@ def gradient(g: Tensor, samples: int | None = None) -> tuple[Scalar, Scalar]:
         read = kernels.gradient(g)
         return read[0] * scale, read[1]
     size = norm(g)
-    finite = isinstance(size, float) and math.isfinite(size)
-    broken = 0.0 if finite else nonfinite_fraction(g)
+    broken = 0.0 if isinstance(size, float) and math.isfinite(size) else nonfinite_fraction(g)
     return size * math.sqrt(min(batch, samples or batch)) * scale, broken
 
 
