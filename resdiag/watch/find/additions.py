@@ -16,9 +16,9 @@ from resdiag.watch.find.dataflow import Lineage
 _ADD = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 _SUB = {torch.sub, torch.subtract, Tensor.sub, Tensor.sub_, Tensor.subtract, Tensor.subtract_}
 _SUB |= {Tensor.__sub__, Tensor.__isub__}
-_ADDCMUL = frozenset({torch.addcmul, Tensor.addcmul, Tensor.addcmul_})
+_ADDCMUL = {torch.addcmul, Tensor.addcmul, Tensor.addcmul_}
 _ADDMM = {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.addmm_, Tensor.baddbmm, Tensor.baddbmm_}
-_LERP = frozenset({torch.lerp, Tensor.lerp, Tensor.lerp_})
+_LERP = {torch.lerp, Tensor.lerp, Tensor.lerp_}
 
 _NAMED = ("end", "weight", "tensor1", "tensor2", "mat1", "mat2", "batch1", "batch2")
 _OPERANDS = 2
@@ -137,8 +137,7 @@ class Ways:
     stream: int = 0  # number of the shortcut in the pass
     shortcut_count: int  # parameterised operations on the shortcut: 0 for an identity
     path: tuple[Call, ...] | None  # from x to the shortcut if they can be repeated, else None
-    # of the branch, the shortcut and (at the end of the block) the after-add
-    parameters: list[nn.Parameter]
+    parameters: list[nn.Parameter]  # of branch, shortcut and (at the block's end) after-add
     activations: list[Call]
     calls: tuple[Call, ...] = ()  # the operations on the branch, in order
     features: int | None = None  # the channel dimension of the sum, None if no operation says it

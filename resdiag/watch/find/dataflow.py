@@ -97,8 +97,7 @@ class Lineage:
     def __init__(self) -> None:
         self._nodes: list[Node] = []
         self._numbers = TensorTable[int]()
-        # what was computed of parameters alone, and of which
-        self._weights = TensorTable[tuple[nn.Parameter, ...]]()
+        self._weights = TensorTable[tuple[nn.Parameter, ...]]()  # made of these parameters alone
 
     def __len__(self) -> int:
         return len(self._nodes)

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from resdiag.watch.base.functions import Call
 from resdiag.watch.find.dataflow import Lineage
 
-_LARGE = 0.25
-"""Share of all parameterised layers above which a module is too coarse a unit."""
+_LARGE = 0.25  # share of all parameterised layers above which a module is too coarse a unit
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,8 +29,7 @@ class Unit:
 
     owner: str
     ordinal: int  # number of its calls before in this pass
-    # number of its first floating-point input (of a list, the first tensor), None if it has none
-    input: int | None
+    input: int | None  # number of its first floating-point input (also in a list), if it has one
     output: int  # number of its output, after `after`
     entered: torch.Size | None  # shape of the input, None without
     shape: torch.Size  # shape of the output

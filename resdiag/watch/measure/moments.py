@@ -37,14 +37,11 @@ STATISTICS = (
 )
 """What `statistics` returns, in order: the suffixes of a site's columns."""
 
+# below this share of the second moment, E[x^2] - mean^2 has lost too many float32 digits
 CANCELLED = 1e-2
-"""Below this share of the second moment, E[x^2] - mean^2 has lost too many float32 digits."""
-
 # sigma^2 / (sigma^2 + eps) of a BatchNorm: float32 keeps 1e-7 of it, less is a constant channel
 _NO_VARIANCE = 1e-6
-
-# the dimensions behind the channels of a contiguous tensor
-_BEHIND = (2, 3, 4)
+_BEHIND = (2, 3, 4)  # the dimensions behind the channels of a contiguous tensor
 
 
 def statistics(x: Tensor) -> Tensor:
@@ -75,8 +72,7 @@ class Sums(NamedTuple):
     per_channel: Tensor  # sums over batch and positions (C,)
     size: Scalar  # elements per channel
     second: Scalar  # second moment E[x^2]
-    # mean_c sigma_c^2 where the difference of the others would have cancelled
-    spread: Scalar | None
+    spread: Scalar | None  # mean_c sigma_c^2 where the difference of the others had cancelled
     broken: Scalar  # non-finite fraction
 
 

@@ -17,11 +17,8 @@ Scalar: TypeAlias = float | Tensor
 TRUSTED = (1e-15, 1e18)
 """Outside these bounds a float32 norm may have lost its squares to overflow or underflow."""
 
-PIECE = 2**18
-"""Elements that one float32 sum of squares may take."""
-
-# numbers that one may take without a loss: 1e-7 of the result
-_FEW = 2**12
+PIECE = 2**18  # elements that one float32 sum of squares may take
+_FEW = 2**12  # numbers that one may take without a loss: 1e-7 of the result
 
 
 def norm(x: Tensor) -> Scalar:

@@ -151,11 +151,8 @@ def example(given: object) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     return (tuple(given) if isinstance(given, tuple | list) else (given,)), {}
 
 
-ENDS = -1
-"""The row of the classifier."""
-
-OPERANDS = "operands"
-"""Stands for both operands of an addition, which are read at the operation itself."""
+ENDS = -1  # the row of the classifier
+OPERANDS = "operands"  # both operands of an addition, which are read at the operation itself
 
 
 @dataclass(frozen=True, order=True)

@@ -26,12 +26,8 @@ Edge: TypeAlias = tuple[Node, int]
 
 Tokens: TypeAlias = list[object]
 
-AWAY = "away"
-"""Stands for a tensor that does not lie on the way."""
-
-_LIMIT = 20_000
-"""Nodes of one block; a longer way is not written down."""
-
+AWAY = "away"  # stands for a tensor that does not lie on the way
+_LIMIT = 20_000  # nodes of one block; a longer way is not written down
 _NUMBERS = frozenset(f"_saved_{name}" for name in (
     "alpha", "beta", "scale", "input_scale", "value", "negative_slope", "min", "max", "min_val",
     "max_val", "threshold", "approximate", "weight", "p",
@@ -176,8 +172,7 @@ def _tensors_of(kind: type) -> tuple[str, ...]:
 
 
 _BLOCK = ("input", "branch", "shortcut", "sum", "output")
-_ENDS = -1
-"""The row of the classifier and of what the model returns."""
+_ENDS = -1  # the row of the classifier and of what the model returns
 
 
 class Pattern:
