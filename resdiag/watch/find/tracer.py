@@ -204,9 +204,8 @@ class TracedPass(TorchFunctionMode):
         inputs = [*tensors_in(args), *tensors_in(kwargs)]
         descent = self._flow.descend(call.operands(inputs))
         result = self._survey.returns(func(*args, **kwargs))
-        results = list(tensors_in(result))
-        if call.name == "setitem":  # returns nothing, and makes the whole what it is
-            results = list(tensors_in(args[:1]))
+        # setitem returns nothing, and makes the whole what it is
+        results = list(tensors_in(args[:1] if call.name == "setitem" else result))
         for index, tensor in enumerate(results):
             piece = _piece(call, index, len(results))
             number = self._flow.mark(tensor, descent, call, alone=len(inputs) == 1, piece=piece)

@@ -166,9 +166,7 @@ def choose_units(root: Visit, lineage: Lineage) -> list[Visit]:
     while len(units) == 1 and (inner := _inner(units[0], way)) and len(inner) > 1:
         units = [unit for call in inner for unit in _divide(call, root.layers, way, lineage)]
     is_head = lineage.node(root.output).name == "linear" and units[-1].output == root.output
-    if len(units) > 1 and is_head:
-        units.pop()
-    return units
+    return units[:-1] if len(units) > 1 and is_head else units
 
 
 def _inner(visit: Visit, way: set[int]) -> list[Visit]:
@@ -179,17 +177,14 @@ def _inner(visit: Visit, way: set[int]) -> list[Visit]:
 
 def _divide(visit: Visit, total: int, way: set[int], lineage: Lineage) -> Iterator[Visit]:
     inner = _inner(visit, way)
-    if visit.layers < 2 or not inner:
-        yield visit
-        return
     container = isinstance(visit.module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
     divisible = container or visit.layers > _LARGE * total
     chain = (
         lineage.descends(late.output or 0, early.output or 0)
         for early, late in itertools.pairwise(inner)
     )
-    if not visit.name or (divisible and all(chain)):
+    if visit.layers < 2 or not inner or (visit.name and not (divisible and all(chain))):
+        yield visit
+    else:
         for call in inner:
             yield from _divide(call, total, way, lineage)
-    else:
-        yield visit

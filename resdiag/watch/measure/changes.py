@@ -57,10 +57,8 @@ def change_by(calls: Sequence[Call], u: Tensor) -> Scalar:
 
 def relative_changes(changed: Sequence[Tensor], reference: Sequence[Tensor]) -> list[Scalar]:
     """`relative_change` of many pairs; of pairs on the CPU in a few kernels."""
-    if not all(map(is_fast, (*changed, *reference))):
+    if not changed or not all(map(is_fast, (*changed, *reference))):
         return [relative_change(a, b) for a, b in zip(changed, reference, strict=True)]
-    if not changed:
-        return []
     before = [x.detach() for x in reference]
     differences = torch._foreach_sub([x.detach() for x in changed], before)
     pairs = zip(norms(differences).tolist(), norms(before).tolist(), strict=True)
