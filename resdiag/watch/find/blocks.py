@@ -133,20 +133,19 @@ class Anatomy:
             entered = _extent(x, features if len(x) == len(output) else None)
         moved = before is not None and self._extent != extent
         self._extent = extent
-        self.blocks.append(
-            Block(
-                index=row,
-                name=f"{owner}#{ordinal}" if ordinal or not owner else owner,
-                owner=owner,
-                stage=0 if before is None else before.stage + moved,
-                transition=moved or entered != extent,
-                after_add="none",
-                shape=tuple(output[1:]),
-                branch=tuple(call.name for call in found.calls),
-                features=features,
-                **about,
-            )
+        block = Block(
+            index=row,
+            name=f"{owner}#{ordinal}" if ordinal or not owner else owner,
+            owner=owner,
+            stage=0 if before is None else before.stage + moved,
+            transition=moved or entered != extent,
+            after_add="none",
+            shape=tuple(output[1:]),
+            branch=tuple(call.name for call in found.calls),
+            features=features,
+            **about,
         )
+        self.blocks.append(block)
         self.parameters.append([])
         self.rows[owner, ordinal] = row
         return row
