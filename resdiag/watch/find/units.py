@@ -148,10 +148,7 @@ def unit_of(
         features=lineage.node(output).features,
         after=after,
         calls=lineage.calls(range(visit.start, output + 1)),
-        activations=[
-            *gates[visit.gate : visit.gates],
-            *(call for call in after if call.is_activation),
-        ],
+        activations=[*gates[visit.gate : visit.gates], *(c for c in after if c.is_activation)],
         parameters=[*visit.module.parameters(), *lineage.parameters(tail)],
         chosen=chosen,
     )

@@ -203,8 +203,7 @@ def place_reads(plan: Plan, kept: frozenset[int], *, core: bool) -> Reads:
         both = () if block.unit is not None else ("branch", "shortcut")
         reads.needs.append(frozenset([*both, *found.keys() & {"input"}]))
     for site, end in (("features", plan.features), ("logits", plan.logits)):
-        port = None if end is None else end.value_port()
-        if port is not None:
+        if end is not None and (port := end.value_port()) is not None:
             roles[port].append(Role(ENDS, 0, site))
     reads.order = sorted(range(len(times)), key=times.__getitem__)
     for port, several in roles.items():

@@ -112,8 +112,7 @@ class Survey(BlockFinder, Surveyor):
 
     def _return(self, frame: _Frame, output: object) -> None:
         for place, value in _results(output):
-            number = self._flow.number(value)
-            if number is not None:
+            if (number := self._flow.number(value)) is not None:
                 self._visit(Port(frame.name, frame.call, True, place), number, value)
                 for visit, entered in frame.visits:
                     self._passages[entered, number] = visit.port
@@ -135,8 +134,7 @@ class Survey(BlockFinder, Surveyor):
         """An operation is about to run."""
         read = {}
         for x in tensors_in((args, kwargs)):
-            number = self._flow.number(x)
-            if number is not None:
+            if (number := self._flow.number(x)) is not None:
                 read[number] = x, x._version
                 self._trail(number, x)
         running = self._running = _Operation(read)

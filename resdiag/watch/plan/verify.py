@@ -107,8 +107,7 @@ class PassGraph:
     def end(self, row: int) -> None:
         """The block's part of the graph is known: later ones end at its sum and output."""
         for site in ("sum", "output"):
-            edge = self._edges.get((row, site))
-            if edge is not None:
+            if (edge := self._edges.get((row, site))) is not None:
                 self._ends.setdefault(edge, f"{site} {row}")
 
 
