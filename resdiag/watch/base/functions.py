@@ -231,8 +231,4 @@ def _reshaped(before: tuple[int, ...], after: tuple[int, ...], known: int) -> in
     if before[: known + 1] == after[: known + 1]:
         return known
     tail = len(before) - known
-    if before[known:] == after[-tail:]:
-        return len(after) - tail
-    if known == len(before) - 1 and after and before[-1] == after[-1]:
-        return len(after) - 1
-    return None
+    return len(after) - tail if before[known:] == after[-tail:] else None

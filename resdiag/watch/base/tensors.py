@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -76,8 +76,5 @@ def placements_of(tensor: Tensor) -> Sequence[Any]:
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor; any other tensor as it is."""
-    if mesh_of(tensor) is None:
-        return tensor
-    dtensor: Any = tensor
-    part: Tensor = dtensor.to_local()
+    part: Tensor = tensor if mesh_of(tensor) is None else cast(Any, tensor).to_local()
     return part

@@ -13,23 +13,17 @@ from resdiag.watch.base.functions import Call
 from resdiag.watch.base.tensors import TensorTable, tensors_in
 from resdiag.watch.find.dataflow import Lineage
 
-_ADD = frozenset(
-    {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
-)
-_SUB = frozenset(
-    {torch.sub, torch.subtract, Tensor.sub, Tensor.sub_, Tensor.subtract, Tensor.subtract_}
-    | {Tensor.__sub__, Tensor.__isub__}
-)
-_ADDCMUL = frozenset({torch.addcmul, Tensor.addcmul, Tensor.addcmul_})
-_ADDMM = frozenset(
-    {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.addmm_, Tensor.baddbmm, Tensor.baddbmm_}
-)
-_LERP = frozenset({torch.lerp, Tensor.lerp, Tensor.lerp_})
+_ADD = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
+_SUB = {torch.sub, torch.subtract, Tensor.sub, Tensor.sub_, Tensor.subtract, Tensor.subtract_}
+_SUB |= {Tensor.__sub__, Tensor.__isub__}
+_ADDCMUL = {torch.addcmul, Tensor.addcmul, Tensor.addcmul_}
+_ADDMM = {torch.addmm, torch.baddbmm, Tensor.addmm, Tensor.addmm_, Tensor.baddbmm, Tensor.baddbmm_}
+_LERP = {torch.lerp, Tensor.lerp, Tensor.lerp_}
 
 _NAMED = ("end", "weight", "tensor1", "tensor2", "mat1", "mat2", "batch1", "batch2")
 _OPERANDS = 2
 
-ADDITIONS = _ADD | _SUB | _ADDCMUL | _ADDMM | _LERP
+ADDITIONS = frozenset(_ADD | _SUB | _ADDCMUL | _ADDMM | _LERP)
 
 
 @dataclass(frozen=True)
@@ -132,9 +126,7 @@ class Stacks:
         if not kept or args[1] not in (dim, (dim,), [dim]):
             return None
         left, right = (tensor() for tensor in kept)
-        if left is None or right is None:
-            return None
-        return Sum(Operand((left,)), Operand((right,)))
+        return None if left is None or right is None else Sum(Operand((left,)), Operand((right,)))
 
 
 @dataclass(eq=False, kw_only=True)
@@ -145,8 +137,7 @@ class Ways:
     stream: int = 0  # number of the shortcut in the pass
     shortcut_count: int  # parameterised operations on the shortcut: 0 for an identity
     path: tuple[Call, ...] | None  # from x to the shortcut if they can be repeated, else None
-    # of the branch, the shortcut and (at the end of the block) the after-add
-    parameters: list[nn.Parameter]
+    parameters: list[nn.Parameter]  # of branch, shortcut and (at the block's end) after-add
     activations: list[Call]
     calls: tuple[Call, ...] = ()  # the operations on the branch, in order
     features: int | None = None  # the channel dimension of the sum, None if no operation says it
@@ -174,17 +165,12 @@ class Addition(Ways):
     @property
     def kind(self) -> str:
         """What the shortcut is, in a word."""
-        if self.is_gated:
-            return "gated"
-        return "projection" if self.shortcut_count else "identity"
+        return "gated" if self.is_gated else "projection" if self.shortcut_count else "identity"
 
     @property
     def key(self) -> tuple[str, int]:
         """What names the block in every pass."""
         return self.owner, self.ordinal
-
-
-# -- gates: the spellings of t * f + (1 - t) * x -------------------------------------------------
 
 
 _COMPLEMENTS = ("rsub", "neg")
@@ -264,8 +250,7 @@ def _origins(lineage: Lineage, number: int) -> Iterator[tuple[int, bool]]:
             return
         second = call.args[0] if call.args else call.kwargs.get("other")
         is_second = isinstance(second, Tensor) and lineage.number(second) == before
-        subtracted = call.name in ("sub", "subtract") and is_second
-        falls ^= call.name in _COMPLEMENTS or subtracted
+        falls ^= call.name in _COMPLEMENTS or (call.name in ("sub", "subtract") and is_second)
         number = before
         yield number, falls
 

@@ -85,10 +85,7 @@ def describe_units(blocks: Sequence[Block]) -> str:
 
 
 class Anatomy:
-    """Collects blocks in forward order while a tracer runs.
-
-    The key of a block is (owner, ordinal): stable from pass to pass of a deterministic forward.
-    """
+    """A tracer's blocks in forward order; their keys, (owner, ordinal), are stable over passes."""
 
     def __init__(self) -> None:
         self.blocks: list[Block] = []
@@ -136,20 +133,19 @@ class Anatomy:
             entered = _extent(x, features if len(x) == len(output) else None)
         moved = before is not None and self._extent != extent
         self._extent = extent
-        self.blocks.append(
-            Block(
-                index=row,
-                name=f"{owner}#{ordinal}" if ordinal or not owner else owner,
-                owner=owner,
-                stage=0 if before is None else before.stage + moved,
-                transition=moved or entered != extent,
-                after_add="none",
-                shape=tuple(output[1:]),
-                branch=tuple(call.name for call in found.calls),
-                features=features,
-                **about,
-            )
+        block = Block(
+            index=row,
+            name=f"{owner}#{ordinal}" if ordinal or not owner else owner,
+            owner=owner,
+            stage=0 if before is None else before.stage + moved,
+            transition=moved or entered != extent,
+            after_add="none",
+            shape=tuple(output[1:]),
+            branch=tuple(call.name for call in found.calls),
+            features=features,
+            **about,
         )
+        self.blocks.append(block)
         self.parameters.append([])
         self.rows[owner, ordinal] = row
         return row
@@ -271,9 +267,7 @@ def match_modules(model: nn.Module, patterns: Sequence[str] | None) -> frozenset
     """Names of the modules that a list of names or shell patterns means; None for None.
 
     As in a shell, a star stays on its level: "layer1.*" are the children of layer1, not theirs.
-
-    Raises:
-        ValueError: A pattern matches nothing.
+    A pattern that matches nothing raises a ValueError.
     """
     if patterns is None:
         return None

@@ -97,8 +97,7 @@ class Lineage:
     def __init__(self) -> None:
         self._nodes: list[Node] = []
         self._numbers = TensorTable[int]()
-        # what was computed of parameters alone, and of which
-        self._weights = TensorTable[tuple[nn.Parameter, ...]]()
+        self._weights = TensorTable[tuple[nn.Parameter, ...]]()  # made of these parameters alone
 
     def __len__(self) -> int:
         return len(self._nodes)
@@ -152,18 +151,11 @@ class Lineage:
                 self._weights.set(result, descent.parameters)
             return None
         repeatable = alone and call is not None and not call.is_random
-        node = Node(
-            weakref.ref(result),
-            () if discrete else descent.parents,
-            call,
-            repeatable,
-            descent.parameters,
-            piece,
-            None if discrete else self._features(result, descent, call),
-            discrete,
-            result.numel(),
-            gate=self._gate(descent.parents, call),
-        )
+        parents = () if discrete else descent.parents
+        node = Node(weakref.ref(result), parents, call, repeatable, descent.parameters, piece)
+        node.discrete, node.size = discrete, result.numel()
+        node.features = None if discrete else self._features(result, descent, call)
+        node.gate = self._gate(descent.parents, call)
         return self._add(result, node)
 
     def set_stream(self, number: int, shortcut: int) -> None:

@@ -154,20 +154,12 @@ class ModuleStack:
 
     def _begin_unit(self, frame: Frame, output: Tensor) -> None:
         """A module that is a unit has ended; as many activations as the first time may follow."""
-        number, entry = self._flow.enter(output), frame.entry
-        visit = Visit(
-            frame.name,
-            frame.module,
-            self.ordinal(frame.name),
-            frame.number,
-            None if entry is None else entry.shape,
-            frame.scope.start,
-            frame.first_activation,
-            output=number,
-            shape=output.shape,
-            dtype=output.dtype,
-            gates=len(self.activations),
-        )
+        number, ordinal = self._flow.enter(output), self.ordinal(frame.name)
+        entered = None if frame.entry is None else frame.entry.shape
+        start, gate = frame.scope.start, frame.first_activation
+        visit = Visit(frame.name, frame.module, ordinal, frame.number, entered, start, gate)
+        visit.output, visit.shape, visit.dtype = number, output.shape, output.dtype
+        visit.gates = len(self.activations)
         ending = _EndingUnit(visit, output)
         if self._tails[frame.name]:
             self._ending.append(ending)

@@ -35,8 +35,7 @@ class Residuals:
 
     def meet(self, spelled: Sum, frames: Sequence[Frame]) -> Meeting | None:
         """Whether two operands are a shortcut and a branch, seen from the module that adds them."""
-        numbers = [self._number(side) for side in (spelled.left, spelled.right)]
-        left, right = numbers
+        left, right = map(self._number, (spelled.left, spelled.right))
         if left is None or right is None:
             return None
         mix = read_mix(self._lineage, spelled, left, right)
@@ -267,10 +266,7 @@ def _is_inside(
 def are_pieces(
     lineage: Lineage, origin: int, on_shortcut: Sequence[int], on_branch: Sequence[int]
 ) -> bool:
-    """Whether two ways begin with different pieces of their origin, of which there are more.
-
-    Two pieces that make up the whole are two streams.
-    """
+    """Whether two ways begin with different pieces of their origin, not its halves: two streams."""
     one, other = (
         {node.piece: node.size for n in way if origin in (node := lineage.node(n)).parents}
         for way in (on_shortcut, on_branch)
@@ -289,12 +285,11 @@ def was_added(lineage: Lineage, number: int) -> bool:
         node = lineage.node(n)
         return len(set(node.parents)) == 1 and not node.is_transform and not node.is_opaque
 
-    views = reach(number, lambda n: filter(is_view, users.get(n, ())))
     return any(
         (call := lineage.node(user).call) is not None
         and call.is_sum
         and len(set(lineage.node(user).parents)) > 1
-        for view in views
+        for view in reach(number, lambda n: filter(is_view, users.get(n, ())))
         for user in users.get(view, ())
     )
 
@@ -303,9 +298,7 @@ def is_cut(lineage: Lineage, branch: int, depths: Mapping[int, Depth]) -> bool:
     """Whether every way to a branch is detached between two of its parameterised maps.
 
     What follows begins anew, as a position does that was embedded from a predicted box. A branch
-    that is detached as a whole is a fault in a block.
-
-    `depths` are of what is on the ways from the origin.
+    that is detached as a whole is a fault. `depths` are of what is on the ways from the origin.
     """
     whole = depths[branch][0]
 

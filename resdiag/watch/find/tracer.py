@@ -55,10 +55,7 @@ class Tracing:
 
 
 class TracedPass(TorchFunctionMode):
-    """One forward pass that is followed, from `start` to `finish` or `stop`.
-
-    `ended` is told when it has ended as it should.
-    """
+    """A forward pass followed from `start` to `finish`, which tells `ended`, or to `stop`."""
 
     def __init__(
         self,
@@ -205,15 +202,13 @@ class TracedPass(TorchFunctionMode):
             self._stack.activations.append(call)
             self._bus.tell("activation", call, first)
         inputs = [*tensors_in(args), *tensors_in(kwargs)]
-        alone = len(inputs) == 1
         descent = self._flow.descend(call.operands(inputs))
         result = self._survey.returns(func(*args, **kwargs))
-        results = list(tensors_in(result))
-        if call.name == "setitem":  # returns nothing, and makes the whole what it is
-            results = list(tensors_in(args[:1]))
+        # setitem returns nothing, and makes the whole what it is
+        results = list(tensors_in(args[:1] if call.name == "setitem" else result))
         for index, tensor in enumerate(results):
             piece = _piece(call, index, len(results))
-            number = self._flow.mark(tensor, descent, call, alone=alone, piece=piece)
+            number = self._flow.mark(tensor, descent, call, alone=len(inputs) == 1, piece=piece)
             if number is None:
                 continue
             owner = self._stack.owner_of(first, call, tensor)

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from resdiag.watch.base.functions import Call
 from resdiag.watch.find.dataflow import Lineage
 
-_LARGE = 0.25
-"""Share of all parameterised layers above which a module is too coarse a unit."""
+_LARGE = 0.25  # share of all parameterised layers above which a module is too coarse a unit
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,8 +29,7 @@ class Unit:
 
     owner: str
     ordinal: int  # number of its calls before in this pass
-    # number of its first floating-point input (of a list, the first tensor), None if it has none
-    input: int | None
+    input: int | None  # number of its first floating-point input (also in a list), if it has one
     output: int  # number of its output, after `after`
     entered: torch.Size | None  # shape of the input, None without
     shape: torch.Size  # shape of the output
@@ -135,10 +133,7 @@ class Search:
 def unit_of(
     visit: Visit, tail: Sequence[int], lineage: Lineage, gates: Sequence[Call], *, chosen: bool
 ) -> Unit:
-    """The unit that a call is, with the tensors of its `tail`; of the pass's activations, its own.
-
-    `chosen` says whether it was chosen here rather than named by the user.
-    """
+    """The unit that a call is, with the tensors of its `tail` and, of the activations, its own."""
     output, after = visit.output, lineage.calls(tail)
     assert output is not None
     assert visit.shape is not None
@@ -153,20 +148,14 @@ def unit_of(
         features=lineage.node(output).features,
         after=after,
         calls=lineage.calls(range(visit.start, output + 1)),
-        activations=[
-            *gates[visit.gate : visit.gates],
-            *(call for call in after if call.is_activation),
-        ],
+        activations=[*gates[visit.gate : visit.gates], *(c for c in after if c.is_activation)],
         parameters=[*visit.module.parameters(), *lineage.parameters(tail)],
         chosen=chosen,
     )
 
 
 def choose_units(root: Visit, lineage: Lineage) -> list[Visit]:
-    """The calls that are the units of a network, in the order of their outputs.
-
-    Empty if nothing in it has a parameterised layer.
-    """
+    """A network's units in the order of their outputs; none without parameterised layers."""
     if not root.layers or root.output is None:
         return []
     way = set(lineage.walk({root.output: 1}, 0))
@@ -174,9 +163,7 @@ def choose_units(root: Visit, lineage: Lineage) -> list[Visit]:
     while len(units) == 1 and (inner := _inner(units[0], way)) and len(inner) > 1:
         units = [unit for call in inner for unit in _divide(call, root.layers, way, lineage)]
     is_head = lineage.node(root.output).name == "linear" and units[-1].output == root.output
-    if len(units) > 1 and is_head:
-        units.pop()
-    return units
+    return units[:-1] if len(units) > 1 and is_head else units
 
 
 def _inner(visit: Visit, way: set[int]) -> list[Visit]:
@@ -187,17 +174,14 @@ def _inner(visit: Visit, way: set[int]) -> list[Visit]:
 
 def _divide(visit: Visit, total: int, way: set[int], lineage: Lineage) -> Iterator[Visit]:
     inner = _inner(visit, way)
-    if visit.layers < 2 or not inner:
-        yield visit
-        return
     container = isinstance(visit.module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
     divisible = container or visit.layers > _LARGE * total
     chain = (
         lineage.descends(late.output or 0, early.output or 0)
         for early, late in itertools.pairwise(inner)
     )
-    if not visit.name or (divisible and all(chain)):
+    if visit.layers < 2 or not inner or (visit.name and not (divisible and all(chain))):
+        yield visit
+    else:
         for call in inner:
             yield from _divide(call, total, way, lineage)
-    else:
-        yield visit

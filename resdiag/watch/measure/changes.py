@@ -51,17 +51,14 @@ def change_by(calls: Sequence[Call], u: Tensor) -> Scalar:
     """
     u = u.detach()
     # u - max(u, 0) in one operation
-    difference = u.clamp(max=0) if is_relu(calls) else compose(calls)(u) - u
-    size = _size(difference)
+    size = _size(u.clamp(max=0) if is_relu(calls) else compose(calls)(u) - u)
     return quotient(size, _size(u)) if size else 0.0
 
 
 def relative_changes(changed: Sequence[Tensor], reference: Sequence[Tensor]) -> list[Scalar]:
     """`relative_change` of many pairs; of pairs on the CPU in a few kernels."""
-    if not all(map(is_fast, (*changed, *reference))):
+    if not changed or not all(map(is_fast, (*changed, *reference))):
         return [relative_change(a, b) for a, b in zip(changed, reference, strict=True)]
-    if not changed:
-        return []
     before = [x.detach() for x in reference]
     differences = torch._foreach_sub([x.detach() for x in changed], before)
     pairs = zip(norms(differences).tolist(), norms(before).tolist(), strict=True)
@@ -88,11 +85,8 @@ def slope_at(calls: Sequence[Call], u: Tensor, output: Tensor) -> Tensor:
     """
     if is_relu(calls):
         return (u > 0).to(u.dtype)
-    if (
-        len(calls) == 1
-        and _is_plain_elu(calls[0])
-        and calls[0].kwargs.keys() <= {"alpha", "inplace"}
-    ):
+    is_elu = len(calls) == 1 and _is_plain_elu(calls[0])
+    if is_elu and calls[0].kwargs.keys() <= {"alpha", "inplace"}:
         return (output + 1).clamp_max(1)
     return slope(compose(calls), u)
 
@@ -151,8 +145,7 @@ def fractions(counts: Sequence[Tensor], sizes: Sequence[int]) -> tuple[Scalar, S
     # NaN counts, of a graph that did not write them, stay NaN
     pairs = zip(counts, sizes, strict=True)
     full = [(count == size // len(count)) + 0 * count for count, size in pairs]
-    channels = sum(len(count) for count in counts)
-    return _total(counts) / sum(sizes), _total(full) / channels
+    return _total(counts) / sum(sizes), _total(full) / sum(map(len, counts))
 
 
 def saturated(call: Call, x: Tensor) -> Tensor:
@@ -225,10 +218,9 @@ class ShortcutGradient:
 
     def hold(self, row: int, g: Tensor) -> None:
         """The gradient of a block's sum has come."""
-        scale = self._scales.get(row)
-        if scale is not None:
+        if row in self._scales:
             # a copy: autograd adds to a gradient in place as long as nobody else holds it
-            self._via[row] = self._head(g) * scale
+            self._via[row] = self._head(g) * self._scales[row]
 
     def collect(self, row: int, g: Tensor) -> None:
         """A part of the gradient has come through a shortcut that is not the input itself."""

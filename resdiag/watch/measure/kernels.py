@@ -37,10 +37,9 @@ def moments(x: Tensor, channel: int) -> Tensor:
 def gradient(g: Tensor) -> Tensor:
     """G2 and the non-finite fraction of a gradient, float64 (2,), in one pass."""
     out = torch.empty(2, dtype=torch.float64, device=g.device)
-    samples = g.shape[0] if g.dim() else 1
     if g.dim() == 4 and g.is_contiguous(memory_format=torch.channels_last):
         g = g.permute(0, 2, 3, 1)  # as the elements lie: a norm does not care for their order
-    return _launch(g.reshape(-1, 1), 1, out, samples=samples)
+    return _launch(g.reshape(-1, 1), 1, out, samples=g.shape[0] if g.dim() else 1)
 
 
 def _launch(x: Tensor, channel: int, out: Tensor, *, samples: int) -> Tensor:
@@ -55,8 +54,7 @@ def _launch(x: Tensor, channel: int, out: Tensor, *, samples: int) -> Tensor:
     wide = min(_WIDEST, _power(channels)) if strides[1] == 1 else 1
     tall = _TILE // wide
     programs = -(-rows // (tall * _STEPS)), -(-channels // wide)
-    shape = (programs[0], channels, 3)
-    parts = torch.empty(shape, dtype=torch.float64, device=x.device)
+    parts = torch.empty((programs[0], channels, 3), dtype=torch.float64, device=x.device)
     triton_kernels.read[programs](
         x, parts, rows, channels, inner, *strides, TALL=tall, WIDE=wide, STEPS=_STEPS
     )

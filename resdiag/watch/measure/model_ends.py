@@ -80,15 +80,13 @@ class Logits:
         scale = (p * positive).sum(1) / (g * positive).sum(1)
         label = g.argmin(1, keepdim=True)
         one_hot = torch.zeros_like(p).scatter_(1, label, 1.0)
-        error = (p - scale[:, None] * g - one_hot).abs().amax(1)
-        fits = (error < _CLEAR).double()
+        fits = ((p - scale[:, None] * g - one_hot).abs().amax(1) < _CLEAR).double()
         known = fits.sum()
         losses = z.logsumexp(1) - z.gather(1, label)[:, 0]
         loss = sign * torch.where(fits > 0, losses, 0).sum() / known
         share = (one_hot * fits[:, None]).sum(0).amax() / known
-        used = (g != 0).any(1).sum()
         nan = torch.full_like(loss, math.nan)
-        clear = (known * 2 > used) & (known > 0)
+        clear = (known * 2 > (g != 0).any(1).sum()) & (known > 0)
         loss = torch.where(clear, loss, nan)
         share = torch.where(clear & (known >= _LEAST_ROWS), share, nan)
         return torch.stack([loss, share])

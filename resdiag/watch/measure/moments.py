@@ -37,14 +37,11 @@ STATISTICS = (
 )
 """What `statistics` returns, in order: the suffixes of a site's columns."""
 
+# below this share of the second moment, E[x^2] - mean^2 has lost too many float32 digits
 CANCELLED = 1e-2
-"""Below this share of the second moment, E[x^2] - mean^2 has lost too many float32 digits."""
-
 # sigma^2 / (sigma^2 + eps) of a BatchNorm: float32 keeps 1e-7 of it, less is a constant channel
 _NO_VARIANCE = 1e-6
-
-# the dimensions behind the channels of a contiguous tensor
-_BEHIND = (2, 3, 4)
+_BEHIND = (2, 3, 4)  # the dimensions behind the channels of a contiguous tensor
 
 
 def statistics(x: Tensor) -> Tensor:
@@ -75,8 +72,7 @@ class Sums(NamedTuple):
     per_channel: Tensor  # sums over batch and positions (C,)
     size: Scalar  # elements per channel
     second: Scalar  # second moment E[x^2]
-    # mean_c sigma_c^2 where the difference of the others would have cancelled
-    spread: Scalar | None
+    spread: Scalar | None  # mean_c sigma_c^2 where the difference of the others had cancelled
     broken: Scalar  # non-finite fraction
 
 
@@ -117,14 +113,12 @@ def combine(parts: Sequence[Sums]) -> Tensor:
     if on_host(device):
         return torch.from_numpy(_combine_on_host(parts))
     mu = torch.stack([part.per_channel.double() / part.size for part in parts])
-    second = stack([part.second for part in parts], device)
     squared = mu.square().mean(1)
-    spread = (second - squared).clamp_min(0)
+    spread = (stack([part.second for part in parts], device) - squared).clamp_min(0)
     for index, part in enumerate(parts):
         if part.spread is not None:
             spread[index] = part.spread
-    broken = stack([part.broken for part in parts], device)
-    return describe(mu, squared, spread, broken)
+    return describe(mu, squared, spread, stack([part.broken for part in parts], device))
 
 
 def _combine_on_host(parts: Sequence[Sums]) -> NDArray[np.float64]:
@@ -183,13 +177,11 @@ def _quantiles(mu: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _quantile_places(
-    count: int,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+def _quantile_places(size: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Between which two of so many sorted numbers each quantile lies, and where."""
-    at = np.array(QUANTILES) * (count - 1)
+    at = np.array(QUANTILES) * (size - 1)
     low = np.floor(at).astype(np.int64)
-    return low, np.minimum(low + 1, count - 1), at - low
+    return low, np.minimum(low + 1, size - 1), at - low
 
 
 class Gone(Exception):
@@ -272,8 +264,7 @@ def normalised_sums(layers: Sequence[Normalised]) -> list[Sums | None]:
     found: list[Sums | None] = [None] * len(layers)
     for channels in {len(layer.shift) for layer in layers}:
         which = [i for i, layer in enumerate(layers) if len(layer.shift) == channels]
-        sums = _normalised_sums([layers[i] for i in which])
-        for i, one in zip(which, sums, strict=True):
+        for i, one in zip(which, _normalised_sums([layers[i] for i in which]), strict=True):
             found[i] = one
     return found
 
@@ -291,11 +282,10 @@ def _normalised_sums(layers: Sequence[Normalised]) -> Iterator[Sums | None]:
         square = inverse * inverse
         broken = ~np.isfinite(gamma + beta) | np.isnan(square)
         usable = (square > 0).all(1) & np.isfinite(square.sum(1))
-        squared = np.square(beta).mean(1)
         kept = 1 - eps * square
         kept[kept < _NO_VARIANCE] = 0
         spread = (gamma * gamma * kept).mean(1)
-        second = squared + spread
+        second = np.square(beta).mean(1) + spread
         usable &= np.isfinite(second) & (np.sqrt(second * count * channels) < TRUSTED[1])
         # a variance is NaN where a mean was not finite: so is every element then
         totals = np.where(broken, math.nan, beta * count[:, None])

@@ -17,11 +17,8 @@ Scalar: TypeAlias = float | Tensor
 TRUSTED = (1e-15, 1e18)
 """Outside these bounds a float32 norm may have lost its squares to overflow or underflow."""
 
-PIECE = 2**18
-"""Elements that one float32 sum of squares may take."""
-
-# numbers that one may take without a loss: 1e-7 of the result
-_FEW = 2**12
+PIECE = 2**18  # elements that one float32 sum of squares may take
+_FEW = 2**12  # numbers that one may take without a loss: 1e-7 of the result
 
 
 def norm(x: Tensor) -> Scalar:
@@ -103,8 +100,7 @@ def gradient(g: Tensor, samples: int | None = None) -> tuple[Scalar, Scalar]:
         read = kernels.gradient(g)
         return read[0] * scale, read[1]
     size = norm(g)
-    finite = isinstance(size, float) and math.isfinite(size)
-    broken = 0.0 if finite else nonfinite_fraction(g)
+    broken = 0.0 if isinstance(size, float) and math.isfinite(size) else nonfinite_fraction(g)
     return size * math.sqrt(min(batch, samples or batch)) * scale, broken
 
 

@@ -196,10 +196,7 @@ class SkipPath:
         return torch.narrow_copy(x.detach(), 0, 0, len(copy), out=copy)
 
     def finish(self) -> Iterator[tuple[int, list[Scalar], dict[str, str]]]:
-        """Measure the blocks in forward order.
-
-        Yields rows; 9 scalars, see `COLUMNS`, NaN where undefined; why columns are NaN.
-        """
+        """Measure the blocks in forward order: rows, scalars as in `COLUMNS`, why some are NaN."""
         if self._core:
             yield from self._perturbations()
             return

@@ -21,12 +21,7 @@ from resdiag.watch.find.additions import ADDITIONS, Addition
 from resdiag.watch.find.blocks import Anatomy
 from resdiag.watch.find.units import Unit
 
-OPERATIONS = (
-    frozenset(function.__name__ for function in ADDITIONS)
-    | ACTIVATIONS
-    | NORMALISATIONS
-    | {"linear"}
-)
+OPERATIONS = frozenset(f.__name__ for f in ADDITIONS) | ACTIVATIONS | NORMALISATIONS | {"linear"}
 """Names of the functions that are counted, so that one of them can be found again in a pass."""
 
 SITES = ("input", "branch", "shortcut", "sum", "output")
@@ -156,11 +151,8 @@ def example(given: object) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     return (tuple(given) if isinstance(given, tuple | list) else (given,)), {}
 
 
-ENDS = -1
-"""The row of the classifier."""
-
-OPERANDS = "operands"
-"""Stands for both operands of an addition, which are read at the operation itself."""
+ENDS = -1  # the row of the classifier
+OPERANDS = "operands"  # both operands of an addition, which are read at the operation itself
 
 
 @dataclass(frozen=True, order=True)
@@ -211,8 +203,7 @@ def place_reads(plan: Plan, kept: frozenset[int], *, core: bool) -> Reads:
         both = () if block.unit is not None else ("branch", "shortcut")
         reads.needs.append(frozenset([*both, *found.keys() & {"input"}]))
     for site, end in (("features", plan.features), ("logits", plan.logits)):
-        port = None if end is None else end.value_port()
-        if port is not None:
+        if end is not None and (port := end.value_port()) is not None:
             roles[port].append(Role(ENDS, 0, site))
     reads.order = sorted(range(len(times)), key=times.__getitem__)
     for port, several in roles.items():
@@ -274,7 +265,7 @@ def _found(block: BlockPlan) -> Iterator[tuple[str, Port | None]]:
 
 def _time_of(block: BlockPlan, found: dict[str, Port | None]) -> int:
     """When a block's sum, or a unit's output, passes the port at which it is read."""
-    trail = block.output if block.unit is not None else block.sum
-    port = found["output" if block.unit is not None else "sum"]
+    site = "sum" if block.unit is None else "output"
+    trail = block.trail(site)
     visits = () if trail is None else trail.visits
-    return next((visit.time for visit in visits if visit.port == port), 0)
+    return next((visit.time for visit in visits if visit.port == found[site]), 0)

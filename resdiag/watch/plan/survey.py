@@ -45,11 +45,8 @@ class Survey(BlockFinder, Surveyor):
     In a pass over example inputs, in evaluation mode, what hands on its very input (dropout,
     stochastic depth) will return another tensor in training, so another one takes its place.
     Beside the plan, the pattern of the pass's autograd graph is written down.
-
-    Args:
-        kept: `id` of the tensors that stay from pass to pass: parameters and buffers.
-        planned: Told at the end of the pass.
-        example: Whether it is a pass over example inputs.
+    `kept` are `id` of the tensors that stay from pass to pass: parameters and buffers; `planned` is
+    told at the end; `example` says whether it is a pass over example inputs.
     """
 
     def __init__(
@@ -115,8 +112,7 @@ class Survey(BlockFinder, Surveyor):
 
     def _return(self, frame: _Frame, output: object) -> None:
         for place, value in _results(output):
-            number = self._flow.number(value)
-            if number is not None:
+            if (number := self._flow.number(value)) is not None:
                 self._visit(Port(frame.name, frame.call, True, place), number, value)
                 for visit, entered in frame.visits:
                     self._passages[entered, number] = visit.port
@@ -138,8 +134,7 @@ class Survey(BlockFinder, Surveyor):
         """An operation is about to run."""
         read = {}
         for x in tensors_in((args, kwargs)):
-            number = self._flow.number(x)
-            if number is not None:
+            if (number := self._flow.number(x)) is not None:
                 read[number] = x, x._version
                 self._trail(number, x)
         running = self._running = _Operation(read)
@@ -194,22 +189,13 @@ class Survey(BlockFinder, Surveyor):
         if addition.extends:
             self.plan.blocks[self.row_of(addition.key)].extended = True
             return
-        running, first = self._running, not self.plan.blocks
-        entered = self._trail_of(tensors.origin)
-        self.plan.blocks.append(
-            BlockPlan(
-                addition.key,
-                addition,
-                None,
-                begin=self._tick(),
-                junction=None if running is None else running.port,
-                input=entered,
-                branch=self._trail_of(tensors.branch),
-                shortcut=self._trail_of(tensors.shortcut),
-                joined=first or (entered is not None and entered is self._last),
-            )
-        )
-        row = len(self.plan.blocks) - 1
+        row, running = len(self.plan.blocks), self._running
+        block = BlockPlan(addition.key, addition, None, begin=self._tick())
+        self.plan.blocks.append(block)
+        block.junction = None if running is None else running.port
+        block.input = self._trail_of(tensors.origin)
+        block.branch, block.shortcut = map(self._trail_of, (tensors.branch, tensors.shortcut))
+        block.joined = not row or (block.input is not None and block.input is self._last)
         self.graph.see(row, "input", tensors.origin)
         self.graph.see(row, "branch", tensors.branch)
         self.graph.see(row, "shortcut", tensors.shortcut)

@@ -26,19 +26,12 @@ Edge: TypeAlias = tuple[Node, int]
 
 Tokens: TypeAlias = list[object]
 
-AWAY = "away"
-"""Stands for a tensor that does not lie on the way."""
-
-_LIMIT = 20_000
-"""Nodes of one block; a longer way is not written down."""
-
-_NUMBERS = frozenset(
-    {
-        *("_saved_alpha", "_saved_beta", "_saved_scale", "_saved_input_scale", "_saved_value"),
-        *("_saved_negative_slope", "_saved_min", "_saved_max", "_saved_min_val", "_saved_max_val"),
-        *("_saved_threshold", "_saved_approximate", "_saved_weight", "_saved_p"),
-    }
-)
+AWAY = "away"  # stands for a tensor that does not lie on the way
+_LIMIT = 20_000  # nodes of one block; a longer way is not written down
+_NUMBERS = frozenset(f"_saved_{name}" for name in (
+    "alpha", "beta", "scale", "input_scale", "value", "negative_slope", "min", "max", "min_val",
+    "max_val", "threshold", "approximate", "weight", "p",
+))  # fmt: skip
 """Numbers that nodes of additions and activations keep."""
 
 _SHAPES = ("sizes", "numel", "sym_", "seed", "offset", "philox")
@@ -60,10 +53,7 @@ def edge_of(x: Tensor | None) -> Edge | None:
 
 
 class PassGraph:
-    """The edges of what was seen in one pass: of blocks by row and site, and of its two ends.
-
-    `kept` are `id` of the tensors that stay from pass to pass: parameters and buffers.
-    """
+    """The edges seen in one pass: of blocks by row and site, of its ends; `kept` as in `Survey`."""
 
     def __init__(self, kept: frozenset[int]) -> None:
         self._kept = kept
@@ -117,8 +107,7 @@ class PassGraph:
     def end(self, row: int) -> None:
         """The block's part of the graph is known: later ones end at its sum and output."""
         for site in ("sum", "output"):
-            edge = self._edges.get((row, site))
-            if edge is not None:
+            if (edge := self._edges.get((row, site))) is not None:
                 self._ends.setdefault(edge, f"{site} {row}")
 
 
@@ -178,13 +167,11 @@ def _names_of(kind: type, *, path: bool) -> tuple[str, ...]:
 
 @functools.cache
 def _tensors_of(kind: type) -> tuple[str, ...]:
-    names = (name for name in dir(kind) if name.startswith("_raw_saved_"))
-    return tuple(name.removeprefix("_raw_saved_") for name in names)
+    return tuple(n.removeprefix("_raw_saved_") for n in dir(kind) if n.startswith("_raw_saved_"))
 
 
 _BLOCK = ("input", "branch", "shortcut", "sum", "output")
-_ENDS = -1
-"""The row of the classifier and of what the model returns."""
+_ENDS = -1  # the row of the classifier and of what the model returns
 
 
 class Pattern:
