@@ -95,8 +95,6 @@ class Monitor:
         )
         self._passes.arm()
 
-    # -- the loop ------------------------------------------------------------------------------
-
     @property
     def warnings(self) -> list[str]:
         """What could not be watched, in words, without repetition."""
@@ -242,8 +240,6 @@ class Monitor:
         state = "watching" if self._open else "closed"
         return f"Monitor(blocks={len(self.blocks)}, steps={self._now.recorded}, {state})"
 
-    # -- results -------------------------------------------------------------------------------
-
     @property
     def blocks(self) -> list[Block]:
         """The blocks found; empty before the first recorded forward pass."""
@@ -308,8 +304,6 @@ class Monitor:
         columns = self._record.columns()[per == "step"]
         frame = pd.DataFrame({**columns, **derive(columns, per_step=per == "step")})
         return frame.assign(point=pd.Categorical([self.point] * len(frame)))
-
-    # -- inside --------------------------------------------------------------------------------
 
     def _before_update(self, optimizer: Optimizer, owned: Collection[int] | None) -> None:
         now = self._now

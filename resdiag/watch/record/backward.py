@@ -102,8 +102,6 @@ class Backward:
         """The samples on which shares are measured."""
         return x.detach()[: self._unit_samples]
 
-    # -- hooks ---------------------------------------------------------------------------------
-
     def hook(self, x: Tensor, row: int, column: str) -> None:
         """Read the gradient of a tensor into a column, or say why there is none."""
         if not x.requires_grad and not torch.is_grad_enabled():
@@ -204,8 +202,6 @@ class Backward:
 
         logits.register_hook(back)
 
-    # -- a part of the forward pass that runs again ------------------------------------------------
-
     def awaited(self) -> list[str]:
         """Owners of the blocks that ran without gradients in the pass that is recorded."""
         if not self._live or self.guard.failure:
@@ -236,8 +232,6 @@ class Backward:
         """Say of which tensors no gradient came because they have none."""
         for row, column in self._postponed - self._hooked:
             self.guard.miss(row, WITHOUT[column], NO_BACKWARD)
-
-    # -- gradients -----------------------------------------------------------------------------
 
     def _is_current(self, begun: "_Pass | None") -> bool:
         """Whether the pass in which a hook was set is still the one being recorded."""
@@ -273,13 +267,7 @@ class Backward:
                 self.write_share(child, via, self.head_of(g))
 
     def write(
-        self,
-        row: int,
-        column: str,
-        size: Scalar,
-        broken: Scalar,
-        batch: Scalar,
-        numel: Scalar,
+        self, row: int, column: str, size: Scalar, broken: Scalar, batch: Scalar, numel: Scalar
     ) -> None:
         """Write G2, and where it is that of the output its non-finite fraction."""
         if row in self.rejected:

@@ -135,8 +135,6 @@ class GraphRecorder:
         if self._operations is not None:
             self._operations.running.clear()
 
-    # -- what was written ----------------------------------------------------------------------
-
     @guarded
     @torch.no_grad()
     def collect(self) -> None:

@@ -127,8 +127,6 @@ class Recorder(Observer):
         self.end()
         self.skip.forget()
 
-    # -- residual blocks -----------------------------------------------------------------------
-
     @guarded
     def started(self, inputs: Sequence[Tensor]) -> None:
         """Measure the batch that goes in."""
@@ -217,8 +215,6 @@ class Recorder(Observer):
         if known is not None:
             self._known.keep(new, *known)
 
-    # -- units ---------------------------------------------------------------------------------
-
     @guarded
     def passing(self, number: int, x: Tensor, features: int | None) -> None:
         """Measure what may be a unit's input or output, and hook its gradient."""
@@ -248,8 +244,6 @@ class Recorder(Observer):
                 self.guard.miss(row, missing, "the module has no floating-point input")
             self._saturation.assign(row, unit.activations)
         self._units.settle(row, "output", unit.output)
-
-    # -- the end -------------------------------------------------------------------------------
 
     @guarded
     def reject(self, keys: Iterable[tuple[str, int]]) -> None:
@@ -295,8 +289,6 @@ class Recorder(Observer):
         for row, counts, sizes in self._saturation.count(self.sites.features):
             self.parts.write_saturation(row, counts, sizes)
         self._saturation.clear()
-
-    # -- measuring -----------------------------------------------------------------------------
 
     def _row(self, addition: Addition, device: torch.device) -> int | None:
         """The block's row, added during the first pass; None for an addition not seen then."""

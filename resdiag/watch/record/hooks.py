@@ -131,8 +131,6 @@ class TappedPass:
         """A wrapper of a module's handed on `old` as another tensor."""
         self._recorder.same(old, new)
 
-    # -- places --------------------------------------------------------------------------------
-
     def _enter(self, name: str, owner: nn.Module, at: Mapping[Any, Any]) -> Callable[..., None]:
         key = name, False
 
@@ -201,11 +199,7 @@ class TappedPass:
                 self._see(role, x)
 
     def _see_operands(
-        self,
-        role: Role,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        self, role: Role, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         addition, spelled = self._blocks[role.row].addition, read_sum(func, args, kwargs)
         if addition is None or spelled is None:
@@ -215,8 +209,6 @@ class TappedPass:
         if (shortcut.scale, branch.scale) == (addition.shortcut_scale, addition.branch_scale):
             self._see(Role(role.row, 0, "branch"), branch.make())
             self._see(Role(role.row, 0, "shortcut"), shortcut.make())
-
-    # -- what is told --------------------------------------------------------------------------
 
     def _see(self, role: Role, x: Tensor) -> None:
         """A tensor of the plan has come."""
@@ -287,8 +279,6 @@ class TappedPass:
         if site == "output":
             self._order.append(row)
             self._recorder.unit(block.unit)
-
-    # -- the end -------------------------------------------------------------------------------
 
     def _has_changed(self) -> bool:
         """Whether a module did other operations than in the pass that was traced."""

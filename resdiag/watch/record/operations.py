@@ -93,11 +93,7 @@ class Shown:
         self._at, self._show = at, show
 
     def before(
-        self,
-        where: Where,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, where: Where, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The operands, before they can be overwritten."""
         self._see(where, func, args, kwargs, None)
