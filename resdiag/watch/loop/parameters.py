@@ -31,12 +31,9 @@ class OptimizerSteps:
     torch's hooks for all optimizers are used, not those of one: an optimizer inside another (SAM,
     Accelerate, one per parameter) steps by itself, and the outer one's hooks would not be called.
 
-    Args:
-        model: Whose parameters count.
-        given: Optimizers that count whatever they own, e.g. of flattened parameters.
-        before: Called when the gradients of a step are there and the parameters still old: right
-            before the step, or after the first call of its closure, which does the backward pass.
-        after: Called right after the step.
+    Those in `given` count whatever they own, e.g. flattened parameters. `before` is called when the
+    gradients of a step are there and the parameters still old: right before the step, or after the
+    first call of its closure, which does the backward pass.
     """
 
     def __init__(

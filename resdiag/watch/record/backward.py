@@ -43,18 +43,11 @@ class _Pass:
 
 
 class Backward:
-    """The gradients at the blocks' tensors.
+    """The gradients at the blocks' tensors; `head` takes that of the logits.
 
-    Args:
-        parts: Shared with the recorder.
-        head: Takes the gradient of the logits.
-
-    Attributes:
-        begins: Called when the first gradient of the pass has come.
-        seen: Whether a gradient of the pass has come.
-        factor: The loss scale.
-        repeats: Gradients that came a second time.
-        rejected: Rows whose pass was not the expected one.
+    `begins` is called when the first gradient of the pass has come, after which it was `seen`;
+    `factor` is the loss scale, `repeats` counts gradients that came a second time, and `rejected`
+    has rows whose pass was not the expected one.
     """
 
     def __init__(self, parts: Parts, head: Head) -> None:

@@ -27,15 +27,8 @@ class Follower:
     from then on; a pass that was not the expected one costs its numbers, and the next one is traced
     again. A model whose passes differ all the time is always traced.
 
-    Args:
-        tracing: What is known of the model.
-        recorder: What records.
-        always: Whether every pass is to be traced.
-
-    Attributes:
-        reason: Why every pass is traced although none differed, or "".
-        missed: Whether the last pass was not the expected one.
-        reads: Passes that were read by hooks.
+    `reason` says why every pass is traced although none differed, or is ""; `missed` that the last
+    pass was not the expected one; `reads` counts passes that were read by hooks.
     """
 
     def __init__(self, tracing: Tracing, recorder: Recorder, *, always: bool = False) -> None:

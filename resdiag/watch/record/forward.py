@@ -40,19 +40,13 @@ _NOT_CORE = "not in the core set: attach(metrics='full') records it"
 class Recorder(Observer):
     """The observer that records one forward and backward pass.
 
-    Args:
-        cells: Per-block buffer; its columns are `catalog.table.RECORDED`.
-        head: Per-step buffer with one row; its columns begin with `sites.HEAD_COLUMNS`.
-        guard: Takes failures and reasons.
-        samples: As for `attach`, and so are `core` and `moments`.
-        pool: Where several ranks record together, takes what they must add up.
-        custom: Custom metrics.
+    The columns of `cells`, per block, are `catalog.table.RECORDED`; those of `head`, per step and
+    with one row, begin with `sites.HEAD_COLUMNS`. `samples`, `core` and `moments` are as for
+    `attach`; `pool` takes what several ranks must add up.
 
-    Attributes:
-        is_whole: Whether the pass has ended as it should.
-        unplanned: Additions of the pass that the first one had not.
-        skipped: Blocks of the first pass that this one did not run.
-        fixed: Whether the blocks are known.
+    The pass `is_whole` when it has ended as it should. `unplanned` counts its additions that the
+    first one had not, `skipped` has blocks of the first one that it did not run; the blocks are
+    `fixed` when they are known.
     """
 
     def __init__(

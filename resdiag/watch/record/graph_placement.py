@@ -35,11 +35,8 @@ class Placement:
     Per-unit quantities are measured on so many `samples`, moments and gradients on `moments` of
     them, None for all.
 
-    Attributes:
-        taps: The taps by port.
-        users: Which columns of which row each tap feeds.
-        gradients: Row, column and tap of each gradient, with the factor to apply.
-        custom: Row and id of each custom metric, where it is written and its index there.
+    `users` says which columns of which row each tap feeds; `gradients` has row, column, tap and the
+    factor to apply; `custom` row and id of each metric, where it is written and its index there.
     """
 
     def __init__(

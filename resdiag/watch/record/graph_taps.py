@@ -35,18 +35,14 @@ SECOND, BROKEN, COUNT = -3, -2, -1
 class Written:
     """What is written of a tensor or of its gradient: tensors that are made beforehand, or None.
 
-    Attributes:
-        sums: Of a tensor its moments, float64 (C + 3,), see `MEANS`; of a gradient G2, non-finite
-            fraction and batch size, float64 (3,).
-        head: The first samples.
-        total: The sum over the batch, float64 (K,).
-        values: Custom metrics, float64 (n,), one for each of `functions`.
+    `sums` are of a tensor its moments, float64 (C + 3,), see `MEANS`; of a gradient G2, non-finite
+    fraction and batch size, float64 (3,).
     """
 
     sums: Tensor | None = None
-    head: Tensor | None = None
-    total: Tensor | None = None
-    values: Tensor | None = None
+    head: Tensor | None = None  # the first samples
+    total: Tensor | None = None  # the sum over the batch, float64 (K,)
+    values: Tensor | None = None  # custom metrics, float64 (n,), one for each of `functions`
     functions: tuple[Function, ...] = ()
 
     def tensors(self) -> list[Tensor]:
@@ -67,10 +63,8 @@ class Written:
 class Tap:
     """What is written at one port, of the tensor there and of its gradient.
 
-    Attributes:
-        samples: How many at the head of the batch the sums are taken over; None for all.
-        channel: The dimension of the channels.
-        separate: Whether the gradient of this use alone is wanted, not of the whole tensor.
+    The sums are over `samples` at the head of the batch, None for all; `separate` says that the
+    gradient of this use alone is wanted, not of the whole tensor.
     """
 
     def __init__(self, port: Port, samples: int | None) -> None:

@@ -27,23 +27,14 @@ from resdiag.watch.record.operations import Operations, Shown
 
 @dataclass(eq=False)
 class Expected:
-    """A pass that was traced, and how to recognise and read the next one like it.
-
-    Attributes:
-        plan: What was found.
-        reads: Where to look.
-        pattern: What its graph was like.
-        unseen: Rows that no gradient shows: there the numbers are compared.
-        names: The model's modules by name.
-        kept: `id` of its parameters and buffers.
-    """
+    """A pass that was traced, and how to recognise and read the next one like it."""
 
     plan: Plan
     reads: Reads
     pattern: Pattern
-    unseen: frozenset[int]
+    unseen: frozenset[int]  # rows that no gradient shows: there the numbers are compared
     names: Mapping[str, nn.Module]
-    kept: frozenset[int]
+    kept: frozenset[int]  # `id` of the model's parameters and buffers
 
 
 @dataclass(eq=False)
@@ -56,13 +47,7 @@ class _Seen:
 
 
 class TappedPass:
-    """One forward pass that is read at the places of a plan.
-
-    Args:
-        expected: The plan.
-        recorder: Is told.
-        ended: Told at the end whether the pass was the expected one.
-    """
+    """One forward pass that is read at the places of a plan; `ended` is told if it was the one."""
 
     def __init__(
         self, expected: Expected, recorder: Recorder, ended: Callable[[bool], None]

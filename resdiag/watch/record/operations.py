@@ -45,14 +45,8 @@ class Handler(Protocol):
 class Frame:
     """The hooks that tell that a module's forward is running.
 
-    Args:
-        running: The open calls, innermost last; shared by all frames.
-        handler: What is done at the module's operations, None for nothing.
-        expected: Per call of the module, how often it does which operation.
-
-    Attributes:
-        calls: Calls of the module in this pass.
-        has_changed: Whether a call did other operations than expected.
+    `running` has the open calls, innermost last, of all frames; `expected` says per call of the
+    module how often it does which operation, `has_changed` whether one did others.
     """
 
     def __init__(

@@ -49,12 +49,8 @@ class UnitTensors:
     def measure(self, number: int, x: Tensor, features: int | None, *, settled: bool) -> None:
         """Measure a candidate, and hook its gradient.
 
-        Args:
-            number: Its number in the pass.
-            x: The tensor.
-            features: The dimension of its channels, if known.
-            settled: Whether the units are known: else most candidates belong to none, and are no
-                business of somebody's function.
+        Unless the units are `settled`, most candidates belong to none, and are no business of
+        somebody's function.
         """
         if number in self._seen:
             return
