@@ -85,9 +85,8 @@ class OptimizerSteps:
         known = self._owned.get(optimizer)
         if known is None or known[0] != count:  # a group may be added, e.g. when thawing
             ids = frozenset(id(p) for group in optimizer.param_groups for p in group["params"])
-            ours = id(optimizer) in self._given or any(
-                id(p) in ids for p in self._model.parameters()
-            )
+            members = map(id, self._model.parameters())
+            ours = id(optimizer) in self._given or not ids.isdisjoint(members)
             known = self._owned[optimizer] = count, ids if ours else frozenset()
         return known[1] or None
 
@@ -220,8 +219,7 @@ class ParameterNorms:
         dense = [(i, g.coalesce().values() if g.is_sparse else g) for i, g in there]
         if dense:
             which = tuple(i for i, _ in dense)
-            squares = self._squares([g for _, g in dense], which, scale)
-            self._parts.append((which, squares))
+            self._parts.append((which, self._squares([g for _, g in dense], which, scale)))
 
     @property
     def has_taken(self) -> bool:

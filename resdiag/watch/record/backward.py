@@ -141,13 +141,12 @@ class Backward:
 
     def unhook_sum(self, row: int) -> None:
         """A block gets one more branch: its sum is another tensor."""
-        handle = self._sum_hooks.pop(row, None)
-        if handle is not None:
+        if (handle := self._sum_hooks.pop(row, None)) is not None:
             handle.remove()
 
     def watch_input(self, row: int, x: Tensor) -> None:
         """Read dL/dx where the tensor was the output of an earlier block, else by a hook."""
-        known = self._known.find(x)
+        known = self._known.get(x)
         source = None
         if known is not None and known[1] in ("sum", "output"):
             source = (known[0], self.column_of(*known))
@@ -215,8 +214,8 @@ class Backward:
     def hook_again(self, row: int, site: str, x: Tensor) -> None:
         """Hook a tensor of a block that runs again."""
         self._begun = self._pass()
-        if self._known.find(x) is None and not (self._core and site == "sum"):
-            self._known.keep(x, row, site)
+        if self._known.get(x) is None and not (self._core and site == "sum"):
+            self._known.set(x, (row, site))
         if (row, f"grad_{site}") in self._postponed:
             self.hook(x, row, f"grad_{site}")
         self._begun = None
@@ -255,8 +254,7 @@ class Backward:
         if column == "grad_sum":
             self._shares.hold(row, g)
         for child in self._children.get((row, column), ()):
-            via = self._shares.take(child)
-            if via is not None:
+            if (via := self._shares.take(child)) is not None:
                 self.write_share(child, via, self.head_of(g))
 
     def write(

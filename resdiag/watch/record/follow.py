@@ -39,16 +39,6 @@ class Follower:
         self.reason, self.missed = "", False
         self.reads = self._misses = 0
 
-    @property
-    def expects(self) -> bool:
-        """Whether the next pass is expected to be one that was traced."""
-        return self._expected is not None
-
-    @property
-    def always_traces(self) -> bool:
-        """Whether no plan is made any more."""
-        return self._always or bool(self.reason) or self._misses > _MISSES + self.reads
-
     def begin(self) -> FollowedPass:
         """A pass that is to be recorded begins."""
         self.end()
@@ -57,12 +47,10 @@ class Follower:
         self.missed = False
         model = self._tracing.model
         kept = frozenset(id(x) for x in (*model.parameters(), *model.buffers()))
-        planner = None if self.always_traces else Survey(kept, self._plan)
+        planless = self._always or self.reason or self._misses > _MISSES + self.reads
+        planner = None if planless else Survey(kept, self._plan)
         return TracedPass(
-            self._tracing,
-            [self._recorder],
-            planner,
-            lambda followed: self._again.arm(followed.calls),
+            self._tracing, [self._recorder], planner, lambda one: self._again.arm(one.calls)
         )
 
     def end(self) -> None:

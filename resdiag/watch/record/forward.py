@@ -13,6 +13,7 @@ from resdiag.catalog.custom import CustomValues
 from resdiag.catalog.table import CORE, RECORDED
 from resdiag.watch.base.functions import Call
 from resdiag.watch.base.safety import Guard, guarded
+from resdiag.watch.base.tensors import TensorTable
 from resdiag.watch.find.additions import Addition
 from resdiag.watch.find.blocks import Anatomy
 from resdiag.watch.find.passes import Observer, Operands
@@ -20,9 +21,9 @@ from resdiag.watch.find.units import Unit
 from resdiag.watch.measure.changes import Saturation
 from resdiag.watch.measure.skip_path import COLUMNS, SkipPath
 from resdiag.watch.record.backward import Backward
-from resdiag.watch.record.buffer import Buffer
+from resdiag.watch.record.buffer import Buffer, Key
 from resdiag.watch.record.pool import Pool
-from resdiag.watch.record.sites import SITE_COLUMNS, Head, KnownTensors, Parts, Sites
+from resdiag.watch.record.sites import SITE_COLUMNS, Head, Parts, Sites
 from resdiag.watch.record.unit_tensors import UnitTensors
 
 NO_ADDITION = (
@@ -66,7 +67,7 @@ class Recorder(Observer):
         self.skip = SkipPath(samples, core=core)
         self.skip.weigh = None if pool is None else pool.skip
         self.head = Head(head, pool, guard.reasons)
-        self._known = KnownTensors()
+        self._known = TensorTable[Key](versioned=True)
         self._custom_sites = self.custom.sites()
         self._cells, self._pool, self._saturation = cells, pool, Saturation()
         self.is_core, self.fixed = core, False
@@ -152,15 +153,10 @@ class Recorder(Observer):
             missing = (*SITE_COLUMNS["input"], "grad_input", "shortcut_share")
             self.guard.miss(row, missing, "the block's input was freed before its addition")
         self.backward.watch_shortcut(row, addition, tensors)
+        scale, stage = addition.shortcut_scale, self.anatomy.blocks[row].stage
+        joined = row == 0 or bool(source)
         self.skip.open(
-            row,
-            x,
-            shortcut,
-            addition.path,
-            addition.shortcut_scale,
-            stage=self.anatomy.blocks[row].stage,
-            joined=row == 0 or bool(source),
-            source=source,
+            row, x, shortcut, addition.path, scale, stage=stage, joined=joined, source=source
         )
 
     @guarded
@@ -205,9 +201,8 @@ class Recorder(Observer):
     @guarded
     def same(self, old: Tensor, new: Tensor) -> None:
         """What was measured of a tensor holds for its equal."""
-        known = self._known.find(old)
-        if known is not None:
-            self._known.keep(new, *known)
+        if (known := self._known.get(old)) is not None:
+            self._known.set(new, known)
 
     @guarded
     def passing(self, number: int, x: Tensor, features: int | None) -> None:
@@ -301,17 +296,16 @@ class Recorder(Observer):
         if site in self._custom_sites:
             for name, value in self.custom.compute(site, x):
                 self._cells.put(self._cells.slot, row, name, value)
-        known = self._known.find(x)
-        if known is not None:
+        if (known := self._known.get(x)) is not None:
             self.sites.repeat(row, site, known)
             return
         self.sites.measure(row, site, x, is_sum=is_sum)
         if keep:
-            self._known.keep(x, row, site)
+            self._known.set(x, (row, site))
 
     def _source(self, row: int, x: Tensor | None) -> str:
         """Which tensor of the block before the block's input is, untouched: sum, output or ""."""
-        known = None if x is None else self._known.find(x)
+        known = None if x is None else self._known.get(x)
         return known[1] if known and known[0] == row - 1 and known[1] in ("sum", "output") else ""
 
 
@@ -320,9 +314,8 @@ _OF_PARAMETERS = ("grad_param", "update_ratio")
 
 def _spread(branch: Tensor, shortcut: Tensor) -> Tensor:
     """The branch in the shape of the sum."""
-    if branch.shape == shortcut.shape:
-        return branch
-    return branch.detach().expand_as(shortcut)
+    same = branch.shape == shortcut.shape
+    return branch if same else branch.detach().expand_as(shortcut)
 
 
 def _scaled(x: Tensor, factor: float) -> Tensor:

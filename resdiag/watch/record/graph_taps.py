@@ -7,7 +7,7 @@ tensors made beforehand. It may not look at a value, as the shortcuts of `measur
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from resdiag.watch.base.safety import never_alone, plain
 from resdiag.watch.measure import kernels
 from resdiag.watch.plan.ports import Port, Trail
-from resdiag.watch.record.operations import Where
+from resdiag.watch.record.operations import Arguments, Keywords, Where
 
 Function = Callable[[Tensor], Tensor]
 Side = tuple[bool, int]
@@ -77,6 +77,9 @@ class Tap:
         return [*self.forward.tensors(), *self.gradient.tensors()]
 
 
+Taps = list[tuple[Place, Tap]]
+
+
 def numbers(count: int, trail: Trail) -> Tensor:
     """A part for so many numbers of a tensor."""
     return torch.full((count,), math.nan, dtype=torch.float64, device=trail.device)
@@ -115,15 +118,9 @@ class _Gradient(torch.autograd.Function):
 
 
 class Hook:
-    """The forward hooks of one module.
+    """The forward hooks of one module, which is called several times in a pass if `repeated`."""
 
-    `taps` holds places and their taps; `repeated` says that the module is called several times in
-    a pass.
-    """
-
-    def __init__(
-        self, switch: Switch, taps: dict[Side, list[tuple[Place, Tap]]], *, repeated: bool
-    ) -> None:
+    def __init__(self, switch: Switch, taps: dict[Side, Taps], *, repeated: bool) -> None:
         self.switch, self.taps, self.repeated = switch, taps, repeated
         self.calls = 0
 
@@ -155,18 +152,15 @@ class Hook:
 
 
 class TappedOperations:
-    """What is tapped at the operations of one module; an `operations.Handler`.
+    """An `operations.Handler`: the taps of one module at operands, and for None at the result."""
 
-    `taps` holds places and their taps: those of operands, and None for the result.
-    """
-
-    def __init__(self, switch: Switch, taps: Mapping[Where, list[tuple[Place, Tap]]]) -> None:
+    def __init__(self, switch: Switch, taps: Mapping[Where, Taps]) -> None:
         self.switch, self.taps = switch, dict(taps)
 
     @never_alone
     def before(
-        self, where: Where, func: object, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self, where: Where, func: object, args: Arguments, kwargs: Keywords
+    ) -> tuple[Arguments, Keywords]:
         """Tap operands."""
         taps = self.taps.get(where) if self.switch.is_on() else None
         return (args, kwargs) if taps is None else _tap_arguments(taps, args, kwargs)
@@ -181,9 +175,7 @@ class TappedOperations:
 
 
 @never_alone
-def _tap_arguments(
-    taps: Sequence[tuple[Place, Tap]], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _tap_arguments(taps: Taps, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords]:
     """The arguments with taps behind them."""
     changed, named = list(args), dict(kwargs)
     for place, tap in taps:
@@ -218,8 +210,7 @@ def _pass_eager(tap: Tap, x: Tensor) -> Tensor:
 
 
 def _write_forward(tap: Tap, x: Tensor) -> None:
-    sums = tap.forward.sums
-    if sums is not None:
+    if (sums := tap.forward.sums) is not None:
         values = moments_of(x if tap.samples is None else x[: tap.samples], tap.channel)
         if values.shape == sums.shape:
             sums.copy_(values)
