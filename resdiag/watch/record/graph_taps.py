@@ -125,7 +125,7 @@ class Hook:
         self.calls = 0
 
     @never_alone
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+    def before(self, module: nn.Module, args: Arguments, kwargs: Keywords) -> Any:  # noqa: ANN401
         """Tap arguments."""
         taps = self.taps.get((False, self.calls)) if self.switch.is_on() else None
         return None if taps is None else _tap_arguments(taps, args, kwargs)
