@@ -19,9 +19,6 @@ from resdiag.watch.loop.ranks import find_ranks, is_reduced
 from resdiag.watch.loop.state import LossScale
 from resdiag.watch.plan.ports import example
 
-_TAKES = ("first", "last")
-_TRACES = ("first", "always")
-
 _WRAPPERS = {
     "DataParallel": (
         "DataParallel runs copies of the model in threads, which no hook of ours follows: use "
@@ -71,9 +68,8 @@ def attach(
         point: Where in the loop parameter gradients are read, one of `catalog.POINTS`; stored with
             the data. By default "local", "unscaled" with a scaler, and "post_clip" once the loop
             is seen to rewrite gradients; see `Monitor.read_gradients`.
-        metrics: "full" for all of `catalog.RECORDED`; "core" for `catalog.CORE`, which costs
-            half or less: on a CPU most networks' passes are then read from their autograd graphs
-            (docs/explanation/watching.md), where the first that differs is missed, and said.
+        metrics: "full" for all of `catalog.RECORDED`; "core" for `catalog.CORE`, which costs half
+            or less.
         moment_samples: Samples at the head of the batch from which moments, gradient norms at
             activations and their non-finite shares are estimated; None for the whole batch. Of k
             samples a second moment has the relative standard error s / sqrt(k), s being the
@@ -121,8 +117,8 @@ def attach(
         raise ValueError(f"moment_samples={moment_samples} must be at least 1, or None for all")
     for what, given, known in (
         ("point", point, (None, *POINTS)),
-        ("forward pass to take", take, _TAKES),
-        ("trace", trace, _TRACES),
+        ("forward pass to take", take, ("first", "last")),
+        ("trace", trace, ("first", "always")),
         ("set of metrics", metrics, SETS),
     ):
         if given not in known:

@@ -18,13 +18,9 @@ class ForwardPasses:
     """Decides at the beginning of each forward pass of a model whether it is recorded.
 
     `schedule` says whether a step of some number is due; `take_last` that the last pass of a step
-    is recorded, not the first.
-
-    Attributes:
-        taps: What records compiled passes, if the model was prepared for them.
-        seen: What was noticed of torch.compile.
-        demanded: Whether the next pass is recorded whatever the schedule says.
-        is_paused: Whether passes are ignored.
+    is recorded, not the first. `taps` record compiled passes, if the model was prepared for them;
+    `seen` is what was noticed of torch.compile. Where one is `demanded`, the next pass is recorded
+    whatever the schedule says.
     """
 
     def __init__(

@@ -18,10 +18,8 @@ _SCALED = ("grad_input", "grad_sum", "grad_output")
 class Gradients:
     """Reads the gradients of a model's parameters into the record, and how far they move.
 
-    Attributes:
-        point: Where in the loop gradients are read.
-        rated: Whether a learning rate was seen.
-        total: Norm of all gradients in the last step that was finished, 0-d float64.
+    `point` says where in the loop, `rated` whether a learning rate was seen; `total` is the norm of
+    all gradients in the last step that was finished, 0-d float64.
     """
 
     def __init__(
@@ -69,7 +67,7 @@ class Gradients:
     def backward_begins(self) -> None:
         """The first gradient of the recorded pass has come: the loss scale is known now."""
         self._step.factor = self._recorder.backward.factor = self._scale.now()
-        if not self._clipping.follows:
+        if self._clipping.parameter is None:
             blocks = [p for members in self._recorder.anatomy.parameters for p in members]
             self._clipping.follow([*blocks, *self._model.parameters()])
 
@@ -212,20 +210,15 @@ class Clipping:
     """
 
     def __init__(self) -> None:
-        self._parameter: nn.Parameter | None = None
+        self.parameter: nn.Parameter | None = None  # the one that was chosen
         self._handle: RemovableHandle | None = None
         self._fresh: tuple[int, int] | None = None
 
-    @property
-    def follows(self) -> bool:
-        """Whether a parameter was chosen."""
-        return self._parameter is not None
-
     def follow(self, parameters: Iterable[nn.Parameter]) -> None:
         """Choose the first parameter that gets a gradient."""
-        self._parameter = next((p for p in parameters if p.requires_grad and p.is_leaf), None)
-        if self._parameter is not None:
-            self._handle = self._parameter.register_post_accumulate_grad_hook(self._accumulated)
+        self.parameter = next((p for p in parameters if p.requires_grad and p.is_leaf), None)
+        if self.parameter is not None:
+            self._handle = self.parameter.register_post_accumulate_grad_hook(self._accumulated)
 
     def close(self) -> None:
         """Remove the hook; safe to call twice."""
@@ -235,7 +228,7 @@ class Clipping:
 
     def was_seen(self) -> bool:
         """Whether the gradient was changed, or replaced, since it was accumulated."""
-        grad = None if self._parameter is None else self._parameter.grad
+        grad = None if self.parameter is None else self.parameter.grad
         return grad is not None and self._fresh not in (None, (id(grad), grad._version))
 
     def _accumulated(self, parameter: torch.Tensor) -> None:

@@ -51,22 +51,15 @@ class Monitor:
         always: bool,
     ) -> None:
         self._model, self._optimizers, self._units = model, optimizers, units
-        self._samples, self._open, given = (samples, moments), True, len(optimizers) > 0
-        self._custom = CustomValues(custom_metrics().values())
+        self._open, given = True, len(optimizers) > 0
+        self._custom = custom = CustomValues(custom_metrics().values())
         self._now, self._warnings = Step(), Warnings()
         self._record = record = Record(self._custom.ids, self._warnings)
         pool = None
         if ranks is not None:
             pool = Pool(record.cells, record.head, ranks.size, sharded=ranks.sharded)
         self._recorder = Recorder(
-            record.cells,
-            record.head,
-            Guard(),
-            samples,
-            pool,
-            self._custom,
-            core=core,
-            moments=moments,
+            record.cells, record.head, Guard(), samples, pool, custom, core=core, moments=moments
         )
         self._state = state = State(model, self._now, self._recorder, record, scale, self._warnings)
         # its hooks come before those of a pass, which would see tensors that they do not know
@@ -90,12 +83,8 @@ class Monitor:
         """Find the blocks by one pass over example inputs, and get ready for torch.compile."""
         with self.paused():
             plan = plan_of_example(self._model, inputs, keywords, self._units)
-        self._passes.taps = GraphRecorder(
-            self._model, plan, self._recorder, self._record.cells, *self._samples
-        )
+        self._passes.taps = GraphRecorder(self._model, plan, self._recorder)
         self._passes.arm()
-
-    # -- the loop ------------------------------------------------------------------------------
 
     @property
     def warnings(self) -> list[str]:
@@ -242,8 +231,6 @@ class Monitor:
         state = "watching" if self._open else "closed"
         return f"Monitor(blocks={len(self.blocks)}, steps={self._now.recorded}, {state})"
 
-    # -- results -------------------------------------------------------------------------------
-
     @property
     def blocks(self) -> list[Block]:
         """The blocks found; empty before the first recorded forward pass."""
@@ -308,8 +295,6 @@ class Monitor:
         columns = self._record.columns()[per == "step"]
         frame = pd.DataFrame({**columns, **derive(columns, per_step=per == "step")})
         return frame.assign(point=pd.Categorical([self.point] * len(frame)))
-
-    # -- inside --------------------------------------------------------------------------------
 
     def _before_update(self, optimizer: Optimizer, owned: Collection[int] | None) -> None:
         now = self._now

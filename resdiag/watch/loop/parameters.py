@@ -31,12 +31,9 @@ class OptimizerSteps:
     torch's hooks for all optimizers are used, not those of one: an optimizer inside another (SAM,
     Accelerate, one per parameter) steps by itself, and the outer one's hooks would not be called.
 
-    Args:
-        model: Whose parameters count.
-        given: Optimizers that count whatever they own, e.g. of flattened parameters.
-        before: Called when the gradients of a step are there and the parameters still old: right
-            before the step, or after the first call of its closure, which does the backward pass.
-        after: Called right after the step.
+    Those in `given` count whatever they own, e.g. flattened parameters. `before` is called when the
+    gradients of a step are there and the parameters still old: right before the step, or after the
+    first call of its closure, which does the backward pass.
     """
 
     def __init__(
@@ -88,9 +85,8 @@ class OptimizerSteps:
         known = self._owned.get(optimizer)
         if known is None or known[0] != count:  # a group may be added, e.g. when thawing
             ids = frozenset(id(p) for group in optimizer.param_groups for p in group["params"])
-            ours = id(optimizer) in self._given or any(
-                id(p) in ids for p in self._model.parameters()
-            )
+            members = map(id, self._model.parameters())
+            ours = id(optimizer) in self._given or not ids.isdisjoint(members)
             known = self._owned[optimizer] = count, ids if ours else frozenset()
         return known[1] or None
 
@@ -223,8 +219,7 @@ class ParameterNorms:
         dense = [(i, g.coalesce().values() if g.is_sparse else g) for i, g in there]
         if dense:
             which = tuple(i for i, _ in dense)
-            squares = self._squares([g for _, g in dense], which, scale)
-            self._parts.append((which, squares))
+            self._parts.append((which, self._squares([g for _, g in dense], which, scale)))
 
     @property
     def has_taken(self) -> bool:

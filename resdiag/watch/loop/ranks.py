@@ -48,12 +48,8 @@ def is_reduced(model: nn.Module) -> bool:
 def find_ranks(model: nn.Module) -> "Ranks | None":
     """The ranks that train a model together; None for a single process.
 
-    Args:
-        model: As given to `attach`: a DDP wrapper knows its process group, a sharded model its
-            mesh; for any other model it is all processes.
-
-    Raises:
-        ValueError: The other ranks did not call `attach` too.
+    A DDP wrapper knows its process group, a sharded model its mesh; for any other model it is all
+    processes. A ValueError where the other ranks did not call `attach` too.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return None
@@ -93,11 +89,8 @@ def _group_of(model: nn.Module) -> "ProcessGroup | None":
 class Ranks:
     """The ranks of a data-parallel training, as one of them sees them.
 
-    Args:
-        group: Their process group.
-        own: Whether it was made for us.
-        sharded: Whether each holds a part of the parameters only.
-        wrapper: The model as it was given to `attach`, which may be a DDP wrapper.
+    `own` says that the group was made for us, `sharded` that each rank holds a part of the
+    parameters only; `wrapper` is the model as it was given to `attach`.
     """
 
     def __init__(
@@ -133,20 +126,11 @@ class Ranks:
     ) -> tuple[Tensor, Tensor] | None:
         """Add up the ranks' sums of one step and write the metrics; every rank must call this.
 
-        Args:
-            pool: This rank's sums.
-            rows: How many blocks it recorded in this step; None if it recorded nothing.
-            step: The step, the same on every rank.
-            slot: The open slot of the pool's buffers.
-            norm: This rank's gradient norm, 0-d float64, on the device of the model.
-            weights: Gives the norm of this rank's weights, 0-d float64; called once.
-
-        Returns:
-            The gradient norm, 0-d float64, and a 0-d bool: whether all ranks have recorded the step
-            and have the same gradients. None if not all ranks have recorded a first step yet.
-
-        Raises:
-            RanksError: The ranks do not train one model together, or one of them did not come.
+        This rank recorded `rows` blocks, None if nothing; `norm` is its gradient norm, 0-d float64,
+        on the device of the model, and `weights` gives the norm of its weights. Returns the
+        gradient norm and a 0-d bool: whether all ranks have recorded the step and have the same
+        gradients. None if not all ranks have recorded a first step yet; a RanksError if they do not
+        train one model together, or one of them did not come.
         """
         if getattr(getattr(self._wrapper, "_join_config", None), "enable", False):
             raise RanksError(

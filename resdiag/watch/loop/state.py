@@ -17,21 +17,13 @@ from resdiag.watch.record.history import Record
 class Step:
     """One training step after another: its number, and what was seen of it so far.
 
-    Attributes:
-        number: How many steps ended before.
-        recorded: How many of them were recorded.
-        updated: Whether an optimizer of the model has ever stepped.
-        forward: Whether a forward pass is recorded in this step.
-        passes: How many forward passes there were in training mode.
-        compiled: Whether torch.compile runs the recorded pass.
-        hidden: Whether torch.compile hid a pass that was due.
-        stepped: Whether an optimizer of the model has stepped.
-        updating: Whether one is stepping now.
-        updates: How often each optimizer has stepped, by `id`.
-        foreign: Whether an optimizer of other parameters has stepped.
-        repeated: Whether `Monitor.step()` came twice.
-        pending: Whether parameters are remembered whose update has not been measured.
-        factor: The loss scale of the recorded backward pass; None before there was one.
+    `number` steps ended before, `recorded` of them were recorded; `updated`: an optimizer of the
+    model has ever stepped. Of this step: `forward`: a pass is recorded; `passes` were in training
+    mode; `compiled`: torch.compile runs the recorded one; `hidden`: it hid one that was due;
+    `stepped`: an optimizer of the model has stepped; `updating`: one is stepping now; `updates`:
+    how often each has, by `id`; `foreign`: one of other parameters has; `repeated`:
+    `Monitor.step()` came twice; `pending`: parameters are remembered whose update has not been
+    measured; `factor`: the loss scale of the recorded backward pass, None before there was one.
     """
 
     def __init__(self) -> None:

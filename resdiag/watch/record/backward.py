@@ -43,18 +43,11 @@ class _Pass:
 
 
 class Backward:
-    """The gradients at the blocks' tensors.
+    """The gradients at the blocks' tensors; `head` takes that of the logits.
 
-    Args:
-        parts: Shared with the recorder.
-        head: Takes the gradient of the logits.
-
-    Attributes:
-        begins: Called when the first gradient of the pass has come.
-        seen: Whether a gradient of the pass has come.
-        factor: The loss scale.
-        repeats: Gradients that came a second time.
-        rejected: Rows whose pass was not the expected one.
+    `begins` is called when the first gradient of the pass has come, after which it was `seen`;
+    `factor` is the loss scale, `repeats` counts gradients that came a second time, and `rejected`
+    has rows whose pass was not the expected one.
     """
 
     def __init__(self, parts: Parts, head: Head) -> None:
@@ -102,8 +95,6 @@ class Backward:
         """The samples on which shares are measured."""
         return x.detach()[: self._unit_samples]
 
-    # -- hooks ---------------------------------------------------------------------------------
-
     def hook(self, x: Tensor, row: int, column: str) -> None:
         """Read the gradient of a tensor into a column, or say why there is none."""
         if not x.requires_grad and not torch.is_grad_enabled():
@@ -150,13 +141,12 @@ class Backward:
 
     def unhook_sum(self, row: int) -> None:
         """A block gets one more branch: its sum is another tensor."""
-        handle = self._sum_hooks.pop(row, None)
-        if handle is not None:
+        if (handle := self._sum_hooks.pop(row, None)) is not None:
             handle.remove()
 
     def watch_input(self, row: int, x: Tensor) -> None:
         """Read dL/dx where the tensor was the output of an earlier block, else by a hook."""
-        known = self._known.find(x)
+        known = self._known.get(x)
         source = None
         if known is not None and known[1] in ("sum", "output"):
             source = (known[0], self.column_of(*known))
@@ -204,8 +194,6 @@ class Backward:
 
         logits.register_hook(back)
 
-    # -- a part of the forward pass that runs again ------------------------------------------------
-
     def awaited(self) -> list[str]:
         """Owners of the blocks that ran without gradients in the pass that is recorded."""
         if not self._live or self.guard.failure:
@@ -226,8 +214,8 @@ class Backward:
     def hook_again(self, row: int, site: str, x: Tensor) -> None:
         """Hook a tensor of a block that runs again."""
         self._begun = self._pass()
-        if self._known.find(x) is None and not (self._core and site == "sum"):
-            self._known.keep(x, row, site)
+        if self._known.get(x) is None and not (self._core and site == "sum"):
+            self._known.set(x, (row, site))
         if (row, f"grad_{site}") in self._postponed:
             self.hook(x, row, f"grad_{site}")
         self._begun = None
@@ -236,8 +224,6 @@ class Backward:
         """Say of which tensors no gradient came because they have none."""
         for row, column in self._postponed - self._hooked:
             self.guard.miss(row, WITHOUT[column], NO_BACKWARD)
-
-    # -- gradients -----------------------------------------------------------------------------
 
     def _is_current(self, begun: "_Pass | None") -> bool:
         """Whether the pass in which a hook was set is still the one being recorded."""
@@ -268,18 +254,11 @@ class Backward:
         if column == "grad_sum":
             self._shares.hold(row, g)
         for child in self._children.get((row, column), ()):
-            via = self._shares.take(child)
-            if via is not None:
+            if (via := self._shares.take(child)) is not None:
                 self.write_share(child, via, self.head_of(g))
 
     def write(
-        self,
-        row: int,
-        column: str,
-        size: Scalar,
-        broken: Scalar,
-        batch: Scalar,
-        numel: Scalar,
+        self, row: int, column: str, size: Scalar, broken: Scalar, batch: Scalar, numel: Scalar
     ) -> None:
         """Write G2, and where it is that of the output its non-finite fraction."""
         if row in self.rejected:

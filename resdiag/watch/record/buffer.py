@@ -140,8 +140,8 @@ class Buffer:
         `source` is the first of those others; it may be an alias itself.
         """
         here, there = self._at[first], self._at[source[1]]
-        places = row, slice(here, here + width), source[0], slice(there, there + width)
-        self._aliases[-1].append(places)
+        cells, others = slice(here, here + width), slice(there, there + width)
+        self._aliases[-1].append((row, cells, source[0], others))
 
     def flush(self, *, keep_open: bool = False) -> tuple[list[int], NDArray[np.float64]]:
         """Move all used slots to the host: the steps, and values (steps, rows, columns).

@@ -20,19 +20,9 @@ from resdiag.watch.measure import reductions
 from resdiag.watch.measure.changes import saturated
 from resdiag.watch.measure.moments import Sums
 from resdiag.watch.plan.ports import BlockPlan, Plan
-from resdiag.watch.record.buffer import Buffer
 from resdiag.watch.record.forward import Recorder
 from resdiag.watch.record.graph_placement import Placement
-from resdiag.watch.record.graph_taps import (
-    MEANS,
-    SECOND,
-    Hook,
-    Place,
-    Side,
-    Switch,
-    Tap,
-    TappedOperations,
-)
+from resdiag.watch.record.graph_taps import MEANS, SECOND, Hook, Switch, TappedOperations, Taps
 from resdiag.watch.record.operations import Operations, Where
 
 INSIDE = (
@@ -43,29 +33,17 @@ UNREACHED = "in the compiled pass no gradient came to this tensor"
 
 
 class GraphRecorder:
-    """The taps of one model, and what becomes of what they wrote.
+    """The taps of one model, and what becomes of what they wrote."""
 
-    Per-unit quantities are measured on so many `samples`, moments and gradients on `moments` of
-    them, None for all.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        plan: Plan,
-        recorder: Recorder,
-        cells: Buffer,
-        samples: int | None,
-        moments: int | None,
-    ) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, recorder: Recorder) -> None:
         self.guard = recorder.guard
-        self._plan, self._recorder, self._cells = plan, recorder, cells
+        self._plan, self._recorder, self._cells = plan, recorder, recorder.parts.cells
         self._blocks = plan.anatomy.blocks
         recorder.adopt(plan.anatomy)
         ends = [block.output for block in plan.blocks if block.output is not None]
         if ends:
-            cells.reserve(len(plan.blocks), ends[0].device)
-        self._placed = Placement(plan, recorder, samples, moments)
+            self._cells.reserve(len(plan.blocks), ends[0].device)
+        self._placed = Placement(plan, recorder)
         self._written = [x for tap in self._placed.taps.values() for x in tap.tensors()]
         self._switch, self._hooks = Switch(), list[Hook]()
         self._was_entered = self._was_captured = False
@@ -101,10 +79,8 @@ class GraphRecorder:
         self._installed.close()
 
     def _install(self, model: nn.Module) -> Iterator[RemovableHandle]:
-        places: dict[str, dict[Side, list[tuple[Place, Tap]]]]
-        places = defaultdict(lambda: defaultdict(list))
-        inside: dict[str, dict[Where, list[tuple[Place, Tap]]]]
-        inside = defaultdict(lambda: defaultdict(list))
+        places = defaultdict[str, defaultdict[tuple[bool, int], Taps]](lambda: defaultdict(list))
+        inside = defaultdict[str, defaultdict[Where, Taps]](lambda: defaultdict(list))
         for port, tap in self._placed.taps.items():
             if tap.tensors() and port.operation:
                 where = port.call, port.operation, port.ordinal
@@ -134,8 +110,6 @@ class GraphRecorder:
         self._entered.close()
         if self._operations is not None:
             self._operations.running.clear()
-
-    # -- what was written ----------------------------------------------------------------------
 
     @guarded
     @torch.no_grad()

@@ -27,15 +27,8 @@ class Follower:
     from then on; a pass that was not the expected one costs its numbers, and the next one is traced
     again. A model whose passes differ all the time is always traced.
 
-    Args:
-        tracing: What is known of the model.
-        recorder: What records.
-        always: Whether every pass is to be traced.
-
-    Attributes:
-        reason: Why every pass is traced although none differed, or "".
-        missed: Whether the last pass was not the expected one.
-        reads: Passes that were read by hooks.
+    `reason` says why every pass is traced although none differed, or is ""; `missed` that the last
+    pass was not the expected one; `reads` counts passes that were read by hooks.
     """
 
     def __init__(self, tracing: Tracing, recorder: Recorder, *, always: bool = False) -> None:
@@ -46,16 +39,6 @@ class Follower:
         self.reason, self.missed = "", False
         self.reads = self._misses = 0
 
-    @property
-    def expects(self) -> bool:
-        """Whether the next pass is expected to be one that was traced."""
-        return self._expected is not None
-
-    @property
-    def always_traces(self) -> bool:
-        """Whether no plan is made any more."""
-        return self._always or bool(self.reason) or self._misses > _MISSES + self.reads
-
     def begin(self) -> FollowedPass:
         """A pass that is to be recorded begins."""
         self.end()
@@ -64,12 +47,10 @@ class Follower:
         self.missed = False
         model = self._tracing.model
         kept = frozenset(id(x) for x in (*model.parameters(), *model.buffers()))
-        planner = None if self.always_traces else Survey(kept, self._plan)
+        planless = self._always or self.reason or self._misses > _MISSES + self.reads
+        planner = None if planless else Survey(kept, self._plan)
         return TracedPass(
-            self._tracing,
-            [self._recorder],
-            planner,
-            lambda followed: self._again.arm(followed.calls),
+            self._tracing, [self._recorder], planner, lambda one: self._again.arm(one.calls)
         )
 
     def end(self) -> None:

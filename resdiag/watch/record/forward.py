@@ -13,6 +13,7 @@ from resdiag.catalog.custom import CustomValues
 from resdiag.catalog.table import CORE, RECORDED
 from resdiag.watch.base.functions import Call
 from resdiag.watch.base.safety import Guard, guarded
+from resdiag.watch.base.tensors import TensorTable
 from resdiag.watch.find.additions import Addition
 from resdiag.watch.find.blocks import Anatomy
 from resdiag.watch.find.passes import Observer, Operands
@@ -20,9 +21,9 @@ from resdiag.watch.find.units import Unit
 from resdiag.watch.measure.changes import Saturation
 from resdiag.watch.measure.skip_path import COLUMNS, SkipPath
 from resdiag.watch.record.backward import Backward
-from resdiag.watch.record.buffer import Buffer
+from resdiag.watch.record.buffer import Buffer, Key
 from resdiag.watch.record.pool import Pool
-from resdiag.watch.record.sites import SITE_COLUMNS, Head, KnownTensors, Parts, Sites
+from resdiag.watch.record.sites import SITE_COLUMNS, Head, Parts, Sites
 from resdiag.watch.record.unit_tensors import UnitTensors
 
 NO_ADDITION = (
@@ -40,19 +41,13 @@ _NOT_CORE = "not in the core set: attach(metrics='full') records it"
 class Recorder(Observer):
     """The observer that records one forward and backward pass.
 
-    Args:
-        cells: Per-block buffer; its columns are `catalog.table.RECORDED`.
-        head: Per-step buffer with one row; its columns begin with `sites.HEAD_COLUMNS`.
-        guard: Takes failures and reasons.
-        samples: As for `attach`, and so are `core` and `moments`.
-        pool: Where several ranks record together, takes what they must add up.
-        custom: Custom metrics.
+    The columns of `cells`, per block, are `catalog.table.RECORDED`; those of `head`, per step and
+    with one row, begin with `sites.HEAD_COLUMNS`. `samples`, `core` and `moments` are as for
+    `attach`; `pool` takes what several ranks must add up.
 
-    Attributes:
-        is_whole: Whether the pass has ended as it should.
-        unplanned: Additions of the pass that the first one had not.
-        skipped: Blocks of the first pass that this one did not run.
-        fixed: Whether the blocks are known.
+    The pass `is_whole` when it has ended as it should. `unplanned` counts its additions that the
+    first one had not, `skipped` has blocks of the first one that it did not run; the blocks are
+    `fixed` when they are known.
     """
 
     def __init__(
@@ -72,7 +67,7 @@ class Recorder(Observer):
         self.skip = SkipPath(samples, core=core)
         self.skip.weigh = None if pool is None else pool.skip
         self.head = Head(head, pool, guard.reasons)
-        self._known = KnownTensors()
+        self._known = TensorTable[Key](versioned=True)
         self._custom_sites = self.custom.sites()
         self._cells, self._pool, self._saturation = cells, pool, Saturation()
         self.is_core, self.fixed = core, False
@@ -127,8 +122,6 @@ class Recorder(Observer):
         self.end()
         self.skip.forget()
 
-    # -- residual blocks -----------------------------------------------------------------------
-
     @guarded
     def started(self, inputs: Sequence[Tensor]) -> None:
         """Measure the batch that goes in."""
@@ -160,15 +153,10 @@ class Recorder(Observer):
             missing = (*SITE_COLUMNS["input"], "grad_input", "shortcut_share")
             self.guard.miss(row, missing, "the block's input was freed before its addition")
         self.backward.watch_shortcut(row, addition, tensors)
+        scale, stage = addition.shortcut_scale, self.anatomy.blocks[row].stage
+        joined = row == 0 or bool(source)
         self.skip.open(
-            row,
-            x,
-            shortcut,
-            addition.path,
-            addition.shortcut_scale,
-            stage=self.anatomy.blocks[row].stage,
-            joined=row == 0 or bool(source),
-            source=source,
+            row, x, shortcut, addition.path, scale, stage=stage, joined=joined, source=source
         )
 
     @guarded
@@ -213,11 +201,8 @@ class Recorder(Observer):
     @guarded
     def same(self, old: Tensor, new: Tensor) -> None:
         """What was measured of a tensor holds for its equal."""
-        known = self._known.find(old)
-        if known is not None:
-            self._known.keep(new, *known)
-
-    # -- units ---------------------------------------------------------------------------------
+        if (known := self._known.get(old)) is not None:
+            self._known.set(new, known)
 
     @guarded
     def passing(self, number: int, x: Tensor, features: int | None) -> None:
@@ -248,8 +233,6 @@ class Recorder(Observer):
                 self.guard.miss(row, missing, "the module has no floating-point input")
             self._saturation.assign(row, unit.activations)
         self._units.settle(row, "output", unit.output)
-
-    # -- the end -------------------------------------------------------------------------------
 
     @guarded
     def reject(self, keys: Iterable[tuple[str, int]]) -> None:
@@ -296,8 +279,6 @@ class Recorder(Observer):
             self.parts.write_saturation(row, counts, sizes)
         self._saturation.clear()
 
-    # -- measuring -----------------------------------------------------------------------------
-
     def _row(self, addition: Addition, device: torch.device) -> int | None:
         """The block's row, added during the first pass; None for an addition not seen then."""
         row = self.anatomy.rows.get(addition.key)
@@ -315,17 +296,16 @@ class Recorder(Observer):
         if site in self._custom_sites:
             for name, value in self.custom.compute(site, x):
                 self._cells.put(self._cells.slot, row, name, value)
-        known = self._known.find(x)
-        if known is not None:
+        if (known := self._known.get(x)) is not None:
             self.sites.repeat(row, site, known)
             return
         self.sites.measure(row, site, x, is_sum=is_sum)
         if keep:
-            self._known.keep(x, row, site)
+            self._known.set(x, (row, site))
 
     def _source(self, row: int, x: Tensor | None) -> str:
         """Which tensor of the block before the block's input is, untouched: sum, output or ""."""
-        known = None if x is None else self._known.find(x)
+        known = None if x is None else self._known.get(x)
         return known[1] if known and known[0] == row - 1 and known[1] in ("sum", "output") else ""
 
 
@@ -334,9 +314,8 @@ _OF_PARAMETERS = ("grad_param", "update_ratio")
 
 def _spread(branch: Tensor, shortcut: Tensor) -> Tensor:
     """The branch in the shape of the sum."""
-    if branch.shape == shortcut.shape:
-        return branch
-    return branch.detach().expand_as(shortcut)
+    same = branch.shape == shortcut.shape
+    return branch if same else branch.detach().expand_as(shortcut)
 
 
 def _scaled(x: Tensor, factor: float) -> Tensor:

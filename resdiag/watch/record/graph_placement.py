@@ -32,21 +32,13 @@ _LOST = {"input": ("grad_input",), "sum": ("grad_sum",), "output": OUTPUT_GRADIE
 class Placement:
     """The taps of one plan; the recorder is told what cannot be tapped.
 
-    Per-unit quantities are measured on so many `samples`, moments and gradients on `moments` of
-    them, None for all.
-
-    Attributes:
-        taps: The taps by port.
-        users: Which columns of which row each tap feeds.
-        gradients: Row, column and tap of each gradient, with the factor to apply.
-        custom: Row and id of each custom metric, where it is written and its index there.
+    `users` says which columns of which row each tap feeds; `gradients` has row, column, tap and the
+    factor to apply; `custom` row and id of each metric, where it is written and its index there.
     """
 
-    def __init__(
-        self, plan: Plan, recorder: Recorder, samples: int | None, moments: int | None
-    ) -> None:
+    def __init__(self, plan: Plan, recorder: Recorder) -> None:
         self.plan, self._recorder = plan, recorder
-        self._samples, self._moments = samples, moments
+        self._samples, self._moments = recorder.parts.samples, recorder.parts.moments
         self.sites = _CORE_SITES if recorder.is_core else SITES
         self.taps: dict[Port, Tap] = {}
         self.users: list[tuple[int, tuple[str, ...], Tap]] = []

@@ -7,7 +7,7 @@ tensors made beforehand. It may not look at a value, as the shortcuts of `measur
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from resdiag.watch.base.safety import never_alone, plain
 from resdiag.watch.measure import kernels
 from resdiag.watch.plan.ports import Port, Trail
-from resdiag.watch.record.operations import Where
+from resdiag.watch.record.operations import Arguments, Keywords, Where
 
 Function = Callable[[Tensor], Tensor]
 Side = tuple[bool, int]
@@ -35,18 +35,14 @@ SECOND, BROKEN, COUNT = -3, -2, -1
 class Written:
     """What is written of a tensor or of its gradient: tensors that are made beforehand, or None.
 
-    Attributes:
-        sums: Of a tensor its moments, float64 (C + 3,), see `MEANS`; of a gradient G2, non-finite
-            fraction and batch size, float64 (3,).
-        head: The first samples.
-        total: The sum over the batch, float64 (K,).
-        values: Custom metrics, float64 (n,), one for each of `functions`.
+    `sums` are of a tensor its moments, float64 (C + 3,), see `MEANS`; of a gradient G2, non-finite
+    fraction and batch size, float64 (3,).
     """
 
     sums: Tensor | None = None
-    head: Tensor | None = None
-    total: Tensor | None = None
-    values: Tensor | None = None
+    head: Tensor | None = None  # the first samples
+    total: Tensor | None = None  # the sum over the batch, float64 (K,)
+    values: Tensor | None = None  # custom metrics, float64 (n,), one for each of `functions`
     functions: tuple[Function, ...] = ()
 
     def tensors(self) -> list[Tensor]:
@@ -67,10 +63,8 @@ class Written:
 class Tap:
     """What is written at one port, of the tensor there and of its gradient.
 
-    Attributes:
-        samples: How many at the head of the batch the sums are taken over; None for all.
-        channel: The dimension of the channels.
-        separate: Whether the gradient of this use alone is wanted, not of the whole tensor.
+    The sums are over `samples` at the head of the batch, None for all; `separate` says that the
+    gradient of this use alone is wanted, not of the whole tensor.
     """
 
     def __init__(self, port: Port, samples: int | None) -> None:
@@ -81,6 +75,9 @@ class Tap:
     def tensors(self) -> list[Tensor]:
         """All tensors that are written into."""
         return [*self.forward.tensors(), *self.gradient.tensors()]
+
+
+Taps = list[tuple[Place, Tap]]
 
 
 def numbers(count: int, trail: Trail) -> Tensor:
@@ -121,20 +118,14 @@ class _Gradient(torch.autograd.Function):
 
 
 class Hook:
-    """The forward hooks of one module.
+    """The forward hooks of one module, which is called several times in a pass if `repeated`."""
 
-    `taps` holds places and their taps; `repeated` says that the module is called several times in
-    a pass.
-    """
-
-    def __init__(
-        self, switch: Switch, taps: dict[Side, list[tuple[Place, Tap]]], *, repeated: bool
-    ) -> None:
+    def __init__(self, switch: Switch, taps: dict[Side, Taps], *, repeated: bool) -> None:
         self.switch, self.taps, self.repeated = switch, taps, repeated
         self.calls = 0
 
     @never_alone
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+    def before(self, module: nn.Module, args: Arguments, kwargs: Keywords) -> Any:  # noqa: ANN401
         """Tap arguments."""
         taps = self.taps.get((False, self.calls)) if self.switch.is_on() else None
         return None if taps is None else _tap_arguments(taps, args, kwargs)
@@ -161,18 +152,15 @@ class Hook:
 
 
 class TappedOperations:
-    """What is tapped at the operations of one module; an `operations.Handler`.
+    """An `operations.Handler`: the taps of one module at operands, and for None at the result."""
 
-    `taps` holds places and their taps: those of operands, and None for the result.
-    """
-
-    def __init__(self, switch: Switch, taps: Mapping[Where, list[tuple[Place, Tap]]]) -> None:
+    def __init__(self, switch: Switch, taps: Mapping[Where, Taps]) -> None:
         self.switch, self.taps = switch, dict(taps)
 
     @never_alone
     def before(
-        self, where: Where, func: object, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self, where: Where, func: object, args: Arguments, kwargs: Keywords
+    ) -> tuple[Arguments, Keywords]:
         """Tap operands."""
         taps = self.taps.get(where) if self.switch.is_on() else None
         return (args, kwargs) if taps is None else _tap_arguments(taps, args, kwargs)
@@ -187,9 +175,7 @@ class TappedOperations:
 
 
 @never_alone
-def _tap_arguments(
-    taps: Sequence[tuple[Place, Tap]], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _tap_arguments(taps: Taps, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords]:
     """The arguments with taps behind them."""
     changed, named = list(args), dict(kwargs)
     for place, tap in taps:
@@ -224,8 +210,7 @@ def _pass_eager(tap: Tap, x: Tensor) -> Tensor:
 
 
 def _write_forward(tap: Tap, x: Tensor) -> None:
-    sums = tap.forward.sums
-    if sums is not None:
+    if (sums := tap.forward.sums) is not None:
         values = moments_of(x if tap.samples is None else x[: tap.samples], tap.channel)
         if values.shape == sums.shape:
             sums.copy_(values)

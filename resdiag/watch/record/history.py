@@ -22,7 +22,6 @@ Listener: TypeAlias = Callable[[Columns, Columns], object]
 
 _STEP_COLUMNS = (*HEAD, "grad_norm", "grad_scale", "skipped")
 _SLOTS = 16
-_NO_RATES = (math.nan, math.nan, math.nan)
 
 
 class Record:
@@ -45,7 +44,7 @@ class Record:
     def begin(self, step: int, *, again: bool) -> None:
         """Open a slot for a pass; `again` if it takes the place of one of the same step."""
         if not again:
-            self._rates.append(_NO_RATES)
+            self._rates.append((math.nan, math.nan, math.nan))
         self.cells.begin(step)
         self.head.begin(step)
 
@@ -175,13 +174,8 @@ def _concatenate(parts: Sequence[Mapping[str, NDArray[Any]]]) -> Columns:
     if not parts:
         return {"step": np.empty(0, np.int32), "block": np.empty(0, np.int16)}
     names = dict.fromkeys(name for part in parts for name in part)
-    sizes = [len(part["step"]) for part in parts]
-    return {
-        name: np.concatenate(
-            [part.get(name, _gap(n)) for part, n in zip(parts, sizes, strict=True)]
-        )
-        for name in names
-    }
+    sized = [(part, len(part["step"])) for part in parts]
+    return {name: np.concatenate([part.get(name, _gap(n)) for part, n in sized]) for name in names}
 
 
 class Losses:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from resdiag.watch.base.functions import compose
 from resdiag.watch.base.safety import guarded, never_alone
 from resdiag.watch.base.tensors import tensors_in
-from resdiag.watch.find.additions import Addition, read_sum
+from resdiag.watch.find.additions import read_sum
 from resdiag.watch.find.passes import Operands
 from resdiag.watch.plan.ports import ENDS, OPERANDS, BlockPlan, Plan, Port, Reads, Role
 from resdiag.watch.plan.verify import PassGraph, Pattern
@@ -27,23 +27,14 @@ from resdiag.watch.record.operations import Operations, Shown
 
 @dataclass(eq=False)
 class Expected:
-    """A pass that was traced, and how to recognise and read the next one like it.
-
-    Attributes:
-        plan: What was found.
-        reads: Where to look.
-        pattern: What its graph was like.
-        unseen: Rows that no gradient shows: there the numbers are compared.
-        names: The model's modules by name.
-        kept: `id` of its parameters and buffers.
-    """
+    """A pass that was traced, and how to recognise and read the next one like it."""
 
     plan: Plan
     reads: Reads
     pattern: Pattern
-    unseen: frozenset[int]
+    unseen: frozenset[int]  # rows that no gradient shows: there the numbers are compared
     names: Mapping[str, nn.Module]
-    kept: frozenset[int]
+    kept: frozenset[int]  # `id` of the model's parameters and buffers
 
 
 @dataclass(eq=False)
@@ -56,13 +47,7 @@ class _Seen:
 
 
 class TappedPass:
-    """One forward pass that is read at the places of a plan.
-
-    Args:
-        expected: The plan.
-        recorder: Is told.
-        ended: Told at the end whether the pass was the expected one.
-    """
+    """One forward pass that is read at the places of a plan; `ended` is told if it was the one."""
 
     def __init__(
         self, expected: Expected, recorder: Recorder, ended: Callable[[bool], None]
@@ -114,8 +99,7 @@ class TappedPass:
 
     def finish(self, root: nn.Module, output: object) -> None:
         """It has ended as it should."""
-        at = self._expected.reads.modules.get("")
-        if at is not None:
+        if (at := self._expected.reads.modules.get("")) is not None:
             self._look(("", True), at, output, None)
         self._entered.close()
         with torch._C.DisableTorchFunction():
@@ -131,25 +115,19 @@ class TappedPass:
         """A wrapper of a module's handed on `old` as another tensor."""
         self._recorder.same(old, new)
 
-    # -- places --------------------------------------------------------------------------------
-
     def _enter(self, name: str, owner: nn.Module, at: Mapping[Any, Any]) -> Callable[..., None]:
-        key = name, False
-
         @never_alone
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module is owner and get_ident() == self._thread:
-                self._look(key, at, args, kwargs)
+                self._look((name, False), at, args, kwargs)
 
         return enter
 
     def _leave(self, name: str, owner: nn.Module, at: Mapping[Any, Any]) -> Callable[..., None]:
-        key = name, True
-
         @never_alone
         def leave(module: nn.Module, args: object, output: object) -> None:
             if module is owner and get_ident() == self._thread:
-                self._look(key, at, output, None)
+                self._look((name, True), at, output, None)
 
         return leave
 
@@ -201,11 +179,7 @@ class TappedPass:
                 self._see(role, x)
 
     def _see_operands(
-        self,
-        role: Role,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
+        self, role: Role, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> None:
         addition, spelled = self._blocks[role.row].addition, read_sum(func, args, kwargs)
         if addition is None or spelled is None:
@@ -215,8 +189,6 @@ class TappedPass:
         if (shortcut.scale, branch.scale) == (addition.shortcut_scale, addition.branch_scale):
             self._see(Role(role.row, 0, "branch"), branch.make())
             self._see(Role(role.row, 0, "shortcut"), shortcut.make())
-
-    # -- what is told --------------------------------------------------------------------------
 
     def _see(self, role: Role, x: Tensor) -> None:
         """A tensor of the plan has come."""
@@ -245,7 +217,9 @@ class TappedPass:
         assert addition is not None
         operands = Operands(tensors.get("input"), tensors["branch"], tensors["shortcut"])
         if row in self._expected.unseen:
-            seen.last = self._sum_of(addition, operands)
+            head = self._recorder.skip.head
+            h, f = head(operands.shortcut), head(operands.branch)
+            seen.last = h * addition.shortcut_scale + f * addition.branch_scale
         self._tell(seen, 0, lambda: self._recorder.operands(addition, operands))
         seen.tensors = {}
 
@@ -263,12 +237,6 @@ class TappedPass:
         if seen.last is not None and not _is_near(seen.last, self._recorder.skip.head(x)):
             seen.told = -1
         self._tell(seen, 2, lambda: self._recorder.closed(block.addition, x))
-
-    def _sum_of(self, addition: Addition, tensors: Operands) -> Tensor | None:
-        """The sum of some operands, on the first samples."""
-        skip = self._recorder.skip
-        h, f = skip.head(tensors.shortcut), skip.head(tensors.branch)
-        return h * addition.shortcut_scale + f * addition.branch_scale
 
     @staticmethod
     def _tell(seen: _Seen, order: int, tell: Callable[[], None]) -> None:
@@ -288,23 +256,16 @@ class TappedPass:
             self._order.append(row)
             self._recorder.unit(block.unit)
 
-    # -- the end -------------------------------------------------------------------------------
-
-    def _has_changed(self) -> bool:
-        """Whether a module did other operations than in the pass that was traced."""
-        mode = self._operations
-        return mode is not None and any(frame.has_changed for frame in mode.frames.values())
-
     @guarded
     def _end(self, outputs: list[Tensor]) -> None:
         features, logits = self._ends.get("features"), self._ends.get("logits")
         self._graph.see_ends(features, logits, outputs)
-        pattern, known = (
-            Pattern(self._expected.plan, self._graph, len(outputs)),
-            self._expected.pattern,
-        )
+        pattern = Pattern(self._expected.plan, self._graph, len(outputs))
+        known = self._expected.pattern
         pairs = zip(self._blocks, self._seen, pattern.blocks, known.blocks, strict=True)
-        changed = self._expected.unseen if self._has_changed() else frozenset()
+        frames = {} if self._operations is None else self._operations.frames
+        has_changed = any(frame.has_changed for frame in frames.values())
+        changed = self._expected.unseen if has_changed else frozenset()
         order = [row for row in self._expected.reads.order if row in self._order]
         wrong = [
             block.key

@@ -19,6 +19,8 @@ from resdiag.watch.base.safety import never_alone
 from resdiag.watch.plan.ports import OPERATIONS, Plan, Port, is_in
 
 Function = Callable[..., Any]
+Arguments = tuple[Any, ...]
+Keywords = dict[str, Any]
 Where = tuple[int, str, int]
 """Number of the module's call, name and ordinal of the operation."""
 
@@ -27,17 +29,12 @@ class Handler(Protocol):
     """What is done at the operations of one module."""
 
     def before(
-        self, where: Where, func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self, where: Where, func: Function, args: Arguments, kwargs: Keywords
+    ) -> tuple[Arguments, Keywords]:
         """An operation is about to run; returns the arguments to run it with."""
 
     def after(
-        self,
-        where: Where,
-        func: Function,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        result: Any,  # noqa: ANN401
+        self, where: Where, func: Function, args: Arguments, kwargs: Keywords, result: object
     ) -> Any:  # noqa: ANN401
         """It has run; returns the result to hand on."""
 
@@ -45,14 +42,8 @@ class Handler(Protocol):
 class Frame:
     """The hooks that tell that a module's forward is running.
 
-    Args:
-        running: The open calls, innermost last; shared by all frames.
-        handler: What is done at the module's operations, None for nothing.
-        expected: Per call of the module, how often it does which operation.
-
-    Attributes:
-        calls: Calls of the module in this pass.
-        has_changed: Whether a call did other operations than expected.
+    `running` has the open calls, innermost last, of all frames; `expected` says per call of the
+    module how often it does which operation, `has_changed` whether one did others.
     """
 
     def __init__(
@@ -93,23 +84,14 @@ class Shown:
         self._at, self._show = at, show
 
     def before(
-        self,
-        where: Where,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self, where: Where, func: Function, args: Arguments, kwargs: Keywords
+    ) -> tuple[Arguments, Keywords]:
         """The operands, before they can be overwritten."""
         self._see(where, func, args, kwargs, None)
         return args, kwargs
 
     def after(
-        self,
-        where: Where,
-        func: Callable[..., Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        result: Any,  # noqa: ANN401
+        self, where: Where, func: Function, args: Arguments, kwargs: Keywords, result: object
     ) -> Any:  # noqa: ANN401
         """The result."""
         self._see(where, func, args, kwargs, result)

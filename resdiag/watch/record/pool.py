@@ -37,21 +37,13 @@ HEAD = -1
 
 @dataclass(frozen=True)
 class Layout:
-    """What stands where in the vector; ranks can only add what they have laid out alike.
-
-    Attributes:
-        rows: How many blocks there are.
-        scalars: Columns that are a quotient of two sums.
-        sites: Cell of every tensor measured, and its number of channels.
-        gates: Row, and number of channels of each activation inside that block.
-        classes: Entries of the logits' gradient, 0 without a head.
-    """
+    """What stands where in the vector; ranks can only add what they have laid out alike."""
 
     rows: int
-    scalars: tuple[str, ...]
-    sites: tuple[tuple[Key, int], ...]
-    gates: tuple[tuple[int, tuple[int, ...]], ...]
-    classes: int
+    scalars: tuple[str, ...]  # columns that are a quotient of two sums
+    sites: tuple[tuple[Key, int], ...]  # cell of every tensor, and its number of channels
+    gates: tuple[tuple[int, tuple[int, ...]], ...]  # row, channels of each activation in the block
+    classes: int  # entries of the logits' gradient, 0 without a head
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -161,12 +153,7 @@ class Pool:
     ) -> None:
         """Make the metrics of all ranks from the sums and write them into the open slots.
 
-        Args:
-            layout: Of both vectors.
-            total: The first vectors' sum.
-            spreads: The second vectors' sum.
-            valid: 0-d bool: where it is false, NaN is written.
-            slot: The open slot of both buffers.
+        `total` and `spreads` sum the first and second vectors; NaN where `valid`, 0-d, is false.
         """
         total = torch.where(valid, total, math.nan)
         cells, _, sizes, broken, gated, gates, gap = total.split(layout.sizes)

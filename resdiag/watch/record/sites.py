@@ -26,23 +26,6 @@ from resdiag.watch.record.pool import HEAD, Pool
 SITE_COLUMNS = {site: tuple(f"{site}_{name}" for name in moments.STATISTICS) for site in SITES}
 
 
-class KnownTensors(TensorTable[tuple[int, str]]):
-    """Row and site at which a tensor of a pass was measured, unless it was written to since."""
-
-    __slots__ = ()
-
-    def __init__(self) -> None:
-        super().__init__(versioned=True)
-
-    def keep(self, x: Tensor, row: int, site: str, version: int | None = None) -> None:
-        """A tensor was measured, as it is now or as it was at a version."""
-        self.set(x, (row, site), version)
-
-    def find(self, x: Tensor) -> tuple[int, str] | None:
-        """Row and site at which `x`, unchanged since, was measured."""
-        return self.get(x)
-
-
 Part: TypeAlias = Sums | Normalised
 """What was read of a tensor, or what is enough to know."""
 
@@ -95,8 +78,7 @@ class Sites:
 
     def take_over(self, row: int, site: str, known: tuple[int, str]) -> None:
         """What was read of a tensor at a row and site is to be written at another one."""
-        part = self._parts.get(known)
-        if part is not None:
+        if (part := self._parts.get(known)) is not None:
             self.keep(row, site, part)
 
     def read(self, x: Tensor, features: int | None) -> Part:
@@ -162,7 +144,7 @@ class Parts:
 
     cells: Buffer
     sites: Sites
-    known: KnownTensors
+    known: TensorTable[Key]  # row and site where a tensor, not written to since, was measured
     custom: CustomValues
     guard: Guard
     pool: Pool | None  # where several ranks record together

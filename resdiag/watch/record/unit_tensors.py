@@ -49,19 +49,15 @@ class UnitTensors:
     def measure(self, number: int, x: Tensor, features: int | None, *, settled: bool) -> None:
         """Measure a candidate, and hook its gradient.
 
-        Args:
-            number: Its number in the pass.
-            x: The tensor.
-            features: The dimension of its channels, if known.
-            settled: Whether the units are known: else most candidates belong to none, and are no
-                business of somebody's function.
+        Unless the units are `settled`, most candidates belong to none, and are no business of
+        somebody's function.
         """
         if number in self._seen:
             return
         seen = self._seen[number] = _Candidate(weakref.ref(x), x._version, x.device)
         for site in self._custom_sites if settled else ():
             seen.custom[site] = self._custom.compute(site, x)
-        seen.place = self._known.find(x)
+        seen.place = self._known.get(x)
         if seen.place is not None:  # measured as a tensor of a residual block before
             seen.gradient = seen.place[0], self._backward.column_of(*seen.place)
             return
@@ -86,9 +82,8 @@ class UnitTensors:
         elif seen.sums is not None:
             self._sites.keep(row, site, seen.sums)
             seen.place = row, site
-            x = seen.tensor()
-            if x is not None:
-                self._known.keep(x, row, site, version=seen.version)
+            if (x := seen.tensor()) is not None:
+                self._known.set(x, seen.place, seen.version)
         hooked = seen.handle is not None
         claimed = self._backward.claim(row, f"grad_{site}", seen.gradient, hooked=hooked)
         seen.gradient = claimed or seen.gradient
