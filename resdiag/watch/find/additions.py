@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from resdiag.watch.base.functions import Call
 from resdiag.watch.base.tensors import TensorTable, tensors_in
-from resdiag.watch.find.dataflow import Lineage
+from resdiag.watch.find.dataflow import Dataflow
 
 _ADD = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__}
 _SUB = {torch.sub, torch.subtract, Tensor.sub, Tensor.sub_, Tensor.subtract, Tensor.subtract_}
@@ -203,24 +203,24 @@ class _Product:
     is_rest: bool = False
 
 
-def read_mix(lineage: Lineage, spelled: Sum, left: int, right: int) -> Mix | None:
+def read_mix(flow: Dataflow, spelled: Sum, left: int, right: int) -> Mix | None:
     """The mixture that a sum of two operands is; None if it is none."""
     if spelled.left.scale != 1 or abs(spelled.right.scale) != 1:
         return None
     if spelled.right.scale > 0:
-        for one in _products(lineage, left):
-            for other in _products(lineage, right):
-                if _share_one(lineage, one, other):
+        for one in _products(flow, left):
+            for other in _products(flow, right):
+                if _share_one(flow, one, other):
                     return Mix(one.value, other.value, one.gate, (left, right))
-    return _read_step(lineage, spelled, left, right)
+    return _read_step(flow, spelled, left, right)
 
 
-def _products(lineage: Lineage, number: int) -> Iterator[_Product]:
+def _products(flow: Dataflow, number: int) -> Iterator[_Product]:
     """The readings of a tensor as a product of a gate and another tensor."""
-    node = lineage.node(number)
+    node = flow.node(number)
     while node.call is not None and len(set(node.parents)) == 1 and not node.is_transform:
         number = node.parents[0]  # what dropout or a layer scale did to the product
-        node = lineage.node(number)
+        node = flow.node(number)
     if node.call is None or len(set(node.parents)) != len(node.parents) or len(node.parents) != 2:
         return
     one, other = node.parents
@@ -231,45 +231,45 @@ def _products(lineage: Lineage, number: int) -> Iterator[_Product]:
         yield _Product(number, other, one)
 
 
-def _share_one(lineage: Lineage, one: _Product, other: _Product) -> bool:
+def _share_one(flow: Dataflow, one: _Product, other: _Product) -> bool:
     """Whether what one gate takes is what the other leaves."""
-    signs = dict(_origins(lineage, one.gate))
+    signs = dict(_origins(flow, one.gate))
     wanted = one.is_rest == other.is_rest
     return any(
-        n in signs and (signs[n] != sign) == wanted for n, sign in _origins(lineage, other.gate)
+        n in signs and (signs[n] != sign) == wanted for n, sign in _origins(flow, other.gate)
     )
 
 
-def _origins(lineage: Lineage, number: int) -> Iterator[tuple[int, bool]]:
+def _origins(flow: Dataflow, number: int) -> Iterator[tuple[int, bool]]:
     """What a gate is an affine function of, itself first, and whether it falls as that grows."""
     falls = False
     yield number, falls
-    while len(lineage.node(number).parents) == 1:
-        call, (before,) = lineage.node(number).call, lineage.node(number).parents
+    while len(flow.node(number).parents) == 1:
+        call, (before,) = flow.node(number).call, flow.node(number).parents
         if call is None or call.name not in (*_COMPLEMENTS, *_HARMLESS):
             return
         second = call.args[0] if call.args else call.kwargs.get("other")
-        is_second = isinstance(second, Tensor) and lineage.number(second) == before
+        is_second = isinstance(second, Tensor) and flow.number(second) == before
         falls ^= call.name in _COMPLEMENTS or (call.name in ("sub", "subtract") and is_second)
         number = before
         yield number, falls
 
 
-def _read_step(lineage: Lineage, spelled: Sum, left: int, right: int) -> Mix | None:
+def _read_step(flow: Dataflow, spelled: Sum, left: int, right: int) -> Mix | None:
     """A step x + t * (f - x) towards f, or x - t * (x - f)."""
     ahead = spelled.right.scale > 0
     orders = [(left, spelled.left, right, spelled.right)]
     if ahead:
         orders.append((right, spelled.right, left, spelled.left))
     for start, at, step, by in orders:
-        for product in _products(lineage, step):
-            node = lineage.node(product.value)
+        for product in _products(flow, step):
+            node = flow.node(product.value)
             if product.number != step or not node.is_difference:
                 continue
             end, begin = node.parents if ahead else node.parents[::-1]
             if begin != start:
                 continue
-            shares = _shares(lineage, at, by, product)
+            shares = _shares(flow, at, by, product)
             if start == left:
                 return Mix(start, end, product.gate, (left, right), shares)
             return Mix(end, start, product.gate, (left, right), shares and shares[::-1])
@@ -277,11 +277,11 @@ def _read_step(lineage: Lineage, spelled: Sum, left: int, right: int) -> Mix | N
 
 
 def _shares(
-    lineage: Lineage, start: Operand, step: Operand, product: _Product
+    flow: Dataflow, start: Operand, step: Operand, product: _Product
 ) -> tuple[Operand, Operand] | None:
     """What a step leaves of its start, and what it takes of its goal; None if the gate is gone."""
-    gate = lineage.node(product.number).gate
-    gate = next((x for x in step.inputs if lineage.number(x) == product.gate), gate)
+    gate = flow.node(product.number).gate
+    gate = next((x for x in step.inputs if flow.number(x) == product.gate), gate)
     if gate is None:
         return None
 

@@ -65,7 +65,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Scope:
-    """A module's forward as the lineage sees it: what came in, and what was there before."""
+    """A module's forward as the flow sees it: what came in, and what was there before."""
 
     entries: frozenset[int]  # numbers of its inputs
     start: int  # tensors numbered below this were there before it began
@@ -91,7 +91,7 @@ def reach(start: int, ahead: Callable[[int], Iterable[int]]) -> Iterator[int]:
         queue.extend(found)
 
 
-class Lineage:
+class Dataflow:
     """The tensors of one forward pass, numbered in the order in which they were made."""
 
     def __init__(self) -> None:

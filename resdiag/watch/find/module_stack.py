@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from resdiag.watch.base.functions import Call
 from resdiag.watch.base.tensors import TensorTable, first_floating, tensors_in
 from resdiag.watch.find.additions import Addition
-from resdiag.watch.find.dataflow import Descent, Lineage, Scope
+from resdiag.watch.find.dataflow import Dataflow, Descent, Scope
 from resdiag.watch.find.passes import Bus, Operands
 from resdiag.watch.find.units import Visit, unit_of
 
@@ -57,7 +57,7 @@ class ModuleStack:
     it; `chosen` says whether the units were chosen by the user.
     """
 
-    def __init__(self, flow: Lineage, bus: Bus, tails: Mapping[str, int], *, chosen: bool) -> None:
+    def __init__(self, flow: Dataflow, bus: Bus, tails: Mapping[str, int], *, chosen: bool) -> None:
         self.frames: list[Frame] = []  # the modules that are running, outermost first
         self.activations: list[Call] = []  # of the pass so far
         self._flow, self._bus, self._tails, self._chosen = flow, bus, tails, chosen

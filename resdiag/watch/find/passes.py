@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from resdiag.watch.base.functions import Call
 from resdiag.watch.base.safety import is_running_compiled, never_alone, plain
 from resdiag.watch.find.additions import Addition
-from resdiag.watch.find.dataflow import Lineage
+from resdiag.watch.find.dataflow import Dataflow
 from resdiag.watch.find.units import Unit
 
 
@@ -70,7 +70,7 @@ class Observer:
 class Surveyor(Observer):
     """Sees every module and every operation of the pass as well."""
 
-    def begin(self, flow: Lineage) -> None:
+    def begin(self, flow: Dataflow) -> None:
         """The pass begins; `flow` numbers its tensors."""
 
     def enters(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

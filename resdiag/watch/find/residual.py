@@ -8,7 +8,7 @@ from torch import Tensor
 
 from resdiag.watch.base.functions import Call
 from resdiag.watch.find.additions import Addition, Mix, Operand, Sum, Ways, read_mix
-from resdiag.watch.find.dataflow import Depth, Lineage, Scope, reach
+from resdiag.watch.find.dataflow import Dataflow, Depth, Scope, reach
 from resdiag.watch.find.module_stack import Frame
 from resdiag.watch.find.passes import Operands
 
@@ -30,15 +30,15 @@ class Meeting(Ways):
 class Residuals:
     """Judges the sums of one pass by the descent of their operands."""
 
-    def __init__(self, lineage: Lineage) -> None:
-        self._lineage = lineage
+    def __init__(self, flow: Dataflow) -> None:
+        self._flow = flow
 
     def meet(self, spelled: Sum, frames: Sequence[Frame]) -> Meeting | None:
         """Whether two operands are a shortcut and a branch, seen from the module that adds them."""
         left, right = map(self._number, (spelled.left, spelled.right))
         if left is None or right is None:
             return None
-        mix = read_mix(self._lineage, spelled, left, right)
+        mix = read_mix(self._flow, spelled, left, right)
         left, right = (mix.left, mix.right) if mix is not None else (left, right)
         if left == right:
             return None
@@ -64,7 +64,7 @@ class Residuals:
         A shortcut that a parameter multiplies is a layer's own where it begins inside the layer:
         the D x of a state space is a part of the branch that the mixer is.
         """
-        if meeting.is_scaled and is_inner(self._lineage, meeting.begin, frames):
+        if meeting.is_scaled and is_inner(self._flow, meeting.begin, frames):
             return None
         sides = spelled.left, spelled.right
         if meeting.is_gated:
@@ -78,8 +78,8 @@ class Residuals:
 
     def _number(self, side: Operand) -> int | None:
         if side.call is not None:
-            return self._lineage.imagine(side.inputs, side.call)
-        return self._lineage.number(side.inputs[0])
+            return self._flow.imagine(side.inputs, side.call)
+        return self._flow.number(side.inputs[0])
 
     def parallel(self, frame: Frame, spelled: Sum) -> tuple[Addition, Operands] | None:
         """The open block with one more branch of its own input, as in x + f(x) + g(x)."""
@@ -92,7 +92,7 @@ class Residuals:
         at = next((i for i, s in enumerate(sides) if s.inputs[0] is total), None)
         if at is None or sides[at].scale != 1 or tensors.origin is None:
             return None
-        flow, more = self._lineage, sides[1 - at]
+        flow, more = self._flow, sides[1 - at]
         number, begin = self._number(more), flow.number(total)
         origin = flow.number(tensors.origin)
         if number is None or begin is None or origin is None or more.shape != total.shape:
@@ -139,13 +139,13 @@ class Residuals:
         ways = {left: _LEFT}
         ways[right] = ways.get(right, 0) | _RIGHT
         between: list[int] = []
-        for origin in self._lineage.walk(ways, min(scope.entries, default=0)):
+        for origin in self._flow.walk(ways, min(scope.entries, default=0)):
             if ways[origin] == _LEFT | _RIGHT:
                 break
             between.append(origin)
         else:
             return None
-        if mix is not None and not self._lineage.descends(mix.gate, origin):
+        if mix is not None and not self._flow.descends(mix.gate, origin):
             return self.judge(*mix.operands, scope)  # a mask, or another factor from outside
         depths = self._depths(origin, reversed(between))
         one, other = depths[left], depths[right]
@@ -159,14 +159,14 @@ class Residuals:
         if (
             depths[branch][:2] == (0, 0)
             or not self._is_shortcut(on_shortcut)
-            or are_pieces(self._lineage, origin, on_shortcut, on_branch)
-            or (depths[branch][0] and is_cut(self._lineage, branch, depths))
+            or are_pieces(self._flow, origin, on_shortcut, on_branch)
+            or (depths[branch][0] and is_cut(self._flow, branch, depths))
         ):
             return None
         passed_by = any(
-            (s := self._lineage.node(n).stream) is not None and s not in depths for n in on_branch
+            (s := self._flow.node(n).stream) is not None and s not in depths for n in on_branch
         )
-        if passed_by and was_added(self._lineage, origin):
+        if passed_by and was_added(self._flow, origin):
             return None
         if not _is_inside(scope, origin, on_shortcut, on_branch, depths[shortcut] == _NONE):
             return None
@@ -174,10 +174,10 @@ class Residuals:
             inside = [n for n in between if n in depths or n >= scope.start]
         else:
             made = dict.fromkeys((left, right, mix.gate, *mix.operands), _LEFT)
-            inside = [n for n in self._lineage.walk(made, origin) if n != origin]
+            inside = [n for n in self._flow.walk(made, origin) if n != origin]
             if self._is_recurrent(mix.gate, origin):
                 return None
-        node = self._lineage.node
+        node = self._flow.node
         # the stream's own: a branch that mixes tokens, turned, has its features where they are
         features = (node(n).features for n in (shortcut, origin, branch))
         return Meeting(
@@ -187,9 +187,9 @@ class Residuals:
             stream=shortcut,
             shortcut_count=sum(bool(node(n).parameters) for n in on_shortcut),
             path=self._path(shortcut, origin) if mix is None else None,
-            parameters=self._lineage.parameters(inside),
-            calls=self._lineage.calls(on_branch),
-            activations=[call for call in self._lineage.calls(inside) if call.is_activation],
+            parameters=self._flow.parameters(inside),
+            calls=self._flow.calls(on_branch),
+            activations=[call for call in self._flow.calls(inside) if call.is_activation],
             is_learned=any(node(n).depth[0] for n in on_branch),
             features=next((known for known in features if known is not None), None),
             is_scaled=any(
@@ -201,7 +201,7 @@ class Residuals:
 
     def _is_recurrent(self, gate: int, origin: int) -> bool:
         """Whether a gate was made of a tensor and of something else that was there before it."""
-        node = self._lineage.node
+        node = self._flow.node
         return any(
             n < origin or (not node(n).parents and node(n).call is not None)
             for n in reach(gate, lambda n: set(node(n).parents) - {origin})
@@ -211,7 +211,7 @@ class Residuals:
         """The longest way from the origin to each tensor that descends from it."""
         depths = {origin: _NONE}
         for number in numbers:
-            node = self._lineage.node(number)
+            node = self._flow.node(number)
             before = [depths[parent] for parent in node.parents if parent in depths]
             if before:
                 (a, b, c), (d, e, f) = max(before), node.depth
@@ -222,7 +222,7 @@ class Residuals:
         """Whether a way is the identity or a linear map, activated at its ends at most."""
         mapped = activated = False
         for number in numbers:
-            node = self._lineage.node(number)
+            node = self._flow.node(number)
             if node.is_opaque or (mapped and activated and node.is_transform):
                 return False
             mapped = mapped or node.is_transform
@@ -234,7 +234,7 @@ class Residuals:
         """Calls from `origin` to a tensor if each can be repeated, else None."""
         calls: list[Call] = []
         while number != origin:
-            node = self._lineage.node(number)
+            node = self._flow.node(number)
             if node.call is None or not node.repeatable or number < origin:
                 return None
             calls.append(_piece_of(node.call, node.piece))
@@ -264,37 +264,37 @@ def _is_inside(
 
 
 def are_pieces(
-    lineage: Lineage, origin: int, on_shortcut: Sequence[int], on_branch: Sequence[int]
+    flow: Dataflow, origin: int, on_shortcut: Sequence[int], on_branch: Sequence[int]
 ) -> bool:
     """Whether two ways begin with different pieces of their origin, not its halves: two streams."""
     one, other = (
-        {node.piece: node.size for n in way if origin in (node := lineage.node(n)).parents}
+        {node.piece: node.size for n in way if origin in (node := flow.node(n)).parents}
         for way in (on_shortcut, on_branch)
     )
     if not one or "" in {**one, **other} or not one.keys().isdisjoint(other):
         return False
     sizes = [*one.values(), *other.values()]
-    return len(sizes) != 2 or sum(sizes) < lineage.node(origin).size
+    return len(sizes) != 2 or sum(sizes) < flow.node(origin).size
 
 
-def was_added(lineage: Lineage, number: int) -> bool:
+def was_added(flow: Dataflow, number: int) -> bool:
     """Whether a tensor, or a view of it, has been an operand of an addition."""
-    users = lineage.users()
+    users = flow.users()
 
     def is_view(n: int) -> bool:
-        node = lineage.node(n)
+        node = flow.node(n)
         return len(set(node.parents)) == 1 and not node.is_transform and not node.is_opaque
 
     return any(
-        (call := lineage.node(user).call) is not None
+        (call := flow.node(user).call) is not None
         and call.is_sum
-        and len(set(lineage.node(user).parents)) > 1
+        and len(set(flow.node(user).parents)) > 1
         for view in reach(number, lambda n: filter(is_view, users.get(n, ())))
         for user in users.get(view, ())
     )
 
 
-def is_cut(lineage: Lineage, branch: int, depths: Mapping[int, Depth]) -> bool:
+def is_cut(flow: Dataflow, branch: int, depths: Mapping[int, Depth]) -> bool:
     """Whether every way to a branch is detached between two of its parameterised maps.
 
     What follows begins anew, as a position does that was embedded from a predicted box. A branch
@@ -303,14 +303,14 @@ def is_cut(lineage: Lineage, branch: int, depths: Mapping[int, Depth]) -> bool:
     whole = depths[branch][0]
 
     def ahead(number: int) -> Iterator[int]:
-        node = lineage.node(number)
+        node = flow.node(number)
         if node.name != "detach" or depths[number][0] == whole:
             yield from (parent for parent in node.parents if parent in depths)
 
     return all(depths[number][0] for number in reach(branch, ahead))
 
 
-def is_inner(lineage: Lineage, origin: int, frames: Sequence[Frame]) -> bool:
+def is_inner(flow: Dataflow, origin: int, frames: Sequence[Frame]) -> bool:
     """Whether a tensor is no stream's, but a layer's own: mapped, or normalised, on its way in.
 
     Either the module that adds has mapped its input to it, as a state-space mixer does before it
@@ -323,7 +323,7 @@ def is_inner(lineage: Lineage, origin: int, frames: Sequence[Frame]) -> bool:
         maps = normalises = summed = False
         while queue:
             number = queue.pop()
-            node = lineage.node(number)
+            node = flow.node(number)
             if number in scope.entries or number < scope.start or node.stream is not None:
                 summed = summed or (node.stream is not None and number not in scope.entries)
                 continue

@@ -1,6 +1,6 @@
 """Follows one forward pass and sees it as residual blocks.
 
-Every tensor of the pass is a node of a `Lineage`. At an addition, walk back from both operands to
+Every tensor of the pass is a node of a `Dataflow`. At an addition, walk back from both operands to
 the last tensor that they share: that is the block's input x, and the two ways from there are the
 branch and the shortcut (`Residuals.judge` has the conditions). No list of classes, no names: what
 counts are the operations on the two ways. An activation or a normalisation applied to the sum is
@@ -25,7 +25,7 @@ from resdiag.watch.base.functions import Call, is_question
 from resdiag.watch.base.safety import never_alone
 from resdiag.watch.base.tensors import first_floating, tensors_in
 from resdiag.watch.find.additions import ADDITIONS, Addition, Stacks, Sum, Ways, read_sum
-from resdiag.watch.find.dataflow import Lineage
+from resdiag.watch.find.dataflow import Dataflow
 from resdiag.watch.find.module_stack import Frame, Makers, ModuleStack
 from resdiag.watch.find.passes import Bus, Observer, Operands, Surveyor
 from resdiag.watch.find.residual import Residuals
@@ -70,7 +70,7 @@ class TracedPass(TorchFunctionMode):
         self._tracing, self._survey = tracing, surveyor or Surveyor()
         self._sees_all = surveyor is not None or tracing.searching  # modules that add nothing, too
         self._bus = Bus([*observers, self._survey])
-        self._flow = Lineage()
+        self._flow = Dataflow()
         chosen = tracing.units is not None
         self._stack = ModuleStack(self._flow, self._bus, tracing.tails, chosen=chosen)
         self._residuals, self._stacked = Residuals(self._flow), Stacks()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from resdiag.watch.base.functions import Call
-from resdiag.watch.find.dataflow import Lineage
+from resdiag.watch.find.dataflow import Dataflow
 
 _LARGE = 0.25  # share of all parameterised layers above which a module is too coarse a unit
 
@@ -69,9 +69,9 @@ class Search:
     """
 
     def __init__(
-        self, lineage: Lineage, gates: list[Call], passing: Callable[[int, Tensor], None]
+        self, flow: Dataflow, gates: list[Call], passing: Callable[[int, Tensor], None]
     ) -> None:
-        self._lineage, self._gates, self._passing = lineage, gates, passing
+        self._flow, self._gates, self._passing = flow, gates, passing
         self._root: Visit | None = None
         self._open: list[Visit] = []
         self._counts: Counter[str] = Counter()
@@ -79,9 +79,9 @@ class Search:
 
     def enter(self, name: str, module: nn.Module, x: Tensor | None) -> None:
         """A module's forward begins on `x`, its first floating-point input."""
-        start, number = len(self._lineage), None
-        if x is not None and not self._lineage.are_weights([x]):
-            number = self._lineage.enter(x)
+        start, number = len(self._flow), None
+        if x is not None and not self._flow.are_weights([x]):
+            number = self._flow.enter(x)
             if next(module.parameters(), None) is not None:
                 self._pass(number, x)
         shape = None if x is None else x.shape
@@ -101,7 +101,7 @@ class Search:
                 break
         else:
             return
-        number = None if y is None else self._lineage.number(y)
+        number = None if y is None else self._flow.number(y)
         if visit.layers and y is not None and number is not None:
             visit.output, visit.shape, visit.dtype = number, y.shape, y.dtype
             visit.gates = len(self._gates)
@@ -109,7 +109,7 @@ class Search:
 
     def operation(self, call: Call, parents: Sequence[int], number: int, result: Tensor) -> None:
         """An operation of the pass made a tensor of others."""
-        if call.is_transform and self._lineage.node(number).parameters:
+        if call.is_transform and self._flow.node(number).parameters:
             for visit in self._open:
                 visit.layers += 1
         elif call.is_after and not self._passed.isdisjoint(parents):
@@ -119,7 +119,7 @@ class Search:
         """The units of the pass that has ended."""
         if self._root is None:
             return []
-        flow, users = self._lineage, self._lineage.users()
+        flow, users = self._flow, self._flow.users()
         return [
             unit_of(visit, flow.tail(visit.output or 0, users), flow, self._gates, chosen=True)
             for visit in choose_units(self._root, flow)
@@ -131,10 +131,10 @@ class Search:
 
 
 def unit_of(
-    visit: Visit, tail: Sequence[int], lineage: Lineage, gates: Sequence[Call], *, chosen: bool
+    visit: Visit, tail: Sequence[int], flow: Dataflow, gates: Sequence[Call], *, chosen: bool
 ) -> Unit:
     """The unit that a call is, with the tensors of its `tail` and, of the activations, its own."""
-    output, after = visit.output, lineage.calls(tail)
+    output, after = visit.output, flow.calls(tail)
     assert output is not None
     assert visit.shape is not None
     return Unit(
@@ -145,24 +145,24 @@ def unit_of(
         entered=visit.entered,
         shape=visit.shape,
         dtype=visit.dtype,
-        features=lineage.node(output).features,
+        features=flow.node(output).features,
         after=after,
-        calls=lineage.calls(range(visit.start, output + 1)),
+        calls=flow.calls(range(visit.start, output + 1)),
         activations=[*gates[visit.gate : visit.gates], *(c for c in after if c.is_activation)],
-        parameters=[*visit.module.parameters(), *lineage.parameters(tail)],
+        parameters=[*visit.module.parameters(), *flow.parameters(tail)],
         chosen=chosen,
     )
 
 
-def choose_units(root: Visit, lineage: Lineage) -> list[Visit]:
+def choose_units(root: Visit, flow: Dataflow) -> list[Visit]:
     """A network's units in the order of their outputs; none without parameterised layers."""
     if not root.layers or root.output is None:
         return []
-    way = set(lineage.walk({root.output: 1}, 0))
-    units = list(_divide(root, root.layers, way, lineage))
+    way = set(flow.walk({root.output: 1}, 0))
+    units = list(_divide(root, root.layers, way, flow))
     while len(units) == 1 and (inner := _inner(units[0], way)) and len(inner) > 1:
-        units = [unit for call in inner for unit in _divide(call, root.layers, way, lineage)]
-    is_head = lineage.node(root.output).name == "linear" and units[-1].output == root.output
+        units = [unit for call in inner for unit in _divide(call, root.layers, way, flow)]
+    is_head = flow.node(root.output).name == "linear" and units[-1].output == root.output
     return units[:-1] if len(units) > 1 and is_head else units
 
 
@@ -172,16 +172,16 @@ def _inner(visit: Visit, way: set[int]) -> list[Visit]:
     return inner if sum(call.layers for call in visit.inner) == visit.layers else []
 
 
-def _divide(visit: Visit, total: int, way: set[int], lineage: Lineage) -> Iterator[Visit]:
+def _divide(visit: Visit, total: int, way: set[int], flow: Dataflow) -> Iterator[Visit]:
     inner = _inner(visit, way)
     container = isinstance(visit.module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
     divisible = container or visit.layers > _LARGE * total
     chain = (
-        lineage.descends(late.output or 0, early.output or 0)
+        flow.descends(late.output or 0, early.output or 0)
         for early, late in itertools.pairwise(inner)
     )
     if visit.layers < 2 or not inner or (visit.name and not (divisible and all(chain))):
         yield visit
     else:
         for call in inner:
-            yield from _divide(call, total, way, lineage)
+            yield from _divide(call, total, way, flow)

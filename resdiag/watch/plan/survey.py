@@ -12,7 +12,7 @@ from resdiag.watch.base.functions import Call
 from resdiag.watch.base.tensors import tensors_in
 from resdiag.watch.find.additions import Addition
 from resdiag.watch.find.blocks import BlockFinder, trace_once
-from resdiag.watch.find.dataflow import Lineage
+from resdiag.watch.find.dataflow import Dataflow
 from resdiag.watch.find.passes import Operands, Surveyor
 from resdiag.watch.find.units import Unit
 from resdiag.watch.plan.ports import OPERATIONS, BlockPlan, Plan, Port, Trail, Visit
@@ -60,7 +60,7 @@ class Survey(BlockFinder, Surveyor):
         self.kept, self._planned = kept, planned
         self.plan, self.graph = Plan(self.anatomy), PassGraph(kept)
         self.pattern: Pattern | None = None
-        self._example, self._flow = example, Lineage()
+        self._example, self._flow = example, Dataflow()
         self._time = 0
         self._trails: dict[int, Trail] = {}
         self._calls: dict[str, int] = defaultdict(int)
@@ -74,7 +74,7 @@ class Survey(BlockFinder, Surveyor):
         self._waiting: _Frame | None = None
         self._held: list[Tensor] = []  # without gradients nothing else holds a stacked operand
 
-    def begin(self, flow: Lineage) -> None:
+    def begin(self, flow: Dataflow) -> None:
         """The pass begins."""
         self._flow = flow
 

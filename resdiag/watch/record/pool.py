@@ -100,7 +100,7 @@ class Pool:
         """Tensors read for their moments, under the first of their columns."""
         self._sites.extend(sites)
 
-    def gates(self, row: int, counts: Sequence[Tensor], sizes: Sequence[int]) -> None:
+    def saturation(self, row: int, counts: Sequence[Tensor], sizes: Sequence[int]) -> None:
         """Saturated units per channel of each activation in a block, of `sizes` units each."""
         self._gates[row] = counts, sizes
 

@@ -178,7 +178,7 @@ class Parts:
             self.guard.miss(row, columns, "no known activation inside the block")
         elif self.pool is not None:
             per_channel = [n // len(c) for n, c in zip(sizes, counts, strict=True)]
-            self.pool.gates(row, counts, per_channel)
+            self.pool.saturation(row, counts, per_channel)
         else:
             for column, value in zip(columns, fractions(counts, sizes), strict=True):
                 self.cells.put(self.cells.slot, row, column, value)
