@@ -12,11 +12,10 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torchvision import models
 
-from resdiag.catalog.table import RECORDED, RECORDED_PER_STEP
+from resdiag.catalog.table import DATA, HEAD_LOSS, RECORDED, RECORDED_PER_STEP
 from resdiag.models.resnet import build_model
 from resdiag.watch.base.safety import WatchWarning
 from resdiag.watch.loop.attach import attach
-from resdiag.watch.measure.model_ends import DATA, HEAD_LOSS
 
 
 @pytest.fixture(autouse=True)

@@ -13,8 +13,8 @@ import torch.multiprocessing
 import two_ranks
 from torch import nn
 
+from resdiag.catalog.table import DATA, HEAD_LOSS
 from resdiag.watch.loop.attach import attach
-from resdiag.watch.measure.model_ends import DATA, HEAD_LOSS
 
 HOWTO = Path(__file__).parent.parent / "docs" / "howto" / "distributed.md"
 

@@ -191,6 +191,12 @@ CORE = tuple(
 """The columns of `attach(metrics="core")`: gradient norms by parameter and by output, moments of
 branch, shortcut and output, branch over shortcut, and P1. The others are NaN."""
 
+DATA = ("data_mean", "data_std", "data_nonfinite")
+"""What a batch shows of the data."""
+
+HEAD_LOSS = ("head_loss", "label_share")
+"""What the gradient at the logits tells."""
+
 RECORDED_PER_STEP = (
     *("lr", "grad_norm", "head_mean", "head_bias", "head_kick", "head_loss", "label_share"),
     *("data_mean", "data_std", "data_nonfinite", "momentum", "weight_decay"),

@@ -1,4 +1,4 @@
-"""The measurements: pure functions from tensors to scalars, each with formula and source.
+"""Pure functions from tensors to scalars, each with formula and source.
 
 Squares of float32 values overflow at 2e19 and vanish below 1e-23 although the values themselves are
 finite. Every sum of squares here is exact in that range too: the fast float32 reduction is kept
@@ -7,7 +7,6 @@ value, which is already in host memory; on an accelerator a look would stall the
 reduction runs in float64 there from the start. So a scalar is a plain number on the CPU, where
 arithmetic on 0-d tensors costs more than many a measurement, and stays a tensor elsewhere.
 
-No tensor of a device is kept at module level: it would outlive its monitor, and a pool of a CUDA
-graph. What is not kept is made on the device by kernels that take a number as their argument
-(`torch.full`, `lerp`): `torch.tensor(..., device=)` would make the host wait.
+No device tensor is kept at module level: it would outlive its monitor and a CUDA graph's pool.
+Kernels make it of a number (`torch.full`); `torch.tensor(..., device=)` would make the host wait.
 """

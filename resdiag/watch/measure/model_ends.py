@@ -12,12 +12,6 @@ from torch import Tensor
 
 from resdiag.watch.measure import moments
 
-DATA = ("data_mean", "data_std", "data_nonfinite")
-"""What `describe_input` returns, in order."""
-
-HEAD_LOSS = ("head_loss", "label_share")
-"""What `Logits.read` returns, in order."""
-
 _KEPT = 2**17
 _LEAST_KEPT = 16
 _LEAST_ROWS = 8

@@ -41,9 +41,8 @@ _NOT_CORE = "not in the core set: attach(metrics='full') records it"
 class Recorder(Observer):
     """The observer that records one forward and backward pass.
 
-    The columns of `cells`, per block, are `catalog.table.RECORDED`; those of `head`, per step and
-    with one row, begin with `sites.HEAD_COLUMNS`. `samples`, `core` and `moments` are as for
-    `attach`; `pool` takes what several ranks must add up.
+    The columns of `cells`, per block, are `catalog.table.RECORDED`; those of `head`, per step,
+    begin with `catalog.columns.HEAD_CELLS`. `pool` takes what several ranks must add up.
 
     The pass `is_whole` when it has ended as it should. `unplanned` counts its additions that the
     first one had not, `skipped` has blocks of the first one that it did not run; the blocks are

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from resdiag.catalog.table import DATA, HEAD_LOSS
 from resdiag.watch.measure import reductions
-from resdiag.watch.measure.model_ends import DATA, HEAD_LOSS
 from resdiag.watch.measure.skip_path import COLUMNS
 from resdiag.watch.plan.ports import SITES, BlockPlan, Plan, Port, Trail
 from resdiag.watch.record.backward import OUTPUT_GRADIENT

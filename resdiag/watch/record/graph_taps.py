@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from resdiag.watch.base.safety import never_alone, plain
 from resdiag.watch.measure import kernels
 from resdiag.watch.plan.ports import Port, Trail
-from resdiag.watch.record.operations import Arguments, Keywords, Where
+from resdiag.watch.record.operations import Arguments, Handler, Keywords, Where
 
 Function = Callable[[Tensor], Tensor]
 Side = tuple[bool, int]
@@ -151,7 +151,7 @@ class Hook:
         return output
 
 
-class TappedOperations:
+class TappedOperations(Handler):
     """An `operations.Handler`: the taps of one module at operands, and for None at the result."""
 
     def __init__(self, switch: Switch, taps: Mapping[Where, Taps]) -> None:

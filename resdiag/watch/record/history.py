@@ -6,21 +6,25 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from resdiag.catalog.table import RECORDED, RECORDED_PER_STEP
+from resdiag.catalog.columns import (
+    STEP_CELLS,
+    Columns,
+    block_columns,
+    concatenate,
+    gap,
+    join,
+    step_columns,
+)
+from resdiag.catalog.table import RECORDED
 from resdiag.watch.base.safety import Warnings
 from resdiag.watch.find.blocks import Block
-from resdiag.watch.measure.model_ends import DATA, HEAD_LOSS
 from resdiag.watch.record.buffer import Buffer
-from resdiag.watch.record.sites import HEAD_COLUMNS as HEAD
 
-Columns: TypeAlias = dict[str, NDArray[Any]]
 Listener: TypeAlias = Callable[[Columns, Columns], object]
 """Is told per-block and per-step columns."""
 
-_STEP_COLUMNS = (*HEAD, "grad_norm", "grad_scale", "skipped")
 _SLOTS = 16
 
 
@@ -32,7 +36,7 @@ class Record:
 
     def __init__(self, custom: Sequence[str], warnings: Warnings) -> None:
         self.cells = Buffer((*RECORDED, *custom), _SLOTS)
-        self.head = Buffer(_STEP_COLUMNS, _SLOTS)
+        self.head = Buffer(STEP_CELLS, _SLOTS)
         self.losses = Losses()
         self.listeners: list[Listener] = []
         self._warnings = warnings
@@ -74,8 +78,9 @@ class Record:
         _, head = self.head.flush(keep_open=keep_open)
         rates, self._rates = self._rates[: len(steps)], self._rates[len(steps) :]
         if steps:
-            metrics = _block_columns(steps, values[:, : len(blocks)], blocks, self.cells.columns)
-            curve = _step_columns(steps, head, rates)
+            sizes = [math.prod(block.shape) for block in blocks]
+            metrics = block_columns(steps, values[:, : len(blocks)], sizes, self.cells.columns)
+            curve = step_columns(steps, head, rates)
             self._add_points(metrics, curve)
             self._metrics.append(metrics)
             self._curve.append(curve)
@@ -86,7 +91,7 @@ class Record:
 
     def columns(self) -> tuple[Columns, Columns]:
         """Per-block and per-step columns of what was flushed and not taken."""
-        return _concatenate(self._metrics), _join(_concatenate(self._curve))
+        return concatenate(self._metrics), join(concatenate(self._curve))
 
     def take(self) -> tuple[Columns, Columns]:
         """The same, and forget them."""
@@ -106,7 +111,7 @@ class Record:
                 (curve, f"grad_norm_{point}", float(total)),
             ):
                 here = columns["step"] == step
-                columns.setdefault(name, _gap(len(here)))[here] = value
+                columns.setdefault(name, gap(len(here)))[here] = value
 
     def _tell(self, metrics: Columns, curve: Columns) -> None:
         for listener in list(self.listeners):
@@ -116,66 +121,6 @@ class Record:
                 self.listeners.remove(listener)
                 name = getattr(listener, "__qualname__", type(listener).__name__)
                 self._warnings.say(f"{name} is no longer told what is recorded: {error!r}")
-
-
-def _gap(rows: int) -> NDArray[np.float64]:
-    return np.full(rows, np.nan)
-
-
-def _block_columns(
-    steps: list[int], values: NDArray[np.float64], blocks: Sequence[Block], names: Sequence[str]
-) -> Columns:
-    """Columns of a flush, with the ratios that need two cells computed on the host."""
-    count = values.shape[1]
-    columns: Columns = {
-        "step": np.repeat(np.asarray(steps, dtype=np.int32), count),
-        "block": np.tile(np.arange(count, dtype=np.int16), len(steps)),
-    }
-    cells = {name: values[:, :, i].reshape(-1) for i, name in enumerate(names)}
-    sizes = np.tile([math.prod(block.shape) for block in blocks], len(steps))
-    with np.errstate(all="ignore"):
-        branch, shortcut, output = (
-            np.hypot(cells[f"{site}_channel_mean_rms"], cells[f"{site}_channel_std"])
-            for site in ("branch", "shortcut", "output")
-        )
-        cells["branch_ratio"] = branch / shortcut
-        cells["elasticity"] = cells["grad_output"] * output * np.sqrt(sizes)
-        return columns | {name: cell.astype(np.float32) for name, cell in cells.items()}
-
-
-def _step_columns(
-    steps: list[int], head: NDArray[np.float64], rates: Sequence[tuple[float, float, float]]
-) -> Columns:
-    """Per-step columns `catalog.RECORDED_PER_STEP`; B3 is put together here."""
-    if not head.shape[1]:  # nothing was written of any of these steps
-        head = np.full((len(steps), 1, len(_STEP_COLUMNS)), np.nan)
-    get = dict(zip(_STEP_COLUMNS, head[:, 0].T, strict=True))
-    lr, momentum, decay = np.asarray(rates, dtype=np.float64).reshape(-1, 3).T
-    with np.errstate(all="ignore"):
-        squared = get["head_size"] * get["head_channel_mean_rms"] ** 2
-        out = {
-            "lr": lr,
-            "grad_norm": get["grad_norm"],
-            "head_mean": get["head_mean"],
-            "head_bias": get["head_channel_mean_rms"] / get["head_channel_std"],
-            "head_kick": lr * (1 + momentum) * (squared + 1) * get["head_gap"],
-            **{name: get[name] for name in (*HEAD_LOSS, *DATA)},
-            "momentum": momentum,
-            "weight_decay": decay,
-        }
-    assert tuple(out) == RECORDED_PER_STEP
-    if np.isfinite(get["skipped"]).any():
-        out |= {name: get[name] for name in ("grad_scale", "skipped")}
-    return {"step": np.asarray(steps, dtype=np.int32), **out}
-
-
-def _concatenate(parts: Sequence[Mapping[str, NDArray[Any]]]) -> Columns:
-    """Join flushes; without any, empty columns."""
-    if not parts:
-        return {"step": np.empty(0, np.int32), "block": np.empty(0, np.int16)}
-    names = dict.fromkeys(name for part in parts for name in part)
-    sized = [(part, len(part["step"])) for part in parts]
-    return {name: np.concatenate([part.get(name, _gap(n)) for part, n in sized]) for name in names}
 
 
 class Losses:
@@ -205,17 +150,3 @@ class Losses:
         self.lost = self.lost or not np.isfinite(values).all()
         steps = np.array([step for step, _ in told], dtype=np.int32)
         return {"step": steps, "loss": np.array(values, dtype=np.float64)}
-
-
-def _join(columns: Columns) -> Columns:
-    """One row per step: what was told of a step joins what was recorded of it."""
-    steps, rows = np.unique(columns["step"], return_inverse=True)
-    if len(steps) == len(columns["step"]):
-        return columns
-    joined: Columns = {"step": steps}
-    for name, values in columns.items():
-        if name not in ("step", "block"):
-            known = ~np.isnan(values)
-            joined[name] = np.full(len(steps), np.nan)
-            joined[name][rows[known]] = values[known]
-    return joined

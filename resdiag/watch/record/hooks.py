@@ -22,7 +22,7 @@ from resdiag.watch.find.passes import Operands
 from resdiag.watch.plan.ports import ENDS, OPERANDS, BlockPlan, Plan, Port, Reads, Role
 from resdiag.watch.plan.verify import PassGraph, Pattern
 from resdiag.watch.record.forward import Recorder
-from resdiag.watch.record.operations import Operations, Shown
+from resdiag.watch.record.operations import Handler, Operations
 
 
 @dataclass(eq=False)
@@ -89,7 +89,7 @@ class TappedPass:
             at |= {name: {} for name in self._expected.names if name not in at}
         if not at:
             return
-        handlers = {name: Shown(there, self._operate) for name, there in at.items()}
+        handlers = {name: Handler(there, self._operate) for name, there in at.items()}
         mode = self._operations = Operations(self._expected.plan, handlers, self._expected.names)
         for handle in mode.install():
             self._entered.callback(handle.remove)
@@ -108,8 +108,8 @@ class TappedPass:
     def stop(self) -> None:
         """Remove the hooks and let go of every tensor; safe to call twice."""
         self._entered.close()
-        self._operations, self._graph = None, PassGraph(frozenset())
-        self._seen, self._ends = [], {}
+        self._operations, self._seen, self._ends = None, [], {}
+        self._graph = PassGraph(frozenset())
 
     def same(self, old: Tensor, new: Tensor) -> None:
         """A wrapper of a module's handed on `old` as another tensor."""

@@ -8,7 +8,7 @@ came before in the call of its module.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,18 +25,38 @@ Where = tuple[int, str, int]
 """Number of the module's call, name and ordinal of the operation."""
 
 
-class Handler(Protocol):
-    """What is done at the operations of one module."""
+class Handler:
+    """Shows operands and results at some ports of one module, and changes nothing.
+
+    `show` is called with a port, what is there, the operation, its arguments and its result (None
+    before it has run).
+    """
+
+    def __init__(
+        self, at: Mapping[Where, Sequence[tuple[Port, Any]]], show: Callable[..., None]
+    ) -> None:
+        self._at, self._show = at, show
 
     def before(
         self, where: Where, func: Function, args: Arguments, kwargs: Keywords
     ) -> tuple[Arguments, Keywords]:
-        """An operation is about to run; returns the arguments to run it with."""
+        """The operands, before they can be overwritten."""
+        self._see(where, func, args, kwargs, None)
+        return args, kwargs
 
     def after(
         self, where: Where, func: Function, args: Arguments, kwargs: Keywords, result: object
     ) -> Any:  # noqa: ANN401
-        """It has run; returns the result to hand on."""
+        """The result."""
+        self._see(where, func, args, kwargs, result)
+        return result
+
+    def _see(self, where: Where, *seen: object) -> None:
+        at = self._at.get(where)
+        if at is not None:
+            with torch._C.DisableTorchFunction():
+                for port, roles in at:
+                    self._show(port, roles, *seen)
 
 
 class Frame:
@@ -69,40 +89,6 @@ class Frame:
             self.has_changed = True
         if self.repeated:
             self.calls = self.calls + 1
-
-
-class Shown:
-    """The handler that shows operands and results at some ports, and changes nothing.
-
-    `show` is called with a port, what is there, the operation, its arguments and its result (None
-    before it has run).
-    """
-
-    def __init__(
-        self, at: Mapping[Where, Sequence[tuple[Port, Any]]], show: Callable[..., None]
-    ) -> None:
-        self._at, self._show = at, show
-
-    def before(
-        self, where: Where, func: Function, args: Arguments, kwargs: Keywords
-    ) -> tuple[Arguments, Keywords]:
-        """The operands, before they can be overwritten."""
-        self._see(where, func, args, kwargs, None)
-        return args, kwargs
-
-    def after(
-        self, where: Where, func: Function, args: Arguments, kwargs: Keywords, result: object
-    ) -> Any:  # noqa: ANN401
-        """The result."""
-        self._see(where, func, args, kwargs, result)
-        return result
-
-    def _see(self, where: Where, *seen: object) -> None:
-        at = self._at.get(where)
-        if at is not None:
-            with torch._C.DisableTorchFunction():
-                for port, roles in at:
-                    self._show(port, roles, *seen)
 
 
 class Operations(TorchFunctionMode):

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from resdiag.catalog.custom import CustomValues
-from resdiag.catalog.table import SITES
+from resdiag.catalog.table import DATA, HEAD_LOSS, SITES
 from resdiag.watch.base.safety import Guard
 from resdiag.watch.base.tensors import TensorTable
 from resdiag.watch.find.blocks import Anatomy
 from resdiag.watch.measure import moments
 from resdiag.watch.measure.changes import fractions
-from resdiag.watch.measure.model_ends import DATA, HEAD_LOSS, Logits, describe_input
+from resdiag.watch.measure.model_ends import Logits, describe_input
 from resdiag.watch.measure.moments import Normalised, Sums
 from resdiag.watch.measure.reductions import Scalar, stack
 from resdiag.watch.measure.skip_path import COLUMNS as SKIP_COLUMNS
@@ -183,12 +183,6 @@ class Parts:
             for column, value in zip(columns, fractions(counts, sizes), strict=True):
                 self.cells.put(self.cells.slot, row, column, value)
 
-
-HEAD_COLUMNS = (
-    *("head_mean", "head_channel_mean_rms", "head_channel_std", "head_gap", "head_size"),
-    *DATA,
-    *HEAD_LOSS,
-)
 
 _NO_CLASSIFIER = "no linear layer with a gradient ends the forward pass"
 
