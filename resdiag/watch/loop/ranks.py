@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -72,7 +72,7 @@ def find_ranks(model: nn.Module) -> "Ranks | None":
 def _group_of(model: nn.Module) -> "ProcessGroup | None":
     """The process group that a model is known to be trained by."""
     if isinstance(model, DistributedDataParallel):
-        return cast("ProcessGroup", model.process_group)
+        return model.process_group
     meshes = [mesh for p in model.parameters() if (mesh := mesh_of(p)) is not None]
     if not meshes or meshes[0].size() == dist.get_world_size():
         return None
