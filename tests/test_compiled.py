@@ -16,6 +16,8 @@ from resdiag.catalog.table import DATA, HEAD_LOSS, RECORDED, RECORDED_PER_STEP
 from resdiag.models.resnet import build_model
 from resdiag.watch.base.safety import WatchWarning
 from resdiag.watch.loop.attach import attach
+from resdiag.watch.record import graph_placement
+from resdiag.watch.record.graph_placement import UNKNOWN
 
 
 @pytest.fixture(autouse=True)
@@ -305,3 +307,12 @@ def test_a_captured_step_records_at_every_replay():
     frame = monitor.to_frame()
     assert frame.step.nunique() == 3
     assert frame[["output_mean", "grad_output"]].notna().all(axis=None)
+
+
+def test_a_metric_that_no_tap_feeds_says_that_compiled_passes_lack_it(monkeypatch):
+    monkeypatch.setattr(graph_placement, "RECORDED", (*RECORDED, "made_up"))
+    model = build_model("elu", 8, width=0.25, seed=0)
+    with attach(model, example_inputs=(torch.randn(2, 3, 16, 16),)) as monitor:
+        missing = {e["metric"] for e in monitor.unavailable if e["reason"] == UNKNOWN}
+    assert UNKNOWN == "this metric is not recorded in compiled passes"
+    assert missing == {"made_up"}

@@ -337,7 +337,7 @@ PROVOKED = {
     "torch.compile ran the forward pass and hides it": "example_inputs=(...)",
     "no module takes or returns this tensor": "CUSTOM, HIDDEN, SPLIT} <= reasons",
     "its gradient comes together where no": "CUSTOM, HIDDEN, SPLIT} <= reasons",
-    "custom metrics are computed only if they": "CUSTOM, HIDDEN, SPLIT} <= reasons",
+    "custom metrics are computed in compiled": "CUSTOM, HIDDEN, SPLIT} <= reasons",
     "a compiled function around the model hides": "missing(seen, INSIDE)",
     "did other operations than the pass": "missing(seen, CHANGED)",
     "no gradient came to this tensor": "missing(seen, UNREACHED)",

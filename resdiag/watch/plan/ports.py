@@ -9,7 +9,7 @@ the one that was planned.
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,14 +59,15 @@ class Trail:
     visits: list[Visit] = field(default_factory=list)  # ports, in time order
     uses: list[int] = field(default_factory=list)  # times at which an operation read it
 
-    def value_port(self, owner: str = "", before: float = math.inf) -> Port | None:
-        """A port that it passes before a time: there its values can be read.
+    def value_port(
+        self, owner: str = "", before: float = math.inf, known: Container[Port] = ()
+    ) -> Port | None:
+        """A port at which it can be read before a time: rather a module's than an operation's.
 
-        A module's comes first, before an operation's; among several, one of `owner` or inside it:
-        such a port is there whenever the block runs.
+        Rather one that is read anyway (`known`: each hook costs) than one inside `owner`.
         """
         ports = [visit.port for visit in self.visits if visit.time < before]
-        ports.sort(key=lambda port: (bool(port.operation), not is_in(port.module, owner)))
+        ports.sort(key=lambda p: (bool(p.operation), p not in known, not is_in(p.module, owner)))
         return next(iter(ports), None)
 
     def gradient_port(self, *, operations: bool = False) -> Port | None:
@@ -190,7 +191,7 @@ def place_reads(plan: Plan, kept: frozenset[int], *, core: bool) -> Reads:
         reads.reason = reads.reason or _why_not(block, kept)
         if reads.reason:
             return reads
-        owner, found = block.key[0], dict(_found(block))
+        owner, found = block.key[0], dict(_found(block, roles))
         wanted = [(site, 0, port) for site, port in found.items()]
         for index, (_, trail) in enumerate(() if core else block.activations):
             wanted.append(("activation", index, trail.value_port(owner)))
@@ -235,15 +236,15 @@ def _why_not(block: BlockPlan, kept: frozenset[int]) -> str:
     return ""
 
 
-def _found(block: BlockPlan) -> Iterator[tuple[str, Port | None]]:
+def _found(block: BlockPlan, known: Container[Port]) -> Iterator[tuple[str, Port | None]]:
     """Ports of a unit, or of a residual block, each before the tensor can be overwritten."""
     owner = block.key[0]
     if block.unit is not None:
         ends = (("input", block.input), ("output", block.output))
-        yield from ((site, x.value_port(owner)) for site, x in ends if x is not None)
+        yield from ((site, x.value_port(owner, known=known)) for site, x in ends if x is not None)
         return
     found = {
-        site: trail.value_port(owner, block.begin)
+        site: trail.value_port(owner, block.begin, known)
         for site in ("input", "branch", "shortcut")
         if (trail := block.trail(site)) is not None
     }

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resdiag.catalog.table import DATA, HEAD_LOSS
+from resdiag.catalog.table import DATA, HEAD_LOSS, RECORDED
 from resdiag.watch.measure import reductions
 from resdiag.watch.measure.skip_path import COLUMNS
 from resdiag.watch.plan.ports import SITES, BlockPlan, Plan, Port, Trail
@@ -15,18 +15,13 @@ from resdiag.watch.record.forward import NO_ADDITION, Recorder
 from resdiag.watch.record.graph_taps import Tap, Written, numbers
 from resdiag.watch.record.sites import SITE_COLUMNS
 
-HIDDEN = (
-    "no module takes or returns this tensor, nor does an operation that can be told in a compiled "
-    "pass"
-)
+HIDDEN = "no module takes or returns this tensor, nor does an operation that a graph shows"
 SPLIT = "its gradient comes together where no module or operation can be told in a compiled pass"
-CUSTOM = (
-    "in passes that torch.compile runs, custom metrics are computed only if they are registered "
-    "with compiles=True"
-)
+CUSTOM = "custom metrics are computed in compiled passes only if registered with compiles=True"
+UNKNOWN = "this metric is not recorded in compiled passes"
+_BESIDE = {"grad_param", "update_ratio", "branch_ratio", "elasticity"}  # no tap of their own
 _CORE_SITES = ("branch", "shortcut", "output")
 _LOST = {"input": ("grad_input",), "sum": ("grad_sum",), "output": OUTPUT_GRADIENT}
-"""The columns that are NaN with the gradient of a site."""
 
 
 class Placement:
@@ -49,6 +44,10 @@ class Placement:
         for row, block in enumerate(plan.blocks):
             self._place(row, block)
         self._place_classifier()
+        fed = {column for _, columns, _ in self.users for column in columns}
+        for column in set(RECORDED) - fed - _BESIDE if plan.blocks else ():
+            if column not in recorder.guard.reasons:
+                recorder.guard.reasons[column][UNKNOWN] = set()
 
     def tap_of(self, trail: Trail | None) -> Tap | None:
         """The tap that reads a tensor's values, one for all sites that it is."""
