@@ -3,7 +3,7 @@
 A pass that is traced shows every operation. A later pass shows only what hooks see: what modules
 take and return, and, where a torch function mode is entered, what operations take and return. A
 `Port` names such a place; a `Plan` says which tensor of which block was seen at which ports.
-`survey` writes it, `placement` chooses the ports to read, `verify` tells whether a later pass is
+`survey` writes it, `place_reads` chooses the ports to read, `verify` tells whether a later pass is
 the one that was planned.
 """
 
@@ -23,8 +23,6 @@ from resdiag.watch.find.units import Unit
 
 OPERATIONS = frozenset(f.__name__ for f in ADDITIONS) | ACTIVATIONS | NORMALISATIONS | {"linear"}
 """Names of the functions that are counted, so that one of them can be found again in a pass."""
-
-SITES = ("input", "branch", "shortcut", "sum", "output")
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ class BlockPlan:
     features: tuple[int | None, int | None] = (None, None)  # channel dimensions of a unit's ends
 
     def trail(self, site: str) -> Trail | None:
-        """The tensor at one of `SITES`."""
+        """The tensor at one of the catalogue's `SITES`."""
         found: Trail | None = getattr(self, site)
         return found
 

@@ -42,8 +42,8 @@ class Survey(BlockFinder, Surveyor):
     """Notes where every tensor of a traced pass can be seen; each event is an instant.
 
     A tensor is known by its number in the pass: what an in-place operation makes of it has another.
-    In a pass over example inputs, in evaluation mode, what hands on its very input (dropout,
-    stochastic depth) will return another tensor in training, so another one takes its place.
+    In a pass over example inputs, what hands on its very input (dropout in evaluation mode,
+    stochastic depth) may return another tensor in training, so another one takes its place.
     Beside the plan, the pattern of the pass's autograd graph is written down.
     `kept` are `id` of the tensors that stay from pass to pass: parameters and buffers; `planned` is
     told at the end; `example` says whether it is a pass over example inputs.
@@ -304,9 +304,10 @@ def _results(output: object) -> Iterator[tuple[int | str | None, Tensor]]:
     """The tensors at the top of a module's result and their places."""
     if isinstance(output, Tensor):
         yield None, output
-    elif type(output) in (tuple, list, dict):
-        places = output.items() if isinstance(output, dict) else enumerate(output)  # type: ignore[arg-type]
-        yield from ((place, value) for place, value in places if isinstance(value, Tensor))
+    elif type(output) is dict:
+        yield from ((key, x) for key, x in output.items() if isinstance(x, Tensor))
+    elif type(output) is tuple or type(output) is list:
+        yield from ((place, x) for place, x in enumerate(output) if isinstance(x, Tensor))
 
 
 def _is_idle(module: nn.Module) -> bool:

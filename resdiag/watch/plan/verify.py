@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from resdiag.catalog.table import SITES
 from resdiag.watch.measure.moments import Gone, kept
 from resdiag.watch.plan.ports import Plan
 
@@ -112,7 +113,7 @@ class PassGraph:
 
 
 def _walk(
-    start: Edge, stops: Mapping[Edge, str], kept: frozenset[int], *, path: bool
+    start: Edge, stops: Mapping[Edge, str], stay: frozenset[int], *, path: bool
 ) -> tuple[Tokens, dict[Node, int]]:
     """Tokens of the nodes behind an edge, breadth first, and the places of the nodes."""
     if start in stops:
@@ -129,8 +130,8 @@ def _walk(
             elif (stop := stops.get((ahead, place))) is not None:
                 tokens.append(stop)
             elif type(ahead) is _ACCUMULATES:
-                leaf = id(ahead.variable)  # type: ignore[attr-defined]
-                tokens.append(leaf if leaf in kept else "leaf")  # inputs are others in each pass
+                leaf = id(ahead.variable)  # type: ignore[attr-defined]  # torch declares no such class
+                tokens.append(leaf if leaf in stay else "leaf")  # inputs are others in each pass
             else:
                 index = at.setdefault(ahead, len(nodes))
                 if index == len(nodes):
@@ -170,7 +171,6 @@ def _tensors_of(kind: type) -> tuple[str, ...]:
     return tuple(n.removeprefix("_raw_saved_") for n in dir(kind) if n.startswith("_raw_saved_"))
 
 
-_BLOCK = ("input", "branch", "shortcut", "sum", "output")
 _ENDS = -1  # the row of the classifier and of what the model returns
 
 
@@ -181,7 +181,7 @@ class Pattern:
         # tokens of each block; None where no gradient tells
         self.blocks: list[tuple[Tokens | None, ...]] = []
         for row, block in enumerate(plan.blocks):
-            whole = graph.tokens(row, _BLOCK if block.unit is None else ("input", "output"))
+            whole = graph.tokens(row, SITES if block.unit is None else ("input", "output"))
             # a block that no plan knows may have come in between
             parts: tuple[Tokens | None, ...] = (whole, graph.behind(row, "input"))
             if block.addition is not None and block.addition.path:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resdiag.catalog.table import DATA, HEAD_LOSS, RECORDED
+from resdiag.catalog.table import DATA, HEAD_LOSS, RECORDED, SITES
 from resdiag.watch.measure import reductions
 from resdiag.watch.measure.skip_path import COLUMNS
-from resdiag.watch.plan.ports import SITES, BlockPlan, Plan, Port, Trail
+from resdiag.watch.plan.ports import BlockPlan, Plan, Port, Trail
 from resdiag.watch.record.backward import OUTPUT_GRADIENT
 from resdiag.watch.record.forward import NO_ADDITION, Recorder
 from resdiag.watch.record.graph_taps import Tap, Written, numbers

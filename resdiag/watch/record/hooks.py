@@ -42,7 +42,7 @@ class _Seen:
     """What was seen of one block so far."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    told: int = 0  # operands, sum, output
+    told: int = 0  # how many of operands, sum, output; -1 if one came out of turn
     last: Tensor | None = None  # first samples of what the next tensor should be
 
 
@@ -220,7 +220,7 @@ class TappedPass:
             head = self._recorder.skip.head
             h, f = head(operands.shortcut), head(operands.branch)
             seen.last = h * addition.shortcut_scale + f * addition.branch_scale
-        self._tell(seen, 0, lambda: self._recorder.operands(addition, operands))
+        self._tell(seen, 0, self._recorder.operands, addition, operands)
         seen.tensors = {}
 
     def _tell_sum(self, row: int, block: BlockPlan, seen: _Seen, x: Tensor) -> None:
@@ -231,18 +231,18 @@ class TappedPass:
                 seen.told = -1
             elementwise = all(call.is_activation for call in block.after)
             seen.last = compose(block.after)(head.clone()) if elementwise else None
-        self._tell(seen, 1, lambda: self._recorder.added(block.addition, x))
+        self._tell(seen, 1, self._recorder.added, block.addition, x)
 
     def _tell_output(self, row: int, block: BlockPlan, seen: _Seen, x: Tensor) -> None:
         if seen.last is not None and not _is_near(seen.last, self._recorder.skip.head(x)):
             seen.told = -1
-        self._tell(seen, 2, lambda: self._recorder.closed(block.addition, x))
+        self._tell(seen, 2, self._recorder.closed, block.addition, x)
 
     @staticmethod
-    def _tell(seen: _Seen, order: int, tell: Callable[[], None]) -> None:
+    def _tell(seen: _Seen, order: int, tell: Callable[..., None], *event: object) -> None:
         """Tell of a block's next event; one out of turn spoils the block."""
         if seen.told == order:
-            tell()
+            tell(*event)
             seen.told += 1
         else:
             seen.told = -1
@@ -274,7 +274,7 @@ class TappedPass:
             if self._order != order
             or row in changed
             or now != then
-            or (block.unit is None and seen.told != 3)
+            or (block.unit is None and seen.told != _WHOLE)
         ]
         if wrong:
             self._recorder.reject(wrong)
@@ -286,6 +286,7 @@ class TappedPass:
         self._ended(not wrong and ends)
 
 
+_WHOLE = 3  # events of a residual block: operands, sum, output
 _OTHER_END = "the classifier of a step's pass was not the one that had been traced"
 
 
