@@ -282,9 +282,9 @@ def _normalised_sums(layers: Sequence[Normalised]) -> Iterator[Sums | None]:
         square = inverse * inverse
         broken = ~np.isfinite(gamma + beta) | np.isnan(square)
         usable = (square > 0).all(1) & np.isfinite(square.sum(1))
-        kept = 1 - eps * square
-        kept[kept < _NO_VARIANCE] = 0
-        spread = (gamma * gamma * kept).mean(1)
+        share = 1 - eps * square
+        share[share < _NO_VARIANCE] = 0
+        spread = (gamma * gamma * share).mean(1)
         second = np.square(beta).mean(1) + spread
         usable &= np.isfinite(second) & (np.sqrt(second * count * channels) < TRUSTED[1])
         # a variance is NaN where a mean was not finite: so is every element then

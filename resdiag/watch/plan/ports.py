@@ -56,6 +56,7 @@ class Trail:
     device: torch.device
     visits: list[Visit] = field(default_factory=list)  # ports, in time order
     uses: list[int] = field(default_factory=list)  # times at which an operation read it
+    wrapped: bool = False  # FSDP hands on another tensor of these values where a module begins
 
     def value_port(
         self, owner: str = "", before: float = math.inf, known: Container[Port] = ()
@@ -65,6 +66,7 @@ class Trail:
         Rather one that is read anyway (`known`: each hook costs) than one inside `owner`.
         """
         ports = [visit.port for visit in self.visits if visit.time < before]
+        known = () if self.wrapped else known
         ports.sort(key=lambda p: (bool(p.operation), p not in known, not is_in(p.module, owner)))
         return next(iter(ports), None)
 

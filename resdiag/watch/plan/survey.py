@@ -109,6 +109,7 @@ class Survey(BlockFinder, Surveyor):
             self._return(frame, new)
         elif number is not None and before is not None:
             self._trails[number] = self._trail(before, old)
+            self._trails[number].wrapped = True
 
     def _return(self, frame: _Frame, output: object) -> None:
         for place, value in _results(output):

@@ -5,9 +5,8 @@ tensors to them. The graph does. From a block's output it leads over the after-a
 on to both operands, and back to the block's input. What the nodes on the way are, how they hang
 together, the leaves they end in and the numbers they keep is written down as a list of tokens, in
 the traced pass and in every later one; equal lists are equal blocks. All that was seen of a block
-must lie on the way where it lay before.
-
-Nodes know nothing of shapes, so batches of other sizes fit too.
+must lie on the way where it lay before. Nodes know nothing of shapes, so batches of other sizes
+fit too.
 """
 
 import functools
@@ -121,9 +120,7 @@ def _walk(
     nodes, at = [start[0]], {start[0]: 0}
     tokens: Tokens = [start[1]]
     for node in nodes:  # grows on the way
-        kind = type(node)
-        tokens.append(kind)
-        tokens.extend(_numbers(node, kind, path=path))
+        tokens += (type(node), *_numbers(node, type(node), path=path))
         for ahead, place in node.next_functions:
             if ahead is None:
                 tokens.append(None)
