@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 
 import resdiag
+from resdiag.data.augment import Augmenter
+from resdiag.data.dataset import open_data
 from resdiag.models.resnet import ResNet, build_model
-from resdiag.training.augment import Augmenter
-from resdiag.training.data import open_data
 
 METRICS = (
     "output_mean", "output_second_moment", "output_channel_mean_sq", "branch_ratio",

@@ -206,10 +206,10 @@ def make_ours(options: argparse.Namespace, folder: Path) -> Callable[[], None]:
     """A step of `resdiag run`."""
     import torch
 
+    from resdiag.data.dataset import ImageData
     from resdiag.runs.config import RunConfig
     from resdiag.runs.environment import environment
     from resdiag.runs.store import RunWriter
-    from resdiag.training.data import ImageData
     from resdiag.training.loop import Training
 
     config = RunConfig(

@@ -5,7 +5,7 @@ python benchmarks/overhead.py --variant original --depth 110 --batch-size 128 --
 
 import sys
 
-from resdiag.cli import app
+from resdiag.cli.main import app
 
 if __name__ == "__main__":
     app(["bench", "overhead", *sys.argv[1:]])

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from resdiag.data.augment import Augmenter
+from resdiag.data.dataset import open_data
 from resdiag.models.resnet import build_model
-from resdiag.training.augment import Augmenter
-from resdiag.training.data import open_data
 from resdiag.watch.loop.attach import attach
 
 COUNTS = (4, 8, 16, 32, 64)

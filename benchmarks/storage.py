@@ -133,7 +133,7 @@ def rows(steps: np.ndarray, blocks: int, dice: np.random.Generator) -> dict[str,
 
 def draw(root: Path, kind: str, repetitions: int) -> dict[str, float]:
     """Median seconds of `resdiag plot`, by the clock and of the processor."""
-    code = "import sys; from resdiag.cli import app; app(sys.argv[1:])"
+    code = "import sys; from resdiag.cli.main import app; app(sys.argv[1:])"
     command = [sys.executable, "-c", code, "plot", kind, "--runs", str(root)]
     wall, spent = [], []
     for _ in range(repetitions):

@@ -18,13 +18,13 @@ from typer.main import get_command
 
 import resdiag
 from resdiag.catalog.table import METRICS, POINTS, SITES, Metric
-from resdiag.cli import app
-from resdiag.explain import breakdown, degraded
-from resdiag.explain.rules import RULES
-from resdiag.explain.verdict import LATE
+from resdiag.cli.main import app
+from resdiag.diagnose import breakdown, degraded
+from resdiag.diagnose.rules import RULES
+from resdiag.diagnose.verdict import LATE
 from resdiag.models.variants import VARIANTS
+from resdiag.plots.kinds import KINDS
 from resdiag.report import committed
-from resdiag.show.kinds import KINDS
 from resdiag.study.calibration import SETS, Result, count_blocks_named, count_false_alarms, score
 from resdiag.study.faults import FAULTS
 from resdiag.training.recipe import RECIPES
@@ -187,7 +187,7 @@ def variants_page() -> str:
 def plots_page() -> str:
     """Every kind of plot: its question, what to read in it, what it draws."""
     parts = [
-        _head("Plots", "resdiag/show/kinds.py"),
+        _head("Plots", "resdiag/plots/kinds.py"),
         "`resdiag plot KIND` draws the latest run, `resdiag plot KIND RUN RUN ...` compares "
         "several on one axis. Values that are not finite are drawn as such.\n",
     ]
@@ -285,7 +285,7 @@ def draw_studies() -> None:
 def findings_page() -> str:
     """Every rule of the verdict with its definition, and the thresholds with their reasons."""
     parts = [
-        _head("Findings", "resdiag/explain/rules.py"),
+        _head("Findings", "resdiag/diagnose/rules.py"),
         "`resdiag explain`, `resdiag.judge` and the end of every run try these rules, most "
         "upstream cause first. Every rule that fires is a finding, with its evidence; the first "
         "names the verdict. What came only with training (`"

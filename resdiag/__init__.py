@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from resdiag.catalog.custom import metric as metric
     from resdiag.catalog.custom import unregister_metric as unregister_metric
     from resdiag.catalog.table import METRICS as METRICS
-    from resdiag.explain.verdict import Verdict as Verdict
-    from resdiag.explain.verdict import judge as judge
+    from resdiag.diagnose.saving import save as save
+    from resdiag.diagnose.verdict import Verdict as Verdict
+    from resdiag.diagnose.verdict import judge as judge
+    from resdiag.interventions.surgery import lesion as lesion
     from resdiag.models.resnet import build_model as build_model
     from resdiag.models.variants import VARIANTS as VARIANTS
     from resdiag.models.variants import Variant as Variant
+    from resdiag.plots.drawing import draw as draw
     from resdiag.runs.folder import load as load
     from resdiag.runs.folder import open_run as open_run
-    from resdiag.show.plots import draw as draw
-    from resdiag.study.saving import save as save
-    from resdiag.study.surgery import lesion as lesion
     from resdiag.watch.find.blocks import Block as Block
     from resdiag.watch.find.blocks import find_blocks as find_blocks
     from resdiag.watch.loop.attach import attach as attach
@@ -43,14 +43,14 @@ _HOMES = {
     "Variant": "resdiag.models.variants",
     "VARIANTS": "resdiag.models.variants",
     # changing one thing
-    "lesion": "resdiag.study.surgery",
+    "lesion": "resdiag.interventions.surgery",
     # runs on disk, and what they mean
     "load": "resdiag.runs.folder",
     "open_run": "resdiag.runs.folder",
-    "save": "resdiag.study.saving",
-    "draw": "resdiag.show.plots",
-    "judge": "resdiag.explain.verdict",
-    "Verdict": "resdiag.explain.verdict",
+    "save": "resdiag.diagnose.saving",
+    "draw": "resdiag.plots.drawing",
+    "judge": "resdiag.diagnose.verdict",
+    "Verdict": "resdiag.diagnose.verdict",
 }
 __all__ = [*_HOMES, "__version__"]
 

@@ -4,10 +4,10 @@ import numpy as np
 import pandas as pd
 
 from resdiag.catalog.table import RECORDED, SITES
-from resdiag.explain.theory import predict
 from resdiag.models.variants import find_variant
 from resdiag.runs.config import RunConfig
 from resdiag.runs.folder import Run
+from resdiag.theory.prediction import predict
 
 DENSE = (*range(11), *range(20, 151, 10))
 

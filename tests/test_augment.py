@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from resdiag.training.augment import PAD, Augmenter, crop, seeded_generator
-from resdiag.training.data import ImageData, open_data, to_tensors
-from resdiag.training.source import Source
+from resdiag.data.augment import PAD, Augmenter, crop, seeded_generator
+from resdiag.data.dataset import ImageData, open_data, to_tensors
+from resdiag.data.source import Source
 
 
 @pytest.fixture(scope="module")

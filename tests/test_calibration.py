@@ -8,8 +8,8 @@ import pytest
 import torch
 import torchvision
 
-from resdiag.cli import app
-from resdiag.explain.verdict import judge
+from resdiag.cli.main import app
+from resdiag.diagnose.verdict import judge
 from resdiag.runs.watched import as_run
 from resdiag.study.calibration import (
     SETS,

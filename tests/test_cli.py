@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from resdiag.catalog.table import METRICS
-from resdiag.cli import app
+from resdiag.cli.main import app
 from resdiag.models.variants import VARIANTS
 from resdiag.runs import files
 
@@ -147,7 +147,7 @@ def test_an_unknown_download_is_refused(refused):
 def import_probe(args):
     """A program that runs a command line and then says which heavy modules came with it."""
     return (
-        "import sys; from resdiag.cli import app; code = app.run(sys.argv[1:]);"
+        "import sys; from resdiag.cli.main import app; code = app.run(sys.argv[1:]);"
         f"heavy = [m for m in {HEAVY!r} if m in sys.modules];"
         "print('HEAVY', heavy, file=sys.stderr); sys.exit(code)"
     ), args
@@ -326,7 +326,7 @@ def test_force_starts_over(call):
 
 def stop_after(monkeypatch, step):
     """Let SIGTERM arrive while the batch of `step` is made."""
-    from resdiag.training.augment import Augmenter
+    from resdiag.data.augment import Augmenter
 
     batch = Augmenter.batch
 

@@ -15,7 +15,7 @@ from studyfiles import write_study
 from test_graphs import ASKED, TapeCapture
 from tiny_training import digest, tiny_config, tiny_data, train, weights
 
-from resdiag.cli import app
+from resdiag.cli.main import app
 from resdiag.runs.environment import environment
 from resdiag.runs.store import RunWriter
 from resdiag.study.engines import crew

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 import resdiag
 from resdiag.catalog.custom import custom_metrics, known_metrics, metric, scope, unregister_metric
 from resdiag.catalog.table import METRICS, RECORDED
-from resdiag.cli import app
+from resdiag.cli.main import app
 from resdiag.errors import UsageError
+from resdiag.plots.drawing import draw
+from resdiag.plots.kinds import find_kind
 from resdiag.runs.folder import load
-from resdiag.show.kinds import find_kind
-from resdiag.show.plots import draw
 from resdiag.watch.base.safety import WatchWarning
 from resdiag.watch.loop.attach import attach
 

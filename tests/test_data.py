@@ -19,12 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from resdiag.data import cache, download, fashion, pictures
+from resdiag.data.dataset import ImageData, open_data
+from resdiag.data.digits import enlarge
+from resdiag.data.source import measure_moments
+from resdiag.data.tree import read_tree
 from resdiag.errors import ResdiagError, StorageError, UsageError
-from resdiag.training import cache, download, fashion, pictures
-from resdiag.training.data import ImageData, open_data
-from resdiag.training.digits import enlarge
-from resdiag.training.source import measure_moments
-from resdiag.training.tree import read_tree
 
 IMAGES = Path(__file__).parents[2] / "shared/data/cifar10-jpeg.tar.gz"
 
@@ -327,14 +327,14 @@ def test_hostile_members_are_ignored(tmp_path):
 
 
 def test_a_giant_member_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
-    monkeypatch.setattr("resdiag.training.tree.MAX_BYTES", 10_000)
+    monkeypatch.setattr("resdiag.data.tree.MAX_BYTES", 10_000)
     extra = [(member("train/cat/zeros.png"), bytes(20_000))]
     with pytest.raises(UsageError, match="exceeds the limits"):
         open_data(f"folder:{write_tar(tmp_path / 'pets.tar.gz', extra=extra)}")
 
 
 def test_a_giant_extended_header_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
-    monkeypatch.setattr("resdiag.training.tree.MAX_BYTES", 10_000)
+    monkeypatch.setattr("resdiag.data.tree.MAX_BYTES", 10_000)
     extra = [(member("pax", tarfile.XHDTYPE), bytes(20_000))]
     with pytest.raises(UsageError, match="claims 20,480 bytes"):
         open_data(f"folder:{write_tar(tmp_path / 'pets.tar.gz', extra=extra)}")

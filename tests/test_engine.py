@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from tiny_training import tiny_config, train, weights
 
-from resdiag.cli import app
+from resdiag.cli.main import app
 from resdiag.errors import UsageError
 from resdiag.runs.config import RunConfig
 from resdiag.training.fastelu import FastElu, elu

@@ -18,10 +18,10 @@ from made_runs import (
 )
 
 from resdiag.catalog.table import SITES
-from resdiag.cli import app
-from resdiag.explain.degraded import compare
-from resdiag.explain.finding import confidence
-from resdiag.explain.verdict import NAMES, judge
+from resdiag.cli.main import app
+from resdiag.diagnose.degraded import compare
+from resdiag.diagnose.finding import confidence
+from resdiag.diagnose.verdict import NAMES, judge
 from resdiag.runs.folder import Run
 from resdiag.runs.watched import WatchedConfig
 

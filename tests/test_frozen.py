@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as arrays
 from made_studies import GRID, make_results, make_run, make_study
 from studyfiles import write_study
 
-from resdiag.cli import app
+from resdiag.cli.main import app
 from resdiag.errors import UsageError
 from resdiag.report.collect import collect
 from resdiag.report.frozen import freeze, thaw

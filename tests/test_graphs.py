@@ -7,7 +7,7 @@ from tiny_training import tiny_config, tiny_data, train, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from resdiag.cli import app
+from resdiag.cli.main import app
 from resdiag.runs.environment import environment
 from resdiag.runs.folder import open_run
 from resdiag.runs.store import RunWriter

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from resdiag.cli import app
+from resdiag.cli.main import app
 from resdiag.models.example import example_batch
 from resdiag.models.inspection import inspect_model
 from resdiag.models.source import build_source
-from resdiag.show.anatomy import Row, draw_tree, fold_rows
+from resdiag.plots.anatomy import Row, draw_tree, fold_rows
 from resdiag.watch.find.blocks import Block, find_blocks
 
 

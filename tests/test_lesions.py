@@ -8,13 +8,13 @@ import pytest
 import torch
 from tiny_training import tiny_config, tiny_data, train
 
-from resdiag.cli import app
+from resdiag.cli.main import app
 from resdiag.errors import UsageError
-from resdiag.explain.theory import predict
+from resdiag.interventions.arm import last_checkpoint, run_arm
+from resdiag.interventions.effect import run_lesions, try_lesions
+from resdiag.interventions.lesions import LESIONS, Lesion, check_lesion
 from resdiag.models.variants import VARIANTS
-from resdiag.study.arm import last_checkpoint, run_arm
-from resdiag.study.effect import run_lesions, try_lesions
-from resdiag.study.lesions import LESIONS, Lesion, check_lesion
+from resdiag.theory.prediction import predict
 
 
 def config(variant, depth=20, **changes):

@@ -19,17 +19,17 @@ from tiny_training import (
 from torch import nn
 from torch.optim import SGD
 
+from resdiag.data.augment import Augmenter
+from resdiag.data.inventory import list_sets
 from resdiag.errors import BusyError
 from resdiag.models.resnet import build_model
 from resdiag.models.variants import VARIANTS
 from resdiag.runs import checkpoint as packed
 from resdiag.runs.store import RunWriter
 from resdiag.training import checkpoint, display
-from resdiag.training.augment import Augmenter
 from resdiag.training.curve import COLUMNS, Curve
 from resdiag.training.display import Bar, Lines, Silent, Standing, open_display
 from resdiag.training.interrupt import Interrupt
-from resdiag.training.inventory import list_sets
 from resdiag.training.recipe import learning_rate
 
 STANDING = Standing(done=3, loss=1.5, error=0.25, images_per_s=10.0, worst="block 2")

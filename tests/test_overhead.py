@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from resdiag.cli import app
+from resdiag.cli.main import app
 from resdiag.study import overhead
 from resdiag.study.overhead import STRIDES, plain_seconds, summarise
 

@@ -29,7 +29,7 @@ def _imported_by(code):
 
 def _imported_by_command(*words):
     """The same for a command line, whatever it answers."""
-    return _imported_by(f"from resdiag.cli import app; code = app.run({list(words)!r})")
+    return _imported_by(f"from resdiag.cli.main import app; code = app.run({list(words)!r})")
 
 
 def test_importing_resdiag_imports_nothing_heavy():

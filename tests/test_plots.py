@@ -11,11 +11,11 @@ from synthetic_runs import make_run
 
 from resdiag.catalog.table import METRICS
 from resdiag.errors import StorageError, UsageError
-from resdiag.explain.theory import predict
-from resdiag.show.kinds import KINDS
-from resdiag.show.plots import draw, render, save
-from resdiag.show.style import THEME
-from resdiag.show.view import Record
+from resdiag.plots.drawing import draw, render, save
+from resdiag.plots.kinds import KINDS
+from resdiag.plots.style import THEME
+from resdiag.plots.view import Record
+from resdiag.theory.prediction import predict
 
 NONFINITE, THEORY = "non-finite", "theory (no fitted constant)"
 
@@ -303,7 +303,7 @@ def test_the_same_run_twice_is_not_two_seeds():
 
 def test_variants_differ_in_marker_and_line_style_and_not_only_in_colour():
     from resdiag.models.variants import VARIANTS
-    from resdiag.show.style import VARIANT_LOOKS
+    from resdiag.plots.style import VARIANT_LOOKS
 
     assert set(VARIANT_LOOKS) == set(VARIANTS)
     looks = [VARIANT_LOOKS[v] for v in VARIANTS]
@@ -397,7 +397,7 @@ def test_every_need_is_a_known_metric_or_column_of_the_curve():
 
 def test_kinds_cost_no_matplotlib():
     code = (
-        "import sys, resdiag.show.plots as p; p.KINDS; "
+        "import sys, resdiag.plots.drawing as p; p.KINDS; "
         "slow = {'matplotlib', 'seaborn', 'pandas', 'torch', 'numpy'} & set(sys.modules); "
         "assert not slow, slow"
     )

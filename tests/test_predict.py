@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from resdiag.cli import app
+from resdiag.cli.main import app
+from resdiag.data.augment import Augmenter
+from resdiag.data.dataset import open_data
 from resdiag.errors import UsageError
 from resdiag.models.resnet import build_model
 from resdiag.models.variants import VARIANTS
-from resdiag.study.firststep import critical_rate
-from resdiag.study.forecast import forecast
-from resdiag.training.augment import Augmenter
-from resdiag.training.data import open_data
+from resdiag.probe.firststep import critical_rate
+from resdiag.probe.forecast import forecast
 
 BATCH = 32
 

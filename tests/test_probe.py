@@ -10,14 +10,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import resdiag
-from resdiag.cli import app
+from resdiag.cli.main import app
 from resdiag.errors import UsageError
-from resdiag.explain.theory import predict
 from resdiag.models.example import Example
 from resdiag.models.source import build_source
-from resdiag.study.batch import open_batch
-from resdiag.study.curvature import largest_curvature
-from resdiag.study.probe import choose_loss, load_weights, probe_model
+from resdiag.probe.batch import open_batch
+from resdiag.probe.curvature import largest_curvature
+from resdiag.probe.probe import choose_loss, load_weights, probe_model
+from resdiag.theory.prediction import predict
 
 TINY_GPT2 = [
     word
@@ -249,7 +249,7 @@ def test_a_model_without_additions_is_probed_by_its_units(call):
 def test_a_model_beyond_the_memory_is_narrowed_at_its_depth_or_refused(monkeypatch):
     pytest.importorskip("transformers")
     from resdiag.models import inspection
-    from resdiag.study import probe
+    from resdiag.probe import probe
 
     for module in (inspection, probe):
         monkeypatch.setattr(module, "free_memory", lambda: 2e9)

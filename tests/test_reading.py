@@ -19,12 +19,12 @@ from made_runs import (
 from matplotlib.figure import Figure
 from synthetic_runs import make_run
 
-from resdiag.show.families import FAMILIES
-from resdiag.show.heat import _COLUMNS, draw_heat
-from resdiag.show.kinds import KINDS
-from resdiag.show.opening import _read_for, open_view
-from resdiag.show.style import look
-from resdiag.show.view import Record
+from resdiag.plots.families import FAMILIES
+from resdiag.plots.heat import _COLUMNS, draw_heat
+from resdiag.plots.kinds import KINDS
+from resdiag.plots.opening import _read_for, open_view
+from resdiag.plots.style import look
+from resdiag.plots.view import Record
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = 54
@@ -52,7 +52,7 @@ def long_run(tmp_path_factory):
 def test_a_long_run_is_drawn_in_seconds_and_without_torch(long_run, tmp_path, kind):
     words = ["plot", kind, str(long_run), "--out", str(tmp_path / "figure")]
     code = (
-        "import json, sys; from resdiag.cli import app; code = app.run(sys.argv[1:]); "
+        "import json, sys; from resdiag.cli.main import app; code = app.run(sys.argv[1:]); "
         "print(json.dumps([code, 'torch' in sys.modules]))"
     )
     before = processor_s()

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from made_studies import GRID, make_results, make_study
 from studyfiles import write_study
 
-from resdiag.cli import app
+from resdiag.cli.main import app
+from resdiag.plots.style import VARIANT_LOOKS
 from resdiag.report.answer import answer
 from resdiag.report.colours import DARK_PAPER, contrast, on_dark
 from resdiag.report.expectations import FEW, SEVERAL, expected_section
@@ -36,7 +37,6 @@ from resdiag.report.summary import summarise
 from resdiag.report.thresholds import threshold_table
 from resdiag.report.words import number
 from resdiag.report.write import write_report
-from resdiag.show.style import VARIANT_LOOKS
 from resdiag.study.shipped import shipped_studies
 from resdiag.study.study import load_study
 
@@ -434,8 +434,8 @@ def test_a_crowd_of_lines_is_split_by_depth():
 
 
 def test_lines_of_a_drawing_are_told_apart():
-    from resdiag.show.kinds import KINDS
-    from resdiag.show.opening import open_view
+    from resdiag.plots.kinds import KINDS
+    from resdiag.plots.opening import open_view
 
     results = make_results(load_study("paper", ["seeds=[0]"]))
     curves = [p for p in draw_figures(results, only=()) if p.number == 2]

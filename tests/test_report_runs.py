@@ -8,16 +8,16 @@ import synthetic_runs
 from made_runs import make_config, write_run
 from test_report import HOSTILE, check_harmless
 
-from resdiag.cli import app
-from resdiag.commands.report import MOST_RUNS
-from resdiag.explain.verdict import judge
+from resdiag.cli.main import app
+from resdiag.cli.report import MOST_RUNS
+from resdiag.diagnose.verdict import judge
+from resdiag.plots.kinds import KINDS
 from resdiag.report.figures import draw_runs
 from resdiag.report.html import to_html
 from resdiag.report.markdown import to_markdown
 from resdiag.report.runpage import write_run_page
 from resdiag.report.words import number
 from resdiag.runs.watched import WatchedConfig
-from resdiag.show.kinds import KINDS
 
 
 def test_the_first_words_are_the_verdict_and_its_evidence_has_the_numbers():

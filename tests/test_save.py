@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import resdiag
-from resdiag.cli import app
+from resdiag.cli.main import app
 from resdiag.errors import UsageError
+from resdiag.plots.kinds import KINDS
 from resdiag.runs.watched import WatchedConfig, as_run, read_config
-from resdiag.show.kinds import KINDS
 
 
 class Unit(nn.Module):

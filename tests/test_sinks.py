@@ -13,16 +13,16 @@ import pytest
 import torch
 from tiny_training import digest, run_tiny_cell, tiny_config, tiny_data
 
-from resdiag.cli import app
+from resdiag.cli.main import app
 from resdiag.errors import UsageError
 from resdiag.runs.environment import environment
-from resdiag.runs.export import export_tables, export_tracker
 from resdiag.runs.folder import load, open_run
-from resdiag.runs.sinks.feed import Feed, open_feed
-from resdiag.runs.sinks.sink import About, check_sink, open_sink
-from resdiag.runs.sinks.tags import SHOWN, by_step
 from resdiag.runs.store import RunWriter
 from resdiag.study.cell import Options, run_cell
+from resdiag.trackers.export import export_tables, export_tracker
+from resdiag.trackers.feed import Feed, open_feed
+from resdiag.trackers.sink import About, check_sink, open_sink
+from resdiag.trackers.tags import SHOWN, by_step
 from resdiag.training.display import Silent
 from resdiag.training.interrupt import Interrupt
 from resdiag.training.loop import Training

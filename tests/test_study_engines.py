@@ -23,7 +23,7 @@ from study_runs import (
 from studyfiles import TINY, write_study
 from tiny_training import digest
 
-from resdiag.cli import app
+from resdiag.cli.main import app
 from resdiag.runs.lock import Lock
 from resdiag.study.engines import attempts
 from resdiag.study.engines.job import Job

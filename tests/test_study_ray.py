@@ -11,7 +11,7 @@ from study_runs import digests, driver, ended_once, run_local, wait_for
 from studyfiles import TINY, write_study
 from tiny_training import digest
 
-from resdiag.cli import app
+from resdiag.cli.main import app
 from resdiag.runs.lock import find_holder
 from resdiag.study.ledger import find_run, read_ledger
 from resdiag.study.study import load_study

@@ -19,7 +19,7 @@ from study_runs import digests, driver, ended_once, run_local, wait_for
 from studyfiles import TINY, write_study
 from tiny_training import digest
 
-from resdiag.cli import app
+from resdiag.cli.main import app
 from resdiag.runs.lock import find_holder
 from resdiag.study.engines import slurm
 from resdiag.study.engines.job import Job

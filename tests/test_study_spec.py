@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from studyfiles import TINY, write_study
 
-from resdiag.cli import app
+from resdiag.cli.main import app
 from resdiag.errors import ResdiagError, UsageError
 from resdiag.study.grid import MOST_CELLS
 from resdiag.study.shipped import TEMPLATE, shipped_studies

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from torchvision.models import resnet18
 
 import resdiag
-from resdiag.cli import app
+from resdiag.cli.main import app
 from resdiag.errors import UsageError
-from resdiag.study.surgery import CUTS, find_sites, lesion
+from resdiag.interventions.surgery import CUTS, find_sites, lesion
 
 
 class Layer(nn.Module):

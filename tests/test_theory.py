@@ -13,15 +13,15 @@ from PIL import Image
 from scipy import integrate
 
 from resdiag.errors import UsageError
-from resdiag.explain import coherence, moments, products, reflected
-from resdiag.explain.depthlaw import depth_law
-from resdiag.explain.geometry import block_shapes, padding_share
-from resdiag.explain.growth import grow
-from resdiag.explain.positions import Taps, uniform
-from resdiag.explain.theory import critical_lr, head_kick, predict
-from resdiag.explain.walk import skip_gain_from_zero, walk
 from resdiag.models.resnet import build_model
 from resdiag.models.variants import VARIANTS, find_variant
+from resdiag.theory import coherence, moments, products, reflected
+from resdiag.theory.depthlaw import depth_law
+from resdiag.theory.geometry import block_shapes, padding_share
+from resdiag.theory.growth import grow
+from resdiag.theory.positions import Taps, uniform
+from resdiag.theory.prediction import critical_lr, head_kick, predict
+from resdiag.theory.walk import skip_gain_from_zero, walk
 
 ARCHIVE = Path(__file__).parents[2] / "shared" / "data" / "cifar10-jpeg.tar.gz"
 WALKS = ("original", "elu_after", "elu")

@@ -11,7 +11,7 @@ from torch import nn
 from torchvision import models
 
 import resdiag
-from resdiag.explain.observed import Observed
+from resdiag.diagnose.observed import Observed
 from resdiag.runs.watched import opened
 from resdiag.watch.base.safety import WatchWarning
 from resdiag.watch.find.blocks import find_blocks, find_units

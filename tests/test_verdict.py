@@ -12,13 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from resdiag.catalog.table import RECORDED, RECORDED_PER_STEP, SITES
-from resdiag.explain.finding import plain
-from resdiag.explain.offender import first_offender
-from resdiag.explain.theory import predict
-from resdiag.explain.verdict import NAMES, judge, render
+from resdiag.diagnose.finding import plain
+from resdiag.diagnose.offender import first_offender
+from resdiag.diagnose.verdict import NAMES, judge, render
 from resdiag.models.variants import VARIANTS
 from resdiag.runs.config import RunConfig
 from resdiag.runs.folder import Run
+from resdiag.theory.prediction import predict
 
 LN10 = math.log(10)
 NORMALISED = ("original", "elu_after", "elu", "no_relu", "relu_pre")

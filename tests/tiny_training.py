@@ -7,12 +7,12 @@ from functools import cache
 import numpy as np
 import torch
 
+from resdiag.data.dataset import open_data
 from resdiag.runs.config import RunConfig
 from resdiag.runs.environment import environment
 from resdiag.runs.folder import open_run
 from resdiag.runs.store import RunWriter
 from resdiag.study.cell import Options, run_cell
-from resdiag.training.data import open_data
 from resdiag.training.display import Silent
 from resdiag.training.interrupt import Interrupt
 from resdiag.training.loop import Training

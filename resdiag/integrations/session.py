@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from resdiag.diagnose.saving import save
 from resdiag.errors import ResdiagError
 from resdiag.runs.folder import open_run
-from resdiag.runs.sinks.feed import Feed, open_feed
-from resdiag.runs.sinks.sink import About, check_sink
-from resdiag.study.saving import save
+from resdiag.trackers.feed import Feed, open_feed
+from resdiag.trackers.sink import About, check_sink
 from resdiag.watch.loop.attach import attach
 from resdiag.watch.loop.monitor import Monitor
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from resdiag.plots.grouping import variant_words
 from resdiag.report.bydepth import (
     ByDepth,
     compare_by_depth,
@@ -25,7 +26,6 @@ from resdiag.report.results import Group, Results
 from resdiag.report.summary import Summary, summarise
 from resdiag.report.thresholds import threshold_table, threshold_words
 from resdiag.report.words import count, listing, measure_words, number, settings_words
-from resdiag.show.grouping import variant_words
 from resdiag.training.recipe import RECIPES
 
 _MOST_RANKS = 8

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from resdiag.explain.degraded import CLOSE, LEAST_SEEDS, Comparison, Depth, Gap, compare_depths
+from resdiag.diagnose.degraded import CLOSE, LEAST_SEEDS, Comparison, Depth, Gap, compare_depths
 from resdiag.report.parts import Entry, Mark, Table
 from resdiag.report.results import CellResult, Group, Results
 from resdiag.report.summary import spread_words, summarise
@@ -34,7 +34,7 @@ class ByDepth:
 
 
 def compare_by_depth(results: Results) -> list[ByDepth]:
-    """The lines of a study over depth, each with what `resdiag.explain.degraded` says of it.
+    """The lines of a study over depth, each with what `resdiag.diagnose.degraded` says of it.
 
     None where depth does not vary, or where the study expects values and trains for less than an
     epoch: its question is another one.

@@ -8,21 +8,21 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from resdiag.errors import ResdiagError
-from resdiag.report.parts import Entry, Table
-from resdiag.report.results import CellResult, Results
-from resdiag.report.svg import refine
-from resdiag.report.words import number, settings_words
-from resdiag.show.activations import (
+from resdiag.plots.activations import (
     ACTIVATION_PLOT,
     activation_moments,
     activation_values,
     draw_activations,
 )
-from resdiag.show.kinds import KINDS, PlotKind
+from resdiag.plots.kinds import KINDS, PlotKind
+from resdiag.report.parts import Entry, Table
+from resdiag.report.results import CellResult, Results
+from resdiag.report.svg import refine
+from resdiag.report.words import number, settings_words
 
 if TYPE_CHECKING:
+    from resdiag.plots.view import Record, View
     from resdiag.runs.folder import Run
-    from resdiag.show.view import Record, View
 
 MOST_LINES = 10
 """Lines in a figure that can be told apart; of more, one figure per depth, and so on."""
@@ -189,7 +189,7 @@ def _draw_activations(place: int, title: str, only: Collection[str] | None) -> P
     )  # fmt: skip
     if only is not None and name not in only:
         return picture
-    from resdiag.show.plots import render
+    from resdiag.plots.drawing import render
 
     drawing = draw_activations()
     svg, pdf = (render(drawing, form, letters=True) for form in ("svg", "pdf"))
@@ -214,14 +214,14 @@ def draw_runs(kinds: Sequence[str], runs: "Sequence[Run]") -> Iterator[Picture]:
 
 def _draw(blank: Picture, kind: PlotKind, runs: "Sequence[Run]", drawn: bool) -> Picture:
     """A picture with its data, and with its drawing if that is wanted."""
-    from resdiag.show.opening import open_view
+    from resdiag.plots.opening import open_view
 
     try:
         view = open_view(kind, runs, step=None, theory=True)
         data = {"csv": to_csv(view), "table": to_table(view, blank.title)}
         if not drawn:
             return replace(blank, svg=b"", **data)  # type: ignore[arg-type]
-        from resdiag.show.plots import draw, render
+        from resdiag.plots.drawing import draw, render
 
         drawing = draw(kind.name, runs)
         svg, pdf = (render(drawing, form, letters=True) for form in ("svg", "pdf"))

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from resdiag.diagnose.finding import plain
 from resdiag.errors import UsageError
-from resdiag.explain.finding import plain
 from resdiag.report.results import CellResult, Results
 from resdiag.report.tables import pack, unpack
 from resdiag.runs.files import Damaged, from_json, make_folder, read_file, to_json, write_file

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from resdiag.diagnose.finding import plain
 from resdiag.errors import UsageError
-from resdiag.explain.finding import plain
 from resdiag.report.frozen import portable
 from resdiag.report.results import CellResult, Results
 from resdiag.report.words import listing

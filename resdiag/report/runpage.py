@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from resdiag.explain.degraded import compare
-from resdiag.explain.finding import Evidence
-from resdiag.explain.verdict import Verdict, judge, unjudged
+from resdiag.diagnose.degraded import compare
+from resdiag.diagnose.finding import Evidence
+from resdiag.diagnose.verdict import Verdict, judge, unjudged
 from resdiag.report.figures import Picture
 from resdiag.report.origin import is_lossy, list_sources
 from resdiag.report.outcomes import Outcome, measure

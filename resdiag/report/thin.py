@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resdiag.catalog.table import inputs_of
-from resdiag.show.kinds import KINDS
+from resdiag.plots.kinds import KINDS
 
 if TYPE_CHECKING:
     import pandas as pd

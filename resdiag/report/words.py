@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from resdiag.plots.grouping import variant_words
 from resdiag.report.outcomes import Outcome
-from resdiag.show.grouping import variant_words
 
 ERRORS = ("test_error", "best_test_error", "train_error")
 """Measures that are shares, shown in percent."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import resdiag
+from resdiag.plots.kinds import KINDS
 from resdiag.report.figures import Picture, draw_figures, draw_runs
 from resdiag.report.html import to_html
 from resdiag.report.markdown import to_markdown
@@ -14,7 +15,6 @@ from resdiag.report.results import Results
 from resdiag.report.runpage import write_run_page
 from resdiag.report.sections import write_page
 from resdiag.runs.files import make_folder, write_file
-from resdiag.show.kinds import KINDS
 
 if TYPE_CHECKING:
     from resdiag.runs.folder import Run

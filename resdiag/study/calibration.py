@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from resdiag.explain.verdict import judge
+from resdiag.diagnose.verdict import judge
 from resdiag.runs.folder import Run
 from resdiag.runs.watched import as_run
 from resdiag.study.faults import FAULTS, Fault, Trial

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resdiag.explain.verdict import Verdict, judge
+from resdiag.data.dataset import ImageData, open_data
+from resdiag.diagnose.verdict import Verdict, judge
 from resdiag.runs.config import RunConfig
 from resdiag.runs.environment import environment
 from resdiag.runs.folder import Run, open_run
-from resdiag.runs.sinks.feed import open_feed
-from resdiag.runs.sinks.sink import About
 from resdiag.runs.store import RunWriter
 from resdiag.study.heartbeat import Heartbeat
-from resdiag.training.data import ImageData, open_data
+from resdiag.trackers.feed import open_feed
+from resdiag.trackers.sink import About
 from resdiag.training.display import Display, open_display
 from resdiag.training.loop import Training
 from resdiag.training.recipe import Request, resolve

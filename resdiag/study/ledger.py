@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from resdiag.diagnose.finding import plain
 from resdiag.errors import ResdiagError
-from resdiag.explain.finding import plain
 from resdiag.runs.commit import COMMIT, RUN, Commit
 from resdiag.runs.files import list_folder
 from resdiag.runs.lock import find_holder

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resdiag.data.dataset import open_data
 from resdiag.models.resnet import build_model
-from resdiag.training.data import open_data
 
 Batch = tuple[Tensor, Tensor]
 

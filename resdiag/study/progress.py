@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from resdiag.explain.finding import plain
+from resdiag.diagnose.finding import plain
 from resdiag.runs.files import to_json
 from resdiag.training.display import Standing
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from resdiag.catalog.table import METRICS
 from resdiag.errors import UsageError, unknown
-from resdiag.show.kinds import KINDS
+from resdiag.plots.kinds import KINDS
 from resdiag.study.settings import (
     STRICT,
     Filter,

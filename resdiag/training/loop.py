@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import SGD
 
+from resdiag.data.augment import Augmenter
+from resdiag.data.dataset import ImageData
 from resdiag.models.resnet import build_model
 from resdiag.models.variants import VARIANTS
 from resdiag.runs.checkpoint import pack
 from resdiag.runs.config import RunConfig
 from resdiag.runs.store import RunWriter
 from resdiag.training import checkpoint
-from resdiag.training.augment import Augmenter
 from resdiag.training.committer import Committer, Piece, Table
 from resdiag.training.curve import Curve
-from resdiag.training.data import ImageData
 from resdiag.training.display import Display, Standing
 from resdiag.training.fastelu import FastElu
 from resdiag.training.graphs import Capture, CudaCapture, Graphs

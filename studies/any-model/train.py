@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from resdiag.training.data import open_data
+from resdiag.data.dataset import open_data
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SEED = 0

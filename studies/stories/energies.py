@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resdiag.explain.finding import plain
-from resdiag.explain.theory import predict
+from resdiag.data.augment import Augmenter
+from resdiag.data.dataset import open_data
+from resdiag.diagnose.finding import plain
 from resdiag.models.resnet import build_model
 from resdiag.runs.environment import environment
-from resdiag.training.augment import Augmenter
-from resdiag.training.data import open_data
+from resdiag.theory.prediction import predict
 
 HERE = Path(__file__).resolve().parent
 BATCH = 32

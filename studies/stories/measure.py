@@ -15,17 +15,17 @@ import torch
 from torch.nn import functional as F
 from torch.optim import SGD
 
-from resdiag.explain.finding import plain
-from resdiag.explain.observed import Observed
-from resdiag.explain.theory import predict
+from resdiag.data.augment import Augmenter
+from resdiag.data.dataset import ImageData, open_data
+from resdiag.diagnose.finding import plain
+from resdiag.diagnose.observed import Observed
+from resdiag.interventions.effect import run_lesions
 from resdiag.models.resnet import build_model
 from resdiag.models.variants import VARIANTS, find_variant
+from resdiag.probe.forecast import stem_variances
 from resdiag.runs.environment import environment
 from resdiag.runs.watched import WatchedConfig, as_run
-from resdiag.study.effect import run_lesions
-from resdiag.study.forecast import stem_variances
-from resdiag.training.augment import Augmenter
-from resdiag.training.data import ImageData, open_data
+from resdiag.theory.prediction import predict
 from resdiag.training.recipe import Request, resolve
 from resdiag.watch.loop.attach import attach
 

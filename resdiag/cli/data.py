@@ -1,0 +1,30 @@
+"""`resdiag data`: data sets on this disk, and how to get more."""
+
+from typing import Annotated
+
+import typer
+
+from resdiag.cli.app import group
+from resdiag.cli.options import DataRoot, Json
+from resdiag.cli.output import print_table
+
+data_app = group("Data sets: what is there, and how to get more.")
+
+
+@data_app.command("list")
+def data_list(data_root: DataRoot = None, as_json: Json = False) -> None:
+    """List what `--data` accepts and what is on this disk."""
+    from resdiag.data.inventory import list_sets
+
+    print_table(("data", "state", "place"), list_sets(data_root), as_json)
+
+
+@data_app.command("get")
+def data_get(
+    name: Annotated[str, typer.Argument(help="cifar10, cifar100 or fashion.")],
+    data_root: DataRoot = None,
+) -> None:
+    """Download a data set with a progress bar, checked against its published checksum."""
+    from resdiag.data.download import download
+
+    print(download(name, data_root))

@@ -1,0 +1,44 @@
+"""`resdiag inspect`: the blocks of any model."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from resdiag.cli.models import Argument, InputShape, Model, parse_shape
+from resdiag.cli.options import Json
+
+
+def inspect(
+    model: Model,
+    arg: Argument = None,
+    input_shape: InputShape = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples of the example batch.")] = 1,
+    blocks: Annotated[
+        list[str] | None,
+        typer.Option(help="Pattern of modules to take as the blocks; several times."),
+    ] = None,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Show every block, also where they repeat.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Print a model's residual blocks: stage, name, shortcut, after-add, parameters."""
+    shape = parse_shape(input_shape)
+    from resdiag.models.inspection import inspect_model
+    from resdiag.models.source import parse_arguments
+
+    found = inspect_model(
+        model, parse_arguments(arg or []), shape=shape, batch_size=batch_size, blocks=blocks
+    )
+    if as_json:
+        print(json.dumps(found.to_dict()))
+        return
+    from rich.console import Console
+
+    from resdiag.plots.anatomy import draw_tree
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 250
+    console.print(draw_tree(found, fold=not show_all), markup=False)

@@ -1,0 +1,65 @@
+"""`resdiag lesion`: change one thing about a model's residual blocks and train a few steps."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from resdiag.cli.models import Argument, InputShape, Model, parse_shape
+from resdiag.cli.options import Json
+
+
+def lesion(
+    model: Model,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[LESION]...",
+            help="no_shortcut, drop_block, half_branch, sqrt_depth, skipinit, no_after_add; "
+            "all that the model can have if none.",
+        ),
+    ] = None,
+    arg: Argument = None,
+    block: Annotated[
+        list[str] | None,
+        typer.Option(help="Index or name of a block to change; several times; else all."),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="state_dict to start from, else the initialisation.")
+    ] = None,
+    claim: Annotated[
+        str, typer.Option(help="Finding that the lesion should cure, e.g. exploded_at_init.")
+    ] = "",
+    input_shape: InputShape = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples of the batch.")] = 8,
+    lr: Annotated[float, typer.Option(help="Of SGD with momentum 0.9.")] = 0.01,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Seeds of weights and batches.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each arm.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Change one thing about any model's blocks; compare a few steps with and without it."""
+    from resdiag.diagnose.finding import plain
+    from resdiag.interventions.trial import try_on_model
+    from resdiag.models.source import parse_arguments
+
+    keys = [int(key) if key.isdigit() else key for key in block or []]
+    effects = try_on_model(
+        model,
+        names or [],
+        parse_arguments(arg or []),
+        blocks=keys or None,
+        shape=parse_shape(input_shape),
+        batch_size=batch_size,
+        weights=weights,
+        lr=lr,
+        claim=claim,
+        seeds=seeds,
+        steps=steps,
+    )
+    if as_json:
+        found = [plain(effect.to_dict()) for effect in effects]
+        print(json.dumps({"schema": 1, "model": model, "lesions": found}))
+        return
+    for effect in effects:
+        print(f"Lesion    {effect.describe(lr)}")

@@ -1,0 +1,42 @@
+"""The command line, put together: one file a command in `resdiag/commands`."""
+
+from resdiag.cli.app import App, print_help
+from resdiag.cli.bench import bench_app
+from resdiag.cli.data import data_app
+from resdiag.cli.explain import explain
+from resdiag.cli.export import export
+from resdiag.cli.inspect import inspect
+from resdiag.cli.lesion import lesion
+from resdiag.cli.plot import plot
+from resdiag.cli.predict import predict
+from resdiag.cli.probe import probe
+from resdiag.cli.report import freeze_study, report, report_study
+from resdiag.cli.run import run
+from resdiag.cli.study import study_app
+from resdiag.cli.tables import metrics, variants, version
+
+_EPILOG = (
+    "Exit codes: 0 done, also if the network exploded; 1 failed; 2 wrong usage; 3 a study ended "
+    "with failed cells; 74 the disk is full or failing; 75 busy, or stopped by SIGTERM after a "
+    "commit; 130 stopped by Ctrl-C. The same command continues a stopped run."
+)
+
+app = App(
+    name="resdiag",
+    help="Gradient and activation diagnostics for residual networks.",
+    epilog=_EPILOG,
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+app.callback()(print_help)
+for command in (
+    run, plot, explain, report, lesion, inspect, export, predict, probe, variants, metrics, version,
+):  # fmt: skip
+    app.command()(command)
+study_app.command("report")(report_study)
+study_app.command("freeze")(freeze_study)
+app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
+app.add_typer(study_app, name="study")

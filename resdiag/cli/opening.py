@@ -1,0 +1,48 @@
+"""Which recorded runs, or which study, a command means."""
+
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from resdiag.cli.output import say
+from resdiag.errors import UsageError
+
+if TYPE_CHECKING:
+    from resdiag.runs.folder import Run
+    from resdiag.study.study import Study
+
+_FEW = 5
+
+
+def open_runs(paths: Sequence[Path] | None, root: Path) -> "list[Run]":
+    """The runs named, or the latest; a missing one is refused before pandas is imported."""
+    for path in paths or [root]:
+        if next(path.rglob("run.json"), None) is None:
+            raise _no_run(path)
+    from resdiag.runs.folder import find_runs, latest_run, open_run
+
+    if not paths:
+        return [open_run(latest_run(root))]
+    found = {path: find_runs(path) for path in paths}
+    for path, folders in found.items():
+        if not folders:  # what is there is hidden
+            raise _no_run(path)
+    return [open_run(run) for run in dict.fromkeys(chain(*found.values()))]
+
+
+def open_study(where: str, settings: Sequence[str] | None, mini: bool) -> "Study":
+    """The study, with a word on what of it `--set` left without a cell."""
+    from resdiag.study.study import load_study
+
+    study = load_study(where, settings or (), mini=mini)
+    if study.dropped:
+        more = ", ..." if len(study.dropped) > _FEW else ""
+        some = f"{', '.join(study.dropped[:_FEW])}{more}"
+        say(f"left out, as --set leaves no cell of theirs: {some} ({len(study.dropped)} in all)")
+    return study
+
+
+def _no_run(path: Path) -> UsageError:
+    what = "no run at" if path.exists() else "no such folder:"
+    return UsageError(f"{what} {path}", "resdiag run --variant elu_pre --depth 20 makes one")

@@ -1,0 +1,86 @@
+"""`resdiag plot`: draw runs."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from resdiag.cli.opening import open_runs
+from resdiag.cli.options import Json, RunsRoot
+from resdiag.cli.output import print_table
+from resdiag.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from resdiag.runs.folder import Run
+
+
+def plot(
+    kind: Annotated[
+        str, typer.Argument(help="What to draw: a kind that `--list` names, or any metric.")
+    ] = "",
+    paths: Annotated[
+        list[Path] | None, typer.Argument(metavar="[RUN]...", help="Runs; the latest if none.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File without ending, or with one.")
+    ] = None,
+    formats: Annotated[
+        str, typer.Option("--format", "-f", help="svg, png, pdf, or several with commas.")
+    ] = "svg,png",
+    step: Annotated[int | None, typer.Option(help="Recorded step to show by block.")] = None,
+    theory: Annotated[bool, typer.Option(help="Overlay what theory predicts.")] = True,
+    list_kinds: Annotated[bool, typer.Option("--list", help="List the kinds of plots.")] = False,
+    runs: RunsRoot = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Draw a plot of one run, or of several on one axis."""
+    from resdiag.catalog.table import METRICS
+    from resdiag.plots.kinds import KINDS, find_kind
+
+    if list_kinds or not kind:
+        rows = [(entry.name, entry.question, entry.reading) for entry in KINDS.values()]
+        print_table(("kind", "question", "read"), rows, as_json)
+        return
+    stem, endings = _plan_files(out, formats)
+    if re.fullmatch(r"[a-z][a-z0-9_]*", kind) and kind not in {**KINDS, **METRICS}:
+        try:
+            opened = open_runs(paths, runs)  # only the runs know their custom metrics
+        except UsageError:
+            find_kind(kind)  # a mistyped kind is told before a missing run
+            raise
+        entry = find_kind(kind, [metric for run in opened for metric in run.custom_metrics])
+    else:
+        entry = find_kind(kind)
+        opened = open_runs(paths, runs)
+    from resdiag.plots.drawing import draw, save
+
+    figure = draw(entry.name, opened, step=step, theory=theory)
+    files = save(figure, stem or _default_stem(entry.name, opened), endings)
+    if as_json:
+        print(json.dumps({"schema": 1, "kind": entry.name, "files": [str(f) for f in files]}))
+        return
+    for file in files:
+        print(file)
+
+
+def _plan_files(out: Path | None, formats: str) -> tuple[Path | None, list[str]]:
+    """Where to draw and in which formats; an ending in `--out` is a format."""
+    from resdiag.plots.drawing import FORMATS
+
+    endings = [word.strip() for word in formats.split(",") if word.strip()]
+    if out is not None and out.suffix[1:] in FORMATS:
+        out, endings = out.with_suffix(""), [out.suffix[1:]]
+    for ending in endings or [""]:
+        if ending not in FORMATS:
+            raise unknown("format", ending, FORMATS)
+    return out, endings
+
+
+def _default_stem(kind: str, opened: "Sequence[Run]") -> Path:
+    """A plot of one run goes into the run's folder, of several into `figures`."""
+    if len(opened) == 1:
+        return opened[0].path / "figures" / kind
+    return Path("figures") / f"{kind}-{len(opened)}-runs"

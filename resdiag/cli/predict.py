@@ -1,0 +1,54 @@
+"""`resdiag predict`: what will happen to a variant, before training."""
+
+import json
+import math
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from resdiag.cli.options import DataRoot, Json
+from resdiag.cli.output import say
+
+if TYPE_CHECKING:
+    from resdiag.probe.forecast import Forecast
+
+
+def predict(
+    variant: Annotated[
+        str, typer.Option(help="Variant id or the paper's letter; see `resdiag variants`.")
+    ],
+    depth: Annotated[int, typer.Option(help="Weighted layers, 6n+2: 20, 32, 44, 56, 110, ...")],
+    lr: Annotated[float, typer.Option(help="Learning rate of the first step.")] = 0.1,
+    data: Annotated[str, typer.Option(help="Images of the batch, as of `resdiag run`.")] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Images of the batch.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and batch.")] = 0,
+    data_root: DataRoot = None,
+    as_json: Json = False,
+) -> None:
+    """Say before training what will happen: theory beside the measurement on one batch."""
+    from resdiag.models.variants import count_blocks, find_variant
+    from resdiag.training.spec import check_data
+
+    find_variant(variant)
+    count_blocks(depth)
+    check_data(data)
+    from resdiag.probe.forecast import forecast
+
+    found = forecast(
+        variant, depth, lr=lr, data=data, data_root=data_root, batch_size=batch_size, seed=seed
+    )
+    if as_json:
+        for name, pair in found.pairs().items():
+            if math.isnan(pair.theory):
+                say(f"note: {name}: {pair.note}")
+        print(json.dumps(found.to_dict()))
+        return
+    print(_describe(found))
+
+
+def _describe(found: "Forecast") -> str:
+    lines = [f"{'':18}{'theory':>10}{'measured':>11}"]
+    for name, pair in found.pairs().items():
+        numbers = [("-" if math.isnan(x) else f"{x:.3g}") for x in (pair.theory, pair.measured)]
+        lines.append(f"{name:18}{numbers[0]:>10}{numbers[1]:>11}  {pair.note}")
+    return "\n".join([*lines, f"fate: {found.fate}; {found.why}", f"law: {found.basis}"])

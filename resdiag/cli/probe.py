@@ -1,0 +1,132 @@
+"""`resdiag probe`: the diagnosis of any model at its weights as they are, without training."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from resdiag.cli.models import Argument, InputShape, Model, parse_shape
+from resdiag.cli.options import DataRoot, Json, RunsRoot
+from resdiag.cli.output import say
+from resdiag.errors import unknown
+
+if TYPE_CHECKING:
+    from resdiag.probe.probe import Probed
+
+
+def probe(
+    model: Model,
+    arg: Argument = None,
+    data: Annotated[
+        str,
+        typer.Option(help="As of `resdiag run`, or text:FILE for tokens; else generated."),
+    ] = "",
+    weights: Annotated[
+        Path | None, typer.Option(help="state_dict to probe: .safetensors, or of torch.save.")
+    ] = None,
+    input_shape: InputShape = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples of the batch.")] = 8,
+    loss: Annotated[str, typer.Option(help="auto, cross-entropy or mean-square.")] = "auto",
+    blocks: Annotated[
+        list[str] | None,
+        typer.Option(help="Pattern of modules to take as the blocks; several times."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, batch and labels.")] = 0,
+    curvature: Annotated[
+        bool, typer.Option(help="Measure the critical learning rate; the slow part.")
+    ] = True,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The run's folder.")] = None,
+    runs: RunsRoot = Path("runs"),
+    data_root: DataRoot = None,
+    as_json: Json = False,
+) -> None:
+    """Diagnose a model from one forward and backward pass: no training, no update."""
+    shape = parse_shape(input_shape)
+    if loss not in ("auto", "cross-entropy", "mean-square"):
+        raise unknown("loss", loss, ["auto", "cross-entropy", "mean-square"])
+    if data.startswith("text:"):
+        from resdiag.probe.batch import check_text
+
+        check_text(data)
+    elif data:
+        from resdiag.training.spec import check_data
+
+        check_data(data)
+    from resdiag.models.source import parse_arguments
+    from resdiag.probe.probe import draw_probe, probe_model, to_json
+
+    found = probe_model(
+        model,
+        parse_arguments(arg or []),
+        shape=shape,
+        batch_size=batch_size,
+        data=data,
+        data_root=data_root,
+        weights=weights,
+        loss=loss,
+        seed=seed,
+        out=out,
+        root=runs,
+        curvature=curvature,
+        blocks=blocks,
+    )
+    files = draw_probe(found.run)
+    if as_json:
+        print(to_json(found, files))
+        return
+    for note in found.notes:
+        say(f"note: {note}")
+    print(_describe(found))
+    from resdiag.diagnose.verdict import render
+
+    print(render(found.verdict))
+    for file in files:
+        print(file)
+
+
+def _describe(found: "Probed") -> str:
+    """The numbers in one paragraph."""
+    numbers, curve = found.summary(), found.curvature
+    signal, gradient = numbers["signal"], numbers["gradient"]
+    lines = [
+        f"{found.run.path}: {found.batch}, loss {found.loss[1]:.4g} ({found.loss[0]})",
+        f"signal    E[H^2] {signal['first']:.3g} at the first block, {signal['last']:.3g} at the "
+        f"last: x{signal['growth_per_block']:.3g} per block",
+        _depth_law(numbers["depth_law"]),
+        f"gradient  first block over last {gradient['ratio_first_to_last']:.3g}: squared "
+        f"x{gradient['growth_per_block']:.3g} per block",
+        f"bias      B2 {numbers['bias_shift']['first']:.3g} at the first block, "
+        f"{numbers['bias_shift']['last']:.3g} at the last",
+        f"skip      gain {numbers['skip_gain']['last']:.3g} at the last block",
+    ]
+    if found.is_plain:
+        del lines[-1:]
+    if not found.run.blocks:
+        del lines[1:]
+    if curve.reason:
+        lines.append(f"critical learning rate: not measured, {curve.reason}")
+    else:
+        far = "" if curve.converged else ", not converged: an upper bound"
+        lines.append(
+            f"critical learning rate of plain SGD {curve.critical_lr:.3g} = 2 / {curve.value:.3g}, "
+            f"the loss's largest curvature on this batch ({curve.steps} products{far})"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _depth_law(law: "dict[str, Any]") -> str:
+    """What the longest stage would do if it were deeper."""
+    if law["kind"] == "unknown":
+        return f"depth     no law of growth: {law['reason']}"
+    twice = f"; with twice the blocks its E[H^2] would grow by x{law['growth_at_twice']:.3g}"
+    return (
+        f"depth     the longest stage grows by {_WORDS[law['kind']]} (E[F^2] follows E[h^2] to the "
+        f"power {law['elasticity']:.2f}){twice if law['kind'] != 'between' else ''}"
+    )
+
+
+_WORDS = {
+    "geometric": "a factor per block",
+    "additive": "an amount per block",
+    "between": "neither a factor nor an amount per block",
+}

@@ -1,0 +1,166 @@
+"""Reports of runs and of studies, for people; frozen results, for the repository."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from resdiag.cli.opening import open_runs, open_study
+from resdiag.cli.options import Json, RunsRoot
+from resdiag.cli.output import say
+from resdiag.errors import UsageError
+
+if TYPE_CHECKING:
+    from resdiag.report.results import Results
+
+Where = Annotated[
+    str,
+    typer.Argument(
+        metavar="STUDY", help="A shipped study's name, FILE.toml, a plan, or frozen results."
+    ),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="As it was given to `study run`."),
+]
+Mini = Annotated[bool, typer.Option("--mini", help="As it was given to `study run`.")]
+
+
+MOST_RUNS = 12
+"""Runs that one page can show side by side."""
+
+
+def report(
+    paths: Annotated[
+        list[Path] | None, typer.Argument(metavar="[RUN]...", help="Runs; the latest if none.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder; `report` in the run's folder if not given."),
+    ] = None,
+    runs: RunsRoot = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Write one HTML page of a run: verdict, evidence, figures, origin; or of several side by side.
+
+    It comes with the same in Markdown, and every figure as SVG and PDF with its data as CSV. The
+    report of a study is made by `resdiag study report`.
+    """
+    for path in paths or []:
+        _refuse_study(path)
+    opened = open_runs(paths, runs)
+    if len(opened) > MOST_RUNS:
+        raise UsageError(
+            f"{len(opened)} runs: one page shows at most {MOST_RUNS}",
+            "name some of them; `resdiag study report STUDY` is for the runs of a study",
+        )
+    from resdiag.report.write import write_run_report
+
+    one = opened[0].path / "report"
+    folder = out or (one if len(opened) == 1 else Path("reports") / f"{len(opened)}-runs")
+    _print_files(write_run_report(opened, folder), as_json)
+
+
+def _refuse_study(path: Path) -> None:
+    """A study, by its file, its folder, its results or its name, has another report."""
+    frozen, plan = path / "results.json", next(path.glob("plan-*.json"), None)
+    if path.suffix == ".toml" or plan or frozen.is_file() or _is_shipped(path):
+        where = f" --runs {path.parent}" if plan else ""
+        raise UsageError(f"{path} is a study", f"resdiag study report {path}{where}")
+
+
+def _is_shipped(path: Path) -> bool:
+    from resdiag.study.shipped import shipped_studies
+
+    return not path.exists() and str(path) in shipped_studies()
+
+
+def freeze_study(
+    where: Where,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder, e.g. studies/results/explosion.")
+    ],
+    settings: Sets = None,
+    mini: Mini = False,
+    steps: Annotated[
+        int, typer.Option(min=2, max=1000, help="Recorded steps to keep of each run.")
+    ] = 8,
+    add: Annotated[
+        bool, typer.Option("--add", help="Keep the cells that the folder holds, and add to them.")
+    ] = False,
+    runs: RunsRoot = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Write a study's results as three small files, which `study report` reads without the runs.
+
+    What the folder holds is replaced; with --add, cells of other seeds or other machines are kept.
+    """
+    results = _read(where, settings, mini, runs, steps)
+    if not any(item.run for item in results.cells):
+        raise UsageError(f"no cell of {results.study.name} was begun under {runs}")
+    from resdiag.report.frozen import freeze, is_frozen, thaw
+
+    if add and is_frozen(out):
+        from resdiag.report.merge import merge
+
+        results = merge(thaw(out), results)
+    files = freeze(results, out)
+    left = [item.cell.id for item in results.cells if not item.ended]
+    if left:
+        say(f"{len(left)} of {len(results.cells)} cells have not ended: {', '.join(left[:5])}")
+    if as_json:
+        print(json.dumps({"schema": 1, "files": [str(path) for path in files]}))
+        return
+    for path in files:
+        print(path)
+
+
+def report_study(
+    where: Where,
+    settings: Sets = None,
+    mini: Mini = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder; `report` in the study's folder if not given."),
+    ] = None,
+    runs: RunsRoot = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Write what a study came to as one HTML page, as Markdown, and its figures with their data.
+
+    An unfinished study has a report, too: it says what is missing. STUDY may be a folder that
+    `study freeze` wrote.
+    """
+    results = _read(where, settings, mini, runs)
+    from resdiag.report.write import write_report
+
+    frozen = results.source == where
+    folder = out or (Path("reports") / results.study.name if frozen else Path(results.source))
+    files = write_report(results, folder if out or frozen else folder / "report")
+    _print_files(files, as_json)
+
+
+def _print_files(files: Sequence[Path], as_json: bool) -> None:
+    """The page, or the document with all files."""
+    if as_json:
+        print(json.dumps({"schema": 1, "files": [str(path) for path in files]}))
+        return
+    print(files[0])
+
+
+def _read(
+    where: str, settings: list[str] | None, mini: bool, runs: Path, steps: int | None = None
+) -> "Results":
+    """The results of a study: frozen ones, or those of the run folders."""
+    if (Path(where) / "results.json").is_file():
+        if settings or mini:
+            raise UsageError(f"{where} is frozen and is not changed by --set or --mini")
+        from resdiag.report.frozen import thaw
+
+        return thaw(Path(where))
+    study = open_study(where, settings, mini)
+    from resdiag.report.collect import STEPS, collect
+
+    return collect(study, runs, steps=steps or STEPS)

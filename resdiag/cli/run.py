@@ -1,0 +1,146 @@
+"""`resdiag run`: train one variant while recording."""
+
+import json
+import re
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from resdiag.cli.options import DataRoot, Json, RunsRoot
+from resdiag.cli.output import keep_quiet, say
+from resdiag.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from resdiag.study.cell import Outcome
+
+_STOPPED = {int(signal.SIGINT): 130, int(signal.SIGTERM): 75}
+"""Exit codes by the signal that stopped a run."""
+
+
+def run(
+    variant: Annotated[
+        str, typer.Option(help="Variant id or the paper's letter; see `resdiag variants`.")
+    ],
+    depth: Annotated[int, typer.Option(help="Weighted layers, 6n+2: 20, 32, 44, 56, 110, ...")],
+    recipe: Annotated[
+        str, typer.Option(help="probe: the first 60 steps; paper: 164 epochs.")
+    ] = "probe",
+    data: Annotated[
+        str,
+        typer.Option(help="auto, cifar10, cifar100, digits, fashion, folder:PATH or parquet:PATH."),
+    ] = "auto",
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs; the recipe's milestones scale with them.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
+    warmup: Annotated[int, typer.Option(help="Steps at learning rate 0.01 before the first.")] = 0,
+    weight_decay: Annotated[float, typer.Option(help="L2 coefficient on all parameters.")] = 1e-4,
+    momentum: Annotated[float, typer.Option(help="Momentum of SGD.")] = 0.9,
+    nesterov: Annotated[bool, typer.Option(help="Nesterov's momentum.")] = True,
+    augment: Annotated[bool, typer.Option(help="Random crops, and flips where allowed.")] = True,
+    width: Annotated[float, typer.Option(help="Multiple of the 16/32/64 channels.")] = 1.0,
+    stem_bn: Annotated[bool, typer.Option("--stem-bn", help="BatchNorm in the stem.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of weights, order and augmentation.")] = 0,
+    every: Annotated[int | None, typer.Option(help="Record each EVERY-th step.")] = None,
+    record_first: Annotated[
+        int | None, typer.Option(help="Record each of the first steps.")
+    ] = None,
+    commit_every: Annotated[int | None, typer.Option(help="Steps between commits.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 by autocast.")] = "float32",
+    engine: Annotated[
+        str,
+        typer.Option(help="eager, fast (an own ELU on the CPU), compile, graph (CUDA) or auto."),
+    ] = "eager",
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=1024, help="CPU threads of PyTorch.")
+    ] = None,
+    runs: RunsRoot = Path("runs"),
+    data_root: DataRoot = None,
+    force: Annotated[bool, typer.Option("--force", help="Start over if the run exists.")] = False,
+    allow_drift: Annotated[
+        bool,
+        typer.Option("--allow-drift", help="Continue although versions or machine changed."),
+    ] = False,
+    sink: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also tell a tracker: tensorboard:DIR, wandb:PROJECT or mlflow:DATABASE; "
+            "repeat it for several."
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    as_json: Json = False,
+) -> int:
+    """Train one variant, or just start to train it, while recording; ends with the verdict."""
+    from resdiag.trackers.sink import check_sink
+    from resdiag.training.recipe import Request
+    from resdiag.training.spec import check_data
+
+    asked = locals()
+    request = Request(**{name: asked[name] for name in Request.__dataclass_fields__})
+    request.check()
+    check_data(data)
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+        raise unknown("device", device, ["auto", "cpu", "cuda", "cuda:N"])
+    for text in sink or ():
+        check_sink(text)
+    # every mistake that can be seen without torch has been answered by now
+    from resdiag.study.cell import Options, run_cell
+
+    request = replace(request, device=_find_device(device, threads))
+    options = Options(
+        root=runs,
+        data_root=data_root,
+        force=force,
+        allow_drift=allow_drift,
+        quiet=quiet or as_json,
+        sinks=tuple(sink or ()),
+    )
+    outcome = run_cell(request, options, keep_quiet if quiet else say)
+    _print_outcome(outcome, as_json)
+    return _STOPPED[outcome.signal] if outcome.run.status == "stopped" else 0
+
+
+def _find_device(name: str, threads: int | None) -> str:
+    """The device that `--device` means on this machine; sets the number of CPU threads."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and not int(index or 0) < torch.cuda.device_count():
+        raise UsageError(f"device '{name}' is not here", f"{torch.cuda.device_count()} GPUs found")
+    return name
+
+
+def _print_outcome(outcome: "Outcome", as_json: bool) -> None:
+    from resdiag.diagnose.verdict import render
+    from resdiag.study.cell import summarise
+
+    summary = summarise(outcome)
+    if as_json:
+        print(json.dumps(summary))
+        return
+    for note in outcome.notes:
+        say(f"note: {note}")
+    print(_describe(summary))
+    print(render(outcome.verdict))
+
+
+def _describe(summary: dict[str, Any]) -> str:
+    """One paragraph of facts before the verdict."""
+    test = summary["test_error"]
+    words = {"final": "at the end", "best": "at best"}
+    measured = [f"{test[key]:.2%} {words[key]}" for key in words if test[key] is not None]
+    errors = f", test error {', '.join(measured)}" if measured else ""
+    if summary["train_error"] is not None:
+        errors += f", training error {summary['train_error']:.2%} over the last epoch"
+    return f"{summary['run']}: {summary['status']} after {summary['steps']} steps{errors}\n"

@@ -1,1 +1,0 @@
-"""The commands: one file each; each parses, calls a room below, and prints."""

@@ -1,0 +1,1 @@
+"""From a record to a verdict: findings, their evidence and what to try."""

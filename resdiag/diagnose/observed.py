@@ -1,0 +1,204 @@
+"""What was observed in a run: its two tables, read so that nothing missing or odd can raise."""
+
+import math
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from resdiag.diagnose.finding import NotJudged
+from resdiag.diagnose.offender import Offender, first_offender
+from resdiag.errors import UsageError
+from resdiag.runs.folder import Run
+from resdiag.runs.watched import WatchedConfig
+from resdiag.theory.prediction import Prediction, predict
+
+
+class Observed:
+    """A run's tables with missing values as NaN, and the prediction that belongs to them.
+
+    Args:
+        run: The run to look at.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.variant, self.depth = str(run.config.variant), int(run.config.depth)
+        # of another model there is no variant: theory and the table of variants have no word on it
+        self.lr = math.nan if run.config.lr is None else float(run.config.lr)
+        self.metrics = _clean(run.metrics(), ["step", "block"])
+        self.curve = _clean(run.curve(), ["step"])
+        self._tables: dict[str, pd.DataFrame] = {}
+        self.steps: list[int] = sorted({int(step) for step in self.metrics.get("step", ())})
+
+    @cached_property
+    def is_told(self) -> bool:
+        """Whether the run says its loss at all; infinite and NaN are losses of our own runs."""
+        if "loss" not in self.curve:
+            return False
+        foreign = isinstance(self.run.config, WatchedConfig)
+        return not foreign or bool(self.curve["loss"].notna().any())
+
+    @cached_property
+    def offender(self) -> Offender | None:
+        """The first non-finite number in the block table."""
+        return first_offender(self.metrics)
+
+    @cached_property
+    def prediction(self) -> Prediction | None:
+        """Theory for this variant and depth from the measured stem; None if it knows neither."""
+        s0, m0 = self.value("input_second_moment", 0, 0), self.value("input_mean", 0, 0)
+        known = math.isfinite(s0) and s0 > 0
+        try:
+            return predict(
+                self.variant,
+                self.depth,
+                s0=s0 if known else None,
+                m0=m0 if known and math.isfinite(m0) else None,
+                width_px=self._width_px(),
+            )
+        except UsageError:
+            return None
+
+    def _width_px(self) -> int:
+        """Width of the first block's output, hence of the images; 32 if the run does not say."""
+        shape = self.run.blocks[0].get("shape") if self.run.blocks else None
+        return int(shape[-1]) if isinstance(shape, list | tuple) and len(shape) == 3 else 32
+
+    @property
+    def classes(self) -> int | None:
+        """Number of classes, None if the run does not say."""
+        stated = self.run.data.get("classes")
+        if isinstance(stated, Sequence) and not isinstance(stated, str):
+            stated = len(stated)
+        return int(stated) if isinstance(stated, int | float) and stated > 1 else None
+
+    def without_updates(self, rule: str) -> NotJudged:
+        """Why a rule about updates cannot judge a run that has none."""
+        if getattr(self.run.config, "kind", "") == "probe":
+            return NotJudged(rule, "a probe makes no update", "updates")
+        return NotJudged(rule, "updates were not recorded: attach(optimizer=...)")
+
+    @property
+    def indices(self) -> list[int]:
+        """Block indices of the table, in forward order."""
+        return sorted({int(block) for block in self.metrics.get("block", ())})
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The descriptions of the blocks that are in the table."""
+        known = set(self.indices)
+        return [row for row in self.run.blocks if row.get("index") in known]
+
+    def profile(self, metric: str, step: int) -> "pd.Series[float]":
+        """One metric over the blocks at one step, indexed by block; empty if there is none."""
+        if metric not in self.metrics:
+            return pd.Series(dtype=float)
+        rows = self.metrics[self.metrics["step"] == step]
+        return pd.Series(rows[metric].to_numpy(dtype=float), index=rows["block"].to_numpy())
+
+    def value(self, metric: str, step: int, block: int) -> float:
+        """One number of the block table, NaN if it is missing."""
+        return float(self.profile(metric, step).get(block, math.nan))
+
+    def table(self, metric: str) -> pd.DataFrame:
+        """One metric as steps x blocks; empty if there is none. Do not change it."""
+        if metric not in self._tables:
+            empty = pd.DataFrame(dtype=float)
+            known = metric in self.metrics
+            rows = (
+                self.metrics.pivot(index="step", columns="block", values=metric) if known else empty
+            )
+            self._tables[metric] = rows
+        return self._tables[metric]
+
+    def sizes(self, site: str, step: int) -> "pd.Series[float]":
+        """RMS of a site over the blocks at one step, indexed by block."""
+        moments = self.profile(f"{site}_second_moment", step)
+        with np.errstate(all="ignore"):
+            return pd.Series(np.sqrt(moments.to_numpy(dtype=float)), index=moments.index)
+
+    def scalar(self, metric: str, step: int) -> float:
+        """One number of the step table, NaN if it is missing."""
+        return float(self.series(metric).get(step, math.nan))
+
+    def series(self, metric: str) -> "pd.Series[float]":
+        """One column of the step table, indexed by step; empty if there is none.
+
+        A loss that nobody told is read off the logits, where that could be done.
+        """
+        if metric == "loss" and not self.is_told and "head_loss" in self.curve:
+            return self.series("head_loss").dropna()
+        if metric not in self.curve:
+            return pd.Series(dtype=float)
+        column = pd.Series(
+            self.curve[metric].to_numpy(dtype=float), index=self.curve["step"].to_numpy()
+        )
+        if metric != "loss" or not isinstance(self.run.config, WatchedConfig):
+            return column
+        # a monitor does not see the loss: NaN is one that nobody told, until the run diverged
+        lost = column[column.notna()].index.max() if self.run.status == "diverged" else math.inf
+        return column[column.notna() | (column.index > lost)]
+
+    def name(self, block: int | None) -> str:
+        """Words for a block: its index and its name in the model."""
+        if block is None:
+            return "no block"
+        rows = [row for row in self.run.blocks if row.get("index") == block]
+        names = [str(row["name"]) for row in rows if "name" in row]
+        return f"block {block} ({names[0]})" if names else f"block {block}"
+
+    def stage_growth(self, step: int) -> dict[int, tuple[float, int, int]]:
+        """Growth of E[H^2] per block within each stage, without what the transition does.
+
+        Returns:
+            By stage: the geometric mean of E[H_l^2] / E[H_{l-1}^2] over successive blocks of the
+            stage, how many such ratios there are, and the stage's first block.
+        """
+        moments = self.profile("output_second_moment", step)
+        stages: dict[int, list[int]] = {}
+        for row in self.run.blocks:
+            if isinstance(row.get("stage"), int) and row.get("index") in moments.index:
+                stages.setdefault(row["stage"], []).append(row["index"])
+        found = {}
+        for stage, blocks in sorted(stages.items()):
+            values = moments[sorted(set(blocks))].to_numpy(dtype=float)
+            with np.errstate(all="ignore"):
+                ratios = np.log(values[1:] / values[:-1])
+            ratios = ratios[np.isfinite(ratios)]
+            if len(ratios):
+                found[stage] = (float(np.exp(ratios.mean())), len(ratios), min(blocks))
+        return found
+
+    def growth_per_block(self, step: int) -> float:
+        """Geometric mean over all blocks of E[H^2] / E[x^2], as theory's `growth_per_block`."""
+        with np.errstate(all="ignore"):
+            logs = np.log(self.profile("forward_growth", step).to_numpy(dtype=float))
+            logs = logs[np.isfinite(logs)]
+            return float(np.exp(logs.mean())) if len(logs) else math.nan
+
+    def gradient_ratio(self, step: int) -> float:
+        """||dL/dx|| of the first block over ||dL/dH|| of the last.
+
+        The first unit of a network without shortcuts takes the data, which have no gradient: there
+        it is ||dL/dH|| of the first unit.
+        """
+        if not self.indices:
+            return math.nan
+        with np.errstate(all="ignore"):
+            first = np.float64(self.value("grad_input", step, self.indices[0]))
+            if np.isnan(first) and self.run.blocks and self.run.blocks[0].get("shortcut") == "none":
+                first = np.float64(self.value("grad_output", step, self.indices[0]))
+            return float(first / np.float64(self.value("grad_output", step, self.indices[-1])))
+
+
+def _clean(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """Numbers only, sorted by whole-numbered keys without repetition; empty if a key is missing."""
+    if not set(keys) <= set(frame.columns):
+        return pd.DataFrame()
+    numbers: pd.DataFrame = frame.apply(pd.to_numeric, errors="coerce").astype(float)
+    numbers[keys] = numbers[keys].where(np.isfinite(numbers[keys]) & (numbers[keys].abs() < 2**53))
+    numbers = numbers.dropna(subset=keys).astype(dict.fromkeys(keys, "int64"))
+    return numbers.drop_duplicates(keys, keep="last").sort_values(keys, ignore_index=True)

@@ -1,0 +1,286 @@
+"""Rules about the step: a learning rate that is too high or too low, too much weight decay."""
+
+import math
+
+import numpy as np
+import pandas as pd
+
+from resdiag.diagnose.breakdown import find_breakdown
+from resdiag.diagnose.finding import Evidence, Finding, NotJudged, Outcome, confidence
+from resdiag.diagnose.observed import Observed
+from resdiag.theory.prediction import CRITICAL
+
+WORSE = 1.5
+"""Mean loss of the last fifth of the steps over the loss at step 0 and over ln K."""
+
+SETTLED = 20
+"""Steps before a higher loss counts: at depth 110 and rate 0.1 that of the first ten is passing."""
+
+PEAK = 8.0
+"""Largest loss over the larger of ln K and the loss at step 0."""
+
+WHOLE_STEP = 0.5
+"""Median over the blocks of update over weights: such a step replaces the weights."""
+
+LARGE_STEP = 0.1
+"""The same before an explosion or beside a loss that got worse."""
+
+SUDDEN = 30.0
+"""Growth of the largest activation in the step before a breakdown that is no sudden fault."""
+
+REPLACING_STEP = 1.0
+"""The same in any one step: it moves the weights by more than they are."""
+
+LEAST_STEP = 3e-6
+"""Update over weights, the largest of all steps and blocks."""
+
+FALLEN = 0.98
+"""Loss at the end over the loss at the beginning: below it, something was learned."""
+
+STILL = (0.9, 1.2)
+"""The same: outside of it, more than the batches differs, so something moves the weights."""
+
+LEAST_STEPS = 10
+"""Recorded steps before updates are called too small."""
+
+LARGEST_DECAY = 0.01
+"""Learning rate times weight decay: the share of the weights that each step takes away."""
+
+DECAY_SHARE = 0.25
+"""What the decay takes over what the step moves, in all: the largest of the first steps."""
+
+FIRST_STEPS = 3
+"""Recorded steps, from where the decay is that large, of which the largest counts."""
+
+_SOURCE = "definition of resdiag.diagnose.rates"
+_TRUST = "You et al. 2017, arXiv:1708.03888; " + _SOURCE
+
+
+def lr_too_high(seen: Observed) -> Outcome:
+    """Steps are too large: the loss gets worse, or breaks down, and the weights are replaced.
+
+    Any of: (1) the mean loss of the last fifth of the steps, 20 steps or more, is 1.5 times that of
+    step 0 and that of guessing; (2) the loss peaks at 8 times those; (3) the run breaks down, not
+    out of nothing, and before it a step moved the median block by 10 % of its weights or, at
+    step 0, lr x ||g_0|| >= 0.6; (4) a step replaces half of the median block's weights at most of
+    the steps while nothing is learned; (5) one step moves the median block by more than its
+    weights. All need a step of 1e-3 at least, if steps are known.
+    """
+    name = "lr_too_high"
+    losses = seen.series("loss")
+    updates = _updates(seen)
+    if len(losses) < 3 and updates.empty and not seen.steps:
+        yield NotJudged(name, "neither losses nor updates were recorded")
+        return
+    if len(updates) and not updates.max() > 1e-3:
+        return  # whatever gets worse, it is not the steps
+    evidence = [e for e in (_worse(seen, losses), _peak(seen, losses)) if e is not None]
+    broken = find_breakdown(seen)
+    if broken and (large := _large_before(seen, updates, broken[0].step or 0)) is not None:
+        evidence = [large, *evidence, *broken[:2]]
+    if not evidence and len(updates) >= 3:
+        replaced = (updates > WHOLE_STEP).mean() > 0.5
+        if replaced and len(losses) and not _learned(losses):
+            value = float(updates.median())
+            text = f"the median step moves the median block by {value:.2g} of its weights"
+            evidence = [_evidence("update_ratio", int(updates.index[0]), value, WHOLE_STEP, text)]
+    if not evidence and len(updates) and updates.max() >= REPLACING_STEP:
+        at, value = int(updates.index[int(updates.to_numpy().argmax())]), float(updates.max())
+        text = f"step {at} moves the median block by {value:.2g} of its weights"
+        evidence = [_evidence("update_ratio", at, value, REPLACING_STEP, text)]
+    if evidence:
+        first = evidence[0]
+        lr = seen.scalar("lr", 0) if math.isfinite(seen.scalar("lr", 0)) else seen.lr
+        momentum = seen.series("momentum").max() if len(seen.series("momentum")) else math.nan
+        cause = "learning rate too high"
+        why = f"At learning rate {lr:.3g} a step overshoots what the gradient knows"
+        if momentum > 0.99:
+            cause = f"momentum {momentum:g} makes every step {1 / (1 - momentum):.0f} times as long"
+            why = cause[:1].upper() + cause[1:]
+        yield Finding(
+            name=name,
+            step=min(e.step for e in evidence if e.step is not None),
+            cause=cause,
+            summary=first.text[:1].upper() + first.text[1:] + ".",
+            why=why + ".",
+            evidence=tuple(evidence),
+            next=(f"the same at a tenth of the learning rate: {lr / 10:.2g}",),
+            confidence=confidence(first.value, first.threshold),
+        )
+    elif len(losses) < SETTLED:
+        reason = f"whether the loss gets worse: {len(losses)} steps, {SETTLED} needed"
+        yield NotJudged(name, reason, f"{SETTLED} steps")
+
+
+def lr_too_low(seen: Observed) -> Outcome:
+    """No step moves any block by 3e-6 of its weights, and the loss stays, in 10 steps.
+
+    Where weight decay alone moves more, by three times what it moves. Also where no optimizer was
+    seen to step at all while gradients were recorded.
+    """
+    name = "lr_too_low"
+    updates = seen.table("update_ratio").dropna(how="all")
+    losses, rates = seen.series("loss"), seen.series("lr").dropna()
+    idle = rates.empty and len(seen.series("grad_norm").dropna()) >= LEAST_STEPS
+    if updates.empty and not idle:
+        yield seen.without_updates(name)
+        return
+    largest = 0.0 if idle else float(updates.max().max())
+    if not largest < _least_step(seen) or _changed(losses):
+        return
+    if not idle and len(updates) < LEAST_STEPS:
+        return
+    norms = seen.series("grad_norm").dropna()
+    lr = float(rates.max()) if len(rates) else math.nan
+    if largest == 0 and not (seen.table("grad_param") > 0).any(axis=None):
+        cause, why = "no gradient reaches the blocks", "Detached, under no_grad, or frozen"
+    elif idle or largest == 0:
+        cause, why = "no optimizer step", "No optimizer was seen to move any watched parameter"
+    elif len(norms) and norms.median() < 1e-4:
+        cause = "gradients almost 0 before the step"
+        why = f"The gradient's norm is {norms.median():.2g} where the optimizer reads it: clipped?"
+    else:
+        cause, why = "learning rate too low", f"At learning rate {lr:.3g} nothing moves"
+    text = f"the largest update of any block is {largest:.2g} of its weights in "
+    text += f"{len(seen.steps)} recorded steps"
+    item = _evidence("update_ratio", seen.steps[0], largest, _least_step(seen), text)
+    yield Finding(
+        name=name,
+        step=seen.steps[0],
+        cause=cause,
+        summary=text[:1].upper() + text[1:] + ".",
+        why=why + ".",
+        evidence=(item,),
+        next=("about 1e-3 of the weights is usual: resdiag plot updates",),
+        confidence=confidence(largest, LEAST_STEP),
+    )
+
+
+def weight_decay_too_large(seen: Observed) -> Outcome:
+    """Learning rate times weight decay takes 1 % of the weights or more in the median step.
+
+    And a quarter at least of what the steps move once it does: else it is the learning rate.
+    """
+    name = "weight_decay_too_large"
+    rates, decays = seen.series("lr"), seen.series("weight_decay")
+    if decays.dropna().empty:
+        yield seen.without_updates(name)
+        return
+    taken = (rates * decays).dropna()
+    value = float(taken.median()) if len(taken) else math.nan
+    updates = _updates(seen)
+    if value >= LARGEST_DECAY:
+        since = int(taken.index[int((taken >= LARGEST_DECAY).to_numpy().argmax())])
+        # of more steps momentum would sum up the decay; a single one may have no gradient yet
+        moved = updates[updates.index >= since].iloc[:FIRST_STEPS]
+        if len(moved) and taken[since] < DECAY_SHARE * moved.max():
+            return  # such a learning rate moves the weights by far more than the decay does
+        text = f"lr x weight decay = {value:.2g}: each step takes that share of the weights away"
+        item = _evidence("weight_decay", since, value, LARGEST_DECAY, text)
+        yield Finding(
+            name=name,
+            step=since,
+            cause="weight decay too large",
+            summary=text[:1].upper() + text[1:] + ".",
+            why="The weights shrink faster than the gradient can rebuild them.",
+            evidence=(item,),
+            next=("resdiag plot updates",),
+            confidence=confidence(value, LARGEST_DECAY),
+        )
+
+
+def _worse(seen: Observed, losses: "pd.Series[float]") -> Evidence | None:
+    known = losses[np.isfinite(losses)]
+    if len(known) < SETTLED:
+        return None
+    guess = math.log(seen.classes) if seen.classes else -math.inf
+    last = known.iloc[-max(2, len(known) // 5) :]
+    bar = WORSE * max(float(known.iloc[0]), guess)
+    if not (bar > 0 and last.mean() > bar):
+        return None
+    text = f"the mean loss of the last {len(last)} steps is {last.mean():.3g}, "
+    text += f"it began at {float(known.iloc[0]):.3g}"
+    return _evidence("loss", int(last.index[0]), float(last.mean()), bar, text)
+
+
+def _peak(seen: Observed, losses: "pd.Series[float]") -> Evidence | None:
+    known = losses[np.isfinite(losses)]
+    if len(known) < 2 or not seen.classes:
+        return None
+    bar = PEAK * max(float(known.iloc[0]), math.log(seen.classes))
+    if not known.max() > bar:
+        return None
+    step = int(known.index[int(known.to_numpy().argmax())])
+    text = f"the loss peaks at {known.max():.3g} at step {step}, it began at {known.iloc[0]:.3g}"
+    return _evidence("loss", step, float(known.max()), bar, text)
+
+
+def _large_before(seen: Observed, updates: "pd.Series[float]", step: int) -> Evidence | None:
+    """A step that was too large before a breakdown that did not come out of nothing."""
+    if step == 0 or _is_sudden(seen, step):
+        return None
+    before = updates[updates.index < step]
+    if len(before) and before.max() >= LARGE_STEP:
+        at = int(before.index[int(before.to_numpy().argmax())])
+        text = f"step {at} moved the median block by {before.max():.2g} of its weights"
+        return _evidence("update_ratio", at, float(before.max()), LARGE_STEP, text)
+    kick = seen.scalar("lr", 0) * seen.scalar("grad_norm", 0)
+    if not len(before) and kick >= CRITICAL:
+        text = f"lr x ||g_0|| = {kick:.3g} at step 0"
+        return _evidence("lr_grad_norm", 0, kick, CRITICAL, text)
+    return None
+
+
+def _is_sudden(seen: Observed, step: int) -> bool:
+    """Whether everything was as usual in the recorded step before the breakdown.
+
+    The largest RMS of an output and the largest gradient are within 30 times their medians so far.
+    """
+    for metric in ("output_channel_std", "grad_output"):
+        table = seen.table(metric)
+        before = table[table.index < step].max(axis=1)
+        if before.empty or not before.iloc[-1] <= SUDDEN * before.iloc[:3].median():
+            return False
+    losses = seen.series("loss")
+    before = losses[losses.index < step]
+    return not len(before) or bool(before.iloc[-1] <= 2 * before.iloc[0] + 1)
+
+
+def _updates(seen: Observed) -> "pd.Series[float]":
+    """Median over the blocks of update over weights, by recorded step."""
+    updates = seen.table("update_ratio").dropna(how="all")
+    moving = updates.loc[:, (updates > 0).any()]
+    return moving.median(axis=1).dropna()
+
+
+def _changed(losses: "pd.Series[float]") -> bool:
+    """Whether the loss has moved by more than the batches do: something moves the weights."""
+    known = losses[np.isfinite(losses)]
+    if len(known) < 2:
+        return False
+    fifth = max(1, len(known) // 5)
+    return not STILL[0] < known.iloc[-fifth:].mean() / known.iloc[:fifth].mean() < STILL[1]
+
+
+def _least_step(seen: Observed) -> float:
+    """The update below which nothing is learned: more than weight decay alone makes."""
+    decay = (seen.series("lr") * seen.series("weight_decay")).dropna()
+    momentum = seen.series("momentum").dropna()
+    long = 1 - min(0.99, float(momentum.max())) if len(momentum) else 1.0
+    alone = float(decay.max()) / long if len(decay) else 0.0
+    return max(LEAST_STEP, 3 * alone) if alone < LARGEST_DECAY / 10 else LEAST_STEP
+
+
+def _learned(losses: "pd.Series[float]") -> bool:
+    """Whether the loss has fallen: the mean of the last fifth beside the beginning."""
+    known = losses[np.isfinite(losses)]
+    if len(known) < 2:
+        return False
+    first = known.iloc[: max(1, len(known) // 5)].mean()
+    return bool(known.iloc[-max(1, len(known) // 5) :].mean() < FALLEN * first)
+
+
+def _evidence(metric: str, step: int, value: float, threshold: float, text: str) -> Evidence:
+    return Evidence(
+        metric=metric, step=step, value=value, threshold=threshold, text=text, source=_TRUST
+    )

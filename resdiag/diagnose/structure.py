@@ -1,0 +1,301 @@
+"""Rules about single blocks that differ from their neighbours: scale, gradient, normalisation.
+
+What all blocks have in common is a design; what one of them has alone is a fault.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from resdiag.diagnose.finding import Evidence, Finding, NotJudged, Outcome, confidence
+from resdiag.diagnose.observed import Observed
+from resdiag.watch.base.functions import NORMALISATIONS
+
+LARGEST_BRANCH = 50.0
+"""RMS of a branch over that of its shortcut."""
+
+BESIDE_OTHERS = 20.0
+"""The same, in units of the other blocks' median."""
+
+OUTLIER = (5.0, 300.0)
+"""The same two numbers where the others are small, as with a layer scale."""
+
+LEAST_BRANCH = 1e-6
+"""RMS of a branch over that of its shortcut, and over the other blocks' median."""
+
+LARGEST_JUMP = 50.0
+"""RMS of a block's output over that of its input, where there is no branch to look at."""
+
+LARGEST_SHIFT = 5.0
+"""Bias shift B2 of a branch from which on it is large by a constant, not by its scale."""
+
+SCALE = 0.03
+"""Distance from 1 of the factor on an identity shortcut."""
+
+PRODUCT = 5.0
+"""Product of the shortcuts' factors over the network, or its inverse, that is no design."""
+
+SHARE = 1e-6
+"""Distance from 1 of the gradient's share through the shortcut."""
+
+GROWTH_WITHOUT_NORM = 1.2
+"""Growth of E[H^2] per block that a frozen BatchNorm must show before it is blamed."""
+
+_DETACHED = "no gradient leads from the shortcut back to the block's input"
+_SOURCE = "definition of resdiag.diagnose.structure"
+_HE = "He et al. 2016, arXiv:1603.05027, section 3.1"
+_NORMS = NORMALISATIONS | {"rsqrt"}
+
+
+def shortcut_scaled(seen: Observed) -> Outcome:
+    """An identity shortcut multiplies by something else than 1, at step 0.
+
+    The factor is the RMS of the shortcut over that of the block's input, negative if the quantiles
+    of their channel means say so. It counts if it is negative, if at most half of the blocks have
+    one, or if the product over all blocks is beyond 5 or 1/5; not where a normalisation follows
+    the addition, which undoes it.
+    """
+    if not seen.steps:
+        yield NotJudged("shortcut_scaled", "no step was recorded")
+        return
+    step = seen.steps[0]
+    factors = _shortcut_factors(seen, step)
+    off = factors[(factors - 1).abs() > SCALE]
+    if off.empty:
+        return
+    product = float(np.prod(np.abs(off.to_numpy(dtype=float))))
+    extreme = max(product, 1 / product if product else math.inf)
+    if not ((off < 0).any() or 2 * len(off) <= len(factors) or extreme > PRODUCT):
+        return
+    block = int(off.index[0])
+    many = f" and {len(off) - 1} more" if len(off) > 1 else ""
+    factor = float(off.to_numpy(dtype=float)[0])
+    text = f"the shortcut of {seen.name(block)}{many} multiplies by {factor:.3g}"
+    text += f"; product over all blocks {product:.3g}" if len(off) > 1 else ""
+    yield _finding(
+        "shortcut_scaled", "shortcut is not the identity", block, step, factor, 1.0,
+        "shortcut_channel_std", text, _HE, 0.95,
+        "Gradient and signal on the skip path are multiplied by the product of these factors",
+    )  # fmt: skip
+
+
+def detached_shortcut(seen: Observed) -> Outcome:
+    """No gradient leads through a block's shortcut, which adds its input all the same."""
+    rows = [
+        set(entry["blocks"]) if isinstance(entry.get("blocks"), list) else set()
+        for entry in seen.run.unavailable
+        if entry.get("metric") == "shortcut_share" and entry.get("reason") == _DETACHED
+    ]
+    if not seen.steps:
+        yield NotJudged("detached_shortcut", "no step was recorded")
+    blocks = sorted(set[int]().union(*rows) & set(seen.indices))
+    if blocks:
+        text = f"no gradient leads through the shortcut of {seen.name(blocks[0])}"
+        yield _finding(
+            "detached_shortcut", "shortcut is cut off from the graph", blocks[0], seen.steps[0],
+            0.0, math.nan, "shortcut_share", text, _SOURCE, 0.95,
+            "The value is added, but all gradient has to pass the branch (detach, no_grad?)",
+        )  # fmt: skip
+
+
+def detached_branch(seen: Observed) -> Outcome:
+    """All gradient comes back through a block's shortcut although its branch adds something."""
+    share, ratio = seen.table("shortcut_share"), seen.table("branch_ratio")
+    gradient = seen.table("grad_param")
+    if share.dropna(how="all", axis=1).empty:
+        yield NotJudged("detached_branch", "the shortcut's share of the gradient is not known")
+        return
+    for block in map(int, share.columns):
+        known = share[block].dropna()
+        all_through = len(known) > 0 and ((known - 1).abs() <= SHARE).all()
+        alive = block in ratio and (ratio[block].dropna() > LEAST_BRANCH).any()
+        none = block in gradient and not (gradient[block].dropna() > 0).any()
+        if all_through and alive and none and not _is_dead(seen, block):
+            text = f"the branch of {seen.name(block)} adds to the sum and gets no gradient"
+            yield _finding(
+                "detached_branch", "branch is cut off from the graph", block, int(known.index[0]),
+                1.0, math.nan, "shortcut_share", text, _SOURCE, 0.95,
+                "Its parameters never learn (detach, no_grad, or a function without a gradient?)",
+            )  # fmt: skip
+            return
+
+
+def frozen_block(seen: Observed) -> Outcome:
+    """A block's parameters do not move while other blocks' do.
+
+    A run of frozen blocks at the beginning of the network, through which no gradient passes, is
+    taken for what it mostly is, a deliberate fine-tuning, and only mentioned.
+    """
+    updates = seen.table("update_ratio").dropna(how="all")
+    moved = updates.max()
+    still = [int(b) for b in moved.index if moved[b] == 0]
+    if updates.empty:
+        yield seen.without_updates("frozen_block")
+    if not still or not (moved > 0).any():
+        return
+    gradient = seen.table("grad_param")
+    flowing = seen.table("grad_input").notna().any()
+    fault = [b for b in still if flowing.get(b, False) and not _is_dead(seen, b)]
+    prefix = still == list(range(len(still))) and not flowing.get(still[-1], False)
+    if prefix and not fault:
+        reason = f"blocks 0 to {still[-1]} are frozen, and everything before them"
+        yield NotJudged("frozen_block", f"{reason}: taken for a deliberate fine-tuning")
+    if not fault:
+        return
+    block = fault[0]
+    has = block in gradient and (gradient[block].dropna() > 0).any()
+    cause = (
+        "parameters get gradients and no optimizer moves them" if has else "no gradient asked for"
+    )
+    text = f"the parameters of {seen.name(block)} do not move: {cause}"
+    yield _finding(
+        "frozen_block", cause, block, int(updates.index[0]), 0.0, 0.0, "update_ratio", text,
+        _SOURCE, 0.95, "The block stays as initialised while its neighbours learn",
+    )  # fmt: skip
+
+
+def branch_too_large(seen: Observed) -> Outcome:
+    """A branch is 50 times its shortcut and 20 times the other blocks' median, at any step.
+
+    Or 5 times its shortcut and 300 times the others' median, as where branches begin small. Not
+    where it is large by a constant. Of blocks without an addition: the RMS grows 50-fold in one
+    block, 20 times the others' median.
+    """
+    ratio = seen.table("branch_ratio")
+    if not seen.steps:
+        yield NotJudged("branch_too_large", "no step was recorded")
+    limit, metric, what = LARGEST_BRANCH, "branch_ratio", "branch over shortcut"
+    if ratio.notna().sum().sum() == 0:
+        growth = seen.table("forward_growth")
+        with np.errstate(all="ignore"):
+            ratio = growth**0.5
+        limit, metric, what = LARGEST_JUMP, "forward_growth", "output over input"
+    for step, row in ratio.iterrows():
+        known = row[np.isfinite(row)]
+        if len(known) < 2:
+            continue
+        block = int(known.index[int(known.to_numpy().argmax())])
+        others = float(known.drop(block).median())
+        value = float(known[block])
+        pairs = ((limit, BESIDE_OTHERS), OUTLIER)
+        shifted = seen.value("branch_bias", int(str(step)), block) >= LARGEST_SHIFT
+        if shifted:
+            continue  # a constant, which is bias_shift's to name
+        if any(value > least and value > times * others > 0 for least, times in pairs):
+            text = f"{what} is {value:.3g} in {seen.name(block)} at step {step}, "
+            text += f"the other blocks' median is {others:.3g}"
+            yield _finding(
+                "branch_too_large", "one branch is far too large", block, int(str(step)), value,
+                limit, metric, text, "De & Smith 2020, arXiv:2002.10444; " + _SOURCE,
+                confidence(value, limit),
+                "One block drowns what all blocks before it have computed",
+            )  # fmt: skip
+            return
+
+
+def missing_norm(seen: Observed) -> Outcome:
+    """A few blocks lack the normalisation of their likes, or BatchNorm does not normalise.
+
+    Blocks are alike if the operations on their branches are the same but for normalisations. Units
+    without an addition lack one only between others that have it: stems and heads are bare by
+    design. A BatchNorm on running statistics is blamed if E[H^2] grows by 1.2 per block at step 0.
+    """
+    rows = [row for row in seen.rows if row.get("branch")]
+    if not rows:
+        yield NotJudged("missing_norm", "the operations on the branches are not known")
+        return
+    kinds: dict[tuple[str, ...], list[tuple[int, int]]] = {}
+    for row in rows:
+        names = [str(name) for name in row["branch"]]
+        bare = tuple(name for name in names if name not in _NORMS)
+        after = sum(name in str(row.get("after_add", "")) for name in NORMALISATIONS)
+        kinds.setdefault(bare, []).append((row["index"], len(names) - len(bare) + after))
+    units = {row["index"] for row in rows if row.get("shortcut") == "none"}
+    lacking: list[int] = []
+    for members in kinds.values():
+        most = max(count for _, count in members)
+        full = [index for index, count in members if count == most]
+        less = [i for i, n in members if n < most and (i not in units or full[0] < i < full[-1])]
+        if 2 * len(less) <= len(members):
+            lacking += less
+    if lacking:
+        block = min(lacking)
+        text = f"{seen.name(block)} lacks a normalisation that {len(rows) - len(lacking)} of "
+        text += f"{len(rows)} blocks have" + f"; so do {len(lacking) - 1} more" * (len(lacking) > 1)
+        yield _finding(
+            "missing_norm", "normalisation missing", block, 0, len(lacking), math.nan, "branch",
+            text, _SOURCE, 0.9, "Its branch has another scale than all others",
+        )  # fmt: skip
+    yield from _frozen_norm(seen, rows)
+
+
+def _frozen_norm(seen: Observed, rows: Sequence[dict[str, object]]) -> Outcome:
+    frozen = [row["index"] for row in rows if row.get("frozen_norm")]
+    growth = seen.growth_per_block(0) if 0 in seen.steps else math.nan
+    if frozen and growth >= GROWTH_WITHOUT_NORM:
+        text = f"BatchNorm of {len(frozen)} blocks runs on running statistics in training"
+        yield _finding(
+            "missing_norm", "BatchNorm in evaluation mode", None, 0, growth, GROWTH_WITHOUT_NORM,
+            "forward_growth", f"{text}; E[H^2] x{growth:.3g} per block at step 0", _SOURCE,
+            confidence(growth, GROWTH_WITHOUT_NORM), "It does not normalise what it is given",
+        )  # fmt: skip
+
+
+def _shortcut_factors(seen: Observed, step: int) -> "pd.Series[float]":
+    """The factor on every identity shortcut within a stage, signed, by block."""
+    found = {}
+    for row in seen.rows:
+        block = int(row["index"])
+        normed = any(name in str(row.get("after_add", "")) for name in NORMALISATIONS)
+        if row.get("shortcut") != "identity" or row.get("transition") or normed:
+            continue
+        x, h = (seen.sizes(site, step).get(block, math.nan) for site in ("input", "shortcut"))
+        if x > 0 and math.isfinite(h):
+            q = [seen.value(f"input_mean_q{i}", step, block) for i in (10, 50, 90)]
+            p = [seen.value(f"shortcut_mean_q{i}", step, block) for i in (90, 50, 10)]
+            factor = h / x
+            mirrored = np.allclose(p, [-factor * v for v in q], rtol=1e-3, atol=1e-4 * x)
+            same = np.allclose(p[::-1], [factor * v for v in q], rtol=1e-3, atol=1e-4 * x)
+            found[block] = -factor if mirrored and not same else factor
+    return pd.Series(found, dtype=float)
+
+
+def _is_dead(seen: Observed, block: int) -> bool:
+    """Whether a branch is constant: nothing of it can learn."""
+    spread, whole = seen.table("branch_channel_std"), seen.table("shortcut_channel_std")
+    if block not in spread or block not in whole:
+        return False
+    ratio = (spread[block] / whole[block]).dropna()
+    return len(ratio) > 0 and bool((ratio <= LEAST_BRANCH).all())
+
+
+def _finding(
+    name: str,
+    cause: str,
+    block: int | None,
+    step: int,
+    value: float,
+    threshold: float,
+    metric: str,
+    text: str,
+    source: str,
+    sure: float,
+    why: str,
+) -> Finding:
+    evidence = Evidence(
+        metric=metric, step=step, block=block, value=value, threshold=threshold, text=text,
+        source=source,
+    )  # fmt: skip
+    return Finding(
+        name=name,
+        step=step,
+        block=block,
+        cause=cause,
+        summary=text[:1].upper() + text[1:] + ".",
+        why=why + ".",
+        evidence=(evidence,),
+        next=("resdiag plot signal", "resdiag plot skip"),
+        confidence=sure,
+    )

@@ -1,1 +1,0 @@
-"""Explaining: what theory predicts, and the verdict on what was measured."""

@@ -1,0 +1,153 @@
+"""`draw` a plot of one run or several, `save` it as SVG, PNG or PDF.
+
+matplotlib is imported by the first `draw`, so that a usage error stays fast.
+"""
+
+import contextlib
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from resdiag.errors import StorageError, UsageError, unknown
+from resdiag.plots.kinds import KINDS as KINDS
+from resdiag.plots.kinds import PlotKind as PlotKind
+from resdiag.plots.kinds import find_kind
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from resdiag.runs.folder import Run
+    from resdiag.watch.loop.monitor import Monitor
+
+FORMATS = ("svg", "png", "pdf")
+"""File formats that `save` writes."""
+
+_LETTERS: Any = {"svg.fonttype": "none", "pdf.fonttype": 3}  # matplotlib types keys one by one
+
+
+def draw(
+    kind: str,
+    runs: "Sequence[Run | Monitor] | Run | Monitor",
+    *,
+    step: int | None = None,
+    theory: bool = True,
+) -> "Figure":
+    """Draw one kind of plot; several runs are compared on the same axes.
+
+    Args:
+        kind: One of `KINDS`, or the id of any metric per block, also of a custom one.
+        runs: A run or a monitor, or several; runs that differ in their seed only are drawn as a
+            band.
+        step: Recorded step to show by block; None shows the first and the last ones.
+        theory: Overlay the prediction where there is one.
+
+    Returns:
+        A figure 7 inches wide that belongs to no pyplot state; its label is its title.
+
+    Raises:
+        UsageError: Unknown kind, no run, a run without records, without a metric that the plot
+            needs, or without the step asked for.
+    """
+    opened = _opened(runs)
+    entry = find_kind(kind, [metric for run in opened for metric in run.custom_metrics])
+    if not opened:
+        raise UsageError(f"plot '{kind}' needs a run", "resdiag run --variant elu_pre --depth 20")
+    from resdiag.plots.column import draw_column
+    from resdiag.plots.families import FAMILIES
+    from resdiag.plots.opening import open_view
+    from resdiag.plots.sheet import freeze_layout
+    from resdiag.plots.style import look
+
+    with look():
+        figure = FAMILIES.get(entry.name, draw_column)(
+            open_view(entry, opened, step=step, theory=theory)
+        )
+        freeze_layout(figure)
+    return figure
+
+
+def _opened(runs: "Sequence[Run | Monitor] | Run | Monitor") -> "list[Run]":
+    """What was given as a list of runs."""
+    from resdiag.runs.watched import opened
+
+    return [opened(run) for run in (runs if isinstance(runs, Sequence) else [runs])]
+
+
+def render(figure: "Figure", file_format: str, *, letters: bool = False) -> bytes:
+    """The bytes of a figure's file: the same figure gives the same bytes, without a date.
+
+    Args:
+        figure: What `draw` returned.
+        file_format: One of `FORMATS`.
+        letters: Words of an SVG as letters in the reader's font, to be found and read aloud, and
+            not as outlines; of a PDF in a font that takes a third less time to write.
+
+    Raises:
+        UsageError: `file_format` is not one of `FORMATS`.
+    """
+    if file_format not in FORMATS:
+        raise unknown("format", file_format, FORMATS)
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    from resdiag.plots.style import PIXELS_PER_INCH, look
+
+    title = str(figure.get_label())
+    metadata: dict[str, dict[str, str | None]] = {
+        "svg": {"Date": None, "Title": title},
+        "png": {"Title": title},
+        "pdf": {"CreationDate": None, "Title": title},
+    }
+    buffer = io.BytesIO()
+    # not `savefig`, which draws twice: once to lay out, and the layout is frozen
+    about = metadata[file_format]
+    before = figure.dpi
+    with look(), mpl.rc_context(_LETTERS if letters else None):
+        try:
+            figure.dpi = PIXELS_PER_INCH
+            if file_format == "svg":
+                FigureCanvasSVG(figure).print_svg(buffer, metadata=about)  # type: ignore[no-untyped-call]
+            elif file_format == "pdf":
+                FigureCanvasPdf(figure).print_pdf(buffer, metadata=about)  # type: ignore[no-untyped-call]
+            else:
+                FigureCanvasAgg(figure).print_png(buffer, metadata=about)  # type: ignore[no-untyped-call]
+        finally:
+            figure.dpi = before
+    return buffer.getvalue()
+
+
+def save(figure: "Figure", stem: Path, formats: Sequence[str] = ("svg",)) -> list[Path]:
+    """Write a figure once per format as `stem.<format>`; a file appears whole or not at all.
+
+    Returns:
+        The paths written, in the order of `formats`.
+
+    Raises:
+        UsageError: A format that is not one of `FORMATS`.
+        StorageError: The folder cannot be written.
+    """
+    for name in formats:
+        if name not in FORMATS:
+            raise unknown("format", name, FORMATS)
+    # not with_suffix: a stem such as "lr0.1" has a dot that is no suffix
+    paths = [stem.with_name(f"{stem.name}.{name}") for name in formats]
+    for path, name in zip(paths, formats, strict=True):
+        _write_whole(path, render(figure, name))
+    return paths
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write beside the target, then rename over it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,0 +1,122 @@
+"""Which runs make one line, how it is called and how it looks."""
+
+from collections.abc import Sequence
+
+from resdiag.models.variants import VARIANTS
+from resdiag.plots.style import Look, depth_looks, variant_looks
+from resdiag.plots.view import Record, Series
+
+_BOOKKEEPING = {
+    "seed", "record_first", "every", "eval_every", "commit_every", "stop_after_explosion", "device",
+}  # fmt: skip
+"""Settings that make no other experiment."""
+
+_TELLING = ("depth", "lr", "data", "width", "stem_bn", "warmup", "batch_size")
+"""Settings by which a reader tells runs apart, the first ones first."""
+
+
+def group_runs(records: Sequence[Record]) -> list[Series]:
+    """Runs with equal settings and different seeds make one series."""
+    groups: dict[tuple[object, ...], list[Record]] = {}
+    for record in records:
+        settings = tuple(sorted(settings_of(record).items()))
+        copies = 0
+        while any(
+            other.run.config.seed == record.run.config.seed
+            for other in groups.get((settings, copies), [])
+        ):
+            copies += 1  # the same seed twice is not a spread over seeds
+        groups.setdefault((settings, copies), []).append(record)
+    members = list(groups.values())
+    order = {name: place for place, name in enumerate(VARIANTS)}
+    members.sort(
+        key=lambda m: (order.get(m[0].run.config.variant, len(order)), m[0].run.config.depth)
+    )
+    return [
+        Series(label, look, tuple(group))
+        for label, look, group in zip(_labels(members), _looks(members), members, strict=True)
+    ]
+
+
+def settings_of(record: Record) -> dict[str, object]:
+    """What tells a run from another, the seed and bookkeeping left out."""
+    config = record.run.config
+    everything = {
+        **config.to_dict(),
+        "variant": config.model,
+        "data": record.run.data.get("name", config.data),
+    }
+    hidden = {*_BOOKKEEPING, "model"}
+    return {key: _plain(value) for key, value in everything.items() if key not in hidden}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, dict):
+        return tuple(sorted(value.items()))
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _looks(members: Sequence[Sequence[Record]]) -> list[Look]:
+    variants = [group[0].run.config.model for group in members]
+    if len(set(variants)) == 1 and len(members) > 1:
+        return depth_looks(len(members))
+    ranks = [variants[:place].count(name) for place, name in enumerate(variants)]
+    return variant_looks(variants, ranks)
+
+
+def _labels(members: Sequence[Sequence[Record]]) -> list[str]:
+    """Words for the legend: as few settings as tell the lines apart."""
+    settings = [settings_of(group[0]) for group in members]
+    differing = differences(settings)
+    used: list[str] = [key for key in ("variant", "depth") if key in differing]
+    for key in differing:
+        if key not in used and not _unique([_words(one, used) for one in settings]):
+            used.append(key)
+    labels = [_words(one, used or ["variant"]) for one in settings]
+    labels = [
+        label if labels.count(label) == 1 else f"{label} #{labels[: place + 1].count(label)}"
+        for place, label in enumerate(labels)
+    ]
+    seeds = [f" ({len(group)} seeds)" if len(group) > 1 else "" for group in members]
+    return [label + more for label, more in zip(labels, seeds, strict=True)]
+
+
+def differences(settings: Sequence[dict[str, object]]) -> list[str]:
+    """The settings that are not the same everywhere, telling ones first."""
+    keys = dict.fromkeys(("variant", *_TELLING, *(key for one in settings for key in one)))
+    return [key for key in keys if len({repr(one.get(key)) for one in settings}) > 1]
+
+
+def hidden_differences(series: Sequence[Series]) -> list[str]:
+    """The settings in which the lines differ too, although their names do not say so.
+
+    Steps and milestones of runs that stopped early or go on are not among them.
+    """
+    hidden = differences([settings_of(one.records[0]) for one in series])
+    labels = " ".join(one.label for one in series)
+    shown = {"variant", "steps", "milestones"}
+    return [key for key in hidden if key not in shown and key.replace("_", " ") not in labels]
+
+
+def _unique(labels: Sequence[str]) -> bool:
+    return len(set(labels)) == len(labels)
+
+
+def _words(settings: dict[str, object], keys: Sequence[str]) -> str:
+    """Words such as "elu_pre (b) depth 20 lr 0.1"."""
+    return " ".join(
+        variant_words(str(settings["variant"]))
+        if key == "variant"
+        else f"{key.replace('_', ' ')} {settings.get(key)}"
+        for key in keys
+    )
+
+
+def variant_words(variant: str) -> str:
+    """A variant with the paper's letter.
+
+    >>> variant_words("elu_pre")
+    'elu_pre (b)'
+    """
+    row = VARIANTS.get(variant)
+    return f"{variant} ({row.alias})" if row and row.alias else variant

@@ -1,0 +1,114 @@
+"""Lines: finite values as they are, non-finite ones and zeros as marks on the edge of the axis."""
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from resdiag.plots.style import GREY, NONFINITE, ZERO, Look
+from resdiag.plots.view import Bools, Floats
+
+_THIN_MARKERS = "PX*"  # a white edge would eat them
+
+
+_CROWDED = 500  # points from which a pale line covers what it should accompany
+
+
+def draw_line(
+    axes: Axes, x: Floats, values: Floats, broken: Bools, look: Look, label: str, *,
+    log: bool = False, rank: int = 0, light: bool = False,
+) -> None:  # fmt: skip
+    """Draw rows of `values` (row, x) as one line: their median, with a band from least to most.
+
+    Non-finite values become triangles near the top edge, zeros on a log axis near the bottom edge.
+
+    Args:
+        axes: Where.
+        x: Positions.
+        values: One row per run.
+        broken: Where `values` is non-finite rather than missing.
+        look: Colour, marker, line style.
+        label: For the legend.
+        log: Whether the axis is, or will be, logarithmic.
+        rank: Number of the line in its panel; marks of different lines do not hide each other.
+        light: Thin, pale and not in the legend, for what the others are compared with.
+    """
+    drawn = np.where(np.isfinite(values) & ((values > 0) | (not log)), values, np.nan)
+    middle, low, high = _spread(drawn)
+    thin = look.marker in _THIN_MARKERS
+    width, alpha = (0.7, 0.55) if light else (1.3 if len(x) <= 200 else 0.8, 1.0)
+    crowded = light and len(x) > _CROWDED
+    if crowded:  # a cloud that lines can be seen through
+        width, alpha = 0.4, 0.2
+    axes.plot(
+        x, middle, color=look.colour, ls=look.line, lw=width, alpha=alpha,
+        label=f"_{label}" if light else label,
+        marker=look.marker, ms=(2.4 if light else 3.4) + thin, mec=look.colour if thin else "white",
+        mew=0.3,
+        markevery=[] if crowded else _places(x, rank),
+    )  # fmt: skip
+    if len(values) > 1:
+        axes.fill_between(x, low, high, color=look.colour, alpha=0.18, lw=0)
+    _mark_edge(axes, x, np.any(broken, axis=0), look, rank, top=True)
+    if log:
+        _mark_edge(axes, x, np.any(values == 0, axis=0), look, rank, top=False)
+
+
+def _spread(drawn: Floats) -> tuple[Floats, Floats, Floats]:
+    """Median, least and most over the rows; NaN, without a warning, where a column has none."""
+    known = ~np.isnan(drawn).all(axis=0)
+    middle, low, high = (np.full(drawn.shape[1], np.nan) for _ in range(3))
+    middle[known] = np.nanmedian(drawn[:, known], axis=0)
+    low[known] = np.nanmin(drawn[:, known], axis=0)
+    high[known] = np.nanmax(drawn[:, known], axis=0)
+    return middle, low, high
+
+
+def _places(x: Floats, rank: int) -> list[int]:
+    """Which points get a marker: about 12, evenly along the axis, not the same for each line."""
+    if len(x) <= 12:
+        return list(range(len(x)))
+    gap = (x[-1] - x[0]) / 12
+    wanted = x[0] + gap * (np.arange(12) + 0.5 + 0.25 * (rank % 4 - 1.5))
+    return sorted({int(place) for place in np.searchsorted(x, wanted)})
+
+
+def _stride(count: int) -> tuple[int, int]:
+    return 0, max(1, count // 12)
+
+
+def _mark_edge(axes: Axes, x: Floats, where: Bools, look: Look, rank: int, *, top: bool) -> None:
+    """Triangles at the edge of the axis, in the colour of the line."""
+    if not where.any():
+        return
+    shift = 0.035 + 0.05 * (rank % 5)
+    marks = x[where]
+    axes.plot(
+        marks, np.full(len(marks), 1 - shift if top else shift), ls="none",
+        marker="^" if top else "v", ms=4, mfc=look.colour, mec="black" if top else "white",
+        mew=0.4, transform=axes.get_xaxis_transform(), clip_on=False, zorder=5,
+        label=NONFINITE if top else ZERO, markevery=_stride(len(marks)),
+        gid=NONFINITE if top else ZERO,
+    )  # fmt: skip
+
+
+def head_panel(axes: Axes, title: str, formula: str = "", *, stages: bool = False) -> None:
+    """Title on the left, formula on the y axis."""
+    axes.set_title(title, loc="left", pad=13 if stages else 5)
+    axes.set_ylabel(formula)
+    axes.tick_params(labelsize=7)
+
+
+def note_panel(axes: Axes, text: str, *, y: float = 0.5) -> None:
+    """A sentence inside a panel, for what an empty-looking panel means."""
+    axes.text(
+        0.5, y, text, transform=axes.transAxes, ha="center", va="center", size=7, color=GREY,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5},
+    )  # fmt: skip
+
+
+def guide(axes: Axes, y: float, text: str) -> None:
+    """A horizontal reference with its name at the right end."""
+    axes.axhline(y, color="0.25", lw=0.7, ls=(0, (1, 1.5)), zorder=1)
+    axes.annotate(
+        text, (1, y), xycoords=axes.get_yaxis_transform(), xytext=(-2, 1.5),
+        textcoords="offset points", ha="right", va="bottom", size=7, color="0.25", zorder=1.2,
+    )  # fmt: skip

@@ -1,0 +1,221 @@
+"""The page around the panels: statement on top, caption and reasons below, legend in between."""
+
+import textwrap
+from collections.abc import Sequence
+
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.transforms import Bbox
+
+from resdiag.plots.grouping import hidden_differences, variant_words
+from resdiag.plots.overlay import prediction
+from resdiag.plots.style import GREY, NONFINITE, THEORY, WIDTH, ZERO
+from resdiag.plots.view import View
+
+_LINE = 0.135  # inches per line of small print
+_TITLE, _SMALL = 10.0, 7.0
+_MARGIN = 0.06  # inches
+
+
+def open_sheet(
+    view: View, title: str, *, height: float, shown: str, notes: Sequence[str] = ()
+) -> tuple[Figure, SubFigure]:
+    """An empty figure with its words around a body.
+
+    Args:
+        view: What is drawn.
+        title: Statement of what is shown.
+        height: Of the body in inches.
+        shown: The recorded steps shown, in words.
+        notes: Small print under the caption.
+
+    Returns:
+        The figure and the part of it that takes the panels, `height` inches high.
+    """
+    heading = textwrap.wrap(title, 76)
+    about = textwrap.wrap(_about(view, shown), 126)
+    caption = textwrap.wrap(f"Read: {view.kind.reading}", 126)
+    small = [
+        line
+        for note in [
+            *notes,
+            *_anchor(view),
+            *_broken_ends(view),
+            *_differences(view),
+            *_reasons(view),
+        ]
+        for line in textwrap.wrap(note, 126)
+    ]
+    top = 0.18 * len(heading) + _LINE * len(about) + _MARGIN
+    bottom = _LINE * (len(caption) + len(small)) + 2 * _MARGIN
+    layout = ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.04, wspace=0.02, hspace=0.02)
+    figure = Figure(figsize=(WIDTH, top + height + bottom), layout=layout)
+    figure.set_label(title)
+    parts = figure.subfigures(3, 1, squeeze=False, height_ratios=[top, height, bottom])
+    head, body, foot = parts[:, 0]
+    _write(head, [(line, _TITLE, "bold", "black", 0.18) for line in heading]
+           + [(line, _SMALL, "normal", GREY, _LINE) for line in about], top)  # fmt: skip
+    _write(foot, [(line, _SMALL, "normal", "0.1", _LINE) for line in caption]
+           + [(line, _SMALL, "normal", GREY, _LINE) for line in small], bottom)  # fmt: skip
+    return figure, body
+
+
+def freeze_layout(figure: Figure) -> None:
+    """Lay the panels out once and for all, at rounded places.
+
+    The solver's last bits depend on the order of objects in memory; in an SVG they would end up in
+    the names of clip paths, and two equal figures would differ.
+    """
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+    figure.set_layout_engine("none")
+    for part in figure.subfigs:
+        part.bbox_relative.set_points(part.bbox_relative.get_points().round(6))
+    for axes in [axes for part in figure.subfigs for axes in part.axes]:
+        place = axes.get_position(original=True)
+        axes.set_position(Bbox(place.get_points().round(6)))
+
+
+def _write(
+    part: SubFigure, lines: Sequence[tuple[str, float, str, str, float]], height: float
+) -> None:
+    """Lines of text from the top of a part of the figure that is `height` inches high."""
+    y = height - _MARGIN
+    for text, size, weight, colour, step in lines:
+        # parse_math off: a run's label may hold a dollar sign
+        part.text(
+            0.012, y / height, text, size=size, weight=weight, color=colour, va="top",
+            parse_math=False, in_layout=False,
+        )  # fmt: skip
+        y -= step
+
+
+def _about(view: View, shown: str) -> str:
+    """Data, reading point, runs and steps."""
+    known = [str(r.run.data.get("name", "?")) for r in view.records]
+    data = f" · data: {_listed(known)}" if set(known) != {"?"} else ""  # a saved monitor has none
+    point = _listed([r.run.point for r in view.records])
+    runs = [record.run.label for record in view.records]
+    names = ", ".join(runs) if len(runs) <= 4 else f"{len(runs)} runs"
+    return f"{names}{data} · gradients read: {point} · {shown}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return ", ".join(dict.fromkeys(words))
+
+
+def _anchor(view: View) -> list[str]:
+    """What theory takes from the measurement: where it starts from, never a slope."""
+    if not view.theory or not any(prediction(record) for record in view.records):
+        return []
+    start = "Theory takes from the run what comes out of the stem at step 0"
+    return {
+        "gradnorms": [f"{start}, and the level of the gradient at the last block."],
+        "signal": [f"{start}."],
+        "growth": [f"{start}."],
+        "skip": [f"{start}."],
+    }.get(view.kind.name, [])
+
+
+def _broken_ends(view: View) -> list[str]:
+    """What lines and triangles are where runs that broke are compared."""
+    blocks = view.kind.name not in ("curves", "offender")
+    if view.single or not blocks or "last" not in view.moments():
+        return []
+    if all(trace.places == trace.ends for trace in view.traces("last")):
+        return []
+    return ["A run that broke: its line is the last finite step, its triangles the last step."]
+
+
+def _differences(view: View) -> list[str]:
+    """A warning that a comparison is not of one thing only."""
+    hidden = [key.replace("_", " ") for key in hidden_differences(view.series)]
+    return [f"These runs also differ in: {', '.join(hidden)}."] if hidden else []
+
+
+def _reasons(view: View) -> list[str]:
+    """Why numbers that this plot needs are missing, once per reason."""
+    reasons: dict[tuple[str, str], set[str]] = {}
+    for record in view.records:
+        for metric in view.kind.needs:
+            for item in record.unavailable(metric):
+                where = "" if item["blocks"] == "all" else f" ({_blocks(list(item['blocks']))})"
+                key = (str(item["reason"]), where)
+                reasons.setdefault(key, set()).add(str(item["metric"]))
+    return [
+        f"Not available: {', '.join(sorted(metrics))}{where}: {reason}"
+        for (reason, where), metrics in reasons.items()
+    ]
+
+
+def _blocks(indices: Sequence[int]) -> str:
+    shown = ", ".join(str(i) for i in indices[:6])
+    return f"block {shown}" + (", ..." if len(indices) > 6 else "")
+
+
+def subject(view: View) -> str:
+    """The networks of a figure in a few words, for its title.
+
+    "elu_pre (b), depth 20", "3 variants, depth 56", "elu (d), depths 20, 56, 110".
+    """
+    variants = list(dict.fromkeys(r.run.config.model for r in view.records))
+    if not all(r.run.config.depth for r in view.records):  # not all of them are ours
+        return ", ".join(variants) if len(variants) <= 3 else f"{len(variants)} models"
+    depths = sorted({r.run.config.depth for r in view.records})
+    who = variant_words(variants[0]) if len(variants) == 1 else f"{len(variants)} variants"
+    many = "s" if len(depths) > 1 else ""
+    return f"{who}, depth{many} {', '.join(map(str, depths))}"
+
+
+def factor_words(factor: float) -> str:
+    """A factor for a title.
+
+    >>> factor_words(1.234), factor_words(43210.0), factor_words(2.21e7)
+    ('1.2', '43,210', '2.2e7')
+    """
+    if factor < 10:
+        return f"{factor:.2g}"
+    return (
+        f"{factor:,.0f}" if factor < 1e5 else f"{factor:.1e}".replace("e+0", "e").replace("e+", "e")
+    )
+
+
+def legend(body: SubFigure, *, extra: Sequence[Artist] = ()) -> None:
+    """One legend above the panels for all their labels, each once."""
+    handles: dict[str, Artist] = {}
+    for axes in body.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    for handle in extra:
+        handles.setdefault(str(handle.get_label()), handle)
+    handles |= {label: _plain_mark(label) for label in (NONFINITE, ZERO) if label in handles}
+    if not handles:
+        return
+    labels = sorted(handles, key=lambda label: _LAST.index(label) if label in _LAST else -1)
+    body.legend(
+        [handles[label] for label in labels], labels, loc="outside upper left",
+        ncols=_columns(labels), borderaxespad=0.2, columnspacing=1.4,
+    )  # fmt: skip
+
+
+_LAST = (THEORY, ZERO, NONFINITE)
+
+
+def _columns(labels: Sequence[str]) -> int:
+    """Columns of a legend with the fewest rows that fit; matplotlib fills it by columns."""
+    for rows in range(1, len(labels)):
+        columns = -(-len(labels) // rows)
+        parts = [labels[i : i + rows] for i in range(0, len(labels), rows)]
+        # 7 pt DejaVu Sans is 0.058 inch per letter on average; handle and gaps take the rest
+        if sum(0.058 * max(map(len, part)) + 0.52 for part in parts) < WIDTH - 0.1:
+            return columns
+    return 1
+
+
+def _plain_mark(label: str) -> Line2D:
+    """A mark of no line's colour, for the legend."""
+    return Line2D([], [], ls="none", marker="^" if label == NONFINITE else "v", ms=4, mew=0.4,
+                  mfc="0.75", mec="black", label=label)  # fmt: skip

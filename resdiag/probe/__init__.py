@@ -1,0 +1,1 @@
+"""What one batch says of a network, without training."""

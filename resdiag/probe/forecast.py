@@ -1,0 +1,196 @@
+"""The forecast: what will happen to a variant at this learning rate, before any training."""
+
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from resdiag.data.augment import Augmenter
+from resdiag.data.dataset import open_data
+from resdiag.diagnose.finding import plain
+from resdiag.diagnose.observed import Observed
+from resdiag.errors import UsageError
+from resdiag.models.resnet import ResNet, build_model
+from resdiag.models.variants import find_variant
+from resdiag.probe.curvature import largest_curvature
+from resdiag.probe.firststep import RISE, critical_rate
+from resdiag.runs.watched import WatchedConfig, as_run
+from resdiag.theory.gradnorm import gradient_norm
+from resdiag.theory.prediction import CRITICAL, critical_lr, predict
+from resdiag.watch.loop.attach import attach
+
+_PRODUCTS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Theory beside the measurement on one batch; NaN where there is none.
+
+    Attributes:
+        theory: From the law of the variant, which continues from the measured stem.
+        measured: On one batch.
+        note: How it is defined, and why a number is missing.
+    """
+
+    theory: float
+    measured: float
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What was forecast for one variant.
+
+    Attributes:
+        growth_per_block: E[H^2], geometric mean over the blocks.
+        gradient_ratio: ||g_0|| / ||g_L||, first block's input over last block's output.
+        critical_lr: The learning rate that separates survival from death in the first steps.
+        fate: "dies", "at_risk", "survives", or "non_finite" if there is no finite gradient.
+        why: One sentence on the fate.
+        basis: The law and its source.
+    """
+
+    growth_per_block: Pair
+    gradient_ratio: Pair
+    critical_lr: Pair
+    fate: str
+    why: str
+    basis: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document of `resdiag predict --json`; a missing number is null."""
+        pairs = {
+            name: {"theory": pair.theory, "measured": pair.measured}
+            for name, pair in self.pairs().items()
+        }
+        document = plain({**pairs, "fate": self.fate})
+        assert isinstance(document, dict)
+        return document
+
+    def pairs(self) -> dict[str, Pair]:
+        """The three quantities by name."""
+        names = ("growth_per_block", "gradient_ratio", "critical_lr")
+        return {name: getattr(self, name) for name in names}
+
+
+def forecast(
+    variant: str,
+    depth: int,
+    *,
+    lr: float = 0.1,
+    data: str = "auto",
+    data_root: Path | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Forecast:
+    """Forecast a training from theory and from one forward and backward pass.
+
+    The batch is the first one of `resdiag run` with the same seed, and so are the weights.
+
+    Raises:
+        UsageError: Unknown variant or data, a depth other than 6n+2, a batch below 2 or a learning
+            rate that is not positive.
+    """
+    row = find_variant(variant)
+    if batch_size < 2:
+        raise UsageError(f"--batch-size {batch_size} must be at least 2")
+    if not 0 < lr < math.inf:
+        raise UsageError(f"--lr {lr} must be positive")
+    found = open_data(data, data_root)
+    model = build_model(row.id, depth, num_classes=len(found.classes), seed=seed)
+    images, labels = Augmenter(found, batch_size, seed, augment=True).batch(0)
+    seen = _measure(model, images, labels, row.id, depth)
+    s0, m0 = seen.value("input_second_moment", 0, 0), seen.value("input_mean", 0, 0)
+    theory = predict(
+        row.id, depth, s0=s0, m0=m0, width_px=images.shape[-1],
+        variances=stem_variances(model, images),
+    )  # fmt: skip
+    norm = seen.scalar("grad_norm", 0)
+    critical = _critical(
+        model, images, labels, row.norm,
+        gradient_norm(theory, images.shape[-1], len(found.classes)),
+    )  # fmt: skip
+    fate, why = _fate(row.norm, lr, norm, critical.measured)
+    return Forecast(
+        growth_per_block=Pair(
+            theory=theory.growth_per_block,
+            measured=seen.growth_per_block(0),
+            note="factor of E[H^2]",
+        ),
+        gradient_ratio=Pair(
+            theory=theory.gradient_ratio,
+            measured=seen.gradient_ratio(0),
+            note="||g_0|| / ||g_L||",
+        ),
+        critical_lr=critical,
+        fate=fate,
+        why=why,
+        basis=theory.basis,
+    )  # fmt: skip
+
+
+def _measure(
+    model: ResNet, images: torch.Tensor, labels: torch.Tensor, variant: str, depth: int
+) -> Observed:
+    names = None if find_variant(variant).shortcut else model.unit_names
+    with attach(model, blocks=names) as monitor:
+        loss = F.cross_entropy(model(images), labels)
+        torch.autograd.backward(loss)
+        monitor.step()
+    config = WatchedConfig(model=variant, kind="probe", variant=variant, depth=depth, steps=1)
+    run = as_run(monitor, config=config, curve={"loss": [float(loss.detach())]})
+    model.zero_grad()
+    return Observed(run)
+
+
+@torch.no_grad()
+def stem_variances(model: ResNet, images: torch.Tensor) -> list[float]:
+    """Variance of each of the stem's channels, over batch and positions; the model unchanged."""
+    stem = copy.deepcopy(model.stem)  # its BatchNorm would count the batch twice
+    variances: list[float] = stem(images).double().var((0, 2, 3), unbiased=False).tolist()
+    return variances
+
+
+def _critical(
+    model: ResNet, images: torch.Tensor, labels: torch.Tensor, normed: bool,
+    predicted: float | None,
+) -> Pair:  # fmt: skip
+    """What the first step does to the loss without normalisation, 2 / lambda_max with it."""
+    if not normed:
+        words = (
+            f"measured: the first step multiplies its batch's loss by {RISE}; theory: {CRITICAL} / "
+            "||g_0||; both constants observed on runs of a and b, not derived"
+        )
+        if predicted is None:
+            words += "; theory has no law for the parameter gradients here"
+        theory = math.nan if predicted is None else critical_lr(predicted)
+        return Pair(theory=theory, measured=critical_rate(model, images, labels), note=words)
+    curve = largest_curvature(
+        F.cross_entropy(model(images), labels), list(model.parameters()), steps=_PRODUCTS
+    )
+    words = (
+        "2 / lambda_max on this batch, plain SGD; BatchNorm survives more. Theory has no number: "
+        "the curvature behind BatchNorm depends on the data"
+    )
+    return Pair(theory=math.nan, measured=curve.critical_lr, note=curve.reason or words)
+
+
+def _fate(normed: bool, lr: float, norm: float, critical: float) -> tuple[str, str]:
+    """What the first steps at this learning rate do."""
+    if not math.isfinite(norm):
+        return "non_finite", "loss or gradient is not finite before the first step."
+    if normed:
+        words = f"lr x ||g_0|| = {lr * norm:.3g}"
+        if lr * norm <= CRITICAL:
+            return "survives", f"{words}, at most {CRITICAL}."
+        return "at_risk", f"{words}, above {CRITICAL}; BatchNorm usually survives, roughly."
+    words = f"lr is {lr / critical:.3g} times the measured critical_lr"
+    if lr <= critical / 2:
+        return "survives", f"{words}; up to half of it every run of a and b survived its start."
+    if lr < 2 * critical:
+        return "at_risk", f"{words}; between half of it and double, runs of a and b did both."
+    return "dies", f"{words}; from double on every run of a and b died."

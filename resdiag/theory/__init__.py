@@ -1,0 +1,1 @@
+"""What theory predicts for a network at initialisation, with no fitted constant."""

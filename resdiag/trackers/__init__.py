@@ -1,0 +1,1 @@
+"""Experiment trackers that a run is sent to: TensorBoard, Weights & Biases, MLflow."""
