@@ -23,7 +23,7 @@ test: $(VENV)/.installed-dev  ## install, then everything that CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
 
 check: static  ## the fast part: style, types, doors, documentation tests; installs nothing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_docs.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/project/test_docs.py
 
 static:
 	$(BIN)/ruff check .

@@ -1,0 +1,156 @@
+"""What an installation costs and contains: lazy imports, fast answers, a lean wheel."""
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "torchvision", "pandas", "numpy", "scipy", "matplotlib", "seaborn", "pyarrow")
+
+_REPORT = """
+import json, sys
+{code}
+print(json.dumps([name for name in {heavy!r} if name in sys.modules]))
+"""
+
+
+def _imported_by(code):
+    """Which of the heavy packages a fresh interpreter has after running `code`."""
+    source = _REPORT.format(code=code, heavy=HEAVY)
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _imported_by_command(*words):
+    """The same for a command line, whatever it answers."""
+    return _imported_by(f"from resdiag.cli.main import app; code = app.run({list(words)!r})")
+
+
+def test_importing_resdiag_imports_nothing_heavy():
+    assert _imported_by("import resdiag; dir(resdiag)") == []
+
+
+def test_the_check_of_imports_can_fail():
+    assert "numpy" in _imported_by("import resdiag, numpy")
+
+
+def test_a_public_name_is_imported_when_it_is_used():
+    assert "torch" in _imported_by("import resdiag; resdiag.attach")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["plot", "--help"],
+        ["version"],
+        ["variants"],
+        ["metrics", "grad_output"],
+        ["plot", "--list"],
+        ["data", "list"],
+        ["rnu"],
+        ["run", "--depht", "20"],
+        ["run", "--variant", "elu_pre"],
+        ["run", "--variant", "elu_prr", "--depth", "20"],
+        ["run", "--variant", "elu_pre", "--depth", "57"],
+        ["run", "--variant", "elu_pre", "--depth", "20", "--recipe", "paperr"],
+        ["run", "--variant", "elu_pre", "--depth", "20", "--data", "cifar"],
+        ["run", "--variant", "elu_pre", "--depth", "20", "--data", "folder:nowhere"],
+        ["plot", "gradnrms"],
+        ["plot", "gradnorms", "no/such/run"],
+        ["explain", "no/such/run"],
+        ["study", "list"],
+        ["study", "run", "paper", "--dry-run"],
+        ["study", "status", "smoke"],
+        ["study", "report", "smoek"],
+        ["study", "cell", "smoke", "elu"],
+    ],
+    ids=" ".join,
+)
+def test_help_and_usage_errors_answer_without_the_heavy_packages(words):
+    heavy = {"torch", "torchvision", "pandas", "scipy", "matplotlib", "seaborn", "pyarrow"}
+    assert heavy.isdisjoint(_imported_by_command(*words))
+
+
+def test_every_public_name_resolves():
+    import resdiag
+
+    assert sorted(resdiag.__all__) == dir(resdiag)
+    for name in resdiag.__all__:
+        assert getattr(resdiag, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'atach'"):
+        resdiag.atach  # noqa: B018
+
+
+def test_the_door_is_the_installed_command():
+    done = subprocess.run(
+        [sys.executable, "cli.py", "version"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    import resdiag
+
+    assert done.stdout.strip() == resdiag.__version__
+
+
+def test_the_door_passes_exit_codes_and_says_one_line():
+    command = [sys.executable, "cli.py", "run", "--variant", "elu_pre", "--depth", "57"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "depth 57 is not 6n+2" in done.stderr
+
+
+def test_errors_under_json_are_one_document_with_the_same_exit_code():
+    command = [sys.executable, "cli.py", "plot", "gradnrms", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 2
+    assert set(json.loads(done.stdout)) == {"error", "hint"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel that the checkout builds, offline; hatchling is there wherever the tests are."""
+    pytest.importorskip("hatchling")
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
+        capture_output=True,
+        cwd=ROOT,
+        check=True,
+    )
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_wheel_has_the_data_and_the_types_and_no_tests(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"resdiag/training/digits.npz", "resdiag/py.typed", "resdiag/cli.py"} <= names
+    assert "resdiag/training/digits.LICENSE.md" in names
+    assert {f"resdiag/report/templates/report.{kind}" for kind in ("html", "css")} <= names
+    assert {name.split("/")[0] for name in names} == {"resdiag", "resdiag-0.1.0.dist-info"}
+    assert not [name for name in names if "test" in name or name.endswith((".pyc", ".md.orig"))]
+
+
+def test_wheel_has_every_module_of_the_checkout(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "resdiag").rglob("*.py")}
+    assert modules <= names
+
+
+def test_wheel_is_small_and_offers_the_command(wheel):
+    archive = zipfile.ZipFile(wheel)
+    rest = [entry for entry in archive.infolist() if not entry.filename.endswith(".py")]
+    assert sum(entry.compress_size for entry in rest) < 100_000  # digits, but no picture, no result
+    assert wheel.stat().st_size < 3_000 * len(archive.namelist())  # modules are small
+    entry = archive.read("resdiag-0.1.0.dist-info/entry_points.txt").decode()
+    assert "resdiag = resdiag.cli:app" in entry
+    metadata = archive.read("resdiag-0.1.0.dist-info/METADATA").decode()
+    assert "Requires-Python: >=3.11" in metadata
+    assert "License-Expression: MIT" in metadata

@@ -1,0 +1,125 @@
+"""The report of runs without a study: what it says first, what it refuses, that it is harmless."""
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import synthetic_runs
+from hostile import HOSTILE, check_harmless
+from made_runs import make_config, write_run
+
+from resdiag.cli.main import app
+from resdiag.cli.report import MOST_RUNS
+from resdiag.diagnose.verdict import judge
+from resdiag.plots.kinds import KINDS
+from resdiag.report.figures import draw_runs
+from resdiag.report.html import to_html
+from resdiag.report.markdown import to_markdown
+from resdiag.report.runpage import write_run_page
+from resdiag.report.words import number
+from resdiag.runs.watched import WatchedConfig
+
+
+def test_the_first_words_are_the_verdict_and_its_evidence_has_the_numbers():
+    run = synthetic_runs.make_run("elu_pre", 56, explode=4)
+    verdict = judge(run)
+    seen = check_harmless(to_html(write_run_page([run], [])))
+    places = [seen.text.index(words) for words in (
+        "What happened in elu_pre-56?", f"{verdict.name}: {verdict.summary}", verdict.why,
+        "diverged after 6 of 150 steps", "How sure", "one seed", "Evidence",
+    )]  # fmt: skip
+    assert places == sorted(places)
+    assert len(verdict.evidence) > 1
+    for item in verdict.evidence:
+        assert item.text in seen.text
+        assert number(item.threshold) in seen.text
+        assert item.source in seen.text
+    assert verdict.next[0] in seen.text
+
+
+def test_every_kind_of_plot_is_drawn_or_says_why_not():
+    run = synthetic_runs.make_run("elu", 20)
+    columns = [name for name in run.metrics_frame if name != "update_ratio"]
+    short = replace(run, metrics_frame=run.metrics_frame[columns])
+    pictures = list(draw_runs(["gradnorms", "updates", "curves"], [short]))
+    why = "elu-20 has no column update_ratio, which plot 'updates' needs"
+    assert [picture.reason for picture in pictures] == ["", why, ""]
+    seen = check_harmless(to_html(write_run_page([short], pictures)))
+    assert seen.tags["svg"] == 2
+    assert f"not drawn: {why}" in seen.text
+
+
+def test_runs_side_by_side_are_counted_named_and_compared_over_depth():
+    depths, seeds = (20, 56), (0, 1, 2)
+    runs = [synthetic_runs.make_run("elu", d, seed=s) for d in depths for s in seeds]
+    page = write_run_page(runs, [])
+    tally = Counter(judge(run).name for run in runs)
+    assert page.headline == f"6 runs: {', '.join(f'{n} {k}' for n, k in tally.most_common())}."
+    assert page.found[0].startswith("elu, error by depth: ")
+    assert "depth 56 against 20" in page.found[0]
+    rows = page.sections[0].parts[0].rows
+    assert [row[0] for row in rows] == [run.label for run in runs]
+
+
+def hostile(words):
+    """A run whose every text is of a stranger."""
+    return replace(
+        synthetic_runs.make_run("elu", 20),
+        config=WatchedConfig(model=f"{words}\x1b[31m", data=words, settings={words: words}),
+        data={"name": words, "sha256": words},
+        environment={"device": words, "torch": words},
+        notes=(words,),
+        unavailable=[{"metric": "skip_gain", "blocks": [0], "reason": words}],
+    )
+
+
+def test_hostile_words_of_runs_are_shown_and_do_nothing():
+    page = write_run_page([hostile(words) for words in HOSTILE], [])
+    html = to_html(page)
+    plain = [synthetic_runs.make_run("elu", 20, seed=seed) for seed in (0, 1)]
+    known = check_harmless(to_html(write_run_page(plain, []))).tags
+    seen = check_harmless(html)
+    assert set(seen.tags) <= set(known)
+    assert all(" ".join(words.split())[:60] in seen.text for words in HOSTILE)
+    assert "\x1b" not in html
+    assert max(map(len, to_markdown(page, bulky=False).splitlines())) < 4000
+
+
+def test_the_command_writes_one_page_and_figures_beside_the_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    few = {name: KINDS[name] for name in ("curves", "offender")}  # drawing all takes ten seconds
+    monkeypatch.setattr("resdiag.report.write.KINDS", few)
+    folder = write_run(tmp_path / "runs")
+    assert app.run(["report", "--json"]) == 0  # the latest run
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert files[0] == f"runs/{folder.name}/report/report.html"
+    endings = Counter(name.rpartition(".")[2] for name in files)
+    assert endings["svg"] == endings["pdf"] == endings["csv"] == len(few)
+    assert all((tmp_path / name).stat().st_size for name in files)
+    check_harmless((tmp_path / files[0]).read_text())
+    write_run(tmp_path / "runs", make_config(seed=1))
+    assert app.run(["report", "runs", "--out", "both"]) == 0
+    assert capsys.readouterr().out == "both/report.html\n"
+    assert "What happened in these runs?" in (tmp_path / "both/report.html").read_text()
+
+
+def test_what_is_no_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grid").mkdir()
+    (tmp_path / "grid" / "plan-0123abcd.json").write_text("{}")
+    (tmp_path / "ice").mkdir()
+    (tmp_path / "ice" / "results.json").write_text("{}")
+    for path, message in (
+        ("smoke", "smoke is a study (resdiag study report smoke)"),
+        ("own.toml", "own.toml is a study (resdiag study report own.toml)"),
+        ("grid", "grid is a study (resdiag study report grid --runs .)"),
+        ("ice", "ice is a study (resdiag study report ice)"),
+        ("nothing", "no such folder: nothing"),
+    ):
+        assert app.run(["report", path]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    for seed in range(MOST_RUNS + 1):
+        write_run(tmp_path / "many", make_config(seed=seed))
+    assert app.run(["report", "many"]) == 2
+    assert f"{MOST_RUNS + 1} runs: one page shows at most {MOST_RUNS}" in capsys.readouterr().err
