@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from resdiag.models.resnet import build_model
 from resdiag.study.overhead import Naive, Workload, stopwatch
-from resdiag.training.pages import keep_pages
+from resdiag.training.malloc import disable_malloc_trim
 from resdiag.watch.loop.gradients import Gradients
 from resdiag.watch.loop.monitor import Monitor
 from resdiag.watch.measure.reductions import norm
@@ -57,7 +57,7 @@ TURNS = 4
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    keep_pages()
+    disable_malloc_trim()
     for name, cells in small_work(options).items():
         print(f"{name:<14}", *(f"{where} {us:6.0f}" for where, us in cells.items()), "us")
     for title, calls in own_calls(options).items():

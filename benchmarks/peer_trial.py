@@ -25,7 +25,7 @@ from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock
 
-from resdiag.training.pages import keep_pages
+from resdiag.training.malloc import disable_malloc_trim
 
 TOLERANCE = 1e-3
 """Relative error above which a reported number counts as wrong."""
@@ -397,7 +397,7 @@ def _short(text: str) -> str:
 def main() -> None:
     name, part, repetitions, size = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
     torch.set_num_threads(1)
-    keep_pages()
+    disable_malloc_trim()
     kind = TOOLS[name]
     answers: dict[str, Any]
     try:

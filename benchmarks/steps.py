@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resdiag.models.resnet import build_model
 from resdiag.study.overhead import train_step
-from resdiag.training.pages import keep_pages
+from resdiag.training.malloc import disable_malloc_trim
 from resdiag.watch.loop.attach import attach
 
 KINDS = (  # the first whose word is in the operation's name
@@ -39,7 +39,7 @@ REST = "everything else, Python between operations not counted"
 
 def measure(repetitions: int) -> list[dict[str, Any]]:
     """A row per depth: profile, floors, and the same with the recorder on."""
-    keep_pages()
+    disable_malloc_trim()
     peak, rate = arithmetic_rate(), copy_rate()
     return [row(depth, peak, rate, repetitions) for depth in (20, 110)]
 

@@ -29,7 +29,7 @@ import numpy as np
 from resdiag.catalog.table import RECORDED
 from resdiag.runs.config import RunConfig
 from resdiag.runs.store import RunWriter
-from resdiag.training.committer import Committer, Piece
+from resdiag.training.committer import Committer, PendingCommit
 
 COMMIT_EVERY = 100
 CURVE = ("epoch", "loss", "error", "lr", "images_per_s", "grad_norm", "head_mean", "head_bias")
@@ -106,7 +106,7 @@ def describe(blocks: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def pieces(steps: int, blocks: int, every: int) -> Iterator[Piece]:
+def pieces(steps: int, blocks: int, every: int) -> Iterator[PendingCommit]:
     """The commits of a run."""
     dice = np.random.default_rng(0)
     for first in range(0, steps, COMMIT_EVERY):
@@ -114,7 +114,7 @@ def pieces(steps: int, blocks: int, every: int) -> Iterator[Piece]:
         seen = np.arange(first, last, dtype=np.int32)
         metrics = rows(seen[seen % every == 0], blocks, dice)
         curve = {name: 1 + dice.random(last - first) for name in CURVE}
-        yield Piece(
+        yield PendingCommit(
             step=last, metrics=metrics, curve={"step": seen, **curve}, tensors=b"", state={},
             status="running",
         )  # fmt: skip

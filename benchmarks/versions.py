@@ -35,10 +35,10 @@ import json, sys, time, warnings
 import torch, torch.nn.functional as F
 import resdiag
 from resdiag.models.resnet import build_model
-from resdiag.training.pages import keep_pages
+from resdiag.training.malloc import disable_malloc_trim
 variant, depth, batch, size, metrics, threads = json.loads(sys.argv[1])
 warnings.simplefilter("ignore")
-keep_pages()
+disable_malloc_trim()
 torch.set_num_threads(threads)
 torch.manual_seed(0)
 if variant == "resnet18":

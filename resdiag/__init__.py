@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from resdiag.models.variants import VARIANTS as VARIANTS
     from resdiag.models.variants import Variant as Variant
     from resdiag.plots.drawing import draw as draw
-    from resdiag.runs.folder import load as load
-    from resdiag.runs.folder import open_run as open_run
+    from resdiag.runs.folder import load_frame as load_frame
+    from resdiag.runs.folder import load_run as load_run
     from resdiag.watch.find.blocks import Block as Block
     from resdiag.watch.find.blocks import find_blocks as find_blocks
     from resdiag.watch.loop.attach import attach as attach
@@ -45,8 +45,8 @@ _HOMES = {
     # changing one thing
     "lesion": "resdiag.interventions.surgery",
     # runs on disk, and what they mean
-    "load": "resdiag.runs.folder",
-    "open_run": "resdiag.runs.folder",
+    "load_frame": "resdiag.runs.folder",
+    "load_run": "resdiag.runs.folder",
     "save": "resdiag.diagnose.saving",
     "draw": "resdiag.plots.drawing",
     "judge": "resdiag.diagnose.verdict",

@@ -1,4 +1,4 @@
-"""The command line, put together: one file a command in `resdiag/commands`."""
+"""The command line, put together: one file a command in `resdiag/cli`."""
 
 from resdiag.cli.app import App, print_help
 from resdiag.cli.bench import bench_app

@@ -20,15 +20,15 @@ def open_runs(paths: Sequence[Path] | None, root: Path) -> "list[Run]":
     for path in paths or [root]:
         if next(path.rglob("run.json"), None) is None:
             raise _no_run(path)
-    from resdiag.runs.folder import find_runs, latest_run, open_run
+    from resdiag.runs.folder import find_runs, latest_run, load_run
 
     if not paths:
-        return [open_run(latest_run(root))]
+        return [load_run(latest_run(root))]
     found = {path: find_runs(path) for path in paths}
     for path, folders in found.items():
         if not folders:  # what is there is hidden
             raise _no_run(path)
-    return [open_run(run) for run in dict.fromkeys(chain(*found.values()))]
+    return [load_run(run) for run in dict.fromkeys(chain(*found.values()))]
 
 
 def open_study(where: str, settings: Sequence[str] | None, mini: bool) -> "Study":

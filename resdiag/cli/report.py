@@ -100,13 +100,13 @@ def freeze_study(
     results = _read(where, settings, mini, runs, steps)
     if not any(item.run for item in results.cells):
         raise UsageError(f"no cell of {results.study.name} was begun under {runs}")
-    from resdiag.report.frozen import freeze, is_frozen, thaw
+    from resdiag.report.frozen import is_frozen, read_results, write_results
 
     if add and is_frozen(out):
         from resdiag.report.merge import merge
 
-        results = merge(thaw(out), results)
-    files = freeze(results, out)
+        results = merge(read_results(out), results)
+    files = write_results(results, out)
     left = [item.cell.id for item in results.cells if not item.ended]
     if left:
         say(f"{len(left)} of {len(results.cells)} cells have not ended: {', '.join(left[:5])}")
@@ -157,9 +157,9 @@ def _read(
     if (Path(where) / "results.json").is_file():
         if settings or mini:
             raise UsageError(f"{where} is frozen and is not changed by --set or --mini")
-        from resdiag.report.frozen import thaw
+        from resdiag.report.frozen import read_results
 
-        return thaw(Path(where))
+        return read_results(Path(where))
     study = open_study(where, settings, mini)
     from resdiag.report.collect import STEPS, collect
 

@@ -21,7 +21,7 @@ def read_digits(root: Path | None = None) -> Source:
     Source: Alpaydin & Kaynak 1998, CC BY 4.0; see digits.LICENSE.md.
     """
     with (
-        resources.files("resdiag.training").joinpath("digits.npz").open("rb") as file,
+        resources.files("resdiag.data").joinpath("digits.npz").open("rb") as file,
         np.load(file, allow_pickle=False) as arrays,
     ):
         images, labels = enlarge(arrays["images"]), arrays["labels"].astype(np.int64)

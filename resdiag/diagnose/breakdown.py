@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from resdiag.diagnose.finding import Evidence
-from resdiag.diagnose.observed import Observed
+from resdiag.diagnose.rundata import RunData
 
 JUMP = 1e3
 """Gradient norm over the median of the recorded steps before."""
@@ -17,27 +17,27 @@ EARLIER_STEPS = 5
 _SOURCE = "definition of resdiag.diagnose.breakdown"
 
 
-def find_breakdown(seen: Observed) -> list[Evidence]:
+def find_breakdown(seen: RunData) -> list[Evidence]:
     """Everything that shows that the run broke, the earliest step first; empty if it did not.
 
     A loss or gradient norm that is not finite, the first block that is not (see
-    `resdiag.diagnose.offender`), and a gradient norm above 1e3 times its median so far. A missing
+    `resdiag.diagnose.nonfinite`), and a gradient norm above 1e3 times its median so far. A missing
     gradient norm of a step that was not recorded is no offence.
     """
     norms = _recorded_norms(seen)
     found = [*_nonfinite("loss", seen.series("loss")), *_nonfinite("grad_norm", norms)]
-    if seen.offender:
-        found.append(_offender(seen))
+    if seen.first_nonfinite:
+        found.append(_first_nonfinite(seen))
     found += _jump(norms)
     return sorted(found, key=lambda item: item.step or 0)
 
 
-def count_norms(seen: Observed) -> int:
+def count_norms(seen: RunData) -> int:
     """Finite gradient norms that the run has."""
     return int(np.isfinite(_recorded_norms(seen).to_numpy(dtype=float)).sum())
 
 
-def _recorded_norms(seen: Observed) -> "pd.Series[float]":
+def _recorded_norms(seen: RunData) -> "pd.Series[float]":
     norms = seen.series("grad_norm")
     if norms.notna().any():
         recorded = pd.Series(norms.index.isin(seen.steps), index=norms.index)
@@ -63,8 +63,8 @@ def _nonfinite(metric: str, series: "pd.Series[float]") -> list[Evidence]:
     ]
 
 
-def _offender(seen: Observed) -> Evidence:
-    found = seen.offender
+def _first_nonfinite(seen: RunData) -> Evidence:
+    found = seen.first_nonfinite
     assert found is not None
     forward = found.direction == "forward"
     metric = f"{found.site}_nonfinite" if forward else "grad_nonfinite"

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from resdiag.diagnose.finding import Evidence, Finding, NotJudged, Outcome, confidence
-from resdiag.diagnose.observed import Observed
+from resdiag.diagnose.rundata import RunData
 
 LARGEST_INPUT = 20.0
 """RMS of the input: standardised it is 1, pixels in 0..1 have 0.5, pixels in 0..255 about 100."""
@@ -25,7 +25,7 @@ LEAST_BATCHES = 3
 _SOURCE = "LeCun et al. 1998, Efficient BackProp, section 4.3; definition of the rule"
 
 
-def data_fault(seen: Observed) -> Outcome:
+def data_fault(seen: RunData) -> Outcome:
     """The input is not finite, constant or not normalised, or every label is the same.
 
     Thresholds: RMS of the input above 20 or below 1e-4, or its mean above 20 standard deviations,
@@ -45,7 +45,7 @@ def data_fault(seen: Observed) -> Outcome:
         )
 
 
-def loss_fault(seen: Observed) -> Outcome:
+def loss_fault(seen: RunData) -> Outcome:
     """The loop maximises its loss: read off the logits it is minus a cross-entropy, first 3 times.
 
     A cross-entropy with one label a row and 3 classes or more shows it; other losses do not.
@@ -63,7 +63,7 @@ def loss_fault(seen: Observed) -> Outcome:
         yield _fault("wrong sign of the loss", "head_loss", step, value, 0, text, why, 0.99, name)
 
 
-def _input(seen: Observed) -> Outcome:
+def _input(seen: RunData) -> Outcome:
     broken = seen.series("data_nonfinite").dropna()
     means, stds = seen.series("data_mean").dropna(), seen.series("data_std").dropna()
     if broken.empty:

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from resdiag.diagnose.finding import Evidence, Finding, confidence
-from resdiag.diagnose.observed import Observed
+from resdiag.diagnose.rundata import RunData
 from resdiag.errors import UsageError
 from resdiag.models.variants import Variant, find_variant
 from resdiag.theory.prediction import CRITICAL, critical_lr
 
 
 def explain_init(
-    seen: Observed, block: int | None, signs: Sequence[Evidence], broken: Sequence[Evidence]
+    seen: RunData, block: int | None, signs: Sequence[Evidence], broken: Sequence[Evidence]
 ) -> Finding:
     """Exploded at initialisation; `broken` is what followed, if anything did."""
     growth, loss = seen.growth_per_block(0), seen.scalar("loss", 0)
@@ -38,7 +38,7 @@ def explain_init(
     )
 
 
-def explain_explosion(seen: Observed, broken: Sequence[Evidence]) -> Finding:
+def explain_explosion(seen: RunData, broken: Sequence[Evidence]) -> Finding:
     """Broke down during training; `broken` has at least one piece of evidence."""
     block = next((item.block for item in broken if item.block is not None), None)
     row = _variant(seen)
@@ -48,7 +48,7 @@ def explain_explosion(seen: Observed, broken: Sequence[Evidence]) -> Finding:
         why = f"The step was too large: lr x ||g_0|| = {seen.lr * norm:.3g}, above {CRITICAL}"
     elif row and not row.norm:
         why = "Nothing normalises the branches, so weights that grow multiply E[H^2] in every block"
-    if seen.offender and seen.offender.direction == "backward":
+    if seen.first_nonfinite and seen.first_nonfinite.direction == "backward":
         why += "; all activations were finite, the backward pass broke first"
     return Finding(
         name="exploded",
@@ -65,7 +65,7 @@ def explain_explosion(seen: Observed, broken: Sequence[Evidence]) -> Finding:
     )
 
 
-def explain_vanishing(seen: Observed, evidence: Sequence[Evidence]) -> Finding:
+def explain_vanishing(seen: RunData, evidence: Sequence[Evidence]) -> Finding:
     """Signal or gradient is lost at initialisation."""
     forward = any(item.metric == "output_channel_std" for item in evidence)
     cause = "the signal shrinks from block to block" if forward else "the gradient shrinks"
@@ -82,7 +82,7 @@ def explain_vanishing(seen: Observed, evidence: Sequence[Evidence]) -> Finding:
     )
 
 
-def explain_overfit(seen: Observed, evidence: Evidence) -> Finding:
+def explain_overfit(seen: RunData, evidence: Evidence) -> Finding:
     """The test images get worse, the training images better: no degradation."""
     return Finding(
         name="overfit",
@@ -97,7 +97,7 @@ def explain_overfit(seen: Observed, evidence: Evidence) -> Finding:
     )
 
 
-def explain_collapse(seen: Observed, evidence: Sequence[Evidence]) -> Finding:
+def explain_collapse(seen: RunData, evidence: Sequence[Evidence]) -> Finding:
     """The skip path stopped carrying gradient."""
     row, theory = _variant(seen), seen.prediction
     what = "Gradient that reaches the last block hardly reaches the first"
@@ -137,7 +137,7 @@ def explain_collapse(seen: Observed, evidence: Sequence[Evidence]) -> Finding:
     )
 
 
-def explain_stall(seen: Observed, evidence: Evidence) -> Finding:
+def explain_stall(seen: RunData, evidence: Evidence) -> Finding:
     """The loss stayed at that of guessing."""
     return Finding(
         name="stalled",
@@ -151,7 +151,7 @@ def explain_stall(seen: Observed, evidence: Evidence) -> Finding:
     )
 
 
-def explain_risk(seen: Observed, evidence: Evidence) -> Finding:
+def explain_risk(seen: RunData, evidence: Evidence) -> Finding:
     """The first step is large for this gradient."""
     row, losses = _variant(seen), seen.series("loss")
     why = (
@@ -173,12 +173,12 @@ def explain_risk(seen: Observed, evidence: Evidence) -> Finding:
     )
 
 
-def suggest_plots(seen: Observed) -> tuple[str, ...]:
+def suggest_plots(seen: RunData) -> tuple[str, ...]:
     """What to look at when no rule fired."""
     return _plots(seen, "signal", "gradnorms", "biasshift")
 
 
-def _why_growth(seen: Observed, growth: float) -> str:
+def _why_growth(seen: RunData, growth: float) -> str:
     """The mechanism of growth at initialisation."""
     theory, row = seen.prediction, _variant(seen)
     if row is None or row.norm or not math.isfinite(growth):
@@ -193,7 +193,7 @@ def _why_growth(seen: Observed, growth: float) -> str:
     )
 
 
-def _theory_of_growth(seen: Observed, growth: float) -> list[Evidence]:
+def _theory_of_growth(seen: RunData, growth: float) -> list[Evidence]:
     """Growth per block and gradient ratio, measured beside predicted; illustrations."""
     theory = seen.prediction
     if theory is None:
@@ -223,7 +223,7 @@ def _theory_of_growth(seen: Observed, growth: float) -> list[Evidence]:
     ]
 
 
-def _init_cause(seen: Observed, growth: float, *, grows: bool) -> str:
+def _init_cause(seen: RunData, growth: float, *, grows: bool) -> str:
     """What makes a network explode before any update, in a few words.
 
     `grows` says that growth is what fired; else it was the loss, and growth that a normalised
@@ -241,9 +241,9 @@ def _init_cause(seen: Observed, growth: float, *, grows: bool) -> str:
     return "logits too large at initialisation"
 
 
-def _breakdown_cause(seen: Observed, broken: Sequence[Evidence]) -> str:
+def _breakdown_cause(seen: RunData, broken: Sequence[Evidence]) -> str:
     """What broke, in a few words."""
-    found = seen.offender
+    found = seen.first_nonfinite
     if found is not None and found.step == 0:
         return "non-finite numbers in the block from the beginning"
     if found is not None:
@@ -251,11 +251,11 @@ def _breakdown_cause(seen: Observed, broken: Sequence[Evidence]) -> str:
     return "gradient jumped" if "times its median" in broken[0].text else "loss not finite"
 
 
-def _end_of(seen: Observed, broken: Sequence[Evidence]) -> str:
+def _end_of(seen: RunData, broken: Sequence[Evidence]) -> str:
     """Where and when the run broke, or ""."""
     if not broken:
         return ""
-    first, found = broken[0], seen.offender
+    first, found = broken[0], seen.first_nonfinite
     if found is None:
         return first.text
     where = f"{found.direction} in {seen.name(found.block)}, site {found.site}"
@@ -271,30 +271,30 @@ def _beside(value: float, words: str) -> str:
     return "" if math.isnan(value) else f"; theory at initialisation: {words.format(value)}"
 
 
-def _initial_gain(seen: Observed) -> float:
+def _initial_gain(seen: RunData) -> float:
     return seen.value("skip_gain", 0, seen.indices[-1])
 
 
-def _variant(seen: Observed) -> Variant | None:
+def _variant(seen: RunData) -> Variant | None:
     try:
         return find_variant(seen.variant)
     except UsageError:
         return None
 
 
-def _normalised(seen: Observed) -> str:
+def _normalised(seen: RunData) -> str:
     """The normalised variant with the same activation and nothing after the addition."""
     row = _variant(seen)
     return f"{'no_relu' if row and row.activation == 'relu' else 'elu'} --depth {seen.depth}"
 
 
-def _plots(seen: Observed, *kinds: str) -> tuple[str, ...]:
+def _plots(seen: RunData, *kinds: str) -> tuple[str, ...]:
     path = seen.run.path
     where = "" if path == Path() else f" {path}"
     return tuple(f"resdiag plot {kind}{where}" for kind in kinds)
 
 
-def _lower_lr(seen: Observed) -> tuple[str, ...]:
+def _lower_lr(seen: RunData) -> tuple[str, ...]:
     """The same network at a tenth of the learning rate, or below the critical one if that is less.
 
     Two digits, rounded down: rounding up could cross the threshold again.
@@ -310,6 +310,6 @@ def _lower_lr(seen: Observed) -> tuple[str, ...]:
     return _runs(seen, options, reason)
 
 
-def _runs(seen: Observed, options: str, reason: str) -> tuple[str, ...]:
+def _runs(seen: RunData, options: str, reason: str) -> tuple[str, ...]:
     """A run to compare with, if the network is one of ours."""
     return (f"resdiag run --variant {options}  # {reason}",) if _variant(seen) else ()

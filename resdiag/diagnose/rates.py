@@ -7,7 +7,7 @@ import pandas as pd
 
 from resdiag.diagnose.breakdown import find_breakdown
 from resdiag.diagnose.finding import Evidence, Finding, NotJudged, Outcome, confidence
-from resdiag.diagnose.observed import Observed
+from resdiag.diagnose.rundata import RunData
 from resdiag.theory.prediction import CRITICAL
 
 WORSE = 1.5
@@ -56,7 +56,7 @@ _SOURCE = "definition of resdiag.diagnose.rates"
 _TRUST = "You et al. 2017, arXiv:1708.03888; " + _SOURCE
 
 
-def lr_too_high(seen: Observed) -> Outcome:
+def lr_too_high(seen: RunData) -> Outcome:
     """Steps are too large: the loss gets worse, or breaks down, and the weights are replaced.
 
     Any of: (1) the mean loss of the last fifth of the steps, 20 steps or more, is 1.5 times that of
@@ -112,7 +112,7 @@ def lr_too_high(seen: Observed) -> Outcome:
         yield NotJudged(name, reason, f"{SETTLED} steps")
 
 
-def lr_too_low(seen: Observed) -> Outcome:
+def lr_too_low(seen: RunData) -> Outcome:
     """No step moves any block by 3e-6 of its weights, and the loss stays, in 10 steps.
 
     Where weight decay alone moves more, by three times what it moves. Also where no optimizer was
@@ -156,7 +156,7 @@ def lr_too_low(seen: Observed) -> Outcome:
     )
 
 
-def weight_decay_too_large(seen: Observed) -> Outcome:
+def weight_decay_too_large(seen: RunData) -> Outcome:
     """Learning rate times weight decay takes 1 % of the weights or more in the median step.
 
     And a quarter at least of what the steps move once it does: else it is the learning rate.
@@ -189,7 +189,7 @@ def weight_decay_too_large(seen: Observed) -> Outcome:
         )
 
 
-def _worse(seen: Observed, losses: "pd.Series[float]") -> Evidence | None:
+def _worse(seen: RunData, losses: "pd.Series[float]") -> Evidence | None:
     known = losses[np.isfinite(losses)]
     if len(known) < SETTLED:
         return None
@@ -203,7 +203,7 @@ def _worse(seen: Observed, losses: "pd.Series[float]") -> Evidence | None:
     return _evidence("loss", int(last.index[0]), float(last.mean()), bar, text)
 
 
-def _peak(seen: Observed, losses: "pd.Series[float]") -> Evidence | None:
+def _peak(seen: RunData, losses: "pd.Series[float]") -> Evidence | None:
     known = losses[np.isfinite(losses)]
     if len(known) < 2 or not seen.classes:
         return None
@@ -215,7 +215,7 @@ def _peak(seen: Observed, losses: "pd.Series[float]") -> Evidence | None:
     return _evidence("loss", step, float(known.max()), bar, text)
 
 
-def _large_before(seen: Observed, updates: "pd.Series[float]", step: int) -> Evidence | None:
+def _large_before(seen: RunData, updates: "pd.Series[float]", step: int) -> Evidence | None:
     """A step that was too large before a breakdown that did not come out of nothing."""
     if step == 0 or _is_sudden(seen, step):
         return None
@@ -231,7 +231,7 @@ def _large_before(seen: Observed, updates: "pd.Series[float]", step: int) -> Evi
     return None
 
 
-def _is_sudden(seen: Observed, step: int) -> bool:
+def _is_sudden(seen: RunData, step: int) -> bool:
     """Whether everything was as usual in the recorded step before the breakdown.
 
     The largest RMS of an output and the largest gradient are within 30 times their medians so far.
@@ -246,7 +246,7 @@ def _is_sudden(seen: Observed, step: int) -> bool:
     return not len(before) or bool(before.iloc[-1] <= 2 * before.iloc[0] + 1)
 
 
-def _updates(seen: Observed) -> "pd.Series[float]":
+def _updates(seen: RunData) -> "pd.Series[float]":
     """Median over the blocks of update over weights, by recorded step."""
     updates = seen.table("update_ratio").dropna(how="all")
     moving = updates.loc[:, (updates > 0).any()]
@@ -262,7 +262,7 @@ def _changed(losses: "pd.Series[float]") -> bool:
     return not STILL[0] < known.iloc[-fifth:].mean() / known.iloc[:fifth].mean() < STILL[1]
 
 
-def _least_step(seen: Observed) -> float:
+def _least_step(seen: RunData) -> float:
     """The update below which nothing is learned: more than weight decay alone makes."""
     decay = (seen.series("lr") * seen.series("weight_decay")).dropna()
     momentum = seen.series("momentum").dropna()

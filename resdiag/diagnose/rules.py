@@ -10,8 +10,8 @@ from resdiag.diagnose import mechanism
 from resdiag.diagnose.breakdown import EARLIER_STEPS, count_norms, find_breakdown
 from resdiag.diagnose.dataset import data_fault, loss_fault
 from resdiag.diagnose.finding import Evidence, NotJudged, Outcome
-from resdiag.diagnose.observed import Observed
 from resdiag.diagnose.rates import lr_too_high, lr_too_low, weight_decay_too_large
+from resdiag.diagnose.rundata import RunData
 from resdiag.diagnose.structure import (
     branch_too_large,
     detached_branch,
@@ -86,7 +86,7 @@ _MEASURED = "thresholds between measured families at depths 20, 56, 110; Zhang e
 _DEFINITION = "definition of resdiag.diagnose.rules"
 
 
-def exploded_at_init(seen: Observed) -> Outcome:
+def exploded_at_init(seen: RunData) -> Outcome:
     """E[H^2] grows by 1.4 per block in two stages, or the loss is above 3 ln K, at step 0.
 
     With BatchNorm the second moment grows by a constant per block, which at the beginning of a
@@ -128,7 +128,7 @@ def exploded_at_init(seen: Observed) -> Outcome:
         yield mechanism.explain_init(seen, block, evidence, find_breakdown(seen))
 
 
-def exploded(seen: Observed) -> Outcome:
+def exploded(seen: RunData) -> Outcome:
     """A non-finite loss or gradient, or a gradient norm 1e3 times the median before."""
     if seen.series("loss").empty and seen.series("grad_norm").empty and not seen.steps:
         yield NotJudged("exploded", "neither a loss nor a gradient was recorded")
@@ -141,7 +141,7 @@ def exploded(seen: Observed) -> Outcome:
         yield NotJudged("exploded", reason, f"{EARLIER_STEPS + 1} gradient norms")
 
 
-def vanishing(seen: Observed) -> Outcome:
+def vanishing(seen: RunData) -> Outcome:
     """At the first recorded step signal or gradient falls by 1000 over the network.
 
     The spread within channels of the last block's output, which is what differs between samples,
@@ -178,7 +178,7 @@ def vanishing(seen: Observed) -> Outcome:
         yield mechanism.explain_vanishing(seen, evidence)
 
 
-def skip_collapsed(seen: Observed) -> Outcome:
+def skip_collapsed(seen: RunData) -> Outcome:
     """Skip gain at the last block below 0.05, or total gradient ratio below 0.3, at the end."""
     name = "skip_collapsed"
     if seen.run.blocks and all(row.get("shortcut") == "none" for row in seen.run.blocks):
@@ -230,7 +230,7 @@ def skip_collapsed(seen: Observed) -> Outcome:
         yield mechanism.explain_collapse(seen, evidence)
 
 
-def stalled(seen: Observed) -> Outcome:
+def stalled(seen: RunData) -> Outcome:
     """Mean training loss from 0.98 to 1.25 ln K over the last epoch, and not falling.
 
     Where there is no whole epoch, over the last 50 steps: healthy networks may guess that long.
@@ -271,7 +271,7 @@ def stalled(seen: Observed) -> Outcome:
         yield mechanism.explain_stall(seen, evidence)
 
 
-def at_risk(seen: Observed) -> Outcome:
+def at_risk(seen: RunData) -> Outcome:
     """Learning rate times gradient norm at step 0 is 0.6 or more, and the run has yet to live on.
 
     It predicts: of the runs it was observed on, the last one died at step 18. A run that has made
@@ -303,7 +303,7 @@ def at_risk(seen: Observed) -> Outcome:
     yield mechanism.explain_risk(seen, evidence)
 
 
-def overfit(seen: Observed) -> Outcome:
+def overfit(seen: RunData) -> Outcome:
     """The network has become far better on the training images than it ever was on others.
 
     The test loss lies 20 % above its minimum at the last two of at least 4 evaluations, and is not
@@ -341,7 +341,7 @@ def overfit(seen: Observed) -> Outcome:
         )
 
 
-RULES: tuple[Callable[[Observed], Outcome], ...] = (
+RULES: tuple[Callable[[RunData], Outcome], ...] = (
     data_fault,
     loss_fault,
     fp16_overflow,
@@ -369,7 +369,7 @@ RULES: tuple[Callable[[Observed], Outcome], ...] = (
 """Most upstream cause first; a rule's name is its function's."""
 
 
-def _is_cut(seen: Observed, step: int) -> bool:
+def _is_cut(seen: RunData, step: int) -> bool:
     """Whether one block's output is constant, and those before it have kept the signal."""
     with np.errstate(all="ignore"):
         kept = seen.profile("output_channel_std", step) / seen.profile("input_channel_std", step)
@@ -380,7 +380,7 @@ def _is_cut(seen: Observed, step: int) -> bool:
     return bool(np.prod(before) >= LEAST_SIGNAL)
 
 
-def _steep_halves(seen: Observed) -> list[tuple[int, tuple[float, int, int]]]:
+def _steep_halves(seen: RunData) -> list[tuple[int, tuple[float, int, int]]]:
     """The stages whose second moment grows by `INIT_GROWTH` per block in both halves."""
     moments = seen.profile("output_second_moment", 0)
     steep = []
@@ -395,7 +395,7 @@ def _steep_halves(seen: Observed) -> list[tuple[int, tuple[float, int, int]]]:
     return steep
 
 
-def _total_growth(seen: Observed) -> Evidence | None:
+def _total_growth(seen: RunData) -> Evidence | None:
     """A signal that is 100 times as large behind the last block as before the first, and 100."""
     first, last = seen.indices[0], seen.indices[-1]
     begin, end = (
@@ -419,7 +419,7 @@ def _is_falling(losses: "pd.Series[float]", unit: float) -> bool:
     return slope < -3 * noise and -slope * len(y) > FALLING * unit
 
 
-def _stage_evidence(seen: Observed, stage: int, growth: float, ratios: int, first: int) -> Evidence:
+def _stage_evidence(seen: RunData, stage: int, growth: float, ratios: int, first: int) -> Evidence:
     text = f"E[H^2] x{growth:.2f} per block in stage {stage}, from {seen.name(first)}"
     return Evidence(
         metric="output_second_moment",
@@ -443,7 +443,7 @@ def _loss_evidence(loss: float, classes: int) -> Evidence:
     )
 
 
-def _since(seen: Observed, end: int, bad: Callable[[int], bool]) -> int:
+def _since(seen: RunData, end: int, bad: Callable[[int], bool]) -> int:
     """The first recorded step from which on `bad` holds until the end."""
     since = end
     for step in reversed(seen.steps):

@@ -31,7 +31,8 @@ def save(
 ) -> Path:
     """Write what a monitor has recorded as a run folder, for any model.
 
-    `resdiag.load`, `resdiag.open_run`, `resdiag plot` and `resdiag explain` read it. A monitor may
+    `resdiag.load_frame`, `resdiag.load_run`, `resdiag plot` and `resdiag explain` read it. A
+    monitor may
     save again to the same place as the training goes on: all that it holds is written anew.
 
     Args:
@@ -59,11 +60,11 @@ def save(
         ...     net(torch.ones(4, 3, 32, 32)).square().mean().backward()
         ...     monitor.step()
         >>> folder = resdiag.save(monitor, tempfile.mkdtemp() + "/mine", curve={"loss": [1.5]})
-        >>> resdiag.open_run(folder).label, resdiag.load(folder)["block"].tolist()
+        >>> resdiag.load_run(folder).label, resdiag.load_frame(folder)["block"].tolist()
         ('ResNet', [0, 1, 2])
     """
     run = as_run(monitor, model=model, data=data, classes=classes, curve=curve, seed=seed)
-    about, place = monitor.about, Path(path).resolve()
+    about, place = monitor.metadata, Path(path).resolve()
     before = _saved.setdefault(monitor, set())
     folder = write_run(
         run,

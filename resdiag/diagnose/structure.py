@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from resdiag.diagnose.finding import Evidence, Finding, NotJudged, Outcome, confidence
-from resdiag.diagnose.observed import Observed
+from resdiag.diagnose.rundata import RunData
 from resdiag.watch.base.functions import NORMALISATIONS
 
 LARGEST_BRANCH = 50.0
@@ -49,7 +49,7 @@ _HE = "He et al. 2016, arXiv:1603.05027, section 3.1"
 _NORMS = NORMALISATIONS | {"rsqrt"}
 
 
-def shortcut_scaled(seen: Observed) -> Outcome:
+def shortcut_scaled(seen: RunData) -> Outcome:
     """An identity shortcut multiplies by something else than 1, at step 0.
 
     The factor is the RMS of the shortcut over that of the block's input, negative if the quantiles
@@ -81,7 +81,7 @@ def shortcut_scaled(seen: Observed) -> Outcome:
     )  # fmt: skip
 
 
-def detached_shortcut(seen: Observed) -> Outcome:
+def detached_shortcut(seen: RunData) -> Outcome:
     """No gradient leads through a block's shortcut, which adds its input all the same."""
     rows = [
         set(entry["blocks"]) if isinstance(entry.get("blocks"), list) else set()
@@ -100,7 +100,7 @@ def detached_shortcut(seen: Observed) -> Outcome:
         )  # fmt: skip
 
 
-def detached_branch(seen: Observed) -> Outcome:
+def detached_branch(seen: RunData) -> Outcome:
     """All gradient comes back through a block's shortcut although its branch adds something."""
     share, ratio = seen.table("shortcut_share"), seen.table("branch_ratio")
     gradient = seen.table("grad_param")
@@ -122,7 +122,7 @@ def detached_branch(seen: Observed) -> Outcome:
             return
 
 
-def frozen_block(seen: Observed) -> Outcome:
+def frozen_block(seen: RunData) -> Outcome:
     """A block's parameters do not move while other blocks' do.
 
     A run of frozen blocks at the beginning of the network, through which no gradient passes, is
@@ -156,7 +156,7 @@ def frozen_block(seen: Observed) -> Outcome:
     )  # fmt: skip
 
 
-def branch_too_large(seen: Observed) -> Outcome:
+def branch_too_large(seen: RunData) -> Outcome:
     """A branch is 50 times its shortcut and 20 times the other blocks' median, at any step.
 
     Or 5 times its shortcut and 300 times the others' median, as where branches begin small. Not
@@ -195,7 +195,7 @@ def branch_too_large(seen: Observed) -> Outcome:
             return
 
 
-def missing_norm(seen: Observed) -> Outcome:
+def missing_norm(seen: RunData) -> Outcome:
     """A few blocks lack the normalisation of their likes, or BatchNorm does not normalise.
 
     Blocks are alike if the operations on their branches are the same but for normalisations. Units
@@ -231,7 +231,7 @@ def missing_norm(seen: Observed) -> Outcome:
     yield from _frozen_norm(seen, rows)
 
 
-def _frozen_norm(seen: Observed, rows: Sequence[dict[str, object]]) -> Outcome:
+def _frozen_norm(seen: RunData, rows: Sequence[dict[str, object]]) -> Outcome:
     frozen = [row["index"] for row in rows if row.get("frozen_norm")]
     growth = seen.growth_per_block(0) if 0 in seen.steps else math.nan
     if frozen and growth >= GROWTH_WITHOUT_NORM:
@@ -243,7 +243,7 @@ def _frozen_norm(seen: Observed, rows: Sequence[dict[str, object]]) -> Outcome:
         )  # fmt: skip
 
 
-def _shortcut_factors(seen: Observed, step: int) -> "pd.Series[float]":
+def _shortcut_factors(seen: RunData, step: int) -> "pd.Series[float]":
     """The factor on every identity shortcut within a stage, signed, by block."""
     found = {}
     for row in seen.rows:
@@ -262,7 +262,7 @@ def _shortcut_factors(seen: Observed, step: int) -> "pd.Series[float]":
     return pd.Series(found, dtype=float)
 
 
-def _is_dead(seen: Observed, block: int) -> bool:
+def _is_dead(seen: RunData, block: int) -> bool:
     """Whether a branch is constant: nothing of it can learn."""
     spread, whole = seen.table("branch_channel_std"), seen.table("shortcut_channel_std")
     if block not in spread or block not in whole:

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from resdiag.diagnose.finding import Evidence, Finding, NotJudged, Outcome, confidence
-from resdiag.diagnose.observed import Observed
+from resdiag.diagnose.rundata import RunData
 
 CONSTANT_BRANCH = 1e-5
 """Standard deviation of a branch within its channels over that of the shortcut."""
@@ -42,7 +42,7 @@ _SATURATING = ("tanh", "sigmoid", "hardtanh", "softsign", "hardsigmoid", "elu", 
 _SOURCE = "definition of resdiag.diagnose.units"
 
 
-def dead_block(seen: Observed) -> Outcome:
+def dead_block(seen: RunData) -> Outcome:
     """A block's branch is constant at the end: nothing passes it, and it cannot learn.
 
     The spread of the branch within its channels is below 1e-5 of the shortcut's in the last
@@ -76,7 +76,7 @@ def dead_block(seen: Observed) -> Outcome:
 
 
 def _dead(
-    seen: Observed, block: int, value: float, bar: float, ratio: pd.DataFrame, dead: pd.DataFrame
+    seen: RunData, block: int, value: float, bar: float, ratio: pd.DataFrame, dead: pd.DataFrame
 ) -> Finding:
     since = _since(ratio[block] <= bar) if value <= bar else _since(dead[block] >= DEAD)
     share = float(dead[block].iloc[-1]) if block in dead else math.nan
@@ -90,7 +90,7 @@ def _dead(
                   "Without a spread in it there is no gradient for its parameters")  # fmt: skip
 
 
-def saturated_block(seen: Observed) -> Outcome:
+def saturated_block(seen: RunData) -> Outcome:
     """90 % of a block's activation outputs lie where a saturating curve is flat, at the end.
 
     And 20 % more than in the median of the other blocks; not asked of ReLU, whose closed half is
@@ -115,7 +115,7 @@ def saturated_block(seen: Observed) -> Outcome:
             return
 
 
-def _curved(seen: Observed) -> dict[int, bool]:
+def _curved(seen: RunData) -> dict[int, bool]:
     """By block, whether a saturating activation is on the branch; empty where that is not known."""
     known = {}
     for row in seen.rows:
@@ -125,7 +125,7 @@ def _curved(seen: Observed) -> dict[int, bool]:
     return known
 
 
-def bias_shift(seen: Observed) -> Outcome:
+def bias_shift(seen: RunData) -> Outcome:
     """The channel means at an output are 5 times the spread within channels, at either end.
 
     Looked at are the first recorded step and the last; named is the block in which the means grow
@@ -158,7 +158,7 @@ def bias_shift(seen: Observed) -> Outcome:
         return
 
 
-def drift(seen: Observed) -> Outcome:
+def drift(seen: RunData) -> Outcome:
     """The mean of the stream moves with training, by the same sign in 4 of 5 blocks of a stage.
 
     On identity shortcuts without an after-add the gradient of the last BatchNorm's bias is the same
@@ -193,9 +193,9 @@ def drift(seen: Observed) -> Outcome:
                      "the stream n times as far")  # fmt: skip
 
 
-def fp16_overflow(seen: Observed) -> Outcome:
+def fp16_overflow(seen: RunData) -> Outcome:
     """The first non-finite activation is in a float16 block whose numbers were large before."""
-    found = seen.offender
+    found = seen.first_nonfinite
     if not seen.steps:
         yield NotJudged("fp16_overflow", "no step was recorded")
     halves = {row["index"] for row in seen.rows if row.get("dtype") == "float16"}
@@ -208,7 +208,7 @@ def fp16_overflow(seen: Observed) -> Outcome:
         for site in ("input", "branch", "shortcut", "output")
     ]
     near = max(sizes, default=0.0)
-    started = found.step == 0 or seen.offender is not None
+    started = found.step == 0 or seen.first_nonfinite is not None
     if near >= NEAR_RANGE or (found.step == seen.steps[0] and started):
         text = f"{seen.name(found.block)} leaves the range of float16 ({HALF_RANGE:.0f}) at step "
         text += f"{found.step}, site {found.site}; the largest RMS before is {near:.3g}"

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from resdiag.diagnose.finding import Evidence, Finding, NotJudged, plain
 from resdiag.diagnose.mechanism import suggest_plots
-from resdiag.diagnose.observed import Observed
 from resdiag.diagnose.rules import RULES
+from resdiag.diagnose.rundata import RunData
 from resdiag.runs.folder import Run
 from resdiag.runs.watched import opened
 
@@ -73,7 +73,7 @@ def judge(run: "Run | Monitor") -> Verdict:
         run: A run from a folder or from frames in memory, or a monitor; it may still be in
             progress.
     """
-    seen = Observed(run := opened(run))
+    seen = RunData(run := opened(run))
     outcomes = [outcome for rule in RULES for outcome in rule(seen)]
     findings = tuple(sorted((i for i in outcomes if isinstance(i, Finding)), key=_place))
     unanswered = [i for i in outcomes if isinstance(i, NotJudged)]
@@ -136,9 +136,7 @@ def _place(finding: Finding) -> int:
     return NAMES.index("exploded" if late else finding.name)
 
 
-def _healthy(
-    seen: Observed, not_judged: tuple[str, ...], waiting: tuple[NotJudged, ...]
-) -> Verdict:
+def _healthy(seen: RunData, not_judged: tuple[str, ...], waiting: tuple[NotJudged, ...]) -> Verdict:
     """No rule fired; how far the run went is said, not what it may still do."""
     losses = seen.series("loss")
     span = f" in {len(losses)} steps, last loss {losses.iloc[-1]:.3g}" if len(losses) else ""

@@ -11,7 +11,7 @@ from torch import nn
 
 from resdiag.diagnose.saving import save
 from resdiag.errors import ResdiagError
-from resdiag.runs.folder import open_run
+from resdiag.runs.folder import load_run
 from resdiag.trackers.feed import Feed, open_feed
 from resdiag.trackers.sink import About, check_sink
 from resdiag.watch.loop.attach import attach
@@ -73,14 +73,14 @@ class Session:
             blocks=watching.blocks,
             every=watching.every,
             record_first=watching.record_first,
-            point="pre_clip",
+            grad_read_point="pre_clip",
             scaler=scaler,
         )
         self.monitor.start_at(begun)
         self._stops: list[Callable[[], object]] = []
         about = About(name=watching.name, config=config or {})
         self._feed: Feed = open_feed(watching.sinks if is_first else (), about)
-        self.monitor.listen(self._feed.write)
+        self.monitor.add_listener(self._feed.write)
         self._open = True
         self._losses: dict[int, Any] = {}
         self._writes = is_first and watching.save is not None
@@ -120,7 +120,7 @@ class Session:
             folder = save(
                 self.monitor, self._folder, model=self._name, curve=curve if steps else None
             )
-            verdict = open_run(folder).verdict or {}
+            verdict = load_run(folder).verdict or {}
             line = f"{folder}: {verdict.get('name')}. {verdict.get('summary')}"
         except ResdiagError as error:
             line = f"the run was not saved: {error.message}"

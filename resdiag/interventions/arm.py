@@ -13,7 +13,7 @@ from torch.optim import SGD
 
 from resdiag.data.augment import Augmenter
 from resdiag.data.dataset import ImageData
-from resdiag.diagnose.observed import Observed
+from resdiag.diagnose.rundata import RunData
 from resdiag.diagnose.verdict import judge
 from resdiag.errors import UsageError
 from resdiag.interventions.lesions import Lesion, blocks_of
@@ -90,7 +90,7 @@ class Arm:
             batches: A digest of each batch.
             weights: After the last step.
         """
-        observed = Observed(run)
+        observed = RunData(run)
         block, end = max(observed.indices, default=0), max(observed.steps, default=0)
         return cls(
             growth=observed.growth_per_block(0),

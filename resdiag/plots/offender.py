@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from resdiag.diagnose.offender import Offender, first_offender
+from resdiag.diagnose.nonfinite import FirstNonfinite, find_first_nonfinite
 from resdiag.plots.heat import draw_heat, heat_keys
 from resdiag.plots.lines import head_panel
 from resdiag.plots.scale import whole_ticks
@@ -22,11 +22,11 @@ def draw_offender(view: View) -> Figure:
     single = view.single
     if single is None:
         return _draw_several(view)
-    found = first_offender(single.metrics)
+    found = find_first_nonfinite(single.metrics)
     return _draw_broken(view, single, found) if found else _draw_healthy(view, single)
 
 
-def _draw_broken(view: View, record: Record, found: Offender) -> Figure:
+def _draw_broken(view: View, record: Record, found: FirstNonfinite) -> Figure:
     place = record.place(found.step)
     window = slice(max(0, place - _AROUND), place + _AROUND + 1)
     near = _cut(record, window)
@@ -67,7 +67,7 @@ def _cut(record: Record, window: slice) -> Record:
     return Record(record.run, record.metrics[kept], record.curve)
 
 
-def _mark(axes: Axes, record: Record, found: Offender, column: int) -> None:
+def _mark(axes: Axes, record: Record, found: FirstNonfinite, column: int) -> None:
     """A frame around the offending cell and its name beside it."""
     cell = Rectangle(
         (column, found.block), 1, 1, fill=False, edgecolor=ALARM, lw=1.8, zorder=6, clip_on=False,
@@ -128,7 +128,7 @@ def _change(record: Record) -> Floats:
 def _draw_several(view: View) -> Figure:
     """A row per run: the steps recorded, and where it broke."""
     records = view.records
-    found = [first_offender(record.metrics) for record in records]
+    found = [find_first_nonfinite(record.metrics) for record in records]
     broken = sum(offender is not None for offender in found)
     figure, body = open_sheet(
         view, f"{broken} of {len(records)} runs became non-finite: {subject(view)}",
@@ -168,7 +168,7 @@ def _finish_rows(axes: Axes, records: list[Record]) -> None:
     axes.tick_params(labelsize=7)
 
 
-def _name(record: Record, found: Offender) -> str:
+def _name(record: Record, found: FirstNonfinite) -> str:
     way = "forward" if found.direction == "forward" else "backward"
     return (
         f"First non-finite value at step {found.step} in block {found.block} "

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from resdiag.data.augment import Augmenter
 from resdiag.data.dataset import open_data
 from resdiag.diagnose.finding import plain
-from resdiag.diagnose.observed import Observed
+from resdiag.diagnose.rundata import RunData
 from resdiag.errors import UsageError
 from resdiag.models.resnet import ResNet, build_model
 from resdiag.models.variants import find_variant
@@ -135,7 +135,7 @@ def forecast(
 
 def _measure(
     model: ResNet, images: torch.Tensor, labels: torch.Tensor, variant: str, depth: int
-) -> Observed:
+) -> RunData:
     names = None if find_variant(variant).shortcut else model.unit_names
     with attach(model, blocks=names) as monitor:
         loss = F.cross_entropy(model(images), labels)
@@ -144,7 +144,7 @@ def _measure(
     config = WatchedConfig(model=variant, kind="probe", variant=variant, depth=depth, steps=1)
     run = as_run(monitor, config=config, curve={"loss": [float(loss.detach())]})
     model.zero_grad()
-    return Observed(run)
+    return RunData(run)
 
 
 @torch.no_grad()

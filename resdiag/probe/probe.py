@@ -22,7 +22,7 @@ from resdiag.models.source import Built, build_source
 from resdiag.probe.batch import open_batch
 from resdiag.probe.curvature import Curvature, largest_curvature
 from resdiag.runs.environment import environment
-from resdiag.runs.folder import Run, open_run
+from resdiag.runs.folder import Run, load_run
 from resdiag.runs.watched import WatchedConfig, as_run, write_run
 from resdiag.theory.depthlaw import DepthLaw, depth_law
 from resdiag.theory.prediction import critical_lr
@@ -240,8 +240,8 @@ def probe_model(
     if not run.blocks:
         notes.append("no residual addition, and no module with weights: nothing to record")
     return Probed(
-        run=open_run(folder),
-        verdict=judge(open_run(folder)),
+        run=load_run(folder),
+        verdict=judge(load_run(folder)),
         loss=(taken.name, float(taken.value.detach())),
         classes=taken.classes,
         batch=example.describe(),
@@ -330,7 +330,7 @@ def _narrow(config: Any) -> dict[str, int] | None:  # noqa: ANN401
 def _check_folder(folder: Path) -> None:
     """Refuse to write over a run that is no probe."""
     if (folder / "run.json").exists():
-        config = open_run(folder).config
+        config = load_run(folder).config
         if not isinstance(config, WatchedConfig) or config.kind != "probe":
             raise UsageError(f"{folder} holds a run that is no probe", "--out another folder")
 

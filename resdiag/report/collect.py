@@ -7,7 +7,7 @@ from resdiag.errors import ResdiagError
 from resdiag.report.outcomes import measure
 from resdiag.report.results import CellResult, Results
 from resdiag.report.thin import columns_of, thin
-from resdiag.runs.folder import open_run
+from resdiag.runs.folder import load_run
 from resdiag.study.grid import Cell
 from resdiag.study.ledger import Entry, read_entry
 from resdiag.study.spec import OUTCOMES, StudyFile
@@ -48,7 +48,7 @@ def _collect_cell(
     if entry.run is None:
         return CellResult(cell=cell, state=entry.state, message=entry.message, outcomes={})
     try:
-        run = open_run(entry.run)
+        run = load_run(entry.run)
         expected = [item for item in file.expected if cell.matches(item.cells.given)]
         outcomes = measure(run, expected)
         small, size = thin(run, steps=steps, wanted=wanted, columns=columns)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from resdiag.report.answer import answer
 from resdiag.report.figures import Picture, draw_figures
-from resdiag.report.frozen import RESULTS, thaw
+from resdiag.report.frozen import RESULTS, read_results
 from resdiag.report.judged import judge_all
 from resdiag.report.markdown import escape, to_markdown
 from resdiag.report.results import Results
@@ -84,7 +84,7 @@ def write_figures(root: Path, name: str, folder: Path) -> list[Path]:
 
 @lru_cache(maxsize=8)
 def _thaw(folder: Path) -> Results:
-    return thaw(folder)
+    return read_results(folder)
 
 
 @lru_cache(maxsize=8)

@@ -41,7 +41,7 @@ _SAID = ("name", "step", "block", "summary", "why", "not_judged")
 _PATH = re.compile(r"(?<![\w.])(?:/[^\s/:'\"]+)+/(?=[^\s/:'\"])")
 
 
-def freeze(results: Results, folder: Path) -> list[Path]:
+def write_results(results: Results, folder: Path) -> list[Path]:
     """Write results; what lies there is replaced.
 
     Args:
@@ -79,7 +79,7 @@ def is_frozen(path: Path) -> bool:
     return (path / RESULTS).is_file()
 
 
-def thaw(folder: Path) -> Results:
+def read_results(folder: Path) -> Results:
     """Read frozen results.
 
     Raises:

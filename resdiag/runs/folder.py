@@ -117,7 +117,7 @@ class Run:
         return _consistently(self.path, self.commit, read)
 
 
-def open_run(path: str | os.PathLike[str]) -> Run:
+def load_run(path: str | os.PathLike[str]) -> Run:
     """Read a run's folder; the run may still be in progress.
 
     Raises:
@@ -156,7 +156,7 @@ def latest_run(root: str | os.PathLike[str]) -> Path:
     return max(times, key=lambda folder: times[folder])
 
 
-def load(path: str | os.PathLike[str]) -> "pd.DataFrame":
+def load_frame(path: str | os.PathLike[str]) -> "pd.DataFrame":
     """All runs at or below `path` as one tidy frame, one row per (run, step, block).
 
     Columns: run, variant (of other models the name), depth (of other models the number of blocks),
@@ -171,7 +171,7 @@ def load(path: str | os.PathLike[str]) -> "pd.DataFrame":
         raise _no_run(Path(path))
     import pandas as pd
 
-    frames = [_tidy(open_run(folder)) for folder in folders]
+    frames = [_tidy(load_run(folder)) for folder in folders]
     # an empty frame would turn the other runs' whole numbers into objects
     return pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
 

@@ -133,7 +133,7 @@ def as_run(
     """
     from resdiag.runs.folder import Run
 
-    about = monitor.about
+    about = monitor.metadata
     per_step = _curve_frame(monitor.to_frame(per="step"), curve)
     classes = about["classes"] if classes is None else classes
     known = per_step["lr"].dropna()
@@ -151,7 +151,7 @@ def as_run(
         config=config,
         blocks=[block.to_dict() for block in monitor.blocks],
         data={"name": data or "?", **({} if classes is None else {"classes": classes})},
-        status="diverged" if _is_lost(curve) or monitor.lost else "done",
+        status="diverged" if _is_lost(curve) or monitor.has_nonfinite_loss else "done",
         steps=about["steps"],
         unavailable=monitor.unavailable,
         point=monitor.point,
@@ -176,7 +176,7 @@ def write_run(
     verdict: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a run that is in memory as a run folder, which `open_run` reads.
+    """Write a run that is in memory as a run folder, which `load_run` reads.
 
     Raises:
         UsageError: The folder holds a run and `overwrite` is false.

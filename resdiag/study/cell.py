@@ -10,7 +10,7 @@ from resdiag.data.dataset import ImageData, open_data
 from resdiag.diagnose.verdict import Verdict, judge
 from resdiag.runs.config import RunConfig
 from resdiag.runs.environment import environment
-from resdiag.runs.folder import Run, open_run
+from resdiag.runs.folder import Run, load_run
 from resdiag.runs.store import RunWriter
 from resdiag.study.heartbeat import Heartbeat
 from resdiag.trackers.feed import open_feed
@@ -115,11 +115,11 @@ def _continue(
     else:
         say(f"{writer.folder}" + (f" continues at step {begun}" if begun else ""))
         status, signal, notes = _train(writer, config, data, options)
-    run = open_run(writer.folder)
+    run = load_run(writer.folder)
     verdict = judge(run)
     if run.verdict is None or run.status != status:
         writer.finish(status, verdict.to_dict())
-        run = open_run(writer.folder)
+        run = load_run(writer.folder)
     return Outcome(run=run, verdict=verdict, resumed_at=begun, signal=signal, notes=notes)
 
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from resdiag.models.resnet import build_model
-from resdiag.training.pages import keep_pages
+from resdiag.training.malloc import disable_malloc_trim
 from resdiag.watch.loop.attach import attach
 from resdiag.watch.loop.monitor import Monitor
 
@@ -111,7 +111,7 @@ class Workload:
     """
 
     def __init__(self, variant: str, depth: int, batch_size: int) -> None:
-        keep_pages()
+        disable_malloc_trim()
         torch.manual_seed(0)
         self._model = build_model(variant, depth, seed=0)
         self._optimizer = torch.optim.SGD(self._model.parameters(), lr=1e-3, momentum=0.9)

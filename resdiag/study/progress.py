@@ -9,7 +9,7 @@ from typing import Any
 
 from resdiag.diagnose.finding import plain
 from resdiag.runs.files import to_json
-from resdiag.training.display import Standing
+from resdiag.training.display import Progress
 
 PROGRESS = "progress.json"
 _EVERY_S = 1.0
@@ -30,7 +30,7 @@ class ProgressFile:
         self._last = -math.inf
         self._write({"step": done})
 
-    def show(self, standing: Standing) -> None:
+    def show(self, standing: Progress) -> None:
         """Write the standing if the last one is a second old, or if the training is over."""
         now = time.monotonic()
         if now - self._last < _EVERY_S and standing.done < self._steps:

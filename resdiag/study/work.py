@@ -194,10 +194,10 @@ def _find_device(name: str, folder: Path) -> str:
     """
     import torch
 
-    from resdiag.runs.folder import open_run
+    from resdiag.runs.folder import load_run
 
     run, commit = find_run(folder)
-    begun = getattr(open_run(run).config, "device", None) if run and commit else None
+    begun = getattr(load_run(run).config, "device", None) if run and commit else None
     here = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = (begun or here) if name == "auto" else name
     if begun is not None and wanted != begun:

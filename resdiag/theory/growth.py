@@ -26,7 +26,7 @@ import numpy as np
 
 from resdiag.theory.geometry import BlockShape
 from resdiag.theory.moments import Array, elu_mean, elu_second_moment
-from resdiag.theory.positions import Taps, uniform
+from resdiag.theory.positions import ConvTaps, uniform
 from resdiag.theory.products import elu_cubed, elu_fourth, elu_kernel
 
 STEM_CHANNELS = 16
@@ -38,8 +38,8 @@ class Level:
 
     Attributes:
         shape: The block's shape.
-        into: Taps of the first convolution.
-        within: Taps of the second.
+        into: ConvTaps of the first convolution.
+        within: ConvTaps of the second.
         channels: Channels of the output, a number.
         s: E[H^2] at the input.
         m: E[H] at the input.
@@ -54,8 +54,8 @@ class Level:
     """
 
     shape: BlockShape
-    into: Taps
-    within: Taps
+    into: ConvTaps
+    within: ConvTaps
     channels: float
     s: Array
     m: Array
@@ -93,9 +93,9 @@ def grow(
     s, m, shared = uniform(size, s0), uniform(size, m0), m0**2
     for shape in shapes:
         stride = 2 if shape.transition else 1
-        into = Taps(size=size, stride=stride)
+        into = ConvTaps(size=size, stride=stride)
         size, channels = max(1, size // stride), channels * stride
-        level = _pass(variant, shape, into, Taps(size=size), channels, s, m)
+        level = _pass(variant, shape, into, ConvTaps(size=size), channels, s, m)
         rho = shared / float(s.mean())
         shared = _shared(variant, level, shared)
         level = _narrowed(level, rho * _scatter(variant, level) / channels)
@@ -119,7 +119,13 @@ def columns(levels: Sequence[Level]) -> dict[str, Array]:
 
 
 def _pass(
-    variant: str, shape: BlockShape, into: Taps, within: Taps, channels: float, s: Array, m: Array
+    variant: str,
+    shape: BlockShape,
+    into: ConvTaps,
+    within: ConvTaps,
+    channels: float,
+    s: Array,
+    m: Array,
 ) -> Level:
     """One block, of infinitely many channels."""
     pre = variant == "elu_pre"

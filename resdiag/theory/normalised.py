@@ -13,7 +13,7 @@ import numpy as np
 from resdiag.models.variants import Variant
 from resdiag.theory.geometry import BlockShape
 from resdiag.theory.moments import ACTIVATIONS, Array, elu_second_moment, elu_slope_sq
-from resdiag.theory.positions import Taps, uniform
+from resdiag.theory.positions import ConvTaps, uniform
 
 # slope over centred second moment of BN-ReLU: (1/2) / (1/2 - 1/2pi) = pi / (pi - 1)
 BN_RELU_GAIN = np.pi / (np.pi - 1)
@@ -136,12 +136,12 @@ def stack_plain(shapes: Sequence[BlockShape], width_px: int = 32) -> dict[str, A
     goes to q + (sqrt(q) - 1)^2 / (pi - 1) per layer, so the largest comes to dominate the batch and
     the divisor. At depth 110 the predicted ratio ||g_0|| / ||g_L|| is 7 times too large for it.
     """
-    layers = list[tuple[Taps, float]]()
+    layers = list[tuple[ConvTaps, float]]()
     size = width_px
     s, m = uniform(size, 0.5), uniform(size, np.sqrt(0.5 / np.pi))
     for shape in shapes:
         for stride in (2 if shape.transition else 1, 1):
-            taps = Taps(size=size, stride=stride)
+            taps = ConvTaps(size=size, stride=stride)
             size = max(1, size // stride)
             variance, normed = _normalise(taps, s, m)
             layers.append((taps, variance))
@@ -162,7 +162,7 @@ def stack_plain(shapes: Sequence[BlockShape], width_px: int = 32) -> dict[str, A
     }
 
 
-def _normalise(taps: Taps, s: Array, m: Array) -> tuple[float, Array]:
+def _normalise(taps: ConvTaps, s: Array, m: Array) -> tuple[float, Array]:
     """A convolution behind which BatchNorm stands, of weights with mean square 1 / fan-in.
 
     Returns:

@@ -22,7 +22,7 @@ def uniform(size: int, value: float) -> Array:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Taps:
+class ConvTaps:
     """The nine taps of a convolution from `size` x `size` positions, with zero padding 1.
 
     Attributes:
@@ -36,7 +36,7 @@ class Taps:
     def gather(self, x: Array) -> Array:
         """Mean over the taps of what each output position sees, zeros outside included.
 
-        >>> Taps(size=2).gather(np.ones((2, 2)))[0, 0].round(3)
+        >>> ConvTaps(size=2).gather(np.ones((2, 2)))[0, 0].round(3)
         np.float64(0.444)
         """
         if len(x) == 1:

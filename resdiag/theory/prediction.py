@@ -211,7 +211,7 @@ def head_kick(lr: float, momentum: float, mean: float, channels: int, gap: float
 def critical_lr(grad_norm: float) -> float:
     """0.6 / ||g_0||: every run above it died, a necessary and not a sufficient condition.
 
-    Observed, not derived: 28 runs of a and b with He's initialisation.
+    RunData, not derived: 28 runs of a and b with He's initialisation.
 
     >>> critical_lr(1.2e6)
     5e-07

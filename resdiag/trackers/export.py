@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from resdiag.errors import UsageError
 from resdiag.runs.files import make_folder, write_file
-from resdiag.runs.folder import Run, load
+from resdiag.runs.folder import Run, load_frame
 from resdiag.trackers.sink import About, Sink
 from resdiag.trackers.tags import SHOWN, by_step
 
@@ -29,7 +29,7 @@ def export_tables(runs: Sequence[Run], kind: str, folder: Path) -> list[Path]:
     """
     import pandas as pd
 
-    metrics = pd.concat([load(run.path) for run in runs], ignore_index=True)
+    metrics = pd.concat([load_frame(run.path) for run in runs], ignore_index=True)
     curves = [run.curve().assign(run=run.path.name) for run in runs]
     curve = pd.concat(curves, ignore_index=True)
     make_folder(folder)

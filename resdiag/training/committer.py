@@ -15,7 +15,7 @@ Table: TypeAlias = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class PendingCommit:
     """What one commit writes; nothing in it changes any more.
 
     Attributes:
@@ -55,9 +55,9 @@ class Committer:
     ) -> None:
         self._writer, self._tell, self._turn = writer, tell, turn
         self._thread = ThreadPoolExecutor(1, "resdiag-commit")
-        self._under_way: tuple[Piece, Future[None]] | None = None
+        self._under_way: tuple[PendingCommit, Future[None]] | None = None
 
-    def commit(self, piece: Piece) -> None:
+    def commit(self, piece: PendingCommit) -> None:
         """Write a piece as soon as the one before is written.
 
         Raises:
@@ -92,7 +92,7 @@ class Committer:
         finally:
             self._thread.shutdown()  # the folder is given back after the last write
 
-    def _write(self, piece: Piece) -> None:
+    def _write(self, piece: PendingCommit) -> None:
         self._writer.commit(
             piece.step, piece.metrics, piece.curve, piece.tensors, piece.state, piece.status
         )

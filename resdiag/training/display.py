@@ -9,7 +9,7 @@ _LINE_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
+class Progress:
     """Where a training stands.
 
     Attributes:
@@ -34,7 +34,7 @@ class Standing:
 class Display(Protocol):
     """Shows a training's standing."""
 
-    def show(self, standing: Standing) -> None:
+    def show(self, standing: Progress) -> None:
         """Take note of a new standing."""
 
     def close(self) -> None:
@@ -44,7 +44,7 @@ class Display(Protocol):
 class Silent:
     """Shows nothing."""
 
-    def show(self, standing: Standing) -> None:
+    def show(self, standing: Progress) -> None:
         """Nothing."""
 
     def close(self) -> None:
@@ -58,7 +58,7 @@ class Lines:
         self._title, self._steps = title, steps
         self._last = time.monotonic()
 
-    def show(self, standing: Standing) -> None:
+    def show(self, standing: Progress) -> None:
         """Print a line if the last one is old enough, or if the training is over."""
         if time.monotonic() - self._last < _LINE_EVERY_S and standing.done < self._steps:
             return
@@ -90,7 +90,7 @@ class Bar:
         self._task = self._bar.add_task(title, total=steps, completed=done, standing="")
         self._bar.start()
 
-    def show(self, standing: Standing) -> None:
+    def show(self, standing: Progress) -> None:
         """Move the bar."""
         self._bar.update(self._task, completed=standing.done, standing=str(standing))
 

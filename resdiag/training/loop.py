@@ -23,13 +23,13 @@ from resdiag.runs.checkpoint import pack
 from resdiag.runs.config import RunConfig
 from resdiag.runs.store import RunWriter
 from resdiag.training import checkpoint
-from resdiag.training.committer import Committer, Piece, Table
+from resdiag.training.committer import Committer, PendingCommit, Table
 from resdiag.training.curve import Curve
-from resdiag.training.display import Display, Standing
+from resdiag.training.display import Display, Progress
 from resdiag.training.fastelu import FastElu
 from resdiag.training.graphs import Capture, CudaCapture, Graphs
 from resdiag.training.interrupt import Interrupt
-from resdiag.training.pages import keep_pages
+from resdiag.training.malloc import disable_malloc_trim
 from resdiag.training.recipe import learning_rate
 from resdiag.training.turns import ALONE, Turn
 from resdiag.watch.loop.attach import attach
@@ -40,7 +40,7 @@ _REPORT_EVERY_S = 0.5
 
 
 @dataclass
-class Tally:
+class EpochCounters:
     """What a training counts and must not forget when it is resumed.
 
     Attributes:
@@ -113,11 +113,11 @@ class Training:
         if config.engine == "graph":
             how = capture or CudaCapture(self._device)
             self._graphs = Graphs(self.model, self.monitor, self._train_on, self._test_on, how)
-        self._curve, self._tally = Curve(), Tally()
+        self._curve, self._tally = Curve(), EpochCounters()
         self._metrics: list[dict[str, NDArray[Any]]] = []
         self._base: tuple[int, NDArray[Any]] | None = None
         self._worst = ""
-        self._standing: Standing | None = None
+        self._standing: Progress | None = None
         self._clock = self._reported = time.perf_counter()
 
     def run(self, display: Display, interrupt: Interrupt) -> str:
@@ -195,7 +195,7 @@ class Training:
     def _record_again(self, images: Tensor, labels: Tensor) -> None:
         """The step that explodes must be in the record: do its passes once more, watched."""
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        self.monitor.demand()
+        self.monitor.force_record()
         self._zero_grad()
         self._forward_backward(images, labels, self.model)
         for buffer, before in buffers:  # running statistics count the batch once
@@ -207,7 +207,7 @@ class Training:
         loss, wrong = results.tolist()
         per_epoch = self._batches.steps_per_epoch
         if step % per_epoch == 0:
-            self._tally = Tally(exploded=self._tally.exploded)
+            self._tally = EpochCounters(exploded=self._tally.exploded)
         self._tally.loss_sum += loss * size
         self._tally.wrong += wrong
         self._tally.seen += size
@@ -218,7 +218,7 @@ class Training:
         self._clock = now
         epoch = (step + 1) / per_epoch
         self._curve.add(step, epoch=epoch, loss=loss, error=error, lr=lr, images_per_s=speed)
-        self._standing = Standing(
+        self._standing = Progress(
             done=step + 1, loss=loss, error=error, images_per_s=speed, worst=self._worst
         )
 
@@ -321,7 +321,7 @@ class Training:
                 custom=self.monitor.custom_metrics,
             )
         self._committer.commit(
-            Piece(
+            PendingCommit(
                 step=done,
                 metrics=_join(self._metrics),
                 curve=self._curve.take(),
@@ -339,7 +339,7 @@ class Training:
         if saved is None:
             return 0
         checkpoint.unpack(self.model, self._optimizer, saved.tensors)
-        self._tally = Tally(**saved.state)
+        self._tally = EpochCounters(**saved.state)
         self.monitor.start_at(saved.step)
         return saved.step
 
@@ -358,7 +358,7 @@ class Training:
     def engine(self) -> AbstractContextManager[object]:
         """What the steps run under."""
         if self._device.type == "cpu":
-            keep_pages()
+            disable_malloc_trim()
         return FastElu() if self.config.engine == "fast" else nullcontext()
 
 

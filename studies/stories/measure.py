@@ -18,7 +18,7 @@ from torch.optim import SGD
 from resdiag.data.augment import Augmenter
 from resdiag.data.dataset import ImageData, open_data
 from resdiag.diagnose.finding import plain
-from resdiag.diagnose.observed import Observed
+from resdiag.diagnose.rundata import RunData
 from resdiag.interventions.effect import run_lesions
 from resdiag.models.resnet import build_model
 from resdiag.models.variants import VARIANTS, find_variant
@@ -39,7 +39,7 @@ LAST = (
 )  # fmt: skip
 
 
-def last_of(seen: Observed, step: int) -> dict[str, float]:
+def last_of(seen: RunData, step: int) -> dict[str, float]:
     """Metrics of the last block, and P4 at the end of the first stage."""
     first_stage = [row["index"] for row in seen.run.blocks if row["stage"] == 0]
     numbers = {name: seen.value(name, step, seen.indices[-1]) for name in LAST}
@@ -70,7 +70,7 @@ def train(
             if not math.isfinite(losses[-1]):
                 break
     config = WatchedConfig(model=variant, variant=variant, depth=depth, lr=lr, steps=steps)
-    seen = Observed(as_run(monitor, config=config, curve={"loss": losses}))
+    seen = RunData(as_run(monitor, config=config, curve={"loss": losses}))
     s0, m0 = seen.value("input_second_moment", 0, 0), seen.value("input_mean", 0, 0)
     theory = predict(variant, depth, s0=s0, m0=m0, variances=variances)
     rows = []

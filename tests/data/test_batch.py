@@ -131,8 +131,8 @@ def test_a_monitor_records_the_batch_and_the_told_losses_of_every_step():
     assert (recorded.weight_decay == 1e-4).all()
     assert recorded.data_std.between(0.9, 1.1).all()
     assert frame.head_loss.isna().tolist() == [False, True, False, True, False]
-    assert monitor.about["classes"] == 10
-    assert not monitor.lost
+    assert monitor.metadata["classes"] == 10
+    assert not monitor.has_nonfinite_loss
 
 
 def test_a_told_loss_that_is_not_finite_is_a_lost_run(tmp_path):
@@ -144,8 +144,8 @@ def test_a_told_loss_that_is_not_finite_is_a_lost_run(tmp_path):
     verdict = resdiag.judge(monitor)
     assert (verdict.name, verdict.step) == ("exploded", 1)
     folder = resdiag.save(monitor, tmp_path / "run")
-    assert resdiag.open_run(folder).status == "diverged"
-    assert np.isnan(resdiag.open_run(folder).curve().loss.iloc[-1])
+    assert resdiag.load_run(folder).status == "diverged"
+    assert np.isnan(resdiag.load_run(folder).curve().loss.iloc[-1])
 
 
 def test_a_loss_of_several_numbers_is_refused():

@@ -63,7 +63,7 @@ def saved(tmp_path):
 
 def test_what_was_recorded_comes_back_from_the_folder_number_for_number(saved):
     monitor, losses, folder = saved
-    run = resdiag.open_run(folder)
+    run = resdiag.load_run(folder)
     recorded, read = monitor.to_frame().drop(columns="point"), run.metrics()
     for name in recorded:
         expected = recorded[name].to_numpy(float)
@@ -81,7 +81,7 @@ def test_what_was_recorded_comes_back_from_the_folder_number_for_number(saved):
 
 def test_the_tidy_frame_of_a_foreign_run_stands_beside_ours(saved):
     _, _, folder = saved
-    frame = resdiag.load(folder.parent)
+    frame = resdiag.load_frame(folder.parent)
     assert set(frame["variant"]) == {"my net"}
     assert set(frame["depth"]) == {10}
     assert len(frame) == 3 * 10
@@ -90,19 +90,19 @@ def test_the_tidy_frame_of_a_foreign_run_stands_beside_ours(saved):
 def test_a_folder_is_replaced_by_its_own_monitor_only(saved, tmp_path):
     monitor, losses, folder = saved
     again = resdiag.save(monitor, folder, model="my net", curve={"loss": losses[:2]})
-    assert resdiag.open_run(again).curve()["loss"].count() == 2
+    assert resdiag.load_run(again).curve()["loss"].count() == 2
     other, _ = train(make_net())
     with pytest.raises(UsageError, match="holds a run already"):
         resdiag.save(other, folder)
     resdiag.save(other, folder, overwrite=True)
-    assert resdiag.open_run(folder).label == "Sequential"
+    assert resdiag.load_run(folder).label == "Sequential"
 
 
 def test_a_monitor_is_judged_and_drawn_without_a_folder(saved):
     monitor, _, folder = saved
     verdict = resdiag.judge(monitor)
     assert verdict.name == "healthy"
-    assert resdiag.judge(resdiag.open_run(folder)).name == "healthy"
+    assert resdiag.judge(resdiag.load_run(folder)).name == "healthy"
     figure = resdiag.draw("gradnorms", monitor)
     assert figure.get_label().endswith("Sequential")
 
@@ -110,7 +110,7 @@ def test_a_monitor_is_judged_and_drawn_without_a_folder(saved):
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_every_plot_draws_a_foreign_run_without_theory(saved, kind):
     _, _, folder = saved
-    figure = resdiag.draw(kind, resdiag.open_run(folder))
+    figure = resdiag.draw(kind, resdiag.load_run(folder))
     words = {label for axes in figure.axes for label in axes.get_legend_handles_labels()[1]}
     assert not any("theory" in word for word in words)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from resdiag.catalog.table import RECORDED, RECORDED_PER_STEP, SITES
 from resdiag.diagnose.finding import plain
-from resdiag.diagnose.offender import first_offender
+from resdiag.diagnose.nonfinite import find_first_nonfinite
 from resdiag.diagnose.verdict import NAMES, judge, render
 from resdiag.models.variants import VARIANTS
 from resdiag.runs.config import RunConfig
@@ -210,7 +210,7 @@ def test_gradients_break_in_backward_order_if_the_forward_pass_is_finite():
     verdict = judge(run)
     assert (verdict.name, verdict.step, verdict.block) == ("exploded", 9, 3)
     assert "backward" in verdict.summary
-    assert first_offender(run.metrics()).direction == "backward"
+    assert find_first_nonfinite(run.metrics()).direction == "backward"
 
 
 def test_a_jump_of_the_gradient_is_an_explosion_after_five_norms():
@@ -365,7 +365,7 @@ def frame(**columns):
 
 
 def test_the_first_offender_is_the_earliest_step_then_forward_then_block_then_site():
-    found = first_offender(
+    found = find_first_nonfinite(
         frame(
             branch_nonfinite=[0, 0, 0, 0.1], output_nonfinite=[0, 0, 0, 1],
             sum_nonfinite=[0, 0, 0, 1], grad_nonfinite=[0, 0, 1, 1],
@@ -375,9 +375,9 @@ def test_the_first_offender_is_the_earliest_step_then_forward_then_block_then_si
 
 
 def test_a_missing_number_is_no_offence_but_one_that_turned_nan_is():
-    assert first_offender(frame(grad_param=[math.nan] * 4)) is None
-    assert first_offender(frame(grad_param=[1, math.nan, 1, math.nan])) is None
-    found = first_offender(frame(grad_param=[1.0, 1.0, 1.0, math.nan]))
+    assert find_first_nonfinite(frame(grad_param=[math.nan] * 4)) is None
+    assert find_first_nonfinite(frame(grad_param=[1, math.nan, 1, math.nan])) is None
+    found = find_first_nonfinite(frame(grad_param=[1.0, 1.0, 1.0, math.nan]))
     assert (found.step, found.block, found.direction, found.site) == (
         1,
         1,
@@ -386,19 +386,21 @@ def test_a_missing_number_is_no_offence_but_one_that_turned_nan_is():
     )
     # the block did not take part in this backward pass
     assert (
-        first_offender(frame(grad_param=[1, 1, 1, math.nan], grad_nonfinite=[0, 0, 0, math.nan]))
+        find_first_nonfinite(
+            frame(grad_param=[1, 1, 1, math.nan], grad_nonfinite=[0, 0, 0, math.nan])
+        )
         is None
     )
 
 
 def test_an_infinite_norm_is_an_offence():
-    found = first_offender(frame(grad_output=[1, 1, math.inf, 1]))
+    found = find_first_nonfinite(frame(grad_output=[1, 1, math.inf, 1]))
     assert (found.step, found.block, found.site) == (1, 0, "output")
 
 
 def test_nothing_recorded_is_no_offence():
-    assert first_offender(pd.DataFrame()) is None
-    assert first_offender(frame()) is None
+    assert find_first_nonfinite(pd.DataFrame()) is None
+    assert find_first_nonfinite(frame()) is None
 
 
 # --- text and JSON ---------------------------------------------------------------------------

@@ -243,7 +243,7 @@ def points(rank):
         model = shard(make_model("elu_pre"), mesh_of())
         images, labels = (t.split(3)[rank] for t in make_batch(0))
         optimizer = make_optimizer(model)
-        monitor = attach(model, optimizer=optimizer, samples=None, point=point)
+        monitor = attach(model, optimizer=optimizer, samples=None, grad_read_point=point)
         F.cross_entropy(model(images), labels).backward()
         monitor.read_gradients("pre_clip")
         nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
@@ -278,7 +278,7 @@ def refused(rank):
         ),
         "FSDP1": message(attach, flat),
         "local shards": message(attach, shard(make_model("elu_pre"), mesh), reduce=False),
-        "demand": message(monitor.demand),
+        "demand": message(monitor.force_record),
     }
     monitor.close()
     return out

@@ -19,7 +19,7 @@ CASES = [(1, None), (2, None), (1, 0.05), (2, 0.05)]
 
 def plain(model, optimizer, batches, loss_of, accumulate, clip):
     """The loop written by hand: the frames it records."""
-    with resdiag.attach(model, optimizer=optimizer, point="pre_clip") as monitor:
+    with resdiag.attach(model, optimizer=optimizer, grad_read_point="pre_clip") as monitor:
         model.train()
         for begin in range(0, len(batches), accumulate):
             optimizer.zero_grad()
@@ -54,7 +54,7 @@ def same(found, wanted, model, twin, clip):
 
 def saved(folder, wanted, capsys):
     """The folder holds what the plain loop recorded, and its verdict was said."""
-    run, frame = resdiag.open_run(folder), wanted.to_frame()
+    run, frame = resdiag.load_run(folder), wanted.to_frame()
     assert np.array_equal(run.metrics().grad_output, frame.grad_output)
     assert run.point == "pre_clip"
     assert f"resdiag: {folder}: {run.verdict['name']}. " in capsys.readouterr().err
@@ -122,7 +122,7 @@ def test_lightning_records_what_the_plain_loop_records(tmp_path, capsys, accumul
     wanted = plain(twin, optimizer, batches, image_loss, accumulate, clip)
     same(callback.monitor, wanted, model, twin, clip)
     saved(tmp_path / "run", wanted, capsys)
-    assert resdiag.open_run(tmp_path / "run").curve().loss.notna().all()
+    assert resdiag.load_run(tmp_path / "run").curve().loss.notna().all()
 
 
 def in_bfloat16(loss_of):
@@ -281,7 +281,7 @@ def test_the_trainer_counts_on_from_a_checkpoint(tmp_path):
     assert np.array_equal(found.grad_output, late.grad_output)
     assert np.array_equal(found.update_ratio, late.update_ratio)
     for folder, steps in (("run", [0, 1]), ("run-from-2", [2, 3])):
-        assert resdiag.load(tmp_path / folder).step.unique().tolist() == steps
+        assert resdiag.load_frame(tmp_path / folder).step.unique().tolist() == steps
 
 
 # -- Accelerate -------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ def test_accelerate_records_what_the_plain_loop_records(tmp_path, capsys, accumu
 def test_a_callback_tells_its_sinks_everything_it_recorded(tmp_path):
     accelerate = pytest.importorskip("accelerate")
     pytest.importorskip("tensorboard")
-    from test_sinks import read_events
+    from events import read_events
 
     from resdiag.integrations.accelerate import ResdiagWatch
 

@@ -129,7 +129,7 @@ def test_the_command_writes_a_run_its_plots_and_one_document(call, tmp_path):
     assert document["critical_lr"]["value"] > 0
     assert len(document["files"]) == 5
     assert all((tmp_path / file).stat().st_size > 1000 for file in document["files"])
-    run = resdiag.open_run("mine")
+    run = resdiag.load_run("mine")
     assert run.verdict is not None
     assert run.verdict["name"] == "healthy"
     code, text, _ = call(*words)  # again, into the same folder: the same numbers
@@ -317,4 +317,4 @@ def test_the_page_about_any_model_runs(capsys):
     found = re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
     exec(compile("".join(b for kind, b in found if kind == "python"), page.name, "exec"), {})
     assert capsys.readouterr().out == "".join(b for kind, b in found if kind == "text")
-    assert resdiag.open_run("runs/mine").label == "resnet18"
+    assert resdiag.load_run("runs/mine").label == "resnet18"

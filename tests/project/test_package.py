@@ -131,8 +131,8 @@ def wheel(tmp_path_factory):
 
 def test_wheel_has_the_data_and_the_types_and_no_tests(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"resdiag/training/digits.npz", "resdiag/py.typed", "resdiag/cli.py"} <= names
-    assert "resdiag/training/digits.LICENSE.md" in names
+    assert {"resdiag/data/digits.npz", "resdiag/py.typed", "resdiag/cli/main.py"} <= names
+    assert "resdiag/data/digits.LICENSE.md" in names
     assert {f"resdiag/report/templates/report.{kind}" for kind in ("html", "css")} <= names
     assert {name.split("/")[0] for name in names} == {"resdiag", "resdiag-0.1.0.dist-info"}
     assert not [name for name in names if "test" in name or name.endswith((".pyc", ".md.orig"))]
@@ -150,7 +150,7 @@ def test_wheel_is_small_and_offers_the_command(wheel):
     assert sum(entry.compress_size for entry in rest) < 100_000  # digits, but no picture, no result
     assert wheel.stat().st_size < 3_000 * len(archive.namelist())  # modules are small
     entry = archive.read("resdiag-0.1.0.dist-info/entry_points.txt").decode()
-    assert "resdiag = resdiag.cli:app" in entry
+    assert "resdiag = resdiag.cli.main:app" in entry
     metadata = archive.read("resdiag-0.1.0.dist-info/METADATA").decode()
     assert "Requires-Python: >=3.11" in metadata
     assert "License-Expression: MIT" in metadata

@@ -8,7 +8,7 @@ import pytest
 from made_studies import make_results, make_study
 
 from resdiag.report import committed
-from resdiag.report.frozen import freeze
+from resdiag.report.frozen import write_results
 from resdiag.report.markdown import escape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,7 +26,7 @@ plot = "gradnorms"
 
 @pytest.fixture
 def root(tmp_path):
-    freeze(make_results(make_study(SPLIT, name="split")), tmp_path / "split")
+    write_results(make_results(make_study(SPLIT, name="split")), tmp_path / "split")
     return tmp_path
 
 
@@ -54,7 +54,7 @@ def test_digests_follow_the_data_and_drawings_their_names(root, tmp_path):
     assert {path.stem for path in files} == set(before)
     assert all(path.stat().st_size > 10_000 for path in files)
     other = make_results(make_study(SPLIT, name="split"), broken=lambda request: 6)
-    freeze(other, root / "other")
+    write_results(other, root / "other")
     assert set(committed.digests(root, "other")) == set(before)
     assert committed.digests(root, "other") != before
 
@@ -78,7 +78,7 @@ def lacks(old, new, place=""):
 def test_committed_results_are_whole_small_and_say_where_they_are_from(name, tmp_path):
     folder = ROOT / "studies" / "results" / name
     assert sum(path.stat().st_size for path in folder.iterdir()) < 3_000_000
-    results = committed.thaw(folder)
+    results = committed.read_results(folder)
     assert results.study.name == name
     for item in results.cells:
         if item.run:
@@ -90,7 +90,7 @@ def test_committed_results_are_whole_small_and_say_where_they_are_from(name, tmp
     drawn = json.loads((ROOT / f"docs/studies/figures/{name}.json").read_text("utf-8"))
     files = {path.stem for path in (ROOT / "docs/studies/figures" / name).glob("*.svg")}
     assert files == set(drawn)
-    freeze(results, tmp_path / "again")  # nothing is lost by reading and writing
+    write_results(results, tmp_path / "again")  # nothing is lost by reading and writing
     again = json.loads((tmp_path / "again" / "results.json").read_text("utf-8"))
     assert lacks(json.loads(text), again) == []
 

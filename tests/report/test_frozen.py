@@ -18,7 +18,7 @@ from studyfiles import write_study
 from resdiag.cli.main import app
 from resdiag.errors import UsageError
 from resdiag.report.collect import collect
-from resdiag.report.frozen import freeze, thaw
+from resdiag.report.frozen import read_results, write_results
 from resdiag.report.merge import merge
 from resdiag.report.outcomes import measure
 from resdiag.report.tables import BITS, round_bits
@@ -33,8 +33,8 @@ def results():
 
 
 def test_what_comes_back_is_what_went_in(results, tmp_path):
-    freeze(results, tmp_path)
-    back = thaw(tmp_path)
+    write_results(results, tmp_path)
+    back = read_results(tmp_path)
     assert back.study.file == results.study.file
     assert back.telling == results.telling == ["variant", "depth"]
     for old, new in zip(results.cells, back.cells, strict=True):
@@ -65,31 +65,31 @@ def test_rounding_keeps_what_is_not_a_number_and_errs_by_half_a_bit(values):
 
 
 def test_a_changed_byte_is_seen(results, tmp_path):
-    freeze(results, tmp_path)
+    write_results(results, tmp_path)
     path = tmp_path / "metrics.parquet"
     path.write_bytes(path.read_bytes()[:-9] + b"x" * 9)
     with pytest.raises(Damaged, match="metrics"):
-        thaw(tmp_path)
+        read_results(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["cells", "shared", "sha256", "document", "study"])
 def test_a_missing_part_is_named(results, tmp_path, key):
-    freeze(results, tmp_path)
+    write_results(results, tmp_path)
     path = tmp_path / "results.json"
     document = json.loads(path.read_text())
     del document[key]
     path.write_text(json.dumps(document))
     with pytest.raises(Damaged, match=key):
-        thaw(tmp_path)
+        read_results(tmp_path)
 
 
 def test_where_the_data_lay_is_not_kept(tmp_path):
     study = make_study(synthetic_study("folder:/data/mine/cifar10-jpeg.tar.gz"))
-    freeze(make_results(study, failed=(0,), data="cifar10-jpeg"), tmp_path)
+    write_results(make_results(study, failed=(0,), data="cifar10-jpeg"), tmp_path)
     text = (tmp_path / "results.json").read_text()
     assert "/data" not in text
     assert "folder:cifar10-jpeg.tar.gz" in text
-    assert thaw(tmp_path).study.file.fixed.given["data"] == "folder:cifar10-jpeg.tar.gz"
+    assert read_results(tmp_path).study.file.fixed.given["data"] == "folder:cifar10-jpeg.tar.gz"
 
 
 def synthetic_study(data):
@@ -124,9 +124,9 @@ def changed(results, number, **what):
 
 @pytest.mark.parametrize(("first", "second"), [((0, 2), (1,)), ((1,), (0, 2)), ((0, 1), (1, 2))])
 def test_two_halves_are_the_whole_bit_for_bit(tmp_path, first, second):
-    freeze(some_seeds(0, 1, 2), tmp_path / "whole")
-    freeze(some_seeds(*first), tmp_path / "parts")
-    freeze(merge(thaw(tmp_path / "parts"), some_seeds(*second)), tmp_path / "parts")
+    write_results(some_seeds(0, 1, 2), tmp_path / "whole")
+    write_results(some_seeds(*first), tmp_path / "parts")
+    write_results(merge(read_results(tmp_path / "parts"), some_seeds(*second)), tmp_path / "parts")
     for name in FILES:
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -134,12 +134,12 @@ def test_two_halves_are_the_whole_bit_for_bit(tmp_path, first, second):
 def test_the_command_adds_and_says_what_it_refuses(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, seeds in (("whole", (0, 1)), ("parts", (0,)), ("more", (1,))):
-        freeze(some_seeds(*seeds), tmp_path / name)
+        write_results(some_seeds(*seeds), tmp_path / name)
     assert app.run(["study", "freeze", "more", "--out", "parts", "--add"]) == 0
-    assert thaw(tmp_path / "parts").study.file.seeds == [0, 1]
+    assert read_results(tmp_path / "parts").study.file.seeds == [0, 1]
     assert all((tmp_path / "parts" / n).read_bytes() == (tmp_path / "whole" / n).read_bytes()
                for n in FILES)  # fmt: skip
-    freeze(
+    write_results(
         some_seeds(2, text=GRID.replace("[20, 56]\n[[f", "[20, 110, 56]\n[[f")), tmp_path / "odd"
     )
     kept = (tmp_path / "parts" / "results.json").read_bytes()
@@ -236,7 +236,7 @@ HOSTILE = {
 def halves(tmp_path_factory):
     folder = tmp_path_factory.mktemp("halves")
     for name, seed in (("held", 0), ("added", 1)):
-        freeze(some_seeds(seed), folder / name)
+        write_results(some_seeds(seed), folder / name)
     return folder
 
 
@@ -329,7 +329,7 @@ def test_a_study_that_ran_is_frozen_and_read_again(tmp_path, monkeypatch, capsys
     assert said.out.splitlines()[-3:] == [
         "out/results.json", "out/metrics.parquet", "out/curve.parquet",
     ]  # fmt: skip
-    back = thaw(tmp_path / "out")
+    back = read_results(tmp_path / "out")
     assert [item.state for item in back.cells] == ["done", "missing", "missing", "missing"]
     direct = collect(load_study("tiny.toml"), tmp_path / "runs")
     assert repr(back.cells[0].outcomes) == repr(dict(sorted(direct.cells[0].outcomes.items())))

@@ -24,7 +24,7 @@ from resdiag.report.answer import answer
 from resdiag.report.colours import DARK_PAPER, contrast, on_dark
 from resdiag.report.expectations import FEW, SEVERAL, expected_section
 from resdiag.report.figures import MOST_LINES, draw_figures
-from resdiag.report.frozen import freeze, thaw
+from resdiag.report.frozen import read_results, write_results
 from resdiag.report.html import MOST_BYTES, to_html
 from resdiag.report.judged import MET, NOT_MET, OPEN, judge_all
 from resdiag.report.markdown import to_markdown
@@ -239,7 +239,7 @@ def test_the_least_rate_that_broke_is_told_by_the_rest():
 
 
 def test_the_least_rates_of_the_explosion_study_stand_in_a_table():
-    results = thaw(Path(__file__).parents[2] / "studies" / "results" / "explosion")
+    results = read_results(Path(__file__).parents[2] / "studies" / "results" / "explosion")
     found = said(results)
     assert not [line for line in found.found if "Least" in line]
     rows = {row[0]: row[1:] for row in found.table.rows}
@@ -577,7 +577,7 @@ def test_report_of_nothing_of_frozen_results_and_as_json(tmp_path, monkeypatch, 
     assert capsys.readouterr().out.strip() == "runs/tiny/report/report.html"
     html = (tmp_path / "runs/tiny/report/report.html").read_text()
     assert "No answer yet: none of 4 cells has ended." in html
-    freeze(make_results(), tmp_path / "ice")
+    write_results(make_results(), tmp_path / "ice")
     assert app.run(["study", "report", "ice", "--out", "page", "--json"]) == 0
     files = json.loads(capsys.readouterr().out)["files"]
     endings = Counter(name.rpartition(".")[2] for name in files)
@@ -589,8 +589,10 @@ def test_report_of_nothing_of_frozen_results_and_as_json(tmp_path, monkeypatch, 
 def test_thawed_results_give_the_same_report(tmp_path):
 
     results = make_results(missing=(2,))
-    freeze(results, tmp_path)
-    assert to_markdown(write_page(thaw(tmp_path), [])) == to_markdown(write_page(results, []))
+    write_results(results, tmp_path)
+    assert to_markdown(write_page(read_results(tmp_path), [])) == to_markdown(
+        write_page(results, [])
+    )
 
 
 @pytest.mark.slow

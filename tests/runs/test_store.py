@@ -26,7 +26,7 @@ from made_runs import (
 from resdiag.catalog.table import RECORDED
 from resdiag.errors import BusyError, StorageError, UsageError
 from resdiag.runs import files, lock, segments
-from resdiag.runs.folder import open_run
+from resdiag.runs.folder import load_run
 
 OPERATIONS = ("open", "write", "fsync", "rename", "unlink", "mkdir")
 
@@ -90,7 +90,7 @@ def steps_seen(folder):
     """What a reader sees: 0 before there is a run."""
     if not (folder / "run.json").exists():
         return 0
-    run = open_run(folder)
+    run = load_run(folder)
     assert len(run.curve()) == run.steps
     return run.steps
 
@@ -410,9 +410,9 @@ def test_a_changed_environment_is_refused_or_marked(tmp_path):
         open_writer(tmp_path, environment=now)
     assert "--allow-drift" in caught.value.hint
     with open_writer(tmp_path, environment=now, allow_drift=True) as writer:
-        assert open_run(writer.folder).drift == ()
+        assert load_run(writer.folder).drift == ()
         continue_run(writer, until=10)
-        (drift,) = open_run(writer.folder).drift
+        (drift,) = load_run(writer.folder).drift
         assert (drift["step"], drift["differences"]) == (5, ["threads: 1 -> 2"])
     open_writer(tmp_path, environment=now).close()
 
@@ -455,10 +455,10 @@ def test_a_stopped_run_goes_on_without_its_old_verdict(tmp_path):
     with open_writer(tmp_path) as writer:
         writer.finish("stopped", {"name": "early"})
         writer.finish("stopped", {"name": "later"})
-        assert open_run(writer.folder).verdict == {"name": "later"}
+        assert load_run(writer.folder).verdict == {"name": "later"}
     with open_writer(tmp_path) as writer:
         writer.commit(10, {}, make_curve(5, 10), *make_checkpoint(10))
-        assert open_run(writer.folder).verdict is None
+        assert load_run(writer.folder).verdict is None
         assert not (writer.folder / "verdict.json").exists()
 
 
@@ -539,12 +539,12 @@ def test_a_reader_never_fails_while_a_run_is_written(tmp_path, monkeypatch):
         while not stop.is_set():
             try:
                 seen.append(steps_seen(folder))
-                assert len(open_run(folder).metrics()) >= 3 * seen[-1]
+                assert len(load_run(folder).metrics()) >= 3 * seen[-1]
             except Exception as error:
                 errors.append(error)
 
     with open_writer(tmp_path, force=False) as writer:
-        open_run(folder).metrics()  # the first table imports pandas: not in the middle of the race
+        load_run(folder).metrics()  # the first table imports pandas: not in the middle of the race
         reader = threading.Thread(target=read)
         reader.start()
         for step in range(2, 600):

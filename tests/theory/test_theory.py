@@ -19,7 +19,7 @@ from resdiag.theory import coherence, moments, products, reflected
 from resdiag.theory.depthlaw import depth_law
 from resdiag.theory.geometry import block_shapes, padding_share
 from resdiag.theory.growth import grow
-from resdiag.theory.positions import Taps, uniform
+from resdiag.theory.positions import ConvTaps, uniform
 from resdiag.theory.prediction import critical_lr, head_kick, predict
 from resdiag.theory.walk import skip_gain_from_zero, walk
 
@@ -222,7 +222,7 @@ def test_euler_holds_for_the_reflected_walk_of_relu_without_norm():
 @pytest.mark.parametrize(("size", "stride"), [(8, 1), (8, 2), (16, 2), (200, 1)])
 def test_scattering_is_the_adjoint_of_gathering(size, stride):
     generator = np.random.default_rng(0)
-    taps = Taps(size=size, stride=stride)
+    taps = ConvTaps(size=size, stride=stride)
     x = uniform(size, 1.0) * generator.standard_normal(uniform(size, 1.0).shape)
     y = generator.standard_normal(taps.gather(x).shape)
     assert (taps.gather(x) * y).sum() == pytest.approx((x * taps.scatter(y)).sum())

@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from events import read_events
 from tiny_training import digest, run_tiny_cell, tiny_config, tiny_data
 
 from resdiag.cli.main import app
 from resdiag.errors import UsageError
 from resdiag.runs.environment import environment
-from resdiag.runs.folder import load, open_run
+from resdiag.runs.folder import load_frame, load_run
 from resdiag.runs.store import RunWriter
 from resdiag.study.cell import Options, run_cell
 from resdiag.trackers.export import export_tables, export_tracker
@@ -86,18 +87,6 @@ def compare(found, run, shown=SHOWN, rel=1e-6, largest=math.inf):
         elif key in found:
             assert math.isnan(found[key])
     assert sum(not math.isnan(v) for v in wanted.values()) > 50
-
-
-def read_events(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return {
-        (tag, event.step): event.value
-        for tag in events.Tags()["scalars"]
-        for event in events.Scalars(tag)
-    }
 
 
 def read_offline(folder):
@@ -236,7 +225,7 @@ def training(root, tell=None, **changes):
     )
     with writer:
         status = Training(config, data, writer, tell).run(Silent(), Interrupt())
-    return open_run(writer.folder), status
+    return load_run(writer.folder), status
 
 
 def test_a_training_tells_its_sinks_what_it_commits(tmp_path):
@@ -308,7 +297,7 @@ def test_exported_tables_are_the_frames(run, tmp_path):
         files = export_tables([run, run], kind, tmp_path / kind)
         assert [file.name for file in files] == [f"metrics.{kind}", f"curve.{kind}"]
         metrics, curve = map(read, files)
-        one = load(run.path)
+        one = load_frame(run.path)
         wanted = pd.concat([one, one], ignore_index=True)
         assert list(metrics.columns) == list(wanted.columns)
         for name in wanted.select_dtypes("number"):

@@ -28,11 +28,11 @@ from resdiag.runs import checkpoint as packed
 from resdiag.runs.store import RunWriter
 from resdiag.training import checkpoint, display
 from resdiag.training.curve import COLUMNS, Curve
-from resdiag.training.display import Bar, Lines, Silent, Standing, open_display
+from resdiag.training.display import Bar, Lines, Progress, Silent, open_display
 from resdiag.training.interrupt import Interrupt
 from resdiag.training.recipe import learning_rate
 
-STANDING = Standing(done=3, loss=1.5, error=0.25, images_per_s=10.0, worst="block 2")
+STANDING = Progress(done=3, loss=1.5, error=0.25, images_per_s=10.0, worst="block 2")
 
 
 def plain_loop(config, data):
@@ -441,7 +441,7 @@ def test_lines_come_every_ten_seconds_and_at_the_end(capsys, monkeypatch):
     monkeypatch.setattr(display.time, "monotonic", lambda: clock.now)
     lines = Lines("elu d8", 5)
     for clock.now, done in ((1.0, 1), (11.0, 2), (12.0, 3), (13.0, 5)):
-        lines.show(Standing(done=done, loss=1, error=0, images_per_s=1, worst=""))
+        lines.show(Progress(done=done, loss=1, error=0, images_per_s=1, worst=""))
     lines.close()
     said = capsys.readouterr()
     assert said.out == ""

@@ -18,7 +18,7 @@ from resdiag.cli.main import app
 from resdiag.errors import UsageError
 from resdiag.plots.drawing import draw
 from resdiag.plots.kinds import find_kind
-from resdiag.runs.folder import load
+from resdiag.runs.folder import load_frame
 from resdiag.watch.base.safety import WatchWarning
 from resdiag.watch.loop.attach import attach
 
@@ -251,10 +251,10 @@ def kurtosis(x):
 
 
 def test_a_run_keeps_a_custom_metric_and_who_reads_it_needs_no_registration(runs):
-    frame = load(runs)
+    frame = load_frame(runs)
     assert frame["kurtosis"].between(1, 1000).all()  # at least 1 by Jensen
     assert set(RECORDED) < set(frame.columns)
-    run = resdiag.open_run(sorted(p for p in runs.iterdir() if p.is_dir())[0])
+    run = resdiag.load_run(sorted(p for p in runs.iterdir() if p.is_dir())[0])
     (entry,) = run.custom_metrics
     assert (entry["id"], entry["label"], entry["site"]) == (
         "kurtosis", "kurtosis of the output", "output",
@@ -270,7 +270,7 @@ def test_runs_with_and_without_a_custom_metric_are_read_together(runs, tmp_path)
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_custom_metric_is_drawn_by_its_name(runs, count, tmp_path):
-    opened = [resdiag.open_run(p) for p in sorted(runs.iterdir()) if p.is_dir()][:count]
+    opened = [resdiag.load_run(p) for p in sorted(runs.iterdir()) if p.is_dir()][:count]
     figure = draw("kurtosis", opened)
     assert figure.get_label().startswith("Kurtosis of the output by block")
     values = opened[0].metrics().query("step == 0")["kurtosis"].to_list()
@@ -287,7 +287,7 @@ def test_a_custom_metric_is_drawn_by_its_name(runs, count, tmp_path):
 
 
 def test_any_built_in_metric_per_block_is_drawn_too(runs):
-    opened = [resdiag.open_run(p) for p in sorted(runs.iterdir()) if p.is_dir()][:1]
+    opened = [resdiag.load_run(p) for p in sorted(runs.iterdir()) if p.is_dir()][:1]
     for name in ("output_mean", "grad_growth", "dead_fraction"):
         assert draw(name, opened).get_label().startswith(METRICS[name].label[:1].upper())
 

@@ -162,7 +162,7 @@ def test_attaching_on_one_rank_only_is_refused(ranks):
         ("tensor parallel", "tensor parallel: activations are spread over ranks by feature"),
         ("FSDP1", "use torch.distributed.fsdp.fully_shard (FSDP2)"),
         ("local shards", "reduce=False: the parameters are shards"),
-        ("demand", "demand() on one rank would wait for the others"),
+        ("demand", "force_record() on one rank would wait for the others"),
     ],
 )
 def test_refusals_name_the_remedy(ranks, case, words):
@@ -263,7 +263,7 @@ def test_shards_are_read_at_one_point_never_locally(ranks):
     for rank in ranks:
         second, named = rank["points"][None], rank["points"]["pre_clip"]
         assert second["frame"].grad_param_pre_clip.isna().all()
-        assert any("point='pre_clip'" in note for note in second["notes"])
+        assert any("grad_read_point='pre_clip'" in note for note in second["notes"])
         # one loss, unclipped: what is read before the clipping is what one rank reads
         np.testing.assert_allclose(named["frame"].grad_param, expected.grad_param, rtol=1e-6)
         assert set(named["frame"].point) == {"pre_clip"}

@@ -107,7 +107,7 @@ def with_optimizer(model, watch, steps=3, set_to_none=True):
 
 def accumulating(model, watch, steps=2, take="first"):
     optimizer = sgd(model)
-    with watch(model, optimizer=optimizer, take=take) as monitor:
+    with watch(model, optimizer=optimizer, forward_pass=take) as monitor:
         for step in range(steps):
             for part in range(3):
                 x, y = data(seed=10 * step + part)
@@ -261,7 +261,7 @@ def several_backwards(model, watch, steps=2):
 
 def siamese(model, watch, steps=2, take="first"):
     optimizer = sgd(model)
-    with watch(model, optimizer=optimizer, take=take) as monitor:
+    with watch(model, optimizer=optimizer, forward_pass=take) as monitor:
         for step in range(steps):
             one, two = model(data(seed=step)[0]), model(data(seed=step + 100)[0])
             optimizer.zero_grad()
@@ -483,10 +483,8 @@ def test_accumulation_without_clipping_is_not_taken_for_clipping():
 
 
 def test_a_pass_to_take_that_is_not_there_is_refused_with_the_nearest():
-    with pytest.raises(
-        ValueError, match="unknown forward pass to take 'frist'; did you mean 'first'"
-    ):
-        attach(Net(), take="frist")
+    with pytest.raises(ValueError, match="unknown forward_pass 'frist'; did you mean 'first'"):
+        attach(Net(), forward_pass="frist")
 
 
 # -- clipping --------------------------------------------------------------------------------------
@@ -513,14 +511,14 @@ def test_both_sides_of_a_clipping_are_recorded():
 @pytest.mark.parametrize("point", [None, "local", "pre_clip"])
 def test_a_clipping_that_nobody_announced_is_seen_and_the_point_corrected(point):
     with pytest.warns(WatchWarning, match=r"call monitor\.read_gradients\('pre_clip'\) before it"):
-        monitor = clipping(Net(), attach, read=False, point=point)
+        monitor = clipping(Net(), attach, read=False, grad_read_point=point)
     assert monitor.point == "post_clip"
     assert at(monitor, "grad_param") == close(clipped_twin(0.01)[1][0])
     assert set(monitor.to_frame().point) == {"post_clip"}
 
 
 def test_a_clipping_that_was_announced_is_silent():
-    monitor = run(clipping, read=False, point="post_clip")
+    monitor = run(clipping, read=False, grad_read_point="post_clip")
     assert at(monitor, "grad_param") == close(clipped_twin(0.01)[1][0])
 
 

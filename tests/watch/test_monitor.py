@@ -272,7 +272,7 @@ def test_gradients_can_be_read_before_they_are_clipped():
     model, twin = small("no_relu"), small("no_relu")
     optimizer = sgd(model)
     before = [p.detach().clone() for p in model.parameters()]
-    with attach(model, optimizer=optimizer, point="pre_clip") as monitor:
+    with attach(model, optimizer=optimizer, grad_read_point="pre_clip") as monitor:
         F.cross_entropy(model(images), labels).backward()
         monitor.read_gradients()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
@@ -329,8 +329,8 @@ def test_listeners_hear_what_is_drained_and_a_failing_one_is_left_out_with_a_not
         raise OSError("service is down")
 
     with attach(model) as monitor:
-        monitor.listen(lambda metrics, curve: heard.append((metrics, curve)))
-        monitor.listen(broken)
+        monitor.add_listener(lambda metrics, curve: heard.append((metrics, curve)))
+        monitor.add_listener(broken)
         for _ in range(15):
             F.cross_entropy(model(images), labels).backward()
             monitor.step()
@@ -653,8 +653,8 @@ def test_wrong_arguments_name_the_valid_ones():
     model = small()
     with pytest.raises(ValueError, match="every=0"):
         attach(model, every=0)
-    with pytest.raises(ValueError, match="unknown point 'clip'; did you mean 'pre_clip'"):
-        attach(model, point="clip")
+    with pytest.raises(ValueError, match="unknown grad_read_point 'clip'; did you mean 'pre_clip'"):
+        attach(model, grad_read_point="clip")
     with pytest.raises(ValueError, match=r"'stage\.\*' matches no module"):
         attach(model, blocks=["stage.*"])
     with attach(model) as monitor, pytest.raises(ValueError, match="not 'epoch'"):

@@ -42,10 +42,10 @@ def attach(
     every: int = 1,
     record_first: int = 0,
     samples: int | None = 4,
-    point: str | None = None,
+    grad_read_point: str | None = None,
     reduce: bool = True,
     scaler: Any = None,  # noqa: ANN401
-    take: str = "first",
+    forward_pass: str = "first",
     metrics: str = "full",
     moment_samples: int | None = None,
     example_inputs: object = None,
@@ -65,9 +65,9 @@ def attach(
         record_first: Record each of the first steps, whatever `every` says.
         samples: Samples at the head of the batch on which per-unit quantities (P1-P4, slopes,
             saturation) and the gradient's shares are measured; None for the whole batch.
-        point: Where in the loop parameter gradients are read, one of `catalog.POINTS`; stored with
-            the data. By default "local", "unscaled" with a scaler, and "post_clip" once the loop
-            is seen to rewrite gradients; see `Monitor.read_gradients`.
+        grad_read_point: Where in the loop parameter gradients are read, one of `catalog.POINTS`;
+            stored with the data. By default "local", "unscaled" with a scaler, and "post_clip" once
+            the loop is seen to rewrite gradients; see `Monitor.read_gradients`.
         metrics: "full" for all of `catalog.RECORDED`; "core" for `catalog.CORE`, which costs half
             or less.
         moment_samples: Samples at the head of the batch from which moments, gradient norms at
@@ -82,7 +82,7 @@ def attach(
             wrapper the parameters' gradients are those of all nevertheless.
         scaler: The loop's `torch.amp.GradScaler`: gradients are recorded without its scale, and
             whether it skipped the step.
-        take: Which forward pass of a step to record where there are several (gradient
+        forward_pass: Which forward pass of a step to record where there are several (gradient
             accumulation, two views of a batch), "first" or "last".
         example_inputs: Inputs of one forward pass, a tuple or a mapping of keywords, on the model's
             device: the blocks are found at once, and passes that torch.compile runs are recorded
@@ -95,7 +95,7 @@ def attach(
         A `Monitor`: a context manager whose `step()` ends each training step.
 
     Raises:
-        ValueError: A schedule that never records, an unknown point, pass, block or set of
+        ValueError: A schedule that never records, an unknown read point, pass, block or set of
             metrics, a compiled model, or a kind of parallel training that cannot be watched.
         TypeError: The optimizer or the scaler is something else.
 
@@ -116,8 +116,8 @@ def attach(
     if moment_samples is not None and moment_samples < 1:
         raise ValueError(f"moment_samples={moment_samples} must be at least 1, or None for all")
     for what, given, known in (
-        ("point", point, (None, *POINTS)),
-        ("forward pass to take", take, ("first", "last")),
+        ("grad_read_point", grad_read_point, (None, *POINTS)),
+        ("forward_pass", forward_pass, ("first", "last")),
         ("trace", trace, ("first", "always")),
         ("set of metrics", metrics, SETS),
     ):
@@ -140,10 +140,10 @@ def attach(
         units,
         lambda step: step < record_first or step % every == 0,
         samples,
-        "reduced" if reduced and point in (None, "local") else point,
+        "reduced" if reduced and grad_read_point in (None, "local") else grad_read_point,
         ranks,
         LossScale(scaler),
-        take_last=take == "last",
+        take_last=forward_pass == "last",
         core=metrics == "core",
         moments=moment_samples,
         always=trace == "always",

@@ -171,7 +171,7 @@ class Gradients:
             per_block, total = per_block * math.nan, total * math.nan
             self._warnings.say(
                 "parameters are shards, whose gradients are added up at one point only: "
-                f"grad_param_{point} is NaN; to record that one, attach(..., point='{point}')"
+                f"grad_param_{point} is NaN; to record it, attach(..., grad_read_point='{point}')"
             )
         self._record.add(self._step.number, point, per_block, total)
 

@@ -97,7 +97,7 @@ class Monitor:
         return self._gradients.point
 
     @property
-    def lost(self) -> bool:
+    def has_nonfinite_loss(self) -> bool:
         """Whether the loop told a loss that is not finite, as of the last flush."""
         return self._record.losses.lost
 
@@ -151,7 +151,7 @@ class Monitor:
             raise ValueError(unknown("point", point, POINTS).message)
         self._gradients.read(point, self._steps.owners())
 
-    def listen(self, listener: Listener) -> None:
+    def add_listener(self, listener: Listener) -> None:
         """Hand what was recorded to `listener` too whenever it has come to the host.
 
         Args:
@@ -160,16 +160,16 @@ class Monitor:
         """
         self._record.listeners.append(listener)
 
-    def demand(self) -> None:
+    def force_record(self) -> None:
         """Record the next forward pass whatever the schedule says; it belongs to this step.
 
         Raises:
-            RuntimeError: Several ranks record together: one that did not demand it would be missed.
+            RuntimeError: Several ranks record together: one that did not force it would be missed.
         """
         if self._reduction is not None:
             raise RuntimeError(
-                "demand() on one rank would wait for the others: use every= or record_first=, or "
-                "attach(..., reduce=False)"
+                "force_record() on one rank would wait for the others: "
+                "use every= or record_first=, or attach(..., reduce=False)"
             )
         self._passes.demanded = True
 
@@ -237,7 +237,7 @@ class Monitor:
         return list(self._recorder.anatomy.blocks)
 
     @property
-    def about(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """What is watched: names of model and optimizer, steps, device and dtype, classes."""
         first = next(self._model.parameters(), None)
         return {

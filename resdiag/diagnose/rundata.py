@@ -9,14 +9,14 @@ import numpy as np
 import pandas as pd
 
 from resdiag.diagnose.finding import NotJudged
-from resdiag.diagnose.offender import Offender, first_offender
+from resdiag.diagnose.nonfinite import FirstNonfinite, find_first_nonfinite
 from resdiag.errors import UsageError
 from resdiag.runs.folder import Run
 from resdiag.runs.watched import WatchedConfig
 from resdiag.theory.prediction import Prediction, predict
 
 
-class Observed:
+class RunData:
     """A run's tables with missing values as NaN, and the prediction that belongs to them.
 
     Args:
@@ -42,9 +42,9 @@ class Observed:
         return not foreign or bool(self.curve["loss"].notna().any())
 
     @cached_property
-    def offender(self) -> Offender | None:
+    def first_nonfinite(self) -> FirstNonfinite | None:
         """The first non-finite number in the block table."""
-        return first_offender(self.metrics)
+        return find_first_nonfinite(self.metrics)
 
     @cached_property
     def prediction(self) -> Prediction | None:

@@ -10,7 +10,7 @@ import sys
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # <malloc.h>
 
 
-def keep_pages() -> bool:
+def disable_malloc_trim() -> bool:
     """Tell the allocator for the rest of the process; False where it is not glibc's."""
     if not sys.platform.startswith("linux"):
         return False

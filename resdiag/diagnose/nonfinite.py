@@ -1,4 +1,4 @@
-"""The first offender: the first step, the first block and the direction of a non-finite number."""
+"""The first non-finite number of a run: its step, block, site and direction."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +12,7 @@ Direction = Literal["forward", "backward"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Offender:
+class FirstNonfinite:
     """Where a run broke.
 
     Attributes:
@@ -38,7 +38,7 @@ _BACKWARD_SITES = {
 }
 
 
-def first_offender(metrics: pd.DataFrame) -> Offender | None:
+def find_first_nonfinite(metrics: pd.DataFrame) -> FirstNonfinite | None:
     """Find the first step, block and site with a non-finite number.
 
     A missing value (NaN in a column that the run could not record) is not an offence; a norm that
@@ -50,7 +50,7 @@ def first_offender(metrics: pd.DataFrame) -> Offender | None:
         metrics: The block table: `step`, `block` and the recorded columns; any may be missing.
 
     Returns:
-        The offender, or None if every recorded number is finite.
+        The first one, or None if every recorded number is finite.
     """
     if not {"step", "block"} <= set(metrics.columns) or metrics.empty:
         return None
@@ -67,7 +67,7 @@ def first_offender(metrics: pd.DataFrame) -> Offender | None:
     rows = marks.index[marks.any(axis=1)]
     row = rows[0] if direction == "forward" else rows[-1]
     site = str(marks.columns[marks.loc[row].to_numpy().argmax()])
-    return Offender(
+    return FirstNonfinite(
         step=step, block=int(table["block"].to_numpy()[row]), direction=direction, site=site
     )
 
