@@ -100,7 +100,7 @@ def freeze_study(
     results = _read(where, settings, mini, runs, steps)
     if not any(item.run for item in results.cells):
         raise UsageError(f"no cell of {results.study.name} was begun under {runs}")
-    from resdiag.report.frozen import is_frozen, read_results, write_results
+    from resdiag.report.storage import is_frozen, read_results, write_results
 
     if add and is_frozen(out):
         from resdiag.report.merge import merge
@@ -157,7 +157,7 @@ def _read(
     if (Path(where) / "results.json").is_file():
         if settings or mini:
             raise UsageError(f"{where} is frozen and is not changed by --set or --mini")
-        from resdiag.report.frozen import read_results
+        from resdiag.report.storage import read_results
 
         return read_results(Path(where))
     study = open_study(where, settings, mini)

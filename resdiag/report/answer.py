@@ -11,21 +11,28 @@ from dataclasses import dataclass
 import numpy as np
 
 from resdiag.plots.grouping import variant_words
-from resdiag.report.bydepth import (
+from resdiag.report.comparisons import (
     ByDepth,
     compare_by_depth,
     depth_headline,
     depth_rule,
     depth_table,
+    threshold_table,
+    threshold_words,
 )
-from resdiag.report.expectations import is_metric, metric_table
-from resdiag.report.judged import MET, NOT_MET, OPEN, Judged
+from resdiag.report.expected import MET, NOT_MET, OPEN, Judged, is_metric, metric_table
 from resdiag.report.origin import changed_settings, is_lossy, list_sources
 from resdiag.report.parts import Table
 from resdiag.report.results import Group, Results
-from resdiag.report.summary import Summary, summarise
-from resdiag.report.thresholds import threshold_table, threshold_words
-from resdiag.report.words import count, listing, measure_words, number, settings_words
+from resdiag.report.words import (
+    Summary,
+    count,
+    listing,
+    measure_words,
+    number,
+    settings_words,
+    summarise,
+)
 from resdiag.training.recipe import RECIPES
 
 _MOST_RANKS = 8

@@ -10,12 +10,13 @@ from functools import lru_cache
 from pathlib import Path
 
 from resdiag.report.answer import answer
-from resdiag.report.figures import Picture, draw_figures
-from resdiag.report.frozen import RESULTS, read_results
-from resdiag.report.judged import judge_all
-from resdiag.report.markdown import escape, to_markdown
+from resdiag.report.expected import judge_all
+from resdiag.report.figures import draw_figures
+from resdiag.report.parts import Picture
+from resdiag.report.render import escape, to_markdown
 from resdiag.report.results import Results
 from resdiag.report.sections import write_page
+from resdiag.report.storage import RESULTS, read_results
 from resdiag.runs.files import make_folder, write_file
 
 

@@ -4,8 +4,8 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
 from resdiag.errors import ResdiagError
 from resdiag.plots.activations import (
@@ -15,9 +15,8 @@ from resdiag.plots.activations import (
     draw_activations,
 )
 from resdiag.plots.kinds import KINDS, PlotKind
-from resdiag.report.parts import Entry, Table
+from resdiag.report.parts import Entry, Picture, Table
 from resdiag.report.results import CellResult, Results
-from resdiag.report.svg import refine
 from resdiag.report.words import number, settings_words
 
 if TYPE_CHECKING:
@@ -37,57 +36,6 @@ _LATER = (
     "record_first", "every", "commit_every",
 )  # fmt: skip
 _OVER_TIME = ("curves",)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """One drawing of a figure.
-
-    Attributes:
-        number: Of the figure in the study file, from 1.
-        name: Name of its files.
-        title: Above it.
-        question: What it answers.
-        reading: What to read in it.
-        svg: What matplotlib wrote; None if it could not be drawn.
-        pdf: The same as PDF.
-        csv: Its data.
-        table: A few of its numbers, for who cannot see it.
-        reason: Why it could not be drawn.
-        depth: Of the deepest network in it.
-    """
-
-    number: int
-    name: str
-    title: str
-    question: str
-    reading: str
-    svg: bytes | None = None
-    pdf: bytes = b""
-    csv: str = ""
-    table: Table | None = None
-    reason: str = ""
-    depth: int = 0
-
-    def description(self) -> str:
-        """What a figure shows, for who cannot see it."""
-        return f"{self.question} Read: {self.reading} The table below has its numbers."
-
-    def inline(self, styles: Any) -> str:  # noqa: ANN401
-        """The figure for a page whose style sheet `styles` collects."""
-        assert self.svg is not None
-        return refine(
-            self.svg,
-            prefix=f"p{re.sub(r'[^0-9a-z]', '', self.name)}x",
-            title=self.title,
-            description=self.description(),
-            styles=styles,
-        )
-
-    def file(self) -> str:
-        """The figure as a file of its own."""
-        assert self.svg is not None
-        return refine(self.svg, prefix="f", title=self.title, description=self.description())
 
 
 def draw_figures(results: Results, *, only: Collection[str] | None = None) -> Iterator[Picture]:

@@ -6,8 +6,8 @@ from typing import Any
 
 from resdiag.diagnose.finding import plain
 from resdiag.errors import UsageError
-from resdiag.report.frozen import portable
 from resdiag.report.results import CellResult, Results
+from resdiag.report.storage import portable
 from resdiag.report.words import listing
 from resdiag.study.study import build_study
 from resdiag.training.recipe import Request

@@ -1,11 +1,11 @@
 """What a page is made of, apart from how it is written: HTML, Markdown and docs say the same."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Any, TypeAlias
 
-if TYPE_CHECKING:
-    from resdiag.report.figures import Picture
+from resdiag.report.svg import refine
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,62 @@ class Folded:
     bulky: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One drawing of a figure.
+
+    Attributes:
+        number: Of the figure in the study file, from 1.
+        name: Name of its files.
+        title: Above it.
+        question: What it answers.
+        reading: What to read in it.
+        svg: What matplotlib wrote; None if it could not be drawn.
+        pdf: The same as PDF.
+        csv: Its data.
+        table: A few of its numbers, for who cannot see it.
+        reason: Why it could not be drawn.
+        depth: Of the deepest network in it.
+    """
+
+    number: int
+    name: str
+    title: str
+    question: str
+    reading: str
+    svg: bytes | None = None
+    pdf: bytes = b""
+    csv: str = ""
+    table: Table | None = None
+    reason: str = ""
+    depth: int = 0
+
+    def description(self) -> str:
+        """What a figure shows, for who cannot see it."""
+        return f"{self.question} Read: {self.reading} The table below has its numbers."
+
+    def inline(self, styles: Any) -> str:  # noqa: ANN401
+        """The figure for a page whose style sheet `styles` collects."""
+        assert self.svg is not None
+        return refine(
+            self.svg,
+            prefix=f"p{re.sub(r'[^0-9a-z]', '', self.name)}x",
+            title=self.title,
+            description=self.description(),
+            styles=styles,
+        )
+
+    def file(self) -> str:
+        """The figure as a file of its own."""
+        assert self.svg is not None
+        return refine(self.svg, prefix="f", title=self.title, description=self.description())
+
+
 @dataclass(frozen=True)
 class Image:
     """A figure with its table."""
 
-    picture: "Picture"
+    picture: Picture
     table: Table | None = None
 
 

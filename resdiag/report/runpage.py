@@ -9,11 +9,20 @@ from dataclasses import dataclass
 from resdiag.diagnose.degraded import compare
 from resdiag.diagnose.finding import Evidence
 from resdiag.diagnose.verdict import Verdict, judge, unjudged
-from resdiag.report.figures import Picture
-from resdiag.report.origin import is_lossy, list_sources
+from resdiag.report.origin import is_lossy, list_sources, origin_section
 from resdiag.report.outcomes import Outcome, measure
-from resdiag.report.parts import Code, Entry, Folded, Mark, Page, Part, Section, Table, Text
-from resdiag.report.provenance import origin_section
+from resdiag.report.parts import (
+    Code,
+    Entry,
+    Folded,
+    Mark,
+    Page,
+    Part,
+    Picture,
+    Section,
+    Table,
+    Text,
+)
 from resdiag.report.sections import figures_section
 from resdiag.report.words import MEASURES, count, listing, number, tame
 from resdiag.runs.folder import Run

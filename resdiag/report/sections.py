@@ -7,9 +7,8 @@ from itertools import groupby
 from typing import Any
 
 from resdiag.report.answer import answer
-from resdiag.report.expectations import expected_section
-from resdiag.report.figures import Picture
-from resdiag.report.judged import judge_all
+from resdiag.report.expected import expected_section, judge_all
+from resdiag.report.origin import origin_section, remake_section
 from resdiag.report.parts import (
     Code,
     Entry,
@@ -18,18 +17,19 @@ from resdiag.report.parts import (
     Mark,
     Page,
     Part,
+    Picture,
     Section,
     Table,
     Text,
 )
-from resdiag.report.provenance import origin_section, remake_section
 from resdiag.report.results import CellResult, Group, Results
-from resdiag.report.summary import spread_words, summarise
 from resdiag.report.words import (
     count,
     listing,
     measure_words,
     settings_words,
+    spread_words,
+    summarise,
     tame,
 )
 

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 import resdiag
 from resdiag.plots.kinds import KINDS
-from resdiag.report.figures import Picture, draw_figures, draw_runs
-from resdiag.report.html import to_html
-from resdiag.report.markdown import to_markdown
-from resdiag.report.parts import Page
+from resdiag.report.figures import draw_figures, draw_runs
+from resdiag.report.parts import Page, Picture
+from resdiag.report.render import to_html, to_markdown
 from resdiag.report.results import Results
 from resdiag.report.runpage import write_run_page
 from resdiag.report.sections import write_page

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import synthetic_runs
 
+from resdiag.report.collect import columns_of, thin
 from resdiag.report.outcomes import measure
 from resdiag.report.results import CellResult, Results
-from resdiag.report.thin import columns_of, thin
 from resdiag.study.spec import OUTCOMES, read_document
 from resdiag.study.study import build_study
 

@@ -14,7 +14,7 @@ from hostile import HOSTILE
 from made_studies import GRID, make_results, make_study
 
 from resdiag.report.figures import draw_figures
-from resdiag.report.html import to_html
+from resdiag.report.render import to_html
 from resdiag.report.sections import write_page
 
 BROWSER = next(

@@ -8,8 +8,8 @@ import pytest
 from made_studies import make_results, make_study
 
 from resdiag.report import committed
-from resdiag.report.frozen import write_results
-from resdiag.report.markdown import escape
+from resdiag.report.render import escape
+from resdiag.report.storage import write_results
 
 ROOT = Path(__file__).resolve().parents[2]
 SPLIT = """

@@ -17,12 +17,10 @@ from studyfiles import write_study
 
 from resdiag.cli.main import app
 from resdiag.errors import UsageError
-from resdiag.report.collect import collect
-from resdiag.report.frozen import read_results, write_results
+from resdiag.report.collect import MOST_ROWS, collect, keep_steps, thin
 from resdiag.report.merge import merge
 from resdiag.report.outcomes import measure
-from resdiag.report.tables import BITS, round_bits
-from resdiag.report.thin import MOST_ROWS, keep_steps, thin
+from resdiag.report.storage import BITS, read_results, round_bits, write_results
 from resdiag.runs.files import Damaged
 from resdiag.study.study import load_study
 

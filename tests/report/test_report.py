@@ -21,19 +21,16 @@ from studyfiles import write_study
 from resdiag.cli.main import app
 from resdiag.plots.style import VARIANT_LOOKS
 from resdiag.report.answer import answer
-from resdiag.report.colours import DARK_PAPER, contrast, on_dark
-from resdiag.report.expectations import FEW, SEVERAL, expected_section
+from resdiag.report.comparisons import threshold_table
+from resdiag.report.expected import FEW, MET, NOT_MET, OPEN, SEVERAL, expected_section, judge_all
 from resdiag.report.figures import MOST_LINES, draw_figures
-from resdiag.report.frozen import read_results, write_results
-from resdiag.report.html import MOST_BYTES, to_html
-from resdiag.report.judged import MET, NOT_MET, OPEN, judge_all
-from resdiag.report.markdown import to_markdown
 from resdiag.report.origin import changed_settings, remake_commands
+from resdiag.report.render import MOST_BYTES, to_html, to_markdown
 from resdiag.report.results import Results
 from resdiag.report.sections import write_page
-from resdiag.report.summary import summarise
-from resdiag.report.thresholds import threshold_table
-from resdiag.report.words import number
+from resdiag.report.storage import read_results, write_results
+from resdiag.report.svg import DARK_PAPER, contrast, on_dark
+from resdiag.report.words import number, summarise
 from resdiag.report.write import write_report
 from resdiag.study.shipped import shipped_studies
 from resdiag.study.study import load_study
@@ -506,7 +503,7 @@ def test_the_page_with_drawings_is_harmless_and_ids_are_unique(pictures):
 
 
 def test_drawings_beyond_the_limit_are_left_to_their_files(pictures, monkeypatch):
-    monkeypatch.setattr("resdiag.report.html.MOST_BYTES", 60_000)
+    monkeypatch.setattr("resdiag.report.render.MOST_BYTES", 60_000)
     html = page_of(make_results(missing=(1,)), pictures)
     assert check_harmless(html).tags["svg"] == 1
     assert "Not shown here, to keep this page small" in html

@@ -13,8 +13,7 @@ from resdiag.cli.report import MOST_RUNS
 from resdiag.diagnose.verdict import judge
 from resdiag.plots.kinds import KINDS
 from resdiag.report.figures import draw_runs
-from resdiag.report.html import to_html
-from resdiag.report.markdown import to_markdown
+from resdiag.report.render import to_html, to_markdown
 from resdiag.report.runpage import write_run_page
 from resdiag.report.words import number
 from resdiag.runs.watched import WatchedConfig
