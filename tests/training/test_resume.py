@@ -225,3 +225,74 @@ def test_the_second_signal_ends_the_command_at_once(tmp_path, number):
     assert time.monotonic() - begun < 3
     assert process.returncode in (130, 75, -signal.SIGTERM)
     assert "Traceback" not in error
+
+
+ENDLESS = [
+    "run", "--variant", "elu", "--depth", "8", "--width", "0.25", "--data", "digits",
+    "--steps", "1000000", "--batch-size", "8", "--commit-every", "2", "--record-first", "5",
+    "--every", "50", "--quiet",
+]  # fmt: skip
+
+
+def fork_command(root, stderr):
+    """`resdiag run` in a child of this process, which has imported everything; its pid."""
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), 2)
+        os.dup2(2, 1)
+        torch.set_num_threads(1)
+        code = 1
+        try:
+            from resdiag.cli.main import app
+
+            code = app.run([*ENDLESS, "--runs", str(root)])
+        except BaseException as error:  # what would be a traceback
+            os.write(2, f"Traceback: {error!r}\n".encode())
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return pid
+
+
+def stop_again_and_again(tmp_path, tries, seed):
+    """Start one run again and again, and end it by SIGTERM, once or twice, at a random instant."""
+    dice, root, said = random.Random(seed), tmp_path / "runs", tmp_path / "stderr.txt"
+    root.mkdir()
+    last = 0
+    for attempt in range(tries):
+        pid = fork_command(root, said)
+        # its handlers are set before it takes the run's lock
+        until = time.monotonic() + 60
+        while not list(root.glob("*/lock-*.json")):
+            assert time.monotonic() < until, said.read_text()
+            time.sleep(0.001)
+        time.sleep(dice.uniform(0, 0.6))
+        os.kill(pid, signal.SIGTERM)
+        if attempt % 3 == 2:
+            time.sleep(dice.choice([0, 0, 0.0001, 0.01]))
+            os.kill(pid, signal.SIGTERM)
+        assert wait_for(pid, 60) == 75, said.read_text()
+        for lock in root.glob("*/lock-*.json"):
+            lock.unlink()  # a second signal leaves it
+        (folder,) = root.iterdir()
+        now = committed(folder)
+        assert now >= last
+        if attempt % 3 != 2:
+            assert now > last
+            assert Commit.read(folder / COMMIT).status == "stopped"
+        if now:
+            Commit.read(folder / COMMIT).verify(folder)
+        last = now
+    assert "Traceback" not in said.read_text()
+    assert "Exception ignored" not in said.read_text()
+
+
+def test_sigterm_at_any_instant_ends_in_a_commit_and_exit_code_75(tmp_path):
+    stop_again_and_again(tmp_path, tries=15, seed=5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seed", [6, 7])
+def test_sigterm_at_hundreds_of_instants_ends_in_a_commit_and_exit_code_75(tmp_path, seed):
+    stop_again_and_again(tmp_path, tries=200, seed=seed)
