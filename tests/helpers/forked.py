@@ -9,6 +9,7 @@ combination with fork-based multiprocessing"
 import multiprocessing
 import os
 import sys
+from multiprocessing import forkserver
 
 import torch
 from tiny_training import run_tiny_cell
@@ -41,6 +42,17 @@ def wait_for(process, seconds):
 
 
 def _start(target, *args):
+    # Python before 3.12.8 does not hand sys.path on, and ignores what it cannot preload
+    # (https://github.com/python/cpython/issues/117378)
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
     process = _context.Process(target=target, args=args, daemon=True)
     process.start()
     return process

@@ -17,6 +17,8 @@ from tiny_training import digest
 
 from resdiag.runs.commit import COMMIT, Commit
 
+pytestmark = pytest.mark.timeout(600)  # dozens of processes
+
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = {"steps": 30, "commit_every": 4, "record_first": 5, "every": 3}
 KINDS = (
@@ -138,7 +140,6 @@ def wait_for_commit(root, process):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_the_command_itself_survives_kills(tmp_path):
     output, _ = start(tmp_path / "straight").communicate()
     document = json.loads(output)
@@ -160,7 +161,6 @@ def test_the_command_itself_survives_kills(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_the_command_stops_on_a_signal_with_a_commit_and_continues(tmp_path, number, code):
     process = start(tmp_path)
@@ -178,7 +178,6 @@ def test_the_command_stops_on_a_signal_with_a_commit_and_continues(tmp_path, num
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_second_signal_ends_the_command_at_once(tmp_path, number):
     process = start(tmp_path)
