@@ -16,6 +16,7 @@ from resdiag.training.interrupt import EXIT_CODES
 if TYPE_CHECKING:
     from resdiag.study.cell import Outcome
 
+
 def run(
     variant: Annotated[
         str, typer.Option(help="Variant id or the paper's letter; see `resdiag variants`.")

@@ -123,9 +123,7 @@ def _continue(
     if run.verdict is None or run.status != status:
         writer.finish(status, verdict.to_dict())
         run = load_run(writer.folder)
-    return Outcome(
-        run=run, verdict=verdict, resumed_at=begun, signal=interrupt.signal, notes=notes
-    )
+    return Outcome(run=run, verdict=verdict, resumed_at=begun, signal=interrupt.signal, notes=notes)
 
 
 def _train(
