@@ -6,7 +6,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check static docs pages clean
+.PHONY: help demo test check static docs pages matrix coverage clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -20,7 +20,7 @@ demo: $(VENV)/.installed  ## install, explode a 110-layer network, draw where
 
 test: $(VENV)/.installed-dev  ## install, then everything that CI runs
 	@$(MAKE) --no-print-directory static docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --durations=20
 
 check: static  ## the fast part: style, types, doors, documentation tests; installs nothing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/project/test_docs.py
@@ -38,8 +38,15 @@ docs:  ## build the documentation into docs/_build/html; a warning is an error
 pages:  ## write the generated reference pages again
 	$(BIN)/python docs/generate.py
 
+matrix: $(VENV)/.installed-dev  ## the tests on the oldest and newest Python and PyTorch: noxfile.py
+	$(BIN)/python -m nox
+
+coverage: $(VENV)/.installed-dev  ## which share of the package the tests run; lines in build/coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) \
+		--cov --cov-report=term --cov-report=html:build/coverage
+
 clean:  ## remove the environment and everything that was built or drawn
-	rm -rf $(VENV) demo dist docs/_build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) demo build dist docs/_build .coverage .nox .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # The stamps below: an installation takes minutes, so it is repeated only if pyproject.toml changed.
 # It is editable, so that neither command ever runs an old copy of the code.

@@ -13,7 +13,19 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 
+# where tests train, compile or start processes that import PyTorch: the default of pyproject.toml
+# is enough for them on idle cores, not on cores that others share
+_LONGER_S = 300
+_LONGER = {
+    "benchmarks", "cli", "integrations", "interventions", "probe", "project", "study", "trackers",
+    "training", "watch", "test_browser.py", "test_stories.py", "test_store.py",
+}  # fmt: skip
+
+
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if _LONGER & set(item.path.parts) and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(_LONGER_S))
     if config.getoption("--slow"):
         return
     skip = pytest.mark.skip(reason="minutes long; run with --slow")

@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,12 +11,10 @@ import typer
 from resdiag.cli.options import DataRoot, Json, RunsRoot
 from resdiag.cli.output import keep_quiet, say
 from resdiag.errors import UsageError, unknown
+from resdiag.training.interrupt import EXIT_CODES
 
 if TYPE_CHECKING:
     from resdiag.study.cell import Outcome
-
-_STOPPED = {int(signal.SIGINT): 130, int(signal.SIGTERM): 75}
-"""Exit codes by the signal that stopped a run."""
 
 
 def run(
@@ -104,7 +101,7 @@ def run(
     )
     outcome = run_cell(request, options, keep_quiet if quiet else say)
     _print_outcome(outcome, as_json)
-    return _STOPPED[outcome.signal] if outcome.run.status == "stopped" else 0
+    return EXIT_CODES[outcome.signal] if outcome.run.status == "stopped" else 0
 
 
 def _find_device(name: str, threads: int | None) -> str:

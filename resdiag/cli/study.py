@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from resdiag.cli.opening import open_study
 from resdiag.cli.options import DataRoot, Json, RunsRoot
 from resdiag.cli.output import keep_quiet, print_table, say
 from resdiag.errors import UsageError, unknown
+from resdiag.training.interrupt import EXIT_CODES
 
 if TYPE_CHECKING:
     from resdiag.study.engines.job import Job
@@ -28,7 +28,6 @@ study_app = group("Studies: one question, a grid of runs, any engine.")
 ENGINES = ("local", "ray", "slurm")
 FORMATS = ("sh", "json")
 _FAILED = 3
-_STOPPED = {int(signal.SIGINT): 130, int(signal.SIGTERM): 75}
 
 Where = Annotated[
     str, typer.Argument(metavar="STUDY", help="A shipped study's name, FILE.toml, or a plan.")
@@ -351,7 +350,7 @@ def _run(study: "Study", chosen: _Choice, how: _How, as_json: bool) -> int:
         _print_status(study, entries, as_json)
     if stopped:
         talk("stopped; the same command goes on")
-        return _STOPPED[stopped]
+        return EXIT_CODES[stopped]
     return _FAILED if any(entry.state == "failed" for entry in entries) else 0
 
 

@@ -44,7 +44,8 @@ def write_file(path: Path, data: bytes) -> str:
         SHA-256 of `data`.
 
     Raises:
-        StorageError: The disk is full, read-only or failing; the temporary file is removed.
+        StorageError: The disk is full, read-only or failing; the temporary file is removed, or
+            if that fails too, by the next commit.
     """
     # of this process: two drivers that write the same plan do not take each other's file away
     tmp = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}.tmp")
@@ -52,7 +53,7 @@ def write_file(path: Path, data: bytes) -> str:
         _write_synced(tmp, data)
         try:
             system.rename(tmp, path)
-        except OSError:
+        except BaseException:
             remove_file(tmp)
             raise
         sync_folder(path.parent)
@@ -71,7 +72,7 @@ def _write_synced(path: Path, data: bytes, flags: int = os.O_TRUNC) -> None:
         while view:
             view = view[system.write(handle, view) :]
         system.fsync(handle)
-    except OSError:
+    except BaseException:  # Ctrl-C too
         remove_file(path)
         raise
     finally:

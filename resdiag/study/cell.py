@@ -16,6 +16,7 @@ from resdiag.study.heartbeat import Heartbeat
 from resdiag.trackers.feed import open_feed
 from resdiag.trackers.sink import About
 from resdiag.training.display import Display, open_display
+from resdiag.training.interrupt import Interrupt
 from resdiag.training.loop import Training
 from resdiag.training.recipe import Request, resolve
 from resdiag.training.turns import ALONE, Turn
@@ -86,17 +87,18 @@ def run_cell(request: Request, options: Options, say: Callable[[str], None]) -> 
         data = open_data(request.data, options.data_root)
     say(f"data: {data.note}")
     config = resolve(request, data_name=data.name, train_size=len(data.train_labels))
-    writer = RunWriter.open(
-        options.root,
-        config,
-        environment=environment(config.device, config.dtype),
-        data={**data.identity},
-        force=options.force,
-        allow_drift=options.allow_drift,
-        patience=options.patience,
-    )
-    with writer, Heartbeat(writer.beat):
-        return _continue(writer, config, data, options, say)
+    with options.turn.interrupt() as interrupt:  # before there are threads, until the verdict
+        writer = RunWriter.open(
+            options.root,
+            config,
+            environment=environment(config.device, config.dtype),
+            data={**data.identity},
+            force=options.force,
+            allow_drift=options.allow_drift,
+            patience=options.patience,
+        )
+        with writer, Heartbeat(writer.beat):
+            return _continue(writer, config, data, options, say, interrupt)
 
 
 def _continue(
@@ -105,27 +107,28 @@ def _continue(
     data: ImageData,
     options: Options,
     say: Callable[[str], None],
+    interrupt: Interrupt,
 ) -> Outcome:
     """Bring an open run to its end."""
     begun = writer.committed_step
-    signal, status = 0, writer.status
+    status = writer.status
     notes: tuple[str, ...] = ()
     if status in ("done", "diverged"):
         say(f"{writer.folder} is {status} already; --force starts over")
     else:
         say(f"{writer.folder}" + (f" continues at step {begun}" if begun else ""))
-        status, signal, notes = _train(writer, config, data, options)
+        status, notes = _train(writer, config, data, options, interrupt)
     run = load_run(writer.folder)
     verdict = judge(run)
     if run.verdict is None or run.status != status:
         writer.finish(status, verdict.to_dict())
         run = load_run(writer.folder)
-    return Outcome(run=run, verdict=verdict, resumed_at=begun, signal=signal, notes=notes)
+    return Outcome(run=run, verdict=verdict, resumed_at=begun, signal=interrupt.signal, notes=notes)
 
 
 def _train(
-    writer: RunWriter, config: RunConfig, data: ImageData, options: Options
-) -> tuple[str, int, tuple[str, ...]]:
+    writer: RunWriter, config: RunConfig, data: ImageData, options: Options, interrupt: Interrupt
+) -> tuple[str, tuple[str, ...]]:
     title = f"{config.variant} d{config.depth}"
     feed = open_feed(options.sinks, About(name=config.name, config=config.to_dict()))
     quiet = options.quiet
@@ -133,14 +136,14 @@ def _train(
     display = open_(title, config.steps, writer.committed_step)
     status = "stopped"
     try:
-        with options.turn as turn, turn.interrupt() as interrupt, warnings.catch_warnings():
+        with options.turn as turn, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the monitor's warnings are returned instead
             training = Training(config, data, writer, feed.write, turn=turn)
             status = training.run(display, interrupt)
     finally:
         display.close()
         feed.close(status)
-    return status, interrupt.signal, (*training.monitor.warnings, *feed.notes)
+    return status, (*training.monitor.warnings, *feed.notes)
 
 
 def summarise(outcome: Outcome) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from pages import DOCS, ROOT, generate
@@ -143,6 +144,37 @@ def test_command_lines_in_the_pages_parse(words):
         command = command.commands[rest.pop(0)]
     context = command.make_context("resdiag", rest)
     assert set(context.params) == {parameter.name for parameter in command.params}
+
+
+def _contract():
+    """The rooms of the import-linter contract, the highest first."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    layers = project["tool"]["importlinter"]["contracts"][0]["layers"]
+    return [layer.removeprefix("resdiag.") for layer in layers]
+
+
+def test_the_diagram_of_the_rooms_is_the_contract():
+    page = (DOCS / "architecture.md").read_text("utf-8")
+    diagram = page.partition("<!-- rooms:")[2].partition("```text\n")[2].partition("```")[0]
+    assert [line.split()[0] for line in diagram.splitlines()] == _contract()
+
+
+def test_every_folder_of_the_package_is_a_room_of_the_contract():
+    package = ROOT / "resdiag"
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert folders | {"errors"} == set(_contract())
+
+
+def test_modules_that_the_architecture_names_exist():
+    page = (DOCS / "architecture.md").read_text("utf-8")
+    names = set(re.findall(r"`((?:[a-z_]+/)+[a-z_]+\.py)`", page))
+    rooms = "|".join(_contract())
+    dotted = set(re.findall(rf"`((?:{rooms})(?:\.[a-z_]+)+)\.[A-Za-z_]+`", page))
+    assert names
+    assert dotted
+    for name in names | {name.replace(".", "/") + ".py" for name in dotted}:
+        inside = list((ROOT / "resdiag").rglob(name.split("/")[-1]))
+        assert any(path.as_posix().endswith("/" + name) for path in inside), name
 
 
 def test_make_targets_that_the_pages_name_exist():

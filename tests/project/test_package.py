@@ -1,6 +1,7 @@
 """What an installation costs and contains: lazy imports, fast answers, a lean wheel."""
 
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -154,3 +155,36 @@ def test_wheel_is_small_and_offers_the_command(wheel):
     metadata = archive.read("resdiag-0.1.0.dist-info/METADATA").decode()
     assert "Requires-Python: >=3.11" in metadata
     assert "License-Expression: MIT" in metadata
+
+
+def test_the_version_stands_in_one_place_and_the_citation_agrees():
+    import tomllib
+
+    import resdiag
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    assert "version" not in project["project"]
+    assert project["tool"]["hatch"]["version"]["path"] == "resdiag/__init__.py"
+    citation = (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f"\nversion: {resdiag.__version__}\n" in citation
+
+
+def test_python_dash_m_resdiag_is_the_command():
+    words = [sys.executable, "-m", "resdiag"]
+    done = subprocess.run([*words, "version"], capture_output=True, text=True, cwd=ROOT, check=True)
+    import resdiag
+
+    assert done.stdout.strip() == resdiag.__version__
+    wrong = subprocess.run([*words, "rnu"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("resdiag: ")
+
+
+def test_the_bounds_of_the_matrix_are_those_of_the_project():
+    text = (ROOT / "noxfile.py").read_text("utf-8")
+    project = (ROOT / "pyproject.toml").read_text("utf-8")
+    for name in ("torch", "torchvision"):
+        (least,) = set(re.findall(rf'"{name}>=([\d.]+)"', project))
+        assert f'"{name}=={least}.*"' in text
+    (least,) = re.findall(r'requires-python = ">=([\d.]+)"', project)
+    assert f'PYTHONS = ["{least}"' in text

@@ -593,12 +593,8 @@ def test_thawed_results_give_the_same_report(tmp_path):
 
 
 @pytest.mark.slow
-def test_seventy_five_cells_take_thirty_seconds_and_two_megabytes(tmp_path):
-    import time
-
+def test_seventy_five_cells_take_two_megabytes(tmp_path):
     results = make_results(load_study("paper"))
     assert len(results.cells) >= 75
-    begin = time.process_time()
     files = write_report(results, tmp_path)
-    assert time.process_time() - begin < 30
     assert files[0].stat().st_size < 2_000_000

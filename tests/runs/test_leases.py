@@ -68,13 +68,11 @@ def test_a_clock_that_jumps_neither_frees_a_cell_nor_keeps_it(jump, tmp_path):
 def test_an_owner_that_dies_is_not_waited_for(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from resdiag.runs.lock import Lock\n"
-        "Lock.take(Path(sys.argv[1])); print('has it', flush=True); time.sleep(60)\n"
+        "Lock.take(Path(sys.argv[1])); print('has it', flush=True); time.sleep(3600)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "has it\n"
         timer = threading.Timer(0.5, process.kill)
         timer.start()
-        begin = time.monotonic()
-        Lock.take(tmp_path, patience=60.0).check()
-        assert time.monotonic() - begin < 30
+        Lock.take(tmp_path, patience=3600.0).check()  # the test's own timeout is a minute

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import logging
@@ -561,12 +562,64 @@ def test_a_reader_never_fails_while_a_run_is_written(tmp_path, monkeypatch):
     assert len(set(seen)) > 5
 
 
-def test_a_commit_costs_milliseconds(tmp_path):
+def test_a_commit_costs_the_same_however_long_the_run_is(tmp_path, monkeypatch):
+    costs = []
     with open_writer(tmp_path) as writer:
-        seconds = []
-        for step in range(25, 150, 25):
+        for step in range(25, 200, 25):
             rows = make_metrics(step - 25, step, blocks=54), make_curve(step - 25, step)
-            start = time.perf_counter()
+            system = Faulty()
+            monkeypatch.setattr(files, "system", system)
             writer.commit(step, *rows, *make_checkpoint(step))
-            seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.25
+            names = [name for name, _ in system.done]
+            written = sum(len(args[1]) for name, args in system.done if name == "write")
+            costs.append((names.count("fsync"), names.count("rename"), written))
+    first, *others = costs[1:]  # the first commit has no other before it
+    assert first[:2] == (12, 6)  # two tables, checkpoint, state, two commits: file and folder
+    for fsyncs, renames, written in others:
+        assert (fsyncs, renames) == first[:2]
+        assert written < 1.1 * first[2]
+
+
+class Broken(Faulty):
+    """From the n-th operation on every one of them fails."""
+
+    def __getattribute__(self, name):
+        operate = super().__getattribute__(name)
+        if name not in OPERATIONS:
+            return operate
+
+        def attempt(*args):
+            if len(self.done) + 1 >= self.at:
+                self.done.append((name, args))
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(args[0]))
+            return operate(*args)
+
+        return attempt
+
+
+@pytest.mark.parametrize("fault", ["broken disk", "interrupt"])
+def test_the_next_commit_clears_what_failed_operations_left(tmp_path, monkeypatch, fault):
+    """No temporary file can be removed from a disk on which everything fails."""
+    operations = count_operations(tmp_path / "whole", monkeypatch)
+    expected = contents(tmp_path / "whole" / make_config().name)
+    left = 0
+
+    def interrupt(_name, _args):
+        raise KeyboardInterrupt
+
+    for point in range(1, len(operations) + 1):
+        root = tmp_path / str(point)
+        monkeypatch.setattr(files, "system", Faulty())
+        with open_writer(root) as writer:
+            broken = Broken(point) if fault == "broken disk" else Faulty(point, interrupt)
+            monkeypatch.setattr(files, "system", broken)
+            with contextlib.suppress(StorageError, KeyboardInterrupt):
+                continue_run(writer)
+            left += len(litter(root))
+            monkeypatch.setattr(files, "system", Faulty())
+            if writer.status == "done":
+                writer.finish("done", {"name": "fine"})
+            continue_run(writer)
+            assert not litter(root), operations[point - 1]
+        assert contents(writer.folder) == expected, operations[point - 1]
+    assert (left > 0) == (fault == "broken disk")

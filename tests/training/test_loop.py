@@ -302,17 +302,33 @@ def ctrl_c():
     signal.signal(signal.SIGINT, inherited)
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
 @pytest.mark.usefixtures("ctrl_c")
-def test_the_second_signal_finds_the_handlers_of_before():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+def test_handlers_stay_after_a_signal_and_the_second_one_reaches_the_handler_of_before():
+    before = [signal.getsignal(number) for number in SIGNALS]
     with Interrupt() as interrupt:
+        installed = [signal.getsignal(number) for number in SIGNALS]
         os.kill(os.getpid(), signal.SIGTERM)
         assert interrupt.signal == signal.SIGTERM
-        after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-        assert after == before
+        assert [signal.getsignal(number) for number in SIGNALS] == installed
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+        assert interrupt.signal == signal.SIGTERM
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+@pytest.mark.parametrize(("handler", "code"), [(signal.SIG_DFL, 75), (signal.SIG_IGN, 0)])
+def test_a_second_sigterm_ends_the_process_unless_it_was_ignored_before(handler, code):
+    pid = os.fork()
+    if pid == 0:
+        signal.signal(signal.SIGTERM, handler)
+        with Interrupt():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
 
 
 def test_handlers_come_back_after_an_error():

@@ -12,10 +12,12 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-import torch
-from tiny_training import digest, run_tiny_cell
+from forked import start_cell, start_command, wait_for
+from tiny_training import digest
 
 from resdiag.runs.commit import COMMIT, Commit
+
+pytestmark = pytest.mark.timeout(600)  # dozens of processes
 
 ROOT = Path(__file__).resolve().parents[2]
 PLAIN = {"steps": 30, "commit_every": 4, "record_first": 5, "every": 3}
@@ -38,39 +40,6 @@ class Tally:
     differ: list[str] = field(default_factory=list)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _imported():
-    """Have the parent import what an optimizer imports late, or every child does so again."""
-    parameter = torch.zeros(1, requires_grad=True)
-    parameter.grad = torch.zeros(1)
-    torch.optim.SGD([parameter], 0.1).step()
-
-
-def fork_cell(root, asked):
-    """Run a cell in a child of this process, which has imported everything; its pid."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        torch.set_num_threads(1)
-        run_tiny_cell(root, **asked)
-        os._exit(0)
-    except BaseException as error:
-        os.write(2, f"child: {type(error).__name__}: {error}\n".encode())
-        os._exit(1)
-
-
-def wait_for(pid, seconds):
-    """The child's exit code, or None if it is still running after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    return None
-
-
 def committed(folder):
     """The step of the last commit; 0 before the first."""
     return Commit.read(folder / COMMIT).step if (folder / COMMIT).exists() else 0
@@ -79,8 +48,7 @@ def committed(folder):
 def straight(root, asked):
     """The uninterrupted run: its folder's name, its digest, and the seconds it took."""
     begun = time.monotonic()
-    pid = fork_cell(root, asked)
-    assert wait_for(pid, 120) == 0
+    assert wait_for(start_cell(root, asked), 120) == 0
     seconds = time.monotonic() - begun
     (folder,) = root.iterdir()
     return folder.name, digest(folder), seconds
@@ -93,12 +61,11 @@ def kill_until_done(root, asked, name, expected, seconds, dice, tally, longest=1
     """
     folder, last = root / name, 0
     for attempt in range(longest + 1):
-        pid = fork_cell(root, asked)
-        patience = dice.uniform(0, 0.7 * seconds) if attempt < longest else 120
-        code = wait_for(pid, patience)
+        process = start_cell(root, asked)
+        code = wait_for(process, dice.uniform(0, 0.7 * seconds) if attempt < longest else 120)
         if code is None:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            process.kill()
+            process.join()
             tally.kills += 1
         now = committed(folder)
         if now < last:
@@ -173,7 +140,6 @@ def wait_for_commit(root, process):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_the_command_itself_survives_kills(tmp_path):
     output, _ = start(tmp_path / "straight").communicate()
     document = json.loads(output)
@@ -195,7 +161,6 @@ def test_the_command_itself_survives_kills(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_the_command_stops_on_a_signal_with_a_commit_and_continues(tmp_path, number, code):
     process = start(tmp_path)
@@ -213,15 +178,63 @@ def test_the_command_stops_on_a_signal_with_a_commit_and_continues(tmp_path, num
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_second_signal_ends_the_command_at_once(tmp_path, number):
     process = start(tmp_path)
     assert wait_for_commit(tmp_path, process)
     process.send_signal(number)
     process.send_signal(number)
-    begun = time.monotonic()
-    _, error = process.communicate()
-    assert time.monotonic() - begun < 3
-    assert process.returncode in (130, 75, -signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 75}[number]
     assert "Traceback" not in error
+
+
+ENDLESS = [
+    "run", "--variant", "elu", "--depth", "8", "--width", "0.25", "--data", "digits",
+    "--steps", "1000000", "--batch-size", "8", "--commit-every", "2", "--record-first", "5",
+    "--every", "50", "--quiet",
+]  # fmt: skip
+
+
+def stop_again_and_again(tmp_path, tries, seed):
+    """Start one run again and again, and end it by SIGTERM, once or twice, at a random instant."""
+    dice, root, said = random.Random(seed), tmp_path / "runs", tmp_path / "stderr.txt"
+    root.mkdir()
+    last = 0
+    for attempt in range(tries):
+        process = start_command([*ENDLESS, "--runs", root], said)
+        # its handlers are set before it takes the run's lock
+        until = time.monotonic() + 60
+        while not list(root.glob("*/lock-*.json")):
+            assert time.monotonic() < until, said.read_text()
+            time.sleep(0.001)
+        time.sleep(dice.uniform(0, 0.6))
+        process.terminate()
+        if attempt % 3 == 2:
+            time.sleep(dice.choice([0, 0, 0.0001, 0.01]))
+            process.terminate()
+        assert wait_for(process, 60) == 75, said.read_text()
+        for lock in root.glob("*/lock-*.json"):
+            lock.unlink()  # a second signal leaves it
+        (folder,) = root.iterdir()
+        now = committed(folder)
+        assert now >= last
+        if attempt % 3 != 2:
+            assert now > last
+            assert Commit.read(folder / COMMIT).status == "stopped"
+        if now:
+            Commit.read(folder / COMMIT).verify(folder)
+        last = now
+    assert "Traceback" not in said.read_text()
+    assert "Exception ignored" not in said.read_text()
+
+
+def test_sigterm_at_any_instant_ends_in_a_commit_and_exit_code_75(tmp_path):
+    stop_again_and_again(tmp_path, tries=15, seed=5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seed", [6, 7])
+def test_sigterm_at_hundreds_of_instants_ends_in_a_commit_and_exit_code_75(tmp_path, seed):
+    stop_again_and_again(tmp_path, tries=200, seed=seed)
