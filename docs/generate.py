@@ -205,7 +205,7 @@ def settings_page() -> str:
     data = [
         (
             f"`{row.spec}`",
-            row.description,
+            row.description.replace("<", "&lt;").replace("*", "\\*"),
             f"{row.train:,} + {row.test:,}" if row.train else "",
             str(row.classes or ""),
             "yes" if row.flip else "no",

@@ -53,5 +53,5 @@ def _option(entry: "Field[Any]") -> inspect.Parameter:
         entry.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if entry.default is MISSING else entry.default,
-        annotation=Annotated[entry.type, typer.Option(*names, help=row_of(entry).help)],  # type: ignore[name-defined]
+        annotation=Annotated[entry.type, typer.Option(*names, help=row_of(entry).help)],
     )

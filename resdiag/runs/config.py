@@ -12,7 +12,7 @@ import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, TypeVar, dataclass_transform, get_args
 
 from resdiag.errors import UsageError, unknown
 from resdiag.models.variants import count_blocks, find_variant
@@ -26,6 +26,7 @@ the passes, with and without the recorder; `auto` is the fastest of the first tw
 """
 DTYPES = ("float32", "bfloat16")
 
+_Class = TypeVar("_Class")
 _WORDS = {
     str: "a text",
     bool: "true or false",
@@ -68,9 +69,21 @@ class Setting:
         return ", ".join(bounds or self.choices)
 
 
-def setting(help: str, **facts: Any) -> dict[str, Setting]:  # noqa: ANN401
-    """The `metadata` of a dataclass's field that is a run setting; see `Setting`."""
-    return {"setting": Setting(help=help, **facts)}
+def setting(help: str, *, default: Any = MISSING, **facts: Any) -> Any:  # noqa: ANN401
+    """A field that is a run setting, in a class of `settings`.
+
+    Args:
+        help: See `Setting`.
+        default: Its default; required if there is none.
+        facts: What else `Setting` has.
+    """
+    return field(default=default, metadata={"setting": Setting(help=help, **facts)})
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(setting,))
+def settings(cls: type[_Class]) -> type[_Class]:
+    """A frozen dataclass of run settings."""
+    return dataclass(frozen=True, kw_only=True)(cls)
 
 
 def row_of(entry: "Field[Any]") -> Setting:
@@ -113,7 +126,7 @@ def check_value(name: str, row: Setting, value: Any, lead: str = "") -> None:  #
         raise UsageError(f"{lead}is too large")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Settings:
     """The settings of a run, one row each; None leaves a number to the recipe.
 
@@ -121,65 +134,42 @@ class Settings:
     number that recipes decide also needs a field of `Recipe`, and one of `RunConfig` without None.
     """
 
-    variant: str = field(
-        metadata=setting(
-            "Variant id or the paper's letter; see `resdiag variants`.", check=find_variant
-        )
+    variant: str = setting(
+        "Variant id or the paper's letter; see `resdiag variants`.", check=find_variant
     )
-    depth: int = field(
-        metadata=setting(
-            "Weighted layers, 6n+2: 20, 32, 44, 56, 110, ...", check=count_blocks, least=1
-        )
+    depth: int = setting(
+        "Weighted layers, 6n+2: 20, 32, 44, 56, 110, ...", check=count_blocks, least=1
     )
-    recipe: str = field(metadata=setting("Decides what was not asked for."))
-    data: str = field(metadata=setting("The images."))
-    warmup: int = field(
-        default=0, metadata=setting("Steps at learning rate 0.01 before the first.", least=0)
+    recipe: str = setting("Decides what was not asked for.")
+    data: str = setting("The images.")
+    lr: float | None = setting("Learning rate.", default=None, least=0)
+    # batch statistics of one sample have no variance
+    batch_size: int | None = setting("Images per step.", default=None, least=2)
+    warmup: int = setting("Steps at learning rate 0.01 before the first.", default=0, least=0)
+    weight_decay: float = setting("L2 coefficient on all parameters.", default=1e-4, least=0)
+    momentum: float = setting("Momentum of SGD.", default=0.9, least=0)
+    nesterov: bool = setting("Nesterov's momentum.", default=True)
+    augment: bool = setting("Random crops, and flips where allowed.", default=True)
+    width: float = setting("Multiple of the 16/32/64 channels.", default=1.0, above=0, most=64)
+    stem_bn: bool = setting("BatchNorm in the stem.", default=False)
+    seed: int = setting(
+        "Seed of weights, order and augmentation.", default=0, least=0, in_studies=False
     )
-    weight_decay: float = field(
-        default=1e-4, metadata=setting("L2 coefficient on all parameters.", least=0)
-    )
-    momentum: float = field(default=0.9, metadata=setting("Momentum of SGD.", least=0))
-    nesterov: bool = field(default=True, metadata=setting("Nesterov's momentum."))
-    augment: bool = field(default=True, metadata=setting("Random crops, and flips where allowed."))
-    width: float = field(
-        default=1.0, metadata=setting("Multiple of the 16/32/64 channels.", above=0, most=64)
-    )
-    stem_bn: bool = field(default=False, metadata=setting("BatchNorm in the stem."))
-    seed: int = field(
-        default=0,
-        metadata=setting("Seed of weights, order and augmentation.", least=0, in_studies=False),
-    )
-    dtype: str = field(
-        default="float32", metadata=setting("float32, or bfloat16 by autocast.", choices=DTYPES)
-    )
-    device: str = field(
-        default="cpu", metadata=setting("auto, cpu, cuda or cuda:N.", in_studies=False)
-    )
-    backend: str = field(
+    dtype: str = setting("float32, or bfloat16 by autocast.", default="float32", choices=DTYPES)
+    device: str = setting("auto, cpu, cuda or cuda:N.", default="cpu", in_studies=False)
+    backend: str = setting(
+        "eager, fast (an own ELU on the CPU), compile, graph (CUDA) or auto.",
         default="eager",
-        metadata=setting(
-            "eager, fast (an own ELU on the CPU), compile, graph (CUDA) or auto.",
-            choices=BACKENDS,
-            later=True,
-        ),
+        choices=BACKENDS,
+        later=True,
     )
-    every: int | None = field(default=None, metadata=setting("Record each EVERY-th step.", least=1))
-    record_first: int | None = field(
-        default=None, metadata=setting("Record each of the first steps.", least=0)
-    )
-    commit_every: int | None = field(
-        default=None, metadata=setting("Steps between commits.", least=1)
-    )
-    lr: float | None = field(default=None, metadata=setting("Learning rate.", least=0))
-    batch_size: int | None = field(
-        default=None,  # batch statistics of one sample have no variance
-        metadata=setting("Images per step.", least=2),
-    )
-    steps: int | None = field(default=None, metadata=setting("Optimizer steps.", least=1))
+    every: int | None = setting("Record each EVERY-th step.", default=None, least=1)
+    record_first: int | None = setting("Record each of the first steps.", default=None, least=0)
+    commit_every: int | None = setting("Steps between commits.", default=None, least=1)
+    steps: int | None = setting("Optimizer steps.", default=None, least=1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class RunConfig(Settings):
     """Everything that decides a run's numbers, apart from the machine it runs on.
 
@@ -189,29 +179,21 @@ class RunConfig(Settings):
         UsageError: A value is not of its field's type or less than its smallest.
     """
 
-    augment: bool = field(metadata=setting("Whether training images are flipped and shifted."))
-    steps: int = field(metadata=setting("Optimizer steps in all.", least=1))
-    batch_size: int = field(
-        metadata=setting("Samples per step; an epoch's last batch has what is left.", least=1)
+    augment: bool = setting("Whether training images are flipped and shifted.")
+    steps: int = setting("Optimizer steps in all.", least=1)
+    batch_size: int = setting("Samples per step; an epoch's last batch has what is left.", least=1)
+    lr: float = setting("Learning rate before the first milestone.", least=0)
+    record_first: int = setting("Steps at the start that are all recorded.", least=0)
+    every: int = setting("Recorded distance in steps after that; 0: none.", least=0)
+    commit_every: int = setting("Steps between commits.", least=1)
+    eval_every: int = setting("Steps between evaluations; 0: at the end only.", least=0)
+    milestones: tuple[int, ...] = setting(
+        "Steps at which the learning rate is multiplied by `gamma`."
     )
-    lr: float = field(metadata=setting("Learning rate before the first milestone.", least=0))
-    record_first: int = field(
-        metadata=setting("Steps at the start that are all recorded.", least=0)
-    )
-    every: int = field(metadata=setting("Recorded distance in steps after that; 0: none.", least=0))
-    commit_every: int = field(metadata=setting("Steps between commits.", least=1))
-    eval_every: int = field(
-        metadata=setting("Steps between evaluations; 0: at the end only.", least=0)
-    )
-    milestones: tuple[int, ...] = field(
-        metadata=setting("Steps at which the learning rate is multiplied by `gamma`.")
-    )
-    gamma: float = field(default=0.1, metadata=setting("See `milestones`.", least=0))
-    warmup_lr: float = field(
-        default=0.01, metadata=setting("Learning rate of the `warmup` steps.", least=0)
-    )
-    stop_after_explosion: int = field(
-        default=3, metadata=setting("Steps to go on after a loss that is not finite.", least=0)
+    gamma: float = setting("See `milestones`.", default=0.1, least=0)
+    warmup_lr: float = setting("Learning rate of the `warmup` steps.", default=0.01, least=0)
+    stop_after_explosion: int = setting(
+        "Steps to go on after a loss that is not finite.", default=3, least=0
     )
 
     def __post_init__(self) -> None:

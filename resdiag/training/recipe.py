@@ -4,14 +4,14 @@ No torch here: a wrong option must be answered before anything slow is imported.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
 from resdiag.data.registry import known_specs
 from resdiag.errors import UsageError
 from resdiag.models.variants import find_variant
-from resdiag.runs.config import RunConfig, Settings, check_value, row_of, setting
+from resdiag.runs.config import RunConfig, Settings, check_value, row_of, setting, settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,18 +70,16 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 """What `--recipe` accepts."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Request(Settings):
     """What a user asked for: None leaves a number to the recipe."""
 
-    recipe: str = field(
-        default="short",
-        metadata=setting("short: the first 60 steps; paper: 164 epochs.", choices=tuple(RECIPES)),
+    recipe: str = setting(
+        "short: the first 60 steps; paper: 164 epochs.", default="short", choices=tuple(RECIPES)
     )
-    data: str = field(default="auto", metadata=setting(f"{', '.join(known_specs())}."))
-    epochs: int | None = field(
-        default=None,
-        metadata=setting("Epochs; the recipe's milestones scale with them.", least=1),
+    data: str = setting(f"{', '.join(known_specs())}.", default="auto")
+    epochs: int | None = setting(
+        "Epochs; the recipe's milestones scale with them.", default=None, least=1
     )
 
     def check(self) -> None:

@@ -57,7 +57,7 @@ def test_the_setting_of_the_page_needs_one_field_and_nothing_else(tmp_path):
     (tmp_path / "studies").mkdir()
     file = tmp_path / "resdiag/runs/config.py"
     text = file.read_text("utf-8")
-    last = "@dataclass(frozen=True, kw_only=True)\nclass RunConfig"
+    last = "@settings\nclass RunConfig"
     row = "\n".join("    " + line.strip(" ") if line else line for line in row.splitlines())
     file.write_text(text.replace(last, f"{row.rstrip()}\n\n\n{last}"))
 
