@@ -213,11 +213,11 @@ def make_ours(options: argparse.Namespace, folder: Path) -> Callable[[], None]:
     from resdiag.training.loop import Training
 
     config = RunConfig(
-        variant=options.variant, depth=options.depth, data="made", recipe="probe", steps=10**8,
+        variant=options.variant, depth=options.depth, data="made", recipe="short", steps=10**8,
         batch_size=options.batch_size, lr=0.1, milestones=(), augment=True, record_first=0,
         every=10 if options.arm == "recording" else 0, eval_every=0, commit_every=10**8,
         dtype="bfloat16" if options.arm == "bfloat16" else "float32",
-        engine=options.arm if options.arm in ("fast", "compile") else "eager",
+        backend=options.arm if options.arm in ("fast", "compile") else "eager",
     )  # fmt: skip
     images, labels = (
         torch.randint(0, 256, (IMAGES, 3, 32, 32), dtype=torch.uint8),
@@ -231,7 +231,7 @@ def make_ours(options: argparse.Namespace, folder: Path) -> Callable[[], None]:
     described = environment(config.device, config.dtype)
     writer = RunWriter.open(folder, config, environment=described, data=data.identity)
     training = Training(config, data, writer)
-    LIVING.enter_context(training.engine())
+    LIVING.enter_context(training.backend())
     steps = iter(range(10**8))
     return lambda: training.train_step(next(steps))
 

@@ -64,7 +64,7 @@ def parse() -> argparse.Namespace:
 def write(root: Path, steps: int, blocks: int, every: int) -> dict[str, Any]:
     """Write a run by way of the training's own committer."""
     config = RunConfig(
-        variant="original", depth=6 * (blocks // 3) + 2, data="made", recipe="probe", steps=steps,
+        variant="original", depth=6 * (blocks // 3) + 2, data="made", recipe="short", steps=steps,
         batch_size=128, lr=0.1, milestones=(), augment=True, record_first=0, every=every,
         eval_every=0, commit_every=COMMIT_EVERY,
     )  # fmt: skip

@@ -4,6 +4,7 @@ The pages are committed, so that they can be read without building anything; a t
 """
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import itertools
@@ -19,15 +20,17 @@ from typer.main import get_command
 import resdiag
 from resdiag.catalog.table import METRICS, POINTS, SITES, Metric
 from resdiag.cli.main import app
+from resdiag.data.registry import DATASETS
 from resdiag.diagnose import breakdown, degraded
 from resdiag.diagnose.rules import RULES
 from resdiag.diagnose.verdict import LATE
 from resdiag.models.variants import VARIANTS
 from resdiag.plots.kinds import KINDS
 from resdiag.report import committed
+from resdiag.runs.config import RunConfig, row_of
 from resdiag.study.calibration import SETS, Result, count_blocks_named, count_false_alarms, score
 from resdiag.study.faults import FAULTS
-from resdiag.training.recipe import RECIPES
+from resdiag.training.recipe import RECIPES, Request
 
 HERE = Path(__file__).resolve().parent / "reference"
 ROOT = HERE.parent.parent
@@ -182,6 +185,62 @@ def variants_page() -> str:
             ),
         ]
     )
+
+
+def settings_page() -> str:
+    """The settings of a run, what its configuration holds, and the data sets."""
+    asked = [
+        (
+            f"`--{entry.name.replace('_', '-')}`",
+            f"`{entry.name}`" if row_of(entry).in_studies else "",
+            *_value_words(entry),
+            row_of(entry).help,
+        )
+        for entry in dataclasses.fields(Request)
+    ]
+    stored = [
+        (f"`{entry.name}`", *_value_words(entry), row_of(entry).help)
+        for entry in dataclasses.fields(RunConfig)
+    ]
+    data = [
+        (
+            f"`{row.spec}`",
+            row.description.replace("<", "&lt;").replace("*", "\\*"),
+            f"{row.train:,} + {row.test:,}" if row.train else "",
+            str(row.classes or ""),
+            "yes" if row.flip else "no",
+            "yes" if row.download else "",
+            row.licence or "yours",
+        )
+        for row in DATASETS.values()
+    ]
+    header = ("type", "default", "valid", "meaning")
+    return "\n".join(
+        [
+            _head("Run settings and data sets", "resdiag/runs/config.py and data/registry.py"),
+            "What `resdiag run` has as options, and study files as keys of `[fixed]`, `[grid]`, "
+            "`[[include]]` and `[[exclude]]`. Without a default the recipe decides.\n",
+            table(("option", "in a study file", *header), asked),
+            "## Configuration of a run\n\nWhat `run.json` holds: the settings with the recipe's "
+            "numbers filled in. The name of the run's folder is made of it. Older files say "
+            "`engine` for `backend`, and recipe `probe` for `short`; they are read as they are.\n",
+            table(("key", *header), stored),
+            "## Data sets\n\n`--data auto` takes CIFAR-10 where it is on disk, else the digits. "
+            "[](../howto/images.md) shows how to use them, [](../howto/extend-dataset.md) how to "
+            "add one.\n",
+            table(
+                ("`--data`", "what", "images", "classes", "mirrored", "download", "licence"), data
+            ),
+        ]
+    )
+
+
+def _value_words(entry: "dataclasses.Field[Any]") -> tuple[str, str, str]:
+    """Type, default and valid values of a setting."""
+    kind = "list of integers" if get_args(entry.type) == (int, ...) else _kind(entry.type)
+    none = entry.default in (None, dataclasses.MISSING)
+    default = "" if none else f"`{json.dumps(entry.default)}`".replace('"', "")
+    return {"bool": "true, false"}.get(kind, kind), default, row_of(entry).range
 
 
 def plots_page() -> str:
@@ -425,6 +484,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "cli.md": cli_page,
     "metrics.md": metrics_page,
     "variants.md": variants_page,
+    "settings.md": settings_page,
     "plots.md": plots_page,
     "api.md": api_page,
     "findings.md": findings_page,

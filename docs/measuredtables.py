@@ -143,8 +143,8 @@ def _steps_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _engines_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A row per network and engine."""
-    header = ("network", "batch", "engine", "images/s", "speed by the clock", "by processor", "n")
+    """A row per network and backend."""
+    header = ("network", "batch", "backend", "images/s", "speed by the clock", "by processor", "n")
     cells = [
         (
             f"{r['variant']}-{r['depth']}",

@@ -7,6 +7,7 @@ import typer
 from resdiag.cli.app import group
 from resdiag.cli.options import DataRoot, Json
 from resdiag.cli.output import print_table
+from resdiag.data.registry import DATASETS, list_sets
 
 data_app = group("Data sets: what is there, and how to get more.")
 
@@ -14,14 +15,15 @@ data_app = group("Data sets: what is there, and how to get more.")
 @data_app.command("list")
 def data_list(data_root: DataRoot = None, as_json: Json = False) -> None:
     """List what `--data` accepts and what is on this disk."""
-    from resdiag.data.inventory import list_sets
-
     print_table(("data", "state", "place"), list_sets(data_root), as_json)
 
 
 @data_app.command("get")
 def data_get(
-    name: Annotated[str, typer.Argument(help="cifar10, cifar100 or fashion.")],
+    name: Annotated[
+        str,
+        typer.Argument(help=f"{', '.join(row.name for row in DATASETS.values() if row.download)}."),
+    ],
     data_root: DataRoot = None,
 ) -> None:
     """Download a data set with a progress bar, checked against its published checksum."""

@@ -26,8 +26,8 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Say before training what will happen: theory beside the measurement on one batch."""
+    from resdiag.data.registry import check_data
     from resdiag.models.variants import count_blocks, find_variant
-    from resdiag.training.spec import check_data
 
     find_variant(variant)
     count_blocks(depth)

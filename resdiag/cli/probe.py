@@ -49,7 +49,7 @@ def probe(
 
         check_text(data)
     elif data:
-        from resdiag.training.spec import check_data
+        from resdiag.data.registry import check_data
 
         check_data(data)
     from resdiag.models.source import parse_arguments

@@ -8,52 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resdiag.cli.options import DataRoot, Json, RunsRoot
+from resdiag.cli.options import DataRoot, Json, RunsRoot, with_settings
 from resdiag.cli.output import keep_quiet, say
+from resdiag.data.registry import check_data
 from resdiag.errors import UsageError, unknown
 from resdiag.training.interrupt import EXIT_CODES
+from resdiag.training.recipe import Request
 
 if TYPE_CHECKING:
     from resdiag.study.cell import Outcome
 
 
+@with_settings
 def run(
-    variant: Annotated[
-        str, typer.Option(help="Variant id or the paper's letter; see `resdiag variants`.")
-    ],
-    depth: Annotated[int, typer.Option(help="Weighted layers, 6n+2: 20, 32, 44, 56, 110, ...")],
-    recipe: Annotated[
-        str, typer.Option(help="probe: the first 60 steps; paper: 164 epochs.")
-    ] = "probe",
-    data: Annotated[
-        str,
-        typer.Option(help="auto, cifar10, cifar100, digits, fashion, folder:PATH or parquet:PATH."),
-    ] = "auto",
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    epochs: Annotated[
-        int | None, typer.Option(help="Epochs; the recipe's milestones scale with them.")
-    ] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
-    warmup: Annotated[int, typer.Option(help="Steps at learning rate 0.01 before the first.")] = 0,
-    weight_decay: Annotated[float, typer.Option(help="L2 coefficient on all parameters.")] = 1e-4,
-    momentum: Annotated[float, typer.Option(help="Momentum of SGD.")] = 0.9,
-    nesterov: Annotated[bool, typer.Option(help="Nesterov's momentum.")] = True,
-    augment: Annotated[bool, typer.Option(help="Random crops, and flips where allowed.")] = True,
-    width: Annotated[float, typer.Option(help="Multiple of the 16/32/64 channels.")] = 1.0,
-    stem_bn: Annotated[bool, typer.Option("--stem-bn", help="BatchNorm in the stem.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of weights, order and augmentation.")] = 0,
-    every: Annotated[int | None, typer.Option(help="Record each EVERY-th step.")] = None,
-    record_first: Annotated[
-        int | None, typer.Option(help="Record each of the first steps.")
-    ] = None,
-    commit_every: Annotated[int | None, typer.Option(help="Steps between commits.")] = None,
+    request: Request,
+    *,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 by autocast.")] = "float32",
-    engine: Annotated[
-        str,
-        typer.Option(help="eager, fast (an own ELU on the CPU), compile, graph (CUDA) or auto."),
-    ] = "eager",
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="CPU threads of PyTorch.")
     ] = None,
@@ -76,13 +46,9 @@ def run(
 ) -> int:
     """Train one variant, or just start to train it, while recording; ends with the verdict."""
     from resdiag.trackers.sink import check_sink
-    from resdiag.training.recipe import Request
-    from resdiag.training.spec import check_data
 
-    asked = locals()
-    request = Request(**{name: asked[name] for name in Request.__dataclass_fields__})
     request.check()
-    check_data(data)
+    check_data(request.data)
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
         raise unknown("device", device, ["auto", "cpu", "cuda", "cuda:N"])
     for text in sink or ():

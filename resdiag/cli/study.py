@@ -375,13 +375,11 @@ def _start(job: "Job", chosen: _Choice, quiet: bool) -> int:
 
 def _check_data(study: "Study", cells: tuple[str, ...], data_root: Path | None) -> None:
     """Refuse a study whose data are not on this machine, once and not cell by cell."""
-    from resdiag.data.inventory import list_sets
-    from resdiag.training.spec import check_data
+    from resdiag.data.registry import check_data, find_dataset
 
-    states = {name: state for name, state, _ in list_sets(data_root)}
     for data in {study.cell(id).request.data: None for id in cells}:
         check_data(data)
-        if states.get(data) == "missing":
+        if find_dataset(data)[0].state(data_root) == "missing":
             raise UsageError(
                 f"{data} is not on this disk",
                 f"`resdiag data get {data}` downloads it; --set fixed.data=digits needs none",

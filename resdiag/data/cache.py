@@ -13,10 +13,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from resdiag.data.dataset import Source
 from resdiag.data.places import cache_root
-from resdiag.data.source import Source
 
-_FORMAT = 1  # of the cache and of what decoding yields; a new number makes every entry stale
+_FORMAT = 2  # of the cache and of what decoding yields; a new number makes every entry stale
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 _META = "meta.json"
 _STALE = 3600.0  # seconds after which another writer's temporary file is taken to be abandoned
@@ -84,7 +84,6 @@ def _describe(source: Source) -> dict[str, Any]:
     return {
         "name": source.name,
         "classes": list(source.classes),
-        "flip": source.flip,
         "note": source.note,
     }
 

@@ -1,31 +1,58 @@
-"""`--data`: the images of a run as tensors, from a name or a path."""
+"""`--data`: what a reader returns, and the images of a run as tensors."""
 
-import importlib
-from collections.abc import Callable
+import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from resdiag.data.digits import read_digits
-from resdiag.data.source import Source, measure_moments
-from resdiag.errors import UsageError, unknown
+from resdiag.data.registry import choose_auto, find_dataset
+from resdiag.errors import UsageError
 
-Reader = Callable[[Path | None], Source]
+SIDE = 32
+"""Height and width of every image in pixels: the networks are those of CIFAR."""
 
-_READERS = {
-    "cifar10": ("resdiag.data.cifar", "read_cifar10"),
-    "cifar100": ("resdiag.data.cifar", "read_cifar100"),
-    "digits": ("resdiag.data.digits", "read_digits"),
-    "fashion": ("resdiag.data.fashion", "read_fashion"),
-}
-_PATH_READERS = {
-    "folder": ("resdiag.data.tree", "read_tree"),
-    "parquet": ("resdiag.data.parquet", "read_parquet"),
-}
-SPECS = ("auto", *_READERS, *(f"{kind}:PATH" for kind in _PATH_READERS))
-"""What `--data` accepts."""
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A labelled set of images, read and checked, before it becomes tensors.
+
+    Attributes:
+        name: What results call it, e.g. "cifar10".
+        train_images: uint8, (N, 3, 32, 32).
+        train_labels: int64, (N,), 0 .. len(classes) - 1.
+        test_images: uint8, (M, 3, 32, 32).
+        test_labels: int64, (M,).
+        classes: Names of the classes; a label is an index into it.
+        moments: Mean and standard deviation per channel in units of 0..255, or None: measured on
+            the training images.
+        note: One line for the user: what this is and what was done to it.
+    """
+
+    name: str
+    train_images: NDArray[np.uint8]
+    train_labels: NDArray[np.int64]
+    test_images: NDArray[np.uint8]
+    test_labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+    note: str
+    moments: tuple[tuple[float, float, float], tuple[float, float, float]] | None = None
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 over the bytes of the four arrays, labels as little-endian int64."""
+        digest = hashlib.sha256()
+        for images, labels in (
+            (self.train_images, self.train_labels),
+            (self.test_images, self.test_labels),
+        ):
+            digest.update(np.ascontiguousarray(images).data)
+            digest.update(np.ascontiguousarray(labels, dtype="<i8").data)
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,18 +91,33 @@ def open_data(spec: str, root: Path | None = None) -> ImageData:
     """Read the data set that `spec` names.
 
     Args:
-        spec: auto, cifar10, cifar100, digits, fashion, folder:PATH or parquet:PATH. `auto` is
-            CIFAR-10 where it is on disk and the embedded digits elsewhere.
+        spec: The name of a row of `registry.DATASETS`, with `:PATH` where it takes a path; or
+            `auto`: CIFAR-10 where it is on disk and the embedded digits elsewhere.
         root: Folder with the downloaded sets; None: $RESDIAG_DATA, ./data, ~/data, in this order.
 
     Raises:
         UsageError: The name is unknown, or the files are missing, damaged or not of this form.
     """
-    return to_tensors(_find_reader(spec)(root))
+    if spec == "auto":
+        row, note = choose_auto(root)
+        data = open_data(row.name, root)
+        return replace(data, note=note.format(data.note))
+    row, path = find_dataset(spec)
+    if row.takes_path and not path:
+        raise UsageError(f"data '{spec}' names no path", hint=f"write {row.spec}")
+    place = Path(path).expanduser() if row.takes_path else row.find(root)
+    if place is None and row.state(root) == "missing":
+        raise row.missing(root)
+    return to_tensors(row.load(place), flip=row.flip)
 
 
-def to_tensors(source: Source) -> ImageData:
-    """The tensors of a set that was read; they share memory with its arrays."""
+def to_tensors(source: Source, *, flip: bool) -> ImageData:
+    """The tensors of a set that was read; they share memory with its arrays.
+
+    Args:
+        source: What a reader returned.
+        flip: Whether a mirrored image is still of its class (a mirrored digit is not).
+    """
     mean, std = source.moments or measure_moments(source.train_images)
     return ImageData(
         name=source.name,
@@ -87,7 +129,7 @@ def to_tensors(source: Source) -> ImageData:
         mean=torch.tensor([value / 255 for value in mean], dtype=torch.float32),
         # a channel without any contrast must become zeros, not 0/0
         std=torch.tensor([max(value, 1.0) / 255 for value in std], dtype=torch.float32),
-        flip=source.flip,
+        flip=flip,
         identity={
             "name": source.name,
             "train": len(source.train_images),
@@ -99,32 +141,18 @@ def to_tensors(source: Source) -> ImageData:
     )
 
 
-def _find_reader(spec: str) -> Reader:
-    kind, colon, path = spec.partition(":")
-    if spec == "auto":
-        return _read_auto
-    if colon and kind in _PATH_READERS:
-        if not path:
-            raise UsageError(f"data '{spec}' names no path", hint=f"write {kind}:PATH")
-        return lambda root: _load(_PATH_READERS[kind])(Path(path).expanduser())
-    if spec in _READERS:
-        return _load(_READERS[spec])
-    raise unknown("data", spec, SPECS)
+def measure_moments(images: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and (population) standard deviation of each channel of (N, 3, H, W), units 0..255.
 
-
-def _load(home: tuple[str, str]) -> Callable[..., Source]:
-    """Import a reader when it is needed: torchvision and pyarrow take a second each."""
-    module, name = home
-    reader: Callable[..., Source] = getattr(importlib.import_module(module), name)
-    return reader
-
-
-def _read_auto(root: Path | None) -> Source:
-    from resdiag.data.cifar import has_cifar10, read_cifar10
-
-    if has_cifar10(root):
-        source = read_cifar10(root)
-        return replace(source, note=f"auto: {source.note}; `--data digits` is the small set")
-    source = read_digits()
-    hint = "no CIFAR-10 on disk (`resdiag data get cifar10` downloads it)"
-    return replace(source, note=f"auto: {hint}, taking {source.note}")
+    They come from exact counts of the 256 values, so neither order nor chunking can change them.
+    """
+    counts = np.zeros((3, 256), dtype=np.int64)
+    for start in range(0, len(images), 1024):
+        for channel in range(3):
+            part = images[start : start + 1024, channel]
+            counts[channel] += np.bincount(part.reshape(-1), minlength=256)
+    values = np.arange(256)
+    total = counts.sum(axis=1)
+    mean = counts @ values / total
+    variance = (counts * (values - mean[:, None]) ** 2).sum(axis=1) / total
+    return mean, np.sqrt(variance)

@@ -1,4 +1,4 @@
-"""`resdiag data get NAME`: fetch a published set through torchvision, checked by its MD5."""
+"""`resdiag data get NAME`: download a published set, with one line for whatever fails."""
 
 import errno
 import http.client
@@ -8,22 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from resdiag.data.places import data_roots
+from resdiag.data.registry import DATASETS
 from resdiag.errors import ResdiagError, StorageError, unknown
-
-DOWNLOADS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion": "FashionMNIST"}
-"""What can be downloaded, and torchvision's class for it."""
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 _SILENCE = 60.0  # seconds without a byte before a download is given up
 
 
 def download(name: str, root: Path | None = None) -> Path:
-    """Download and unpack a data set where `open_data` finds it, with torchvision's progress bar.
+    """Download and unpack a data set where `open_data` finds it, with a progress bar.
 
     Nothing is downloaded again if it is already there and complete.
 
     Args:
-        name: cifar10, cifar100 or fashion.
+        name: A row of `registry.DATASETS` that has a download.
         root: The folder; None: the first of the places of `data_roots`.
 
     Returns:
@@ -34,27 +32,27 @@ def download(name: str, root: Path | None = None) -> Path:
         StorageError: The folder cannot be written.
         ResdiagError: The network or the server failed, or the file is not the published one.
     """
-    if name not in DOWNLOADS:
-        raise unknown("download", name, DOWNLOADS)
+    known = {row.name: row.download for row in DATASETS.values() if row.download}
+    if name not in known:
+        raise unknown("download", name, known)
     folder = data_roots(root)[0]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StorageError(
-            f"{folder}: {error.strerror}", hint="choose another --data-root"
-        ) from error
+        raise _unwritable(folder, error) from error
     try:
         with _timeout():
-            _fetch(DOWNLOADS[name], folder)
+            known[name](folder)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise _explain(name, folder, error) from error
+        if isinstance(error, OSError) and error.errno in _DISK:
+            raise _unwritable(folder, error) from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ResdiagError(
+            f"cannot download {name}: {reason}",
+            hint=f"try again, or copy the set into {folder} from another computer; "
+            "`--data digits` needs no download",
+        ) from error
     return folder
-
-
-def _fetch(dataset: str, folder: Path) -> None:
-    from torchvision import datasets
-
-    getattr(datasets, dataset)(folder, train=True, download=True)
 
 
 @contextmanager
@@ -68,12 +66,5 @@ def _timeout() -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _explain(name: str, folder: Path, error: Exception) -> ResdiagError:
-    if isinstance(error, OSError) and error.errno in _DISK:
-        return StorageError(f"{folder}: {error.strerror}", hint="choose another --data-root")
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return ResdiagError(
-        f"cannot download {name}: {reason}",
-        hint=f"try again, or copy the set into {folder} from another computer; "
-        "`--data digits` needs no download",
-    )
+def _unwritable(folder: Path, error: OSError) -> StorageError:
+    return StorageError(f"{folder}: {error.strerror}", hint="choose another --data-root")

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from resdiag.data.cache import cached
+from resdiag.data.dataset import Source
 from resdiag.data.pictures import MAX_COUNT, Picture, decode_all
-from resdiag.data.source import Source
 from resdiag.errors import UsageError
 
 _IMAGE_COLUMNS = ("img", "image")
@@ -63,7 +63,6 @@ def _build(path: Path, files: dict[str, list[Path]]) -> Source:
         test_images=test[0],
         test_labels=test[1],
         classes=_class_names(files["train"][0], count),
-        flip=True,
         note=f"{name}: {len(train[0]):,} + {len(test[0]):,} images from Parquet files in {path}"
         + (f"; {resized:,} resized to 32x32" if resized else ""),
     )

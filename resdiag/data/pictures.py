@@ -2,18 +2,19 @@
 
 import io
 import os
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from resdiag.data.progress import track
-from resdiag.data.source import SIDE
+from resdiag.data.dataset import SIDE
 from resdiag.errors import UsageError
 
 SUFFIXES = frozenset(
@@ -32,6 +33,8 @@ MAX_COUNT = 1_000_000
 
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")  # never EPS: it runs a program
 _CHUNK = 512  # encoded files in memory at a time
+_PATIENCE = 1.0  # seconds before a progress bar appears
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def decode_all(pictures: Iterable[Picture], where: Path, total: int | None = Non
     """
     images: dict[tuple[str | int, ...], NDArray[np.uint8]] = {}
     resized, broken = 0, []
-    for picture, result in track(_decode_in_threads(pictures), "decoding images", total):
+    for picture, result in _track(_decode_in_threads(pictures), "decoding images", total):
         if isinstance(result, str):
             broken.append(f"{'/'.join(map(str, picture.key))} ({result})")
         else:
@@ -118,3 +121,24 @@ def _attempt(picture: Picture) -> _Result:
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         reason = str(error).splitlines() or [type(error).__name__]
         return "not an image" if isinstance(error, UnidentifiedImageError) else reason[0]
+
+
+def _track(items: Iterable[_Item], what: str, total: int | None = None) -> Iterator[_Item]:
+    """Yield the items; draw a bar on a terminal once this has taken a second."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
+    columns = TextColumn(what), BarColumn(), MofNCompleteColumn()
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task = bar.add_task(what, total=total)
+    begin, started = time.monotonic(), False
+    try:
+        for item in items:
+            yield item
+            bar.advance(task)
+            if not started and time.monotonic() - begin > _PATIENCE:
+                bar.start()
+                started = True
+    finally:
+        bar.stop()

@@ -1,8 +1,19 @@
-"""Where downloaded data sets and the cache lie on this computer."""
+"""Where data lie on this computer, and a quick look at a path. No torch here."""
 
+import bz2
+import gzip
+import lzma
 import os
-from collections.abc import Iterable
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
+
+from resdiag.errors import UsageError
+
+TREE = "expected train/<class>/* and test/<class>/* with JPEG or PNG files"
+"""The layout of `folder:PATH`, for the hint of an error."""
 
 
 def data_roots(root: Path | None = None) -> list[Path]:
@@ -35,3 +46,39 @@ def _home() -> Path:
         return Path.home()
     except RuntimeError:  # a container's user may have none
         return Path("/nonexistent")
+
+
+def check_tree(spec: str, path: Path) -> None:
+    """Refuse a path that is neither a folder with both splits nor a tar archive.
+
+    Raises:
+        UsageError: It is not, or a split holds no file.
+    """
+    if path.is_file():
+        if not _is_archive(path):
+            raise UsageError(f"{spec}: neither a folder nor a tar archive", TREE)
+        return
+    for split in ("train", "test"):
+        folder = path / split
+        if not folder.is_dir():
+            raise UsageError(f"{spec}: has no folder {split}", TREE)
+        if not any(names for _, _, names in os.walk(folder)):
+            raise UsageError(f"{spec}: {split} holds no file", TREE)
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether a file begins as a tar archive, packed or not; just one header is unpacked.
+
+    Not `tarfile.is_tarfile`: that reads extended headers of any length that the file claims.
+    """
+    openers = (gzip.open, bz2.open, lzma.open, Path.open)
+    return any(_begins_as_tar(path, opener) for opener in openers)
+
+
+def _begins_as_tar(path: Path, opener: Callable[..., Any]) -> bool:
+    try:
+        with opener(path, "rb") as file:
+            tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError):
+        return False
+    return True

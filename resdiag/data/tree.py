@@ -14,19 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resdiag.data.cache import cached
-from resdiag.data.pictures import (
-    MAX_BYTES,
-    MAX_COUNT,
-    SUFFIXES,
-    Decoded,
-    Picture,
-    decode_all,
-)
-from resdiag.data.source import Source
+from resdiag.data.dataset import Source
+from resdiag.data.pictures import MAX_BYTES, MAX_COUNT, SUFFIXES, Decoded, Picture, decode_all
+from resdiag.data.places import TREE
 from resdiag.errors import UsageError
 
 _SPLITS = ("train", "test")
-_LAYOUT = "expected train/<class>/* and test/<class>/* with JPEG or PNG files"
 _ARCHIVE_SUFFIXES = {".tar", ".gz", ".tgz", ".xz", ".txz", ".bz2", ".tbz2"}
 
 
@@ -49,7 +42,7 @@ def read_tree(path: Path) -> Source:
         pictures = [Picture(_split_name(file.relative_to(path))[1], file) for file in files]
         return cached(path, files, lambda: _build(path, decode_all(pictures, path, len(files))))
     if not path.is_file():
-        raise UsageError(f"{path}: no such folder or archive", hint=_LAYOUT)
+        raise UsageError(f"{path}: no such folder or archive", hint=TREE)
     return cached(path, [path], lambda: _build(path, _decode_archive(path)))
 
 
@@ -57,7 +50,7 @@ def _list_files(root: Path) -> Iterator[Path]:
     """Image files of the tree; links in a folder are the user's own and are followed."""
     for split in _SPLITS:
         if not (root / split).is_dir():
-            raise UsageError(f"{root}: has no folder {split}", hint=_LAYOUT)
+            raise UsageError(f"{root}: has no folder {split}", hint=TREE)
         for kind in (folder for folder in (root / split).iterdir() if folder.is_dir()):
             for folder, _, names in os.walk(kind):
                 files = (Path(folder, name) for name in names)
@@ -87,7 +80,7 @@ def _decode_archive(path: Path) -> Decoded:
             return decode_all(_read_members(archive, path), path)
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         raise UsageError(
-            f"{path}: not a complete tar archive: {error}", hint=f"{_LAYOUT} in it"
+            f"{path}: not a complete tar archive: {error}", hint=f"{TREE} in it"
         ) from error
 
 
@@ -166,7 +159,6 @@ def _build(path: Path, decoded: Decoded) -> Source:
         test_images=test[0],
         test_labels=test[1],
         classes=tuple(classes),
-        flip=True,
         note=f"{name}: {len(train[0]):,} + {len(test[0]):,} images from {path}{resized}",
     )
 
@@ -180,14 +172,14 @@ def _check_classes(path: Path, found: set[tuple[str, str]]) -> list[str]:
     by_split = {split: {kind for own, kind in found if own == split} for split in _SPLITS}
     for split, classes in by_split.items():
         if not classes:
-            raise UsageError(f"{path}: no images in {split}/<class>/", hint=_LAYOUT)
+            raise UsageError(f"{path}: no images in {split}/<class>/", hint=TREE)
     only = by_split["train"] ^ by_split["test"]
     if only:
         odd = sorted(only)[0]
         where = "train" if odd in by_split["train"] else "test"
-        raise UsageError(f"{path}: class '{odd}' has images in {where} only", hint=_LAYOUT)
+        raise UsageError(f"{path}: class '{odd}' has images in {where} only", hint=TREE)
     if len(by_split["train"]) < 2:
-        raise UsageError(f"{path}: only one class, '{by_split['train'].pop()}'", hint=_LAYOUT)
+        raise UsageError(f"{path}: only one class, '{by_split['train'].pop()}'", hint=TREE)
     return sorted(by_split["train"])
 
 

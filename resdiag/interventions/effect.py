@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from resdiag.data.dataset import SPECS, ImageData, open_data
+from resdiag.data.dataset import ImageData, open_data
+from resdiag.data.registry import known_specs
 from resdiag.errors import UsageError
 from resdiag.interventions.arm import Arm, Start, last_checkpoint, other_seeds, run_arm
 from resdiag.interventions.lesions import Lesion, check_lesion, propose
@@ -211,7 +212,7 @@ def open_images(run: Run, spec: str = "", root: Path | None = None) -> ImageData
         UsageError: The run does not say how to open them, or they are other images.
     """
     name = spec or run.config.data.removesuffix("-jpeg")
-    if name not in SPECS and ":" not in name:
+    if name not in known_specs() and ":" not in name:
         raise UsageError(f"the images of this run are called {name!r}", "name them with --data")
     data = open_data(name, root)
     if data.identity["sha256"] != run.data.get("sha256"):

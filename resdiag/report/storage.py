@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from resdiag.diagnose.finding import plain
 from resdiag.errors import UsageError
 from resdiag.report.results import CellResult, Results
+from resdiag.runs.config import from_stored
 from resdiag.runs.files import Damaged, from_json, make_folder, read_file, to_json, write_file
 from resdiag.runs.watched import read_config
 from resdiag.study.grid import Cell
@@ -100,7 +101,7 @@ def read_results(folder: Path) -> Results:
             _unpack_cell(cell, document["shared"], frames["metrics"][i], frames["curve"][i])
             for i, cell in enumerate(document["cells"])
         ]
-        name, said = str(document["study"]), dict(document["document"])
+        name, said = str(document["study"]), from_stored(document["document"])
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise Damaged(f"{path} is damaged: {type(error).__name__} {error}") from error
     check_name(name, path)
@@ -152,7 +153,7 @@ def _unpack_cell(
     from resdiag.runs.folder import Run
 
     about, run = packed["run"], None
-    request = Request(**packed["request"])
+    request = Request(**from_stored(packed["request"]))
     request.check()
     if about is not None:
         run = Run(

@@ -1,21 +1,32 @@
-"""What a run is asked to do: plain data, checked at the door, named by its digest."""
+"""Run settings: one row each, and what a run is asked to do, checked and named by its digest.
+
+A setting is a field of `Settings` with a row of facts. The options of `resdiag run`, the tables of
+study files, `--set`, all checks, the digest and the reference page follow from it.
+"""
 
 import hashlib
 import json
 import math
 import re
 import reprlib
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from types import NoneType
+from typing import Any, TypeVar, dataclass_transform, get_args
 
 from resdiag.errors import UsageError, unknown
+from resdiag.models.variants import count_blocks, find_variant
 
-_AT_LEAST = {
-    "depth": 1, "steps": 1, "batch_size": 1, "commit_every": 1,
-    "lr": 0, "gamma": 0, "warmup": 0, "warmup_lr": 0, "momentum": 0, "weight_decay": 0, "seed": 0,
-    "record_first": 0, "every": 0, "eval_every": 0, "stop_after_explosion": 0,
-}  # fmt: skip
+BACKENDS = ("auto", "eager", "fast", "compile", "graph")
+"""How passes are executed.
+
+`eager` is PyTorch as it is; `fast` is the same with an own ELU on the CPU, other bits in the last
+places; `compile` is torch.compile, the recorder inside the graph; `graph` replays CUDA graphs of
+the passes, with and without the recorder; `auto` is the fastest of the first two.
+"""
+DTYPES = ("float32", "bfloat16")
+
+_Class = TypeVar("_Class")
 _WORDS = {
     str: "a text",
     bool: "true or false",
@@ -26,72 +37,169 @@ _WORDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Everything that decides a run's numbers, apart from the machine it runs on.
+class Setting:
+    """What is known of a run setting besides its name, type and default.
 
     Attributes:
-        variant: Id of the variant.
-        depth: Weighted layers, 6n+2.
-        width: Factor on the number of channels.
-        stem_bn: Whether a batch norm stands behind the stem's convolution in every variant.
-        data: What `--data` said, resolved.
-        recipe: "probe" or "paper".
-        steps: Optimizer steps in all.
-        batch_size: Samples per step.
-        lr: Learning rate before the first milestone.
-        milestones: Steps at which the learning rate is multiplied by `gamma`.
-        gamma: See `milestones`.
-        warmup: Steps at `warmup_lr` before `lr` applies.
-        warmup_lr: See `warmup`.
-        momentum: Of SGD.
-        nesterov: Whether the momentum is Nesterov's.
-        weight_decay: L2 coefficient.
-        augment: Whether training images are flipped and shifted.
-        seed: Of weights, order and augmentation.
-        record_first: Steps at the start that are all recorded.
-        every: Recorded distance in steps after that; 0 records no more.
-        eval_every: Steps between evaluations; 0 evaluates at the end only.
-        commit_every: Steps between commits.
-        dtype: Of the arithmetic, "float32".
-        device: "cpu", "cuda", ...
-        engine: How the passes are executed: "eager", "fast" or "compile".
-        stop_after_explosion: Steps to go on after loss or gradients became non-finite.
-
-    Raises:
-        UsageError: A value is not of its field's type or out of range.
+        help: One line for `--help`, the reference page and readers of the code.
+        least: Smallest value.
+        above: What a value must be larger than.
+        most: Largest value.
+        choices: Valid words; empty: any.
+        check: Refuses a value with a `UsageError` that names the valid ones.
+        in_studies: Whether `[fixed]` and `[grid]` of a study file may set it.
+        later: Whether there were runs before there was this setting. Its default is then left out
+            of digests, so that those runs keep their folders.
     """
 
-    variant: str
-    depth: int
-    width: float = 1.0
-    stem_bn: bool = False
-    data: str
-    recipe: str
-    steps: int
-    batch_size: int
-    lr: float
-    milestones: tuple[int, ...]
-    gamma: float = 0.1
-    warmup: int = 0
-    warmup_lr: float = 0.01
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 1e-4
-    augment: bool
-    seed: int = 0
-    record_first: int
-    every: int
-    eval_every: int
-    commit_every: int
-    dtype: str = "float32"
-    device: str = "cpu"
-    engine: str = "eager"
-    stop_after_explosion: int = 3
+    help: str
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    choices: tuple[str, ...] = ()
+    check: Callable[[Any], object] | None = None
+    in_studies: bool = True
+    later: bool = False
+
+    @property
+    def range(self) -> str:
+        """The valid values in words, "" for any."""
+        ends = ((self.least, "at least"), (self.above, "more than"), (self.most, "at most"))
+        bounds = [f"{words} {end:g}" for end, words in ends if end is not None]
+        return ", ".join(bounds or self.choices)
+
+
+def setting(help: str, *, default: Any = MISSING, **facts: Any) -> Any:  # noqa: ANN401
+    """A field that is a run setting, in a class of `settings`.
+
+    Args:
+        help: See `Setting`.
+        default: Its default; required if there is none.
+        facts: What else `Setting` has.
+    """
+    return field(default=default, metadata={"setting": Setting(help=help, **facts)})
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(setting,))
+def settings(cls: type[_Class]) -> type[_Class]:
+    """A frozen dataclass of run settings."""
+    return dataclass(frozen=True, kw_only=True)(cls)
+
+
+def row_of(entry: "Field[Any]") -> Setting:
+    """The row of a setting, from its field."""
+    row: Setting = entry.metadata["setting"]
+    return row
+
+
+def value_type(entry: "Field[Any]") -> Any:  # noqa: ANN401
+    """The type of a setting that is given: int of `int | None`."""
+    return next(kind for kind in (*get_args(entry.type), entry.type) if kind is not NoneType)
+
+
+def check_value(name: str, row: Setting, value: Any, lead: str = "") -> None:  # noqa: ANN401
+    """Refuse a value that a setting cannot have.
+
+    Args:
+        name: Of the setting.
+        row: Of the setting.
+        value: A value of the setting's type.
+        lead: Begins the message about a number, for example "--lr -1 ".
+
+    Raises:
+        UsageError: With the valid values.
+    """
+    if row.choices and value not in row.choices:
+        raise unknown(name, value, row.choices)
+    if row.check:
+        row.check(value)
+    if row.least is None and row.above is None and row.most is None:
+        return
+    # "not ... >=": nan fails every comparison
+    if row.least is not None and not value >= row.least:
+        raise UsageError(f"{lead}must be at least {row.least:g}")
+    if row.above is not None and not value > row.above:
+        raise UsageError(f"{lead}must be more than {row.above:g}")
+    if row.most is not None and not value <= row.most:
+        raise UsageError(f"{lead}must be at most {row.most:g}")
+    if not value < 2**63:
+        raise UsageError(f"{lead}is too large")
+
+
+@settings
+class Settings:
+    """The settings of a run, one row each; None leaves a number to the recipe.
+
+    To add one, add a field here and use it where it acts (`training/loop.py`), nothing else; a
+    number that recipes decide also needs a field of `Recipe`, and one of `RunConfig` without None.
+    """
+
+    variant: str = setting(
+        "Variant id or the paper's letter; see `resdiag variants`.", check=find_variant
+    )
+    depth: int = setting(
+        "Weighted layers, 6n+2: 20, 32, 44, 56, 110, ...", check=count_blocks, least=1
+    )
+    recipe: str = setting("Decides what was not asked for.")
+    data: str = setting("The images.")
+    lr: float | None = setting("Learning rate.", default=None, least=0)
+    # batch statistics of one sample have no variance
+    batch_size: int | None = setting("Images per step.", default=None, least=2)
+    warmup: int = setting("Steps at learning rate 0.01 before the first.", default=0, least=0)
+    weight_decay: float = setting("L2 coefficient on all parameters.", default=1e-4, least=0)
+    momentum: float = setting("Momentum of SGD.", default=0.9, least=0)
+    nesterov: bool = setting("Nesterov's momentum.", default=True)
+    augment: bool = setting("Random crops, and flips where allowed.", default=True)
+    width: float = setting("Multiple of the 16/32/64 channels.", default=1.0, above=0, most=64)
+    stem_bn: bool = setting("BatchNorm in the stem.", default=False)
+    seed: int = setting(
+        "Seed of weights, order and augmentation.", default=0, least=0, in_studies=False
+    )
+    dtype: str = setting("float32, or bfloat16 by autocast.", default="float32", choices=DTYPES)
+    device: str = setting("auto, cpu, cuda or cuda:N.", default="cpu", in_studies=False)
+    backend: str = setting(
+        "eager, fast (an own ELU on the CPU), compile, graph (CUDA) or auto.",
+        default="eager",
+        choices=BACKENDS,
+        later=True,
+    )
+    every: int | None = setting("Record each EVERY-th step.", default=None, least=1)
+    record_first: int | None = setting("Record each of the first steps.", default=None, least=0)
+    commit_every: int | None = setting("Steps between commits.", default=None, least=1)
+    steps: int | None = setting("Optimizer steps.", default=None, least=1)
+
+
+@settings
+class RunConfig(Settings):
+    """Everything that decides a run's numbers, apart from the machine it runs on.
+
+    The settings with the recipe's numbers filled in, and what follows from them.
+
+    Raises:
+        UsageError: A value is not of its field's type or less than its smallest.
+    """
+
+    augment: bool = setting("Whether training images are flipped and shifted.")
+    steps: int = setting("Optimizer steps in all.", least=1)
+    batch_size: int = setting("Samples per step; an epoch's last batch has what is left.", least=1)
+    lr: float = setting("Learning rate before the first milestone.", least=0)
+    record_first: int = setting("Steps at the start that are all recorded.", least=0)
+    every: int = setting("Recorded distance in steps after that; 0: none.", least=0)
+    commit_every: int = setting("Steps between commits.", least=1)
+    eval_every: int = setting("Steps between evaluations; 0: at the end only.", least=0)
+    milestones: tuple[int, ...] = setting(
+        "Steps at which the learning rate is multiplied by `gamma`."
+    )
+    gamma: float = setting("See `milestones`.", default=0.1, least=0)
+    warmup_lr: float = setting("Learning rate of the `warmup` steps.", default=0.01, least=0)
+    stop_after_explosion: int = setting(
+        "Steps to go on after a loss that is not finite.", default=3, least=0
+    )
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = _checked(field.name, field.type, getattr(self, field.name))
-            object.__setattr__(self, field.name, value)
+        for entry in fields(self):
+            value = _checked(entry, getattr(self, entry.name))
+            object.__setattr__(self, entry.name, value)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: `RunConfig.from_dict(config.to_dict()) == config`."""
@@ -106,24 +214,21 @@ class RunConfig:
         """
         if not isinstance(document, Mapping):
             raise UsageError(f"a config is an object of keys, not {reprlib.repr(document)}")
-        names = [field.name for field in fields(cls)]
+        document = from_stored(document)
+        names = [entry.name for entry in fields(cls)]
         for key in document:
             if key not in names:
                 raise unknown("config key", repr(str(key))[1:-1][:80], names)
-        for field in fields(cls):
-            if field.default is MISSING and field.name not in document:
-                raise UsageError(f"config key '{field.name}' is missing")
+        for entry in fields(cls):
+            if entry.default is MISSING and entry.name not in document:
+                raise UsageError(f"config key '{entry.name}' is missing")
         return cls(**document)
 
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON: equal configs have equal digests.
-
-        The eager engine is left out: it is what runs had before there were others.
-        """
-        plain = self.to_dict()
-        if plain["engine"] == "eager":
-            del plain["engine"]
-        text = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        """SHA-256 of the canonical JSON: equal configs have equal digests."""
+        text = json.dumps(
+            to_stored(self.to_dict()), sort_keys=True, separators=(",", ":"), allow_nan=False
+        )
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
@@ -138,15 +243,53 @@ class RunConfig:
         return f"{variant}-d{self.depth}-s{self.seed}-{self.digest()[:8]}"
 
 
-def _checked(name: str, kind: object, value: object) -> object:
+# Run folders and cells are named by digests of these words, which settings had before they were
+# renamed, and committed results hold them: they stay where digests are made, and are understood
+# where files are read.
+_OLD_NAMES = {"backend": "engine"}
+_OLD_RECIPES = {"short": "probe"}
+_LATER = {entry.name: entry.default for entry in fields(Settings) if row_of(entry).later}
+
+
+def to_stored(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in the words that digests are made of, without what is `later` and not set."""
+    plain = {
+        _OLD_NAMES.get(name, name): value
+        for name, value in settings.items()
+        if not (name in _LATER and value == _LATER[name])
+    }
+    recipe = plain["recipe"]
+    return {**plain, "recipe": _OLD_RECIPES.get(recipe, recipe)}
+
+
+def from_stored(value: Any) -> Any:  # noqa: ANN401
+    """A document, or a part of one, with the names that settings have now.
+
+    >>> from_stored({"fixed": {"recipe": "probe"}, "grid": {"engine": ["eager", "fast"]}})
+    {'fixed': {'recipe': 'short'}, 'grid': {'backend': ['eager', 'fast']}}
+    """
+    if not isinstance(value, Mapping):
+        return [from_stored(item) for item in value] if isinstance(value, list) else value
+    names = {old: new for new, old in _OLD_NAMES.items()}
+    document = {names.get(key, key): from_stored(item) for key, item in value.items()}
+    for new, old in _OLD_RECIPES.items():
+        recipe = document.get("recipe")
+        if recipe == old:
+            document["recipe"] = new
+        elif isinstance(recipe, list):
+            document["recipe"] = [new if item == old else item for item in recipe]
+    return document
+
+
+def _checked(entry: "Field[Any]", value: object) -> object:
     """`value` in its field's type, or a UsageError that says what was expected."""
-    result = _converted(kind, value)
+    name, low = entry.name, row_of(entry).least
+    result = _converted(entry.type, value)
     if result is None:
-        expected = next(words for type_, words in _WORDS.items() if type_ == kind)
+        expected = next(words for type_, words in _WORDS.items() if type_ == entry.type)
         raise UsageError(f"config key '{name}' must be {expected}, not {reprlib.repr(value)}")
-    low = _AT_LEAST.get(name)
     if low is not None and isinstance(result, int | float) and result < low:
-        raise UsageError(f"config key '{name}' must be at least {low}, not {result}")
+        raise UsageError(f"config key '{name}' must be at least {low:g}, not {result}")
     return result
 
 

@@ -5,18 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from resdiag.catalog.table import RECORDED
+from resdiag.data.registry import known_sizes
 from resdiag.models.variants import count_blocks
+from resdiag.runs.config import RunConfig
 from resdiag.study.grid import Cell
 from resdiag.study.ledger import ENDED, Entry
 from resdiag.training.recipe import Request, resolve
-
-SIZES = {
-    "digits": (1437, 360),
-    "cifar10": (50_000, 10_000),
-    "cifar100": (50_000, 10_000),
-    "fashion": (60_000, 10_000),
-}
-"""Training and test images of the named sets; a folder's are counted when it is opened."""
 
 _SOURCE = "one core of a 2025 server, float32"
 _IMAGES_PER_S = 300.0
@@ -62,7 +56,7 @@ def estimate(cells: Sequence[Cell], entries: Sequence[Entry]) -> Estimate:
         entries: The ledger, in the same order.
     """
     missing = [cell for cell, entry in zip(cells, entries, strict=True) if entry.state not in ENDED]
-    known = [cell for cell in missing if cell.request.data in SIZES]
+    known = [cell for cell in missing if known_sizes(cell.request.data)]
     speeds = list(_measured(cells, entries))
     speed = sum(speeds) / len(speeds) if speeds else _IMAGES_PER_S
     basis = f"measured on {len(speeds)} cells of this study" if speeds else _SOURCE
@@ -91,10 +85,16 @@ def _start(request: Request) -> float:
     return _START_S * max(1.0, (request.depth - 2) / 18 * 0.75)
 
 
+def _resolved(request: Request) -> tuple[RunConfig, int]:
+    """The configuration of a cell, and the number of test images of its data."""
+    sizes = known_sizes(request.data)
+    assert sizes is not None  # cells of other data are counted as unknown
+    return resolve(request, data_name=request.data, train_size=sizes[0]), sizes[1]
+
+
 def _work(request: Request) -> float:
     """Images of depth 20 at full width that a cell amounts to."""
-    train, test = SIZES[request.data]
-    config = resolve(request, data_name=request.data, train_size=train)
+    config, test = _resolved(request)
     tests = 1 + (config.steps // config.eval_every if config.eval_every else 0)
     images = config.steps * config.batch_size + tests * test * _TEST_SHARE
     return images * _weight(request)
@@ -102,7 +102,7 @@ def _work(request: Request) -> float:
 
 def _bytes(request: Request) -> float:
     """Recorded numbers, the curve, and the last two checkpoints of weights and momenta."""
-    config = resolve(request, data_name=request.data, train_size=SIZES[request.data][0])
+    config, _ = _resolved(request)
     first = min(config.record_first, config.steps)
     steps = first + (config.steps - first) // config.every if config.every else first
     blocks = 3 * count_blocks(request.depth)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from resdiag.errors import UsageError
+from resdiag.runs.config import to_stored
 from resdiag.study.spec import MOST_MISTAKES, StudyError, StudyFile
 from resdiag.training.recipe import RECIPES, Request
 
@@ -189,9 +190,8 @@ def _name(request: Request) -> str:
     """The id of a cell; equal for equal work, whatever machine it is done on."""
     # the numbers of the recipe too: a later version may have changed them under the same name
     # vars, not asdict: both are flat, and ten thousand cells are named in one go
-    what = {**vars(request), "device": "any", "numbers": vars(RECIPES[request.recipe])}
-    if request.engine == "eager":  # as in `RunConfig.digest`: cells had it before there were others
-        del what["engine"]
+    numbers = vars(RECIPES[request.recipe])
+    what = {**to_stored(vars(request)), "device": "any", "numbers": numbers}
     text = json.dumps(what, sort_keys=True, separators=(",", ":"), allow_nan=False)
     digest = hashlib.sha256(text.encode()).hexdigest()
     variant = re.sub(r"\W", "_", request.variant, flags=re.ASCII)

@@ -4,27 +4,24 @@ No torch here: a study is read, checked, expanded and planned without it.
 """
 
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from pydantic_core import PydanticCustomError
 
+from resdiag.data.registry import find_dataset, known_specs
 from resdiag.errors import UsageError, unknown
 from resdiag.models.variants import count_blocks, find_variant
+from resdiag.runs.config import check_value, row_of, value_type
 from resdiag.training.recipe import Request
-from resdiag.training.spec import SETS, TREES
 
 STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 MOST_TEXT = 4000
 
-_KINDS: Mapping[str, Any] = {
-    "variant": str, "depth": int, "recipe": str, "data": str, "width": float, "stem_bn": bool,
-    "steps": int, "epochs": int, "batch_size": int, "lr": float, "warmup": int,
-    "momentum": float, "nesterov": bool, "weight_decay": float, "augment": bool,
-    "record_first": int, "every": int, "commit_every": int, "dtype": str, "engine": str,
-}  # fmt: skip
-SETTINGS = tuple(_KINDS)
+_FIELDS = {entry.name: entry for entry in fields(Request) if row_of(entry).in_studies}
+SETTINGS = tuple(_FIELDS)
 """What `[fixed]` and `[grid]` may name: all of a `Request` but the seed and the device."""
 
 
@@ -60,13 +57,15 @@ Text = Annotated[str, passing(_check_text)]
 
 def _check_data(spec: str) -> str:
     """A set's name or a path; whether the path is there is seen where the cell runs."""
-    kind, colon, path = _check_text(spec).partition(":")
-    if spec == "auto":
+    if _check_text(spec) == "auto":
         raise UsageError("a study names its data: 'auto' may mean other data on another machine")
-    if (colon and kind in TREES and path) or spec in SETS:
-        return spec
-    known = [name for name in SETS if name != "auto"]
-    raise unknown("data", reprlib.repr(spec)[1:-1], [*known, *(f"{kind}:PATH" for kind in TREES)])
+    try:
+        row, path = find_dataset(spec)
+    except UsageError:
+        row, path = None, ""
+    if row is None or (row.takes_path and not path):
+        raise unknown("data", reprlib.repr(spec)[1:-1], known_specs(auto=False))
+    return spec
 
 
 def _check_depth(depth: int) -> int:
@@ -80,29 +79,24 @@ _DEEPEST = 9998  # 6n+2; tens of thousands of layers are a slip of the finger
 
 
 def _check_setting(name: str) -> Callable[[Any], Any]:
-    """The check of one setting: that of `Request`, in words that fit a file."""
+    """The check of one setting; whether it fits the device is seen where the cell runs."""
 
     def check(value: Any) -> Any:  # noqa: ANN401
-        # the device is the machine's: whether a setting fits it is seen where the cell runs
-        plain: dict[str, Any] = {"variant": "original", "depth": 20, "device": "auto"}
-        try:
-            Request(**{**plain, name: value}).check()
-        except UsageError as error:
-            option = "--" + name.replace("_", "-")
-            raise UsageError(error.message.replace(f"{option} {value} ", "")) from None
+        check_value(name, row_of(_FIELDS[name]), value)
         return value
 
     return check
 
 
 def _one(name: str) -> Any:  # noqa: ANN401
-    """The annotated type of one setting."""
+    """The annotated type of one setting; None cannot be written in TOML."""
     checks: dict[str, Callable[[Any], Any]] = {
         "variant": lambda name: find_variant(_check_text(name)).id,
         "depth": _check_depth,
         "data": _check_data,
     }
-    return Annotated[_KINDS[name], passing(checks.get(name) or _check_setting(name))]
+    kind = value_type(_FIELDS[name])
+    return Annotated[kind, passing(checks.get(name) or _check_setting(name))]
 
 
 def check_distinct(values: list[Any]) -> list[Any]:

@@ -41,8 +41,8 @@ cost = "minutes on which machine: write it here after the first time"
 seeds = [0, 1]                    # every cell of the grid is run with each of them
 
 [fixed]                           # the same in every cell; what `resdiag run` has as options
-data = "digits"                   # cifar10, cifar100, digits, fashion, folder:PATH, parquet:PATH
-recipe = "probe"                  # probe: the first 60 steps; paper: 164 epochs
+data = "digits"                   # `resdiag data list` says what there is
+recipe = "short"                  # short: the first 60 steps; paper: 164 epochs
 steps = 30
 batch_size = 32
 

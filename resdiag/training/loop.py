@@ -64,7 +64,7 @@ class Training:
         data: The images; those that `config.data` names.
         writer: The run's folder.
         tell: Is handed the rows of both tables after each commit.
-        capture: What takes passes down for the engine `graph`, if not CUDA.
+        capture: What takes passes down for the backend `graph`, if not CUDA.
         turn: Handed on once a step where other trainings share the process; held while running.
     """
 
@@ -107,10 +107,10 @@ class Training:
         )
         self.monitor = self._attach()
         self._compiled: Callable[[Tensor], Tensor] | None = None
-        if config.engine == "compile":  # after attach: hooks set later would not be in the graph
+        if config.backend == "compile":  # after attach: hooks set later would not be in the graph
             self._compiled = torch.compile(self.model, dynamic=False)
         self._graphs: Graphs | None = None
-        if config.engine == "graph":
+        if config.backend == "graph":
             how = capture or CudaCapture(self._device)
             self._graphs = Graphs(self.model, self.monitor, self._train_on, self._test_on, how)
         self._curve, self._tally = Curve(), EpochCounters()
@@ -131,7 +131,7 @@ class Training:
         """
         status = self._writer.status
         done = self._resume()
-        with self.engine(), self.monitor, self._committer:
+        with self.backend(), self.monitor, self._committer:
             while status not in ("done", "diverged") and done < self.config.steps:
                 self.train_step(done)
                 done += 1
@@ -345,7 +345,7 @@ class Training:
 
     def _attach(self) -> Monitor:
         plain = not VARIANTS[self.config.variant].shortcut
-        hidden = self.config.engine in ("compile", "graph")
+        hidden = self.config.backend in ("compile", "graph")
         return attach(
             self.model,
             optimizer=self._optimizer,
@@ -355,11 +355,11 @@ class Training:
             example_inputs=(self._batches.batch(0)[0],) if hidden else None,
         )
 
-    def engine(self) -> AbstractContextManager[object]:
+    def backend(self) -> AbstractContextManager[object]:
         """What the steps run under."""
         if self._device.type == "cpu":
             disable_malloc_trim()
-        return FastElu() if self.config.engine == "fast" else nullcontext()
+        return FastElu() if self.config.backend == "fast" else nullcontext()
 
 
 def _join(parts: list[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:

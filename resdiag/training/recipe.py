@@ -4,21 +4,14 @@ No torch here: a wrong option must be answered before anything slow is imported.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
+from typing import Any
 
-from resdiag.errors import UsageError, unknown
-from resdiag.models.variants import count_blocks, find_variant
-from resdiag.runs.config import RunConfig
-
-DTYPES = ("float32", "bfloat16")
-ENGINES = ("auto", "eager", "fast", "compile", "graph")
-"""What `--engine` accepts.
-
-`eager` is PyTorch as it is; `fast` is the same with an own ELU on the CPU, other bits in the last
-places; `compile` is torch.compile, the recorder inside the graph; `graph` replays CUDA graphs of
-the passes, with and without the recorder; `auto` is the fastest of the first two.
-"""
+from resdiag.data.registry import known_specs
+from resdiag.errors import UsageError
+from resdiag.models.variants import find_variant
+from resdiag.runs.config import RunConfig, Settings, check_value, row_of, setting, settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +43,7 @@ class Recipe:
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
-        "probe": Recipe(
+        "short": Recipe(
             steps=60,
             epochs=0,
             batch_size=64,
@@ -77,82 +70,35 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 """What `--recipe` accepts."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What a user asked for: None leaves a number to the recipe.
+@settings
+class Request(Settings):
+    """What a user asked for: None leaves a number to the recipe."""
 
-    The fields are those of `RunConfig` and of `Recipe`.
-    """
-
-    variant: str
-    depth: int
-    recipe: str = "probe"
-    data: str = "auto"
-    width: float = 1.0
-    stem_bn: bool = False
-    steps: int | None = None
-    epochs: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    warmup: int = 0
-    momentum: float = 0.9
-    nesterov: bool = True
-    weight_decay: float = 1e-4
-    augment: bool = True
-    seed: int = 0
-    record_first: int | None = None
-    every: int | None = None
-    commit_every: int | None = None
-    device: str = "cpu"
-    dtype: str = "float32"
-    engine: str = "eager"
+    recipe: str = setting(
+        "short: the first 60 steps; paper: 164 epochs.", default="short", choices=tuple(RECIPES)
+    )
+    data: str = setting(f"{', '.join(known_specs())}.", default="auto")
+    epochs: int | None = setting(
+        "Epochs; the recipe's milestones scale with them.", default=None, least=1
+    )
 
     def check(self) -> None:
         """Refuse what can be refused without reading the data.
 
         Raises:
-            UsageError: Unknown variant, recipe, dtype or engine, a depth other than 6n+2, a number
-                out of range, or both steps and epochs.
+            UsageError: A value is not one that its setting can have, or two contradict each other.
         """
-        find_variant(self.variant)
-        count_blocks(self.depth)
-        if self.recipe not in RECIPES:
-            raise unknown("recipe", self.recipe, RECIPES)
-        if self.dtype not in DTYPES:
-            raise unknown("dtype", self.dtype, DTYPES)
-        if self.engine not in ENGINES:
-            raise unknown("engine", self.engine, ENGINES)
-        if self.engine == "fast" and not self.device.startswith(("cpu", "auto")):
-            raise UsageError(f"engine 'fast' is for the CPU, not {self.device}", "--engine eager")
-        if self.engine == "graph" and self.device.startswith("cpu"):
-            raise UsageError("engine 'graph' replays CUDA graphs, not on cpu", "--engine eager")
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if value is not None:
+                option = "--" + entry.name.replace("_", "-")
+                check_value(entry.name, row_of(entry), value, f"{option} {value} ")
+        if self.backend == "fast" and not self.device.startswith(("cpu", "auto")):
+            raise UsageError(f"backend 'fast' is for the CPU, not {self.device}", "--backend eager")
+        if self.backend == "graph" and self.device.startswith("cpu"):
+            raise UsageError("backend 'graph' replays CUDA graphs, not on cpu", "--backend eager")
         if self.steps is not None and self.epochs is not None:
             raise UsageError("--steps and --epochs exclude each other")
-        if not 0 < self.width <= _WIDEST:
-            raise UsageError(f"--width {self.width} must be positive and at most {_WIDEST}")
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            option = "--" + name.replace("_", "-")
-            if value is not None and not value >= least:
-                raise UsageError(f"{option} {value} must be at least {least}")
-            if value is not None and not value < 2**63:
-                raise UsageError(f"{option} {value} is too large")
-
-
-_WIDEST = 64
-_LEAST = {
-    "steps": 1,
-    "epochs": 1,
-    "batch_size": 2,  # batch statistics of one sample have no variance
-    "lr": 0,
-    "warmup": 0,
-    "momentum": 0,
-    "weight_decay": 0,
-    "seed": 0,
-    "record_first": 0,
-    "every": 1,
-    "commit_every": 1,
-}
 
 
 def resolve(request: Request, *, data_name: str, train_size: int) -> RunConfig:
@@ -175,33 +121,26 @@ def resolve(request: Request, *, data_name: str, train_size: int) -> RunConfig:
     """
     request.check()
     recipe = RECIPES[request.recipe]
-    batch_size = request.batch_size or recipe.batch_size
-    per_epoch = -(-train_size // batch_size)
+    asked = {entry.name: getattr(request, entry.name) for entry in fields(Settings)}
+    numbers = {name: getattr(recipe, name, None) for name, value in asked.items() if value is None}
+    per_epoch = -(-train_size // (request.batch_size or recipe.batch_size))
     steps = _count_steps(request, recipe, per_epoch)
-    every = request.every if request.every is not None else recipe.every
-    first = request.record_first if request.record_first is not None else recipe.record_first
-    taken = ("width", "stem_bn", "warmup", "momentum", "nesterov", "weight_decay", "augment",
-             "seed", "device", "dtype", "depth", "recipe")  # fmt: skip
-    return RunConfig(
-        variant=find_variant(request.variant).id,
-        data=data_name,
-        steps=steps,
-        batch_size=batch_size,
-        lr=recipe.lr if request.lr is None else request.lr,
-        milestones=tuple(max(1, round(share * steps)) for share in recipe.milestones),
-        record_first=first,
-        every=every,
-        eval_every=per_epoch if recipe.evaluate else 0,
-        commit_every=request.commit_every or min(per_epoch, 100),
-        engine=_engine(request),
-        **{name: value for name, value in asdict(request).items() if name in taken},
-    )
+    decided: dict[str, Any] = {
+        "variant": find_variant(request.variant).id,
+        "data": data_name,
+        "backend": _choose_backend(request),
+        "steps": steps,
+        "commit_every": request.commit_every or min(per_epoch, 100),
+        "eval_every": per_epoch if recipe.evaluate else 0,
+        "milestones": tuple(max(1, round(share * steps)) for share in recipe.milestones),
+    }
+    return RunConfig(**{**asked, **numbers, **decided})
 
 
-def _engine(request: Request) -> str:
-    """The engine that `auto` means: what is measured to be faster and computes the same."""
-    if request.engine != "auto":
-        return request.engine
+def _choose_backend(request: Request) -> str:
+    """The backend that `auto` means: what is measured to be faster and computes the same."""
+    if request.backend != "auto":
+        return request.backend
     row = find_variant(request.variant)
     has_elu = "elu" in f"{row.branch}-{row.after_add}-{row.stem}-{row.head}".split("-")
     return "fast" if has_elu and request.device == "cpu" else "eager"

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from resdiag.data.augment import PAD, Augmenter, crop, seeded_generator
-from resdiag.data.dataset import ImageData, open_data, to_tensors
-from resdiag.data.source import Source
+from resdiag.data.dataset import ImageData, Source, open_data, to_tensors
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +28,9 @@ def make_data(count: int, flip: bool = True) -> ImageData:
             test_images=images[:2],
             test_labels=labels[:2],
             classes=tuple(map(str, range(count))),
-            flip=flip,
             note="",
-        )
+        ),
+        flip=flip,
     )
 
 

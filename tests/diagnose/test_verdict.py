@@ -63,7 +63,7 @@ def plant(variant="elu", depth=20, *, steps=30, lr=0.01, change=None, **options)
     if change:
         change(metrics, curve)
     config = RunConfig(
-        variant=variant, depth=depth, data="digits", recipe="probe", steps=steps, batch_size=64,
+        variant=variant, depth=depth, data="digits", recipe="short", steps=steps, batch_size=64,
         lr=lr, milestones=(), augment=False, record_first=10, every=1, eval_every=0,
         commit_every=10,
     )  # fmt: skip

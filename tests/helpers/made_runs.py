@@ -15,7 +15,7 @@ DATA = {"name": "digits", "train": 1437, "sha256": "0" * 64}
 
 def make_config(**changes):
     plain = {
-        "variant": "elu_pre", "depth": 8, "data": "digits", "recipe": "probe", "steps": 15,
+        "variant": "elu_pre", "depth": 8, "data": "digits", "recipe": "short", "steps": 15,
         "batch_size": 8, "lr": 0.1, "milestones": (), "augment": False, "record_first": 5,
         "every": 2, "eval_every": 0, "commit_every": 5,
     }  # fmt: skip

@@ -31,7 +31,7 @@ def make_blocks(depth, after_add):
 
 def make_config(variant, depth, seed=0, lr=0.1, steps=150):
     return RunConfig(
-        variant=variant, depth=depth, data="digits", recipe="probe", steps=steps, batch_size=64,
+        variant=variant, depth=depth, data="digits", recipe="short", steps=steps, batch_size=64,
         lr=lr, milestones=(steps // 2,), augment=False, seed=seed, record_first=10, every=10,
         eval_every=50, commit_every=50,
     )  # fmt: skip

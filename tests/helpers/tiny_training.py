@@ -35,7 +35,7 @@ def tiny_data(train=96, test=40):
 def tiny_config(**changes):
     """Depth 8, a quarter of the width, 12 steps in batches of 32."""
     plain = {
-        "variant": "elu", "depth": 8, "width": 0.25, "data": "digits", "recipe": "probe",
+        "variant": "elu", "depth": 8, "width": 0.25, "data": "digits", "recipe": "short",
         "steps": 12, "batch_size": 32, "lr": 0.05, "milestones": (), "augment": True,
         "record_first": 3, "every": 4, "eval_every": 0, "commit_every": 5,
     }  # fmt: skip

@@ -40,7 +40,7 @@ record_first = 6
 [grid]
 variant = ["elu", "elu_pre"]
 depth = [8]
-engine = ["eager", "fast"]
+backend = ["eager", "fast"]
 [[include]]
 variant = "relu_nobn"
 depth = 8
@@ -178,7 +178,7 @@ def train_together(root, asked, capture=lambda: None):
 
 def test_graphs_of_trainings_that_take_turns_have_the_bits_of_each_alone(tmp_path, monkeypatch):
     """Passes from tapes that stand for CUDA graphs; recorded, not recorded, and smaller batches."""
-    graph = {**ASKED, "engine": "graph"}
+    graph = {**ASKED, "backend": "graph"}
     asked = [{**graph, "variant": "elu"}, {**graph, "variant": "original", "steps": 9, "seed": 1},
              {**graph, "variant": "elu", "every": 2}]  # fmt: skip
     patched = lambda: TapeCapture(monkeypatch)  # noqa: E731
@@ -191,7 +191,7 @@ def test_graphs_of_trainings_that_take_turns_have_the_bits_of_each_alone(tmp_pat
 
 
 def test_the_fast_elu_is_that_of_its_own_thread(tmp_path):
-    asked = [{"engine": "fast"}, {"engine": "eager"}]
+    asked = [{"backend": "fast"}, {"backend": "eager"}]
     alone = [train(tmp_path / str(i), **one) for i, one in enumerate(asked)]
     together, order = train_together(tmp_path / "together", asked)
     assert set(order[:2]) == {0, 1}
@@ -332,12 +332,12 @@ def test_the_process_of_a_crew_sees_its_gpu_and_no_other(tmp_path, monkeypatch):
         (["--engine", "ray"], "--cells-per-device is for the local engine, not ray"),
         (["--engine", "slurm"], "--cells-per-device is for the local engine, not slurm"),
         (["--slots", "4"], "--slots and --cells-per-device exclude each other"),
-        (["--set", "fixed.engine=compile"], "engine 'compile' needs a process of its own"),
+        (["--set", "fixed.backend=compile"], "backend 'compile' needs a process of its own"),
     ],
 )
 def test_what_a_crew_cannot_do_is_one_line(options, words, tmp_path, capsys):
     path, runs = (
-        write_study(tmp_path, MIXED.replace('engine = ["eager", "fast"]\n', "")),
+        write_study(tmp_path, MIXED.replace('backend = ["eager", "fast"]\n', "")),
         tmp_path / "runs",
     )
     command = ["study", "run", str(path), "--runs", str(runs), "--device", "cpu"]

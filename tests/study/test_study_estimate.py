@@ -16,7 +16,7 @@ ONE = """
 question = "q"
 [fixed]
 data = "digits"
-recipe = "probe"
+recipe = "short"
 steps = 30
 batch_size = 20
 record_first = 30

@@ -453,7 +453,7 @@ def test_ids_follow_what_decides_the_numbers_and_nothing_else(monkeypatch):
 
     from resdiag.study import grid
 
-    other = {**RECIPES, "probe": replace(RECIPES["probe"], lr=0.2)}
+    other = {**RECIPES, "short": replace(RECIPES["short"], lr=0.2)}
     monkeypatch.setattr(grid, "RECIPES", other)
     assert build(TINY).cells[0].id != plain.id
 
@@ -598,17 +598,17 @@ def test_a_study_that_is_not_there_is_named_with_the_nearest_one(tmp_path):
         load_study(str(tmp_path))
 
 
-def test_the_eager_engine_leaves_the_ids_that_cells_had_before_there_were_others():
+def test_the_eager_backend_leaves_the_ids_that_cells_had_before_there_were_others():
     (cell, *_) = load_study("smoke").cells
-    (other, *_) = load_study("smoke", ['fixed.engine="fast"']).cells
+    (other, *_) = load_study("smoke", ['fixed.backend="fast"']).cells
 
     assert cell.id == "original-d8-s0-141df718"
     assert other.id != cell.id
 
 
-def test_an_engine_for_some_machines_is_seen_where_the_cell_runs(tmp_path):
+def test_a_backend_for_some_machines_is_seen_where_the_cell_runs(tmp_path):
     """A plan is made on one machine for others."""
-    study = load_study("smoke", ['fixed.engine="graph"'])
+    study = load_study("smoke", ['fixed.backend="graph"'])
     plan, cell = study.write_plan(tmp_path), study.cells[0]
     with pytest.raises(UsageError, match="replays CUDA graphs, not on cpu"):
         work(Task(study=str(plan), cell=cell.id, runs=str(tmp_path), device="cpu"))

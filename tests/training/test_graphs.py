@@ -1,4 +1,4 @@
-"""The engine `graph`, rehearsed on the CPU, where a tape of operations stands for a CUDA graph."""
+"""The backend `graph`, rehearsed on the CPU, where a tape of operations stands for a CUDA graph."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ class StopAt(Silent):
 
 
 def rehearse(root, monkeypatch, data=None, stop=0, **changes):
-    config, data = tiny_config(engine="graph", **changes), data or tiny_data()
+    config, data = tiny_config(backend="graph", **changes), data or tiny_data()
     capture, interrupt = TapeCapture(monkeypatch), Interrupt()
     described = environment(config.device, config.dtype)
     with RunWriter.open(root, config, environment=described, data=data.identity) as writer:
@@ -108,11 +108,11 @@ def test_a_value_that_is_looked_at_is_refused_by_the_tape_as_by_a_graph():
 
 
 def test_there_are_no_graphs_on_a_cpu(capsys):
-    assert app.run(["run", "--variant", "elu", "--depth", "20", "--engine", "graph",
+    assert app.run(["run", "--variant", "elu", "--depth", "20", "--backend", "graph",
                     "--device", "cpu"]) == 2  # fmt: skip
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
-    assert "engine 'graph' replays CUDA graphs, not on cpu" in error
+    assert "backend 'graph' replays CUDA graphs, not on cpu" in error
 
 
 def test_graphs_of_a_gpu_give_the_numbers_of_eager(tmp_path):
@@ -120,7 +120,7 @@ def test_graphs_of_a_gpu_give_the_numbers_of_eager(tmp_path):
         pytest.skip("no CUDA device")
     asked = {**ASKED, "device": "cuda", "record_first": 3}
     eager, _, run = train(tmp_path / "a", **asked)
-    graphs, status, other = train(tmp_path / "b", engine="graph", **asked)
+    graphs, status, other = train(tmp_path / "b", backend="graph", **asked)
     assert status == "done"
     for name, value in eager.model.state_dict().items():
         torch.testing.assert_close(graphs.model.state_dict()[name], value, rtol=1e-3, atol=1e-5)

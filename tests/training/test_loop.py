@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import SGD
 
 from resdiag.data.augment import Augmenter
-from resdiag.data.inventory import list_sets
+from resdiag.data.registry import list_sets
 from resdiag.errors import BusyError
 from resdiag.models.resnet import build_model
 from resdiag.models.variants import VARIANTS

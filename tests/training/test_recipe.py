@@ -38,9 +38,9 @@ def test_milestones_scale_with_the_epochs(epochs):
         assert abs(milestone - epoch / 164 * epochs * 391) <= 0.5
 
 
-def test_the_probe_is_60_steps_at_the_papers_rate_without_milestones():
+def test_the_short_recipe_is_60_steps_at_the_papers_rate_without_milestones():
     config = plan()
-    assert (config.recipe, config.steps, config.milestones) == ("probe", 60, ())
+    assert (config.recipe, config.steps, config.milestones) == ("short", 60, ())
     assert {learning_rate(config, step) for step in range(60)} == {0.1}
     assert config.eval_every == 0
     recorded = [s for s in range(60) if s < config.record_first or s % config.every == 0]
@@ -76,7 +76,7 @@ def test_every_field_of_a_request_reaches_the_config_or_decides_it():
 
 
 def test_recipes_know_their_source():
-    assert list(RECIPES) == ["probe", "paper"]
+    assert list(RECIPES) == ["short", "paper"]
     assert all(isinstance(recipe, Recipe) and recipe.source for recipe in RECIPES.values())
 
 

@@ -214,10 +214,10 @@ def _check_sharing(job: Job) -> None:
     and then runs it uncompiled, without a word.
     """
     for cell in job.cells:
-        if job.study.cell(cell).request.engine == "compile":
+        if job.study.cell(cell).request.backend == "compile":
             raise UsageError(
-                f"{cell}: engine 'compile' needs a process of its own",
-                "leave out --cells-per-device, or choose engine eager, fast, graph or auto",
+                f"{cell}: backend 'compile' needs a process of its own",
+                "leave out --cells-per-device, or choose backend eager, fast, graph or auto",
             )
 
 

@@ -1,4 +1,4 @@
-"""Engines: the same training in other ways, named in the configuration, never by another hash."""
+"""Backends: the same training in other ways, named in the configuration, never by another hash."""
 
 import copy
 import functools
@@ -19,33 +19,33 @@ from resdiag.training.recipe import Request, resolve
 ALL = {"steps": 6, "record_first": 2, "every": 3, "commit_every": 3}
 
 
-def test_the_default_engine_leaves_name_and_digest_as_they_were():
+def test_the_default_backend_leaves_name_and_digest_as_they_were():
     config = tiny_config()
-    assert config.engine == "eager"
+    assert config.backend == "eager"
     plain = config.to_dict()
-    assert plain["engine"] == "eager"
-    del plain["engine"]  # as a run that was written before there were engines
+    assert plain["backend"] == "eager"
+    del plain["backend"]  # as a run that was written before there were backends
     assert RunConfig.from_dict(plain) == config
     assert config.digest() == "37bd1bbae28da4e19d5db4bdd7e4604f4717b414f1f135124eff2f0cb32740ea"
-    assert tiny_config(engine="fast").digest() != config.digest()
+    assert tiny_config(backend="fast").digest() != config.digest()
 
 
 @pytest.mark.parametrize(
-    ("variant", "device", "engine"),
+    ("variant", "device", "backend"),
     [("elu", "cpu", "fast"), ("original", "cpu", "eager"), ("elu", "cuda", "eager")],
 )
-def test_auto_is_resolved_before_the_run_is_named(variant, device, engine):
-    request = Request(variant=variant, depth=20, engine="auto", device=device)
-    assert resolve(request, data_name="digits", train_size=100).engine == engine
+def test_auto_is_resolved_before_the_run_is_named(variant, device, backend):
+    request = Request(variant=variant, depth=20, backend="auto", device=device)
+    assert resolve(request, data_name="digits", train_size=100).backend == backend
 
 
-def test_an_engine_that_is_not_there_is_one_line(capsys):
-    assert app.run(["run", "--variant", "elu", "--depth", "20", "--engine", "graf"]) == 2
+def test_a_backend_that_is_not_there_is_one_line(capsys):
+    assert app.run(["run", "--variant", "elu", "--depth", "20", "--backend", "graf"]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
-    assert "unknown engine 'graf'" in error
+    assert "unknown backend 'graf'" in error
     with pytest.raises(UsageError, match="is for the CPU"):
-        Request(variant="elu", depth=20, engine="fast", device="cuda").check()
+        Request(variant="elu", depth=20, backend="fast", device="cuda").check()
 
 
 def ulps(found, exact):
@@ -86,16 +86,16 @@ def test_layout_is_kept():
     assert elu(x).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_fast_engine_trains_the_same_to_rounding_and_watching_changes_no_bit(tmp_path):
+def test_the_fast_backend_trains_the_same_to_rounding_and_watching_changes_no_bit(tmp_path):
     eager, _, run = train(tmp_path / "a", **ALL)
-    fast, status, other = train(tmp_path / "b", engine="fast", **ALL)
+    fast, status, other = train(tmp_path / "b", backend="fast", **ALL)
     silent = {**ALL, "record_first": 0, "every": 0}
-    unwatched, _, _ = train(tmp_path / "c", engine="fast", **silent)
+    unwatched, _, _ = train(tmp_path / "c", backend="fast", **silent)
     assert status == "done"
-    assert other.config.engine == "fast"
+    assert other.config.backend == "fast"
     close(fast, eager)
     assert weights(unwatched.model) == weights(fast.model)
-    assert weights(eager.model) != weights(fast.model)  # or the engine was not there
+    assert weights(eager.model) != weights(fast.model)  # or the backend was not there
     near(other.metrics(), run.metrics())
 
 
@@ -114,13 +114,13 @@ def near(found, expected):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_compiled_engine_trains_and_records_the_same_to_rounding(tmp_path):
+def test_the_compiled_backend_trains_and_records_the_same_to_rounding(tmp_path):
     """One graph per state of the recorder, none broken; an epoch's smaller batch runs eagerly."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     asked = {**ALL, "batch_size": 36}  # 96 images: two whole batches and one of 24
     eager, _, run = train(tmp_path / "a", **asked)
-    compiled, status, other = train(tmp_path / "b", engine="compile", **asked)
+    compiled, status, other = train(tmp_path / "b", backend="compile", **asked)
     assert status == "done"
     assert torch._dynamo.utils.counters["graph_break"] == {}
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
@@ -130,14 +130,14 @@ def test_the_compiled_engine_trains_and_records_the_same_to_rounding(tmp_path):
     np.testing.assert_allclose(other.curve()["loss"], run.curve()["loss"], rtol=1e-4)
 
 
-def test_the_loop_of_the_compiled_engine_runs(tmp_path, monkeypatch):
+def test_the_loop_of_the_compiled_backend_runs(tmp_path, monkeypatch):
     """The same without the minutes that code generation takes."""
     whole = functools.partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", whole)
     torch._dynamo.reset()
     asked = {**ALL, "batch_size": 36}
     eager, _, run = train(tmp_path / "a", **asked)
-    compiled, status, other = train(tmp_path / "b", engine="compile", **asked)
+    compiled, status, other = train(tmp_path / "b", backend="compile", **asked)
     assert status == "done"
     close(compiled, eager)
     near(other.metrics(), run.metrics())

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from resdiag.data.registry import check_data, known_specs
 from resdiag.errors import UsageError
-from resdiag.training.spec import SETS, check_data
+
+SETS = [spec for spec in known_specs() if ":" not in spec]
 
 
 def make_tree(root):
