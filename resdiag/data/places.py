@@ -1,11 +1,6 @@
 """Where data lie on this computer, and a quick look at a path. No torch here."""
 
-import bz2
-import gzip
-import lzma
 import os
-import tarfile
-import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -71,14 +66,22 @@ def _is_archive(path: Path) -> bool:
 
     Not `tarfile.is_tarfile`: that reads extended headers of any length that the file claims.
     """
+    import bz2  # here: `--help` and most mistakes need no archive
+    import gzip
+    import lzma
+
     openers = (gzip.open, bz2.open, lzma.open, Path.open)
     return any(_begins_as_tar(path, opener) for opener in openers)
 
 
 def _begins_as_tar(path: Path, opener: Callable[..., Any]) -> bool:
+    import tarfile
+    from lzma import LZMAError
+    from zlib import error as ZlibError
+
     try:
         with opener(path, "rb") as file:
             tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError):
+    except (tarfile.TarError, EOFError, ZlibError, LZMAError, OSError):
         return False
     return True

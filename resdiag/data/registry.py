@@ -116,6 +116,17 @@ _ROWS: dict[str, DataSet] = {
     row.name: row
     for row in (
         DataSet(
+            name="digits",
+            description="1,797 handwritten digits; always available",
+            read="resdiag.data.builtin:read_digits",
+            licence="CC BY 4.0; Alpaydin & Kaynak 1998",
+            flip=False,
+            train=1_437,
+            test=360,
+            classes=10,
+            auto=1,
+        ),
+        DataSet(
             name="cifar10",
             description="60,000 photographs of 10 kinds of animals and vehicles",
             read="resdiag.data.builtin:read_cifar10",
@@ -137,17 +148,6 @@ _ROWS: dict[str, DataSet] = {
             classes=100,
             folders=("cifar-100-binary", "cifar-100-python"),
             download=_from_torchvision("CIFAR100"),
-        ),
-        DataSet(
-            name="digits",
-            description="1,797 handwritten digits; always available",
-            read="resdiag.data.builtin:read_digits",
-            licence="CC BY 4.0; Alpaydin & Kaynak 1998",
-            flip=False,
-            train=1_437,
-            test=360,
-            classes=10,
-            auto=1,
         ),
         DataSet(
             name="fashion",

@@ -10,6 +10,7 @@ from made_studies import make_results, make_study
 from resdiag.report import committed
 from resdiag.report.render import escape
 from resdiag.report.storage import write_results
+from resdiag.runs.config import from_stored
 
 ROOT = Path(__file__).resolve().parents[2]
 SPLIT = """
@@ -92,7 +93,7 @@ def test_committed_results_are_whole_small_and_say_where_they_are_from(name, tmp
     assert files == set(drawn)
     write_results(results, tmp_path / "again")  # nothing is lost by reading and writing
     again = json.loads((tmp_path / "again" / "results.json").read_text("utf-8"))
-    assert lacks(json.loads(text), again) == []
+    assert lacks(from_stored(json.loads(text)), again) == []
 
 
 @pytest.mark.parametrize(
