@@ -26,7 +26,7 @@ class ResdiagCallback(Callback):
         every: Record every `every`-th step.
         record_first: Record each of the first steps.
         blocks: Names or patterns of modules to take as the blocks.
-        sinks: Trackers to tell, e.g. `tensorboard:logs`.
+        trackers: Trackers to tell, e.g. `tensorboard:logs`.
         save: Folder to write the run to at the end, with its verdict; a resumed training writes
             beside it, into `<save>-from-<step>`.
         name: Of the run: in the trackers, and in labels.
@@ -39,7 +39,7 @@ class ResdiagCallback(Callback):
         every: int = 1,
         record_first: int = 0,
         blocks: Sequence[str] | None = None,
-        sinks: Sequence[str] = (),
+        trackers: Sequence[str] = (),
         save: str | os.PathLike[str] | None = None,
         name: str = "run",
     ) -> None:
@@ -48,7 +48,7 @@ class ResdiagCallback(Callback):
             every=every,
             record_first=record_first,
             blocks=blocks,
-            sinks=sinks,
+            trackers=trackers,
             save=save,
             name=name,
         )

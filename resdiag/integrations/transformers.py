@@ -9,8 +9,8 @@ try:
 except ImportError as error:
     raise ImportError("transformers is missing: pip install 'resdiag[transformers]'") from error
 
+from resdiag.integrations.accelerate import tell_unscaled
 from resdiag.integrations.session import Session, Watching, unwrapped
-from resdiag.integrations.unscaling import tell_unscaled
 from resdiag.watch.loop.monitor import Monitor
 
 
@@ -25,7 +25,7 @@ class ResdiagCallback(TrainerCallback):
         every: Record every `every`-th step.
         record_first: Record each of the first steps.
         blocks: Names or patterns of modules to take as the blocks.
-        sinks: Trackers to tell, e.g. `tensorboard:logs`.
+        trackers: Trackers to tell, e.g. `tensorboard:logs`.
         save: Folder to write the run to at the end, with its verdict; a resumed training writes
             beside it, into `<save>-from-<step>`.
         name: Of the run: in the trackers, and in labels.
@@ -37,7 +37,7 @@ class ResdiagCallback(TrainerCallback):
         every: int = 1,
         record_first: int = 0,
         blocks: Sequence[str] | None = None,
-        sinks: Sequence[str] = (),
+        trackers: Sequence[str] = (),
         save: str | os.PathLike[str] | None = None,
         name: str = "run",
     ) -> None:
@@ -45,7 +45,7 @@ class ResdiagCallback(TrainerCallback):
             every=every,
             record_first=record_first,
             blocks=blocks,
-            sinks=sinks,
+            trackers=trackers,
             save=save,
             name=name,
         )
