@@ -86,9 +86,8 @@ def _list_engine_options() -> dict[str, inspect.Parameter]:
     found = {}
     for engine in ENGINES.values():
         for option in engine.options:
-            kind, limits = type(option.default), {}
-            if kind is int:
-                limits = {"min": option.min, "max": option.max}
+            kind = type(option.default)
+            limits: dict[str, Any] = {"min": option.min, "max": option.max} if kind is int else {}
             about = typer.Option(option.written, help=f"{engine.name}: {option.help}", **limits)
             found[option.name] = inspect.Parameter(
                 option.name,

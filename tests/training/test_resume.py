@@ -12,8 +12,8 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-import torch
-from tiny_training import digest, run_tiny_cell
+from forking import Forks
+from tiny_training import digest
 
 from resdiag.runs.commit import COMMIT, Commit
 
@@ -38,37 +38,18 @@ class Tally:
     differ: list[str] = field(default_factory=list)
 
 
+FORKS = Forks()
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _imported():
-    """Have the parent import what an optimizer imports late, or every child does so again."""
-    parameter = torch.zeros(1, requires_grad=True)
-    parameter.grad = torch.zeros(1)
-    torch.optim.SGD([parameter], 0.1).step()
+def _forks_end():
+    yield
+    FORKS.close()
 
 
 def fork_cell(root, asked):
-    """Run a cell in a child of this process, which has imported everything; its pid."""
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        torch.set_num_threads(1)
-        run_tiny_cell(root, **asked)
-        os._exit(0)
-    except BaseException as error:
-        os.write(2, f"child: {type(error).__name__}: {error}\n".encode())
-        os._exit(1)
-
-
-def wait_for(pid, seconds):
-    """The child's exit code, or None if it is still running after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    return None
+    """Run a cell in a forked child; its pid."""
+    return FORKS.start("run_cell", {"root": str(root), "asked": asked})
 
 
 def committed(folder):
@@ -80,7 +61,7 @@ def straight(root, asked):
     """The uninterrupted run: its folder's name, its digest, and the seconds it took."""
     begun = time.monotonic()
     pid = fork_cell(root, asked)
-    assert wait_for(pid, 120) == 0
+    assert FORKS.wait(pid, 120) == 0
     seconds = time.monotonic() - begun
     (folder,) = root.iterdir()
     return folder.name, digest(folder), seconds
@@ -95,16 +76,16 @@ def kill_until_done(root, asked, name, expected, seconds, dice, tally, longest=1
     for attempt in range(longest + 1):
         pid = fork_cell(root, asked)
         patience = dice.uniform(0, 0.7 * seconds) if attempt < longest else 120
-        code = wait_for(pid, patience)
+        code = FORKS.wait(pid, patience)
         if code is None:
             os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+            code = FORKS.wait(pid, 60)
             tally.kills += 1
         now = committed(folder)
         if now < last:
             tally.lost.append(f"{name}: {last} -> {now}")
         last = now
-        assert code in (None, 0), f"{name} failed after {tally.kills} kills"
+        assert code in (-signal.SIGKILL, 0), f"{name} failed after {tally.kills} kills"
         if code == 0:
             break
     tally.finished += 1
@@ -234,24 +215,9 @@ ENDLESS = [
 ]  # fmt: skip
 
 
-def fork_command(root, stderr):
-    """`resdiag run` in a child of this process, which has imported everything; its pid."""
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), 2)
-        os.dup2(2, 1)
-        torch.set_num_threads(1)
-        code = 1
-        try:
-            from resdiag.cli.main import app
-
-            code = app.run([*ENDLESS, "--runs", str(root)])
-        except BaseException as error:  # what would be a traceback
-            os.write(2, f"Traceback: {error!r}\n".encode())
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    return pid
+def fork_command(root, output):
+    """`resdiag run` in a forked child; its pid."""
+    return FORKS.start("run_command", {"words": [*ENDLESS, "--runs", str(root)]}, output)
 
 
 def stop_again_and_again(tmp_path, tries, seed):
@@ -271,7 +237,7 @@ def stop_again_and_again(tmp_path, tries, seed):
         if attempt % 3 == 2:
             time.sleep(dice.choice([0, 0, 0.0001, 0.01]))
             os.kill(pid, signal.SIGTERM)
-        assert wait_for(pid, 60) == 75, said.read_text()
+        assert FORKS.wait(pid, 60) == 75, said.read_text()
         for lock in root.glob("*/lock-*.json"):
             lock.unlink()  # a second signal leaves it
         (folder,) = root.iterdir()
