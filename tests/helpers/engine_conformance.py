@@ -78,7 +78,7 @@ class EngineConformance:
             look=lambda: looks.append(1),
             slots=2,
         )
-        assert self.engine.run(job, **find_engine(self.engine.name, 2, self.options)[1]) == 0
+        assert self.engine.run(job, **find_engine(self.engine.name, None, self.options)[1]) == 0
         assert looks
         entries = read_ledger(study, runs)
         assert sorted(entry.state for entry in entries) == ["done", "done", "failed"]

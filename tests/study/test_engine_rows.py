@@ -5,10 +5,10 @@ import subprocess
 import sys
 
 import pytest
-from engine_conformance import STUDY, EngineConformance
+from engine_conformance import EngineConformance
 from pages import DOCS
 from study_runs import HERE
-from studyfiles import write_study
+from studyfiles import TINY, write_study
 
 from resdiag.cli.main import app
 from resdiag.study.engines.engine import ENGINES, Engine, Option, registered
@@ -37,14 +37,15 @@ class TestRay(EngineConformance):
 def test_the_page_adds_an_engine_from_outside_the_package(tmp_path):
     code = (DOCS / "howto" / "extend-engine.md").read_text().split("```python\n")[1]
     (tmp_path / "pool.py").write_text(code.split("```")[0])
-    path, runs = write_study(tmp_path, STUDY), tmp_path / "runs"
+    text = TINY.replace("seeds = [0, 1]", "seeds = [0]")
+    path, runs = write_study(tmp_path, text), tmp_path / "runs"
     words = ["study", "run", str(path), "--runs", str(runs), "--engine", "pool", "--workers", "1"]
     environment = {**os.environ, "PYTHONPATH": str(HERE.parents[1])}
     command = [sys.executable, str(tmp_path / "pool.py"), *words, "--device", "cpu", "-q"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 3, done.stderr
+    assert done.returncode == 0, done.stderr
     states = [entry.state for entry in read_ledger(load_study(str(path)), runs)]
-    assert sorted(states) == ["done", "done", "failed"]
+    assert states == ["done", "done"]
 
 
 def test_the_command_line_follows_the_rows(tmp_path, capsys):
