@@ -128,6 +128,28 @@ class Session:
         print(f"resdiag: {line}", file=sys.stderr)
 
 
+class SessionOwner:
+    """What the callbacks have in common: a session from the begin of the training to its end."""
+
+    _session: Session | None = None
+
+    @property
+    def monitor(self) -> Monitor:
+        """What records: `monitor.to_frame()` has what was recorded, also after the end.
+
+        Raises:
+            RuntimeError: The training has not begun.
+        """
+        if self._session is None:
+            raise RuntimeError("the training has not begun")
+        return self._session.monitor
+
+    def close(self, status: str = "done") -> None:
+        """End the watching; safe to call twice."""
+        if self._session is not None:
+            self._session.close(status)
+
+
 def unwrapped(optimizer: Any) -> Any:  # noqa: ANN401
     """PyTorch's optimizer inside the wrappers of a framework."""
     while hasattr(optimizer, "optimizer"):

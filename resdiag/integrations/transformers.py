@@ -10,11 +10,10 @@ except ImportError as error:
     raise ImportError("transformers is missing: pip install 'resdiag[transformers]'") from error
 
 from resdiag.integrations.accelerate import tell_unscaled
-from resdiag.integrations.session import Session, Watching, unwrapped
-from resdiag.watch.loop.monitor import Monitor
+from resdiag.integrations.session import Session, SessionOwner, Watching, unwrapped
 
 
-class ResdiagCallback(TrainerCallback):
+class ResdiagCallback(SessionOwner, TrainerCallback):
     """Records a training by the Trainer: `Trainer(..., callbacks=[ResdiagCallback()])`.
 
     Gradients are read after reduction and unscaling, before clipping. Evaluations are ignored, a
@@ -49,23 +48,6 @@ class ResdiagCallback(TrainerCallback):
             save=save,
             name=name,
         )
-        self._session: Session | None = None
-
-    @property
-    def monitor(self) -> Monitor:
-        """What records: `monitor.to_frame()` has what was recorded, also after the end.
-
-        Raises:
-            RuntimeError: The training has not begun.
-        """
-        if self._session is None:
-            raise RuntimeError("the training has not begun")
-        return self._session.monitor
-
-    def close(self, status: str = "done") -> None:
-        """End the watching; safe to call twice."""
-        if self._session is not None:
-            self._session.close(status)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **known: Any) -> None:  # noqa: ANN401
         """Attach to the model inside any wrapper."""

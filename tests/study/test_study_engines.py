@@ -162,7 +162,8 @@ def test_a_machine_that_slept_has_no_hung_cells(tmp_path, monkeypatch):
         clock[0] += 1
         hung += watched.find_hung()
     assert hung == [cell]  # thirty seconds, five of them the hour, and said once
-    assert watched.end(cell, -9) == 0.0
+    watched.end(cell, -9)
+    assert watched.due() == [cell]
     assert said == [f"{cell}: no progress for 30 s, and killed for it; started again"]
     watched.begin(cell, queued=True)  # waits for a machine: no sign of life is expected
     clock[0] += 5

@@ -106,20 +106,30 @@ class _Attempt:
 
 
 class Attempts:
-    """Attempts at a job's cells: whether one makes progress, and what its end means.
+    """Attempts at a job's cells: which are to be started, and what the end of one means.
 
     Args:
         job: Whose cells; `job.say` is told what goes wrong.
+
+    Attributes:
+        waiting: By cell that is to be started, when, in seconds of `time.monotonic`.
     """
 
     def __init__(self, job: Job) -> None:
         self._job = job
+        self.waiting = dict.fromkeys(job.cells, 0.0)
         self._open: dict[str, _Attempt] = {}
         self._deaths: dict[str, int] = {}
         self._looked = time.monotonic()
 
+    def due(self) -> list[str]:
+        """The cells that are to be started now."""
+        now = time.monotonic()
+        return [cell for cell, when in self.waiting.items() if when <= now]
+
     def begin(self, cell: str, *, queued: bool = False) -> None:
         """Note that a cell is started, or queued: then its first sign of life starts the clock."""
+        self.waiting.pop(cell, None)
         sign = self._job.sign_of_life(cell)
         self._open[cell] = _Attempt(self._committed(cell), sign, None if queued else 0.0)
 
@@ -143,34 +153,32 @@ class Attempts:
         attempt.hung = True
         return True
 
-    def drop(self, cell: str) -> None:
-        """Forget an attempt that ended through no fault of the cell."""
+    def drop(self, cell: str, *, again: bool = True) -> None:
+        """Forget an attempt that ended through no fault of the cell; start it again, or do not."""
         self._open.pop(cell, None)
+        if again:
+            self.waiting[cell] = 0.0
 
-    def end(self, cell: str, code: int, reason: str = "") -> float | None:
-        """Decide what the end of a cell's process means.
+    def end(self, cell: str, code: int, reason: str = "") -> None:
+        """Decide what the end of a cell's process means: it is done, has failed, or waits again.
 
         Args:
             cell: Its id.
             code: Its exit code; negative for a signal or another sudden death.
             reason: How it ended, where the code does not say.
-
-        Returns:
-            Seconds after which to start the cell again; None if it is done or has failed.
         """
         attempt = self._open.pop(cell)
         if code == 0:
             self._deaths.pop(cell, None)
-            return None
-        if code in (STOPPED, _SIGINT):  # stopped by us, or another driver has it
-            return AGAIN_S
-        if code > 0:
+        elif code in (STOPPED, _SIGINT):  # stopped by us, or another driver has it
+            self.waiting[cell] = time.monotonic() + AGAIN_S
+        elif code > 0:
             reason = reason or f"ended with exit code {code}{self._last_line(cell)}"
             self._fail(cell, "error", reason)
-            return None
-        return self._count_death(cell, attempt, reason or _describe(code))
+        else:
+            self._count_death(cell, attempt, reason or _describe(code))
 
-    def _count_death(self, cell: str, attempt: _Attempt, reason: str) -> float | None:
+    def _count_death(self, cell: str, attempt: _Attempt, reason: str) -> None:
         """A cell died: start it again, unless it died too often without a commit in between."""
         moved = self._committed(cell) > attempt.step
         self._deaths[cell] = 1 if moved else self._deaths.get(cell, 0) + 1
@@ -179,9 +187,9 @@ class Attempts:
             reason = f"no progress for {needs.patience_s:g} s, and killed for it"
         if self._deaths[cell] <= needs.restarts:
             self._job.say(f"{cell}: {reason}; started again")
-            return 0.0
-        self._fail(cell, "hung" if attempt.hung else "signal", reason)
-        return None
+            self.waiting[cell] = 0.0
+        else:
+            self._fail(cell, "hung" if attempt.hung else "signal", reason)
 
     def _fail(self, cell: str, kind: str, reason: str) -> None:
         """Write down that a cell failed, unless it has done so itself."""

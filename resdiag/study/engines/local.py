@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections import deque
 from collections.abc import Sequence
 
 from resdiag.errors import ResdiagError, UsageError
@@ -48,7 +47,6 @@ class Local:
     ) -> None:
         self._job, self._free = job, list(slots)
         self._each, self._target = each, target
-        self._waiting = deque((0.0, cell) for cell in job.cells)
         self._running: dict[str, tuple[Slot, WorkerProcess]] = {}
         self._attempts = Attempts(job)
         self._processes: dict[str, WorkerProcess] = {}
@@ -68,7 +66,7 @@ class Local:
         looked = 0.0
         with Interrupt() as interrupt:
             try:
-                while self._running or (self._waiting and not self._stopping):
+                while self._running or (self._attempts.waiting and not self._stopping):
                     self._fill()
                     self._listen()
                     self._check_hung()
@@ -84,14 +82,8 @@ class Local:
 
     def _fill(self) -> None:
         """Start cells where there is room."""
-        now = time.monotonic()
-        for _ in range(len(self._waiting)):
-            if not self._free or self._stopping:
-                return
-            due, cell = self._waiting.popleft()
-            if due > now:
-                self._waiting.append((due, cell))
-                continue
+        due = [] if self._stopping else self._attempts.due()
+        for cell in due[: len(self._free)]:
             self._start(cell, self._free.pop())
 
     def _start(self, cell: str, slot: Slot) -> None:
@@ -133,10 +125,8 @@ class Local:
         self._free.append(self._running.pop(cell)[0])
         if self._stopping and (code < 0 or code in (STOPPED, 130)):
             self._attempts.drop(cell)
-            return
-        again = self._attempts.end(cell, code)
-        if again is not None:
-            self._waiting.append((time.monotonic() + again, cell))
+        else:
+            self._attempts.end(cell, code)
 
     def _check_hung(self) -> None:
         """Kill cells that have made no progress for too long."""
@@ -176,7 +166,6 @@ class Local:
         for cell in cells:
             self._attempts.drop(cell)
             self._free.append(self._running.pop(cell)[0])
-            self._waiting.append((0.0, cell))
 
 
 def run_here(job: Job, cells_per_device: int) -> int:

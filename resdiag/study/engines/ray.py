@@ -59,7 +59,6 @@ class _Tasks:
         self._remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0, max_calls=1)(
             _start
         )
-        self._waiting = [(0.0, cell) for cell in job.cells]
         self._running: dict[Any, str] = {}
         self._ended_by_us: dict[Any, float] = {}
         if not self._fits(threads, gpus):
@@ -68,7 +67,7 @@ class _Tasks:
     def run(self, interrupt: Interrupt) -> None:
         """Start, watch and collect, until nothing is left or a signal arrives."""
         looked = 0.0
-        while self._running or self._waiting:
+        while self._running or self._attempts.waiting:
             if interrupt.signal:
                 self._stop()
                 return
@@ -93,11 +92,7 @@ class _Tasks:
         return any(has.get("CPU", 0) >= cpus and has.get("GPU", 0) >= gpus for has in alive)
 
     def _fill(self) -> None:
-        now = time.monotonic()
-        due = [item for item in self._waiting if item[0] <= now]
-        for item in due[: self._most - len(self._running)]:
-            self._waiting.remove(item)
-            cell = item[1]
+        for cell in self._attempts.due()[: self._most - len(self._running)]:
             self._attempts.begin(cell, queued=True)
             task = self._remote.remote(self._job.task(cell), self._job.log(cell))
             self._running[task] = cell
@@ -112,18 +107,12 @@ class _Tasks:
             cell = self._running.pop(task)
             self._ended_by_us.pop(task, None)
             try:
-                self._end(cell, *self._ray.get(task))
+                self._attempts.end(cell, *self._ray.get(task))
             except self._ray.exceptions.NodeDiedError:  # the cell is not to blame
                 self._job.say(f"{cell}: its node is gone; started again")
                 self._attempts.drop(cell)
-                self._waiting.append((0.0, cell))
             except self._ray.exceptions.RayError as error:
-                self._end(cell, -1, f"its process died: {_first_line(error)}")
-
-    def _end(self, cell: str, code: int, words: str) -> None:
-        again = self._attempts.end(cell, code, words)
-        if again is not None:
-            self._waiting.append((time.monotonic() + again, cell))
+                self._attempts.end(cell, -1, f"its process died: {_first_line(error)}")
 
     def _kill(self, cell: str) -> None:
         """Kill the task of a cell that makes no progress."""
@@ -139,7 +128,7 @@ class _Tasks:
         now = time.monotonic()
         for task in [task for task, due in self._ended_by_us.items() if due < now]:
             del self._ended_by_us[task]
-            self._end(self._running.pop(task), -1, "")
+            self._attempts.end(self._running.pop(task), -1)
 
     def _stop(self) -> None:
         """Have the cells commit and stop; the kill follows for those that take too long."""

@@ -224,15 +224,14 @@ class _Wait:
         self._job, self._queue = job, queue
         self._attempts = Attempts(job)
         self._hung: set[str] = set()
-        self._again: dict[str, float] = {}
         self._jobs = self._adopt()
         for cell in self._jobs:
             self._attempts.begin(cell, queued=True)
-        self._submit([cell for cell in job.cells if cell not in self._jobs])
+        self._submit(self._attempts.due())
 
     def run(self, interrupt: Interrupt) -> None:
         asked = 0.0
-        while self._jobs or self._again:
+        while self._jobs or self._attempts.waiting:
             if interrupt.signal:
                 self._job.say(f"cancelling {len(self._jobs)} jobs; they commit before they end")
                 self._queue.cancel(self._jobs.values())
@@ -243,7 +242,7 @@ class _Wait:
             now = time.monotonic()
             if now - asked > _ASK_S:
                 self._collect(self._queue.states(self._jobs.values()) if self._jobs else {})
-                self._submit([cell for cell, due in self._again.items() if due < now])
+                self._submit(self._attempts.due())
                 asked = time.monotonic()
             self._job.look()
             time.sleep(_LOOK_S)
@@ -252,7 +251,6 @@ class _Wait:
         if not cells:
             return
         for cell in cells:
-            self._again.pop(cell, None)
             self._attempts.begin(cell, queued=True)
         self._jobs |= self._queue.submit(cells)
         self._job.say(f"{len(cells)} jobs submitted; scripts in {self._queue.folder}")
@@ -284,14 +282,12 @@ class _Wait:
         """A job is over: what the files say counts more than what Slurm says."""
         found = read_entry(self._job.folder(cell)).state
         if state == "CANCELLED" and found not in (*ENDED, "failed") and cell not in self._hung:
-            self._attempts.drop(cell)
+            self._attempts.drop(cell, again=False)
             self._job.say(f"{cell}: its job was cancelled; the same command continues it")
             return
         self._hung.discard(cell)
         code = 0 if found in ENDED else 1 if found == "failed" else -1
-        due = self._attempts.end(cell, code, f"its job ended as {state}")
-        if due is not None:
-            self._again[cell] = time.monotonic() + due
+        self._attempts.end(cell, code, f"its job ended as {state}")
 
 
 @contextlib.contextmanager
