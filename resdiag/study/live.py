@@ -90,14 +90,14 @@ def _table(entries: Sequence[Entry]) -> "Table":
         table.add_column(name, no_wrap=True)
     table.add_column("gradient norm by block, and its span in decades")
     for entry in entries:
-        said = entry.progress if entry.step else {}
-        left = said.get("eta_s") if entry.state == "running" else None
+        progress = entry.progress if entry.step else {}
+        left = progress.get("eta_s") if entry.state == "running" else None
         table.add_row(
             Text(entry.id),
             Text(entry.state, style=_STYLES[entry.state]),
             Text(f"{entry.step}/{entry.steps or '?'}" if entry.step else ""),
-            Text(_number(said.get("loss"), ".3g")),
-            Text(_number(said.get("error"), ".0%")),
+            Text(_number(progress.get("loss"), ".3g")),
+            Text(_number(progress.get("error"), ".0%")),
             Text(describe_time(left) if isinstance(left, int | float) else ""),
             Text(entry.message if entry.state == "failed" else _strip_of(entry)),
         )

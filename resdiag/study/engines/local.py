@@ -33,7 +33,7 @@ Slot = dict[str, str]
 
 
 class Local:
-    """Starts cells in slots until each is done, failed or in somebody else's hands.
+    """Starts cells in slots until each is done, has failed or is run by another driver.
 
     Args:
         job: What to do.
@@ -148,8 +148,8 @@ class Local:
     def _lose(self, process: WorkerProcess) -> None:
         """A process has died, and all its cells with it. No attempt counts as failed for that.
 
-        Of a thread pool nobody knows which cell caused it. So each of them continues in a process
-        of its own, where that cell dies alone.
+        Which cell of a thread pool caused it cannot be known. So each continues in a process of its
+        own, where that cell dies alone.
         """
         self._processes = {key: one for key, one in self._processes.items() if one is not process}
         cells = [cell for cell, (_, its) in self._running.items() if its is process]
