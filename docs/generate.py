@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, get_args, get_type_hints
+from typing import Any, TypeAlias, get_args
 
 from measuredtables import peers_table, performance_page, table
 from typer.main import get_command
@@ -75,7 +75,8 @@ def cli_page() -> str:
             ]
             parts.append(table(("command", "what it does"), rows))
         elif command.params:
-            hints = get_type_hints(command.callback)
+            given = inspect.signature(command.callback, eval_str=True).parameters
+            hints = {name: parameter.annotation for name, parameter in given.items()}
             rows = [_parameter(parameter, hints) for parameter in command.params]
             parts.append(table(("option", "value", "default", "meaning"), rows))
         if command.epilog:

@@ -9,6 +9,9 @@ import typer
 from resdiag.cli.opening import open_runs
 from resdiag.cli.options import Json, RunsRoot
 from resdiag.errors import UsageError, unknown
+from resdiag.trackers.tracker import TRACKERS
+
+_TABLES = ("csv", "jsonl")
 
 
 def export(
@@ -19,8 +22,9 @@ def export(
         tuple[str, str] | None,
         typer.Option(
             metavar="KIND PATH",
-            help="csv or jsonl and a folder; tensorboard or wandb and a folder; mlflow and a "
-            "SQLite file or tracking URI.",
+            help="csv or jsonl and a folder; "
+            + "; ".join(f"{k.name} and {k.export_place or k.place}" for k in TRACKERS.values())
+            + ".",
         ),
     ] = None,
     metric: Annotated[
@@ -30,24 +34,23 @@ def export(
     runs: RunsRoot = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Write runs as tables, or into TensorBoard, W&B or MLflow; prints what was written."""
-    from resdiag.trackers.sink import check_installed
+    """Write runs as tables or into a tracker; prints what was written."""
     from resdiag.trackers.tags import SHOWN, check_metrics
 
-    tables, trackers = ("csv", "jsonl"), ("tensorboard", "wandb", "mlflow")
     if to is None:
         raise UsageError("--to says what to write and where", "resdiag export --to csv tables")
     kind, place = to
-    if kind not in (*tables, *trackers):
-        raise unknown("kind of export", kind, (*tables, *trackers))
-    check_installed(kind)
+    if kind not in (*_TABLES, *TRACKERS):
+        raise unknown("kind of export", kind, (*_TABLES, *TRACKERS))
+    if kind in TRACKERS:
+        TRACKERS[kind].check_installed()
     check_metrics(metric or ())
-    if metric and kind in tables:
+    if metric and kind in _TABLES:
         raise UsageError(f"--metric is for trackers: a {kind} table has every metric")
     opened = open_runs(paths, runs)
     from resdiag.trackers.export import export_tables, export_tracker
 
-    if kind in tables:
+    if kind in _TABLES:
         written = [str(file) for file in export_tables(opened, kind, Path(place))]
     else:
         written = [export_tracker(run, kind, place, metric or SHOWN) for run in opened]

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from resdiag.errors import unknown
 from resdiag.runs.config import row_of
 from resdiag.training.recipe import Request
 
@@ -55,3 +57,13 @@ def _option(entry: "Field[Any]") -> inspect.Parameter:
         default=inspect.Parameter.empty if entry.default is MISSING else entry.default,
         annotation=Annotated[entry.type, typer.Option(*names, help=row_of(entry).help)],
     )
+
+
+def check_device(device: str) -> None:
+    """Refuse a `--device` that no machine has.
+
+    Raises:
+        UsageError: Naming the valid ones.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+        raise unknown("device", device, ["auto", "cpu", "cuda", "cuda:N"])

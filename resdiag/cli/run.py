@@ -1,17 +1,17 @@
 """`resdiag run`: train one variant while recording."""
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resdiag.cli.options import DataRoot, Json, RunsRoot, with_settings
+from resdiag.cli.options import DataRoot, Json, RunsRoot, check_device, with_settings
 from resdiag.cli.output import keep_quiet, say
 from resdiag.data.registry import check_data
-from resdiag.errors import UsageError, unknown
+from resdiag.errors import UsageError
+from resdiag.trackers.tracker import TRACKERS, parse_tracker
 from resdiag.training.interrupt import EXIT_CODES
 from resdiag.training.recipe import Request
 
@@ -34,25 +34,23 @@ def run(
         bool,
         typer.Option("--allow-drift", help="Continue although versions or machine changed."),
     ] = False,
-    sink: Annotated[
+    tracker: Annotated[
         list[str] | None,
         typer.Option(
-            help="Also tell a tracker: tensorboard:DIR, wandb:PROJECT or mlflow:DATABASE; "
-            "repeat it for several."
+            help="Also tell a tracker, repeat it for several: "
+            + ", ".join(f"{kind.name}:{kind.place}" for kind in TRACKERS.values())
+            + "."
         ),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
     as_json: Json = False,
 ) -> int:
     """Train one variant, or just start to train it, while recording; ends with the verdict."""
-    from resdiag.trackers.sink import check_sink
-
     request.check()
     check_data(request.data)
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
-        raise unknown("device", device, ["auto", "cpu", "cuda", "cuda:N"])
-    for text in sink or ():
-        check_sink(text)
+    check_device(device)
+    for text in tracker or ():
+        parse_tracker(text)
     # every mistake that can be seen without torch has been answered by now
     from resdiag.study.cell import Options, run_cell
 
@@ -63,7 +61,7 @@ def run(
         force=force,
         allow_drift=allow_drift,
         quiet=quiet or as_json,
-        sinks=tuple(sink or ()),
+        trackers=tuple(tracker or ()),
     )
     outcome = run_cell(request, options, keep_quiet if quiet else say)
     _print_outcome(outcome, as_json)

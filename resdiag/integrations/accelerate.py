@@ -1,7 +1,8 @@
 """Accelerate: a monitor that ends a step only where the gradients were synchronised."""
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 try:
@@ -11,8 +12,10 @@ except ImportError as error:
 from torch import nn
 
 from resdiag.integrations.session import Session, Watching, unwrapped
-from resdiag.integrations.unscaling import tell_unscaled
 from resdiag.watch.loop.monitor import Monitor
+
+_TOLD: dict[int, tuple[Any, Callable[[], object]]] = {}
+_ORIGINAL = "_resdiag_original"
 
 
 class ResdiagWatch:
@@ -30,7 +33,7 @@ class ResdiagWatch:
         every: Record every `every`-th step.
         record_first: Record each of the first steps.
         blocks: Names or patterns of modules to take as the blocks.
-        sinks: Trackers to tell, e.g. `tensorboard:logs`.
+        trackers: Trackers to tell, e.g. `tensorboard:logs`.
         save: Folder to write the run to at the end, with its verdict; a resumed training writes
             beside it, into `<save>-from-<step>`.
         name: Of the run: in the trackers, and in labels.
@@ -49,7 +52,7 @@ class ResdiagWatch:
         every: int = 1,
         record_first: int = 0,
         blocks: Sequence[str] | None = None,
-        sinks: Sequence[str] = (),
+        trackers: Sequence[str] = (),
         save: str | os.PathLike[str] | None = None,
         name: str = "run",
     ) -> None:
@@ -57,7 +60,7 @@ class ResdiagWatch:
             every=every,
             record_first=record_first,
             blocks=blocks,
-            sinks=sinks,
+            trackers=trackers,
             save=save,
             name=name,
         )
@@ -102,3 +105,52 @@ class ResdiagWatch:
     def _read(self) -> None:
         if self._accelerator.sync_gradients:
             self.monitor.read_gradients("pre_clip")
+
+
+def tell_unscaled(optimizer: Any, listener: Callable[[], object]) -> Callable[[], None]:  # noqa: ANN401
+    """Call `listener` whenever gradients of `optimizer` have been unscaled, right before clipping.
+
+    `Accelerator.clip_grad_norm_` and `clip_grad_value_` first call `unscale_gradients`, whatever
+    the precision. The Hugging Face Trainer does not show its accelerator to callbacks, hence the
+    method of the class is wrapped, for as long as anybody listens.
+
+    Args:
+        optimizer: As `Accelerator.prepare` returned it.
+        listener: Called without arguments.
+
+    Returns:
+        A function that ends the listening; calling it twice is fine.
+    """
+    if not _TOLD:
+        _wrap()
+    key = id(optimizer)
+    _TOLD[key] = optimizer, listener
+
+    def stop() -> None:
+        if _TOLD.get(key, (None, None))[1] is listener:
+            del _TOLD[key]
+            if not _TOLD:
+                _unwrap()
+
+    return stop
+
+
+def _wrap() -> None:
+    original = Accelerator.unscale_gradients
+
+    @functools.wraps(original)
+    def unscale_gradients(self: Accelerator, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        result = original(self, *args, **kwargs)
+        for optimizer, listener in list(_TOLD.values()):
+            if any(own is optimizer for own in self._optimizers):
+                listener()
+        return result
+
+    setattr(unscale_gradients, _ORIGINAL, original)
+    Accelerator.unscale_gradients = unscale_gradients
+
+
+def _unwrap() -> None:
+    original = getattr(Accelerator.unscale_gradients, _ORIGINAL, None)
+    if original is not None:
+        Accelerator.unscale_gradients = original

@@ -10,11 +10,10 @@ except ImportError as error:
     raise ImportError("lightning is missing: pip install 'resdiag[lightning]'") from error
 from torch import nn
 
-from resdiag.integrations.session import Session, Watching
-from resdiag.watch.loop.monitor import Monitor
+from resdiag.integrations.session import Session, SessionOwner, Watching
 
 
-class ResdiagCallback(Callback):
+class ResdiagCallback(SessionOwner, Callback):
     """Records a training by Lightning: `Trainer(callbacks=[ResdiagCallback()])`.
 
     Gradients are read in `on_before_optimizer_step`: after unscaling, before clipping. Validation
@@ -26,7 +25,7 @@ class ResdiagCallback(Callback):
         every: Record every `every`-th step.
         record_first: Record each of the first steps.
         blocks: Names or patterns of modules to take as the blocks.
-        sinks: Trackers to tell, e.g. `tensorboard:logs`.
+        trackers: Trackers to tell, e.g. `tensorboard:logs`.
         save: Folder to write the run to at the end, with its verdict; a resumed training writes
             beside it, into `<save>-from-<step>`.
         name: Of the run: in the trackers, and in labels.
@@ -39,7 +38,7 @@ class ResdiagCallback(Callback):
         every: int = 1,
         record_first: int = 0,
         blocks: Sequence[str] | None = None,
-        sinks: Sequence[str] = (),
+        trackers: Sequence[str] = (),
         save: str | os.PathLike[str] | None = None,
         name: str = "run",
     ) -> None:
@@ -48,29 +47,12 @@ class ResdiagCallback(Callback):
             every=every,
             record_first=record_first,
             blocks=blocks,
-            sinks=sinks,
+            trackers=trackers,
             save=save,
             name=name,
         )
-        self._session: Session | None = None
         self._optimizer: Any = None
         self._is_due = False
-
-    @property
-    def monitor(self) -> Monitor:
-        """What records: `monitor.to_frame()` has what was recorded, also after the end.
-
-        Raises:
-            RuntimeError: The training has not begun.
-        """
-        if self._session is None:
-            raise RuntimeError("the training has not begun")
-        return self._session.monitor
-
-    def close(self, status: str = "done") -> None:
-        """End the watching; safe to call twice."""
-        if self._session is not None:
-            self._session.close(status)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the network; a checkpoint has been loaded by now."""

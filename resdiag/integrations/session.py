@@ -1,4 +1,4 @@
-"""What all callbacks share: a monitor, the sinks it feeds, and the end of both."""
+"""What all callbacks share: a monitor, the trackers that it tells, and the end of both."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from resdiag.diagnose.saving import save
 from resdiag.errors import ResdiagError
 from resdiag.runs.folder import load_run
 from resdiag.trackers.feed import Feed, open_feed
-from resdiag.trackers.sink import About, check_sink
+from resdiag.trackers.tracker import RunInfo, parse_tracker
 from resdiag.watch.loop.attach import attach
 from resdiag.watch.loop.monitor import Monitor
 
@@ -26,7 +26,7 @@ class Watching:
         every: Record every `every`-th step.
         record_first: Record each of the first steps.
         blocks: Names or patterns of modules to take as the blocks.
-        sinks: Trackers to tell, each as `kind:place`; told by the first process only.
+        trackers: Trackers to tell, each as `name:place`; the first process tells them.
         save: Folder to write the run to at its end; None writes none.
         name: Of the run: in the trackers, and in labels.
     """
@@ -34,13 +34,13 @@ class Watching:
     every: int = 1
     record_first: int = 0
     blocks: Sequence[str] | None = None
-    sinks: Sequence[str] = ()
+    trackers: Sequence[str] = ()
     save: str | os.PathLike[str] | None = None
     name: str = "run"
 
     def __post_init__(self) -> None:
-        for text in self.sinks:
-            check_sink(text)
+        for text in self.trackers:
+            parse_tracker(text)
 
 
 class Session:
@@ -53,7 +53,7 @@ class Session:
         scaler: Its GradScaler, if there is one.
         begun: Optimizer steps that the training has done already.
         is_first: Whether this is the process that writes.
-        config: Plain values that describe the training, for the sinks.
+        config: Plain values that describe the training, for the trackers.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class Session:
         )
         self.monitor.start_at(begun)
         self._stops: list[Callable[[], object]] = []
-        about = About(name=watching.name, config=config or {})
-        self._feed: Feed = open_feed(watching.sinks if is_first else (), about)
+        run = RunInfo(name=watching.name, config=config or {})
+        self._feed: Feed = open_feed(watching.trackers if is_first else (), run)
         self.monitor.add_listener(self._feed.write)
         self._open = True
         self._losses: dict[int, Any] = {}
@@ -98,13 +98,13 @@ class Session:
         self._stops.append(stop)
 
     def close(self, status: str = "done") -> None:
-        """Remove every hook and end the run in the sinks; twice is fine."""
+        """Remove every hook and end the run in the trackers; safe to call twice."""
         if not self._open:
             return
         self._open = False
         for stop in self._stops:
             stop()
-        self.monitor.to_frame()  # what is still on the device comes to the host, and to the sinks
+        self.monitor.to_frame()  # fetches what is still on the device, and tells the trackers
         self.monitor.close()
         self._feed.close(status)
         self.monitor.warnings.extend(self._feed.notes)
@@ -126,6 +126,28 @@ class Session:
             line = f"the run was not saved: {error.message}"
             self.monitor.warnings.append(line)
         print(f"resdiag: {line}", file=sys.stderr)
+
+
+class SessionOwner:
+    """What the callbacks have in common: a session from the begin of the training to its end."""
+
+    _session: Session | None = None
+
+    @property
+    def monitor(self) -> Monitor:
+        """What records: `monitor.to_frame()` has what was recorded, also after the end.
+
+        Raises:
+            RuntimeError: The training has not begun.
+        """
+        if self._session is None:
+            raise RuntimeError("the training has not begun")
+        return self._session.monitor
+
+    def close(self, status: str = "done") -> None:
+        """End the watching; safe to call twice."""
+        if self._session is not None:
+            self._session.close(status)
 
 
 def unwrapped(optimizer: Any) -> Any:  # noqa: ANN401

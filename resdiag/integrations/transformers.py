@@ -9,12 +9,11 @@ try:
 except ImportError as error:
     raise ImportError("transformers is missing: pip install 'resdiag[transformers]'") from error
 
-from resdiag.integrations.session import Session, Watching, unwrapped
-from resdiag.integrations.unscaling import tell_unscaled
-from resdiag.watch.loop.monitor import Monitor
+from resdiag.integrations.accelerate import tell_unscaled
+from resdiag.integrations.session import Session, SessionOwner, Watching, unwrapped
 
 
-class ResdiagCallback(TrainerCallback):
+class ResdiagCallback(SessionOwner, TrainerCallback):
     """Records a training by the Trainer: `Trainer(..., callbacks=[ResdiagCallback()])`.
 
     Gradients are read after reduction and unscaling, before clipping. Evaluations are ignored, a
@@ -25,7 +24,7 @@ class ResdiagCallback(TrainerCallback):
         every: Record every `every`-th step.
         record_first: Record each of the first steps.
         blocks: Names or patterns of modules to take as the blocks.
-        sinks: Trackers to tell, e.g. `tensorboard:logs`.
+        trackers: Trackers to tell, e.g. `tensorboard:logs`.
         save: Folder to write the run to at the end, with its verdict; a resumed training writes
             beside it, into `<save>-from-<step>`.
         name: Of the run: in the trackers, and in labels.
@@ -37,7 +36,7 @@ class ResdiagCallback(TrainerCallback):
         every: int = 1,
         record_first: int = 0,
         blocks: Sequence[str] | None = None,
-        sinks: Sequence[str] = (),
+        trackers: Sequence[str] = (),
         save: str | os.PathLike[str] | None = None,
         name: str = "run",
     ) -> None:
@@ -45,27 +44,10 @@ class ResdiagCallback(TrainerCallback):
             every=every,
             record_first=record_first,
             blocks=blocks,
-            sinks=sinks,
+            trackers=trackers,
             save=save,
             name=name,
         )
-        self._session: Session | None = None
-
-    @property
-    def monitor(self) -> Monitor:
-        """What records: `monitor.to_frame()` has what was recorded, also after the end.
-
-        Raises:
-            RuntimeError: The training has not begun.
-        """
-        if self._session is None:
-            raise RuntimeError("the training has not begun")
-        return self._session.monitor
-
-    def close(self, status: str = "done") -> None:
-        """End the watching; safe to call twice."""
-        if self._session is not None:
-            self._session.close(status)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **known: Any) -> None:  # noqa: ANN401
         """Attach to the model inside any wrapper."""

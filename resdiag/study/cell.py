@@ -12,14 +12,14 @@ from resdiag.runs.config import RunConfig
 from resdiag.runs.environment import environment
 from resdiag.runs.folder import Run, load_run
 from resdiag.runs.store import RunWriter
-from resdiag.study.heartbeat import Heartbeat
+from resdiag.study.progress import Heartbeat
 from resdiag.trackers.feed import open_feed
-from resdiag.trackers.sink import About
+from resdiag.trackers.tracker import RunInfo
 from resdiag.training.display import Display, open_display
+from resdiag.training.fair_lock import UNSHARED, LockHandle
 from resdiag.training.interrupt import Interrupt
 from resdiag.training.loop import Training
 from resdiag.training.recipe import Request, resolve
-from resdiag.training.turns import ALONE, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +51,11 @@ class Options:
         force: Start over even if the run exists.
         allow_drift: Continue in a changed environment.
         quiet: Show no progress.
-        sinks: Trackers to tell what is recorded, as `sinks.sink.open_sink` takes them.
+        trackers: Trackers to tell what is recorded, each as `name:place`.
         patience: Seconds without a beat after which another owner of the run is taken for gone;
             None never does.
         display: Makes what is shown of the progress, from title, steps and steps done.
-        turn: Held while data are read and while it trains, where cells share a process.
+        thread_lock: Held while data are read and while it trains, where cells share a process.
     """
 
     root: Path = Path("runs")
@@ -63,10 +63,10 @@ class Options:
     force: bool = False
     allow_drift: bool = False
     quiet: bool = False
-    sinks: tuple[str, ...] = ()
+    trackers: tuple[str, ...] = ()
     patience: float | None = None
     display: Callable[[str, int, int], Display] | None = None
-    turn: Turn = ALONE
+    thread_lock: LockHandle = UNSHARED
 
 
 def run_cell(request: Request, options: Options, say: Callable[[str], None]) -> Outcome:
@@ -83,11 +83,12 @@ def run_cell(request: Request, options: Options, say: Callable[[str], None]) -> 
         StorageError: The folder cannot be written.
     """
     request.check()
-    with options.turn:  # data that are read for the first time are written down for all
+    with options.thread_lock:  # one reads new data, the others take them from the cache
         data = open_data(request.data, options.data_root)
     say(f"data: {data.note}")
     config = resolve(request, data_name=data.name, train_size=len(data.train_labels))
-    with options.turn.interrupt() as interrupt:  # before there are threads, until the verdict
+    # entered before there are threads, left after the verdict
+    with options.thread_lock.interrupt() as interrupt:
         writer = RunWriter.open(
             options.root,
             config,
@@ -130,15 +131,15 @@ def _train(
     writer: RunWriter, config: RunConfig, data: ImageData, options: Options, interrupt: Interrupt
 ) -> tuple[str, tuple[str, ...]]:
     title = f"{config.variant} d{config.depth}"
-    feed = open_feed(options.sinks, About(name=config.name, config=config.to_dict()))
+    feed = open_feed(options.trackers, RunInfo(name=config.name, config=config.to_dict()))
     quiet = options.quiet
     open_ = options.display or (lambda *about: open_display(*about, quiet=quiet))
     display = open_(title, config.steps, writer.committed_step)
     status = "stopped"
     try:
-        with options.turn as turn, warnings.catch_warnings():
+        with options.thread_lock as lock, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the monitor's warnings are returned instead
-            training = Training(config, data, writer, feed.write, turn=turn)
+            training = Training(config, data, writer, feed.write, thread_lock=lock)
             status = training.run(display, interrupt)
     finally:
         display.close()

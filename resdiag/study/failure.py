@@ -18,7 +18,7 @@ class Failure:
     """The end of a cell that did not come to its end.
 
     Attributes:
-        kind: "error" (it said why), "signal" (it was killed or crashed) or "hung".
+        kind: "error" (with a reason), "signal" (it was killed or crashed) or "hung".
         message: One line.
         hint: What to do; may be empty.
         log: End of what it printed.

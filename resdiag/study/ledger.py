@@ -16,10 +16,10 @@ from resdiag.study.progress import read_progress
 from resdiag.study.study import Study
 
 STATES = ("done", "running", "stale", "failed", "diverged", "missing")
-"""done and diverged are results; stale was begun and nobody is at it; failed will not be tried
+"""done and diverged are results; stale was begun and no process has it; failed is not tried
 again before `study retry`; missing was never begun."""
 ENDED = ("done", "diverged")
-_SAID = ("loss", "error", "images_per_s", "worst")
+_REPORTED = ("loss", "error", "images_per_s", "worst")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class Entry:
         run: Folder of its run; None before there is one.
         step: Steps done: committed, or more while it runs.
         steps: Steps in all; 0 if not known yet.
-        progress: What it said last: loss, error, images_per_s, worst, eta_s.
+        progress: What it wrote last: loss, error, images_per_s, worst, eta_s.
         message: Why it failed, or who runs it.
     """
 
@@ -48,9 +48,6 @@ class Entry:
 
     def to_dict(self) -> dict[str, Any]:
         """The entry for JSON."""
-        said = {
-            name: self.progress.get(name) for name in ("loss", "error", "images_per_s", "worst")
-        }
         eta = self.progress.get("eta_s") if self.state == "running" else None
         return {
             "id": self.id,
@@ -58,7 +55,7 @@ class Entry:
             "step": self.step,
             "steps": self.steps,
             "run": str(self.run) if self.run else None,
-            **{name: plain(value) for name, value in said.items()},
+            **{name: plain(self.progress.get(name)) for name in _REPORTED},
             "eta_s": plain(eta),
             "message": self.message,
         }
@@ -75,13 +72,13 @@ def read_entry(folder: Path) -> Entry:
     progress = read_progress(folder)
     committed = commit.step if commit else 0
     state, message = _state(folder, run, commit)
-    said = progress.get("step") if state == "running" else committed
+    step = progress.get("step") if state == "running" else committed
     return Entry(
         id=folder.name,
         state=state,
         folder=folder,
         run=run,
-        step=max(committed, _count(said)),
+        step=max(committed, _count(step)),
         steps=_count(progress.get("steps")),
         progress=progress,
         message=message,
@@ -89,7 +86,7 @@ def read_entry(folder: Path) -> Entry:
 
 
 def _state(folder: Path, run: Path | None, commit: Commit | None) -> tuple[str, str]:
-    """State and message; what is on the disk counts more than what was said about it."""
+    """State and message; a commit or a living owner counts more than an earlier failure."""
     if commit and commit.status in ENDED:
         return commit.status, ""
     holder = find_holder(folder)

@@ -1,7 +1,11 @@
-"""The live view of a study: a table of cells, each with its gradient norm by block as a strip."""
+"""What is shown of a study that runs: a live table of its cells, or a line now and then."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +20,9 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
+    from resdiag.study.engines.job import Job
+
+_LINE_EVERY_S = 30.0
 _BARS = "▁▂▃▄▅▆▇█"
 _BROKEN = "×"
 _UNKNOWN = "·"
@@ -25,6 +32,39 @@ _STYLES = {
     "diverged": "magenta", "missing": "dim",
 }  # fmt: skip
 _ORDER = ("running", "failed", "stale", "diverged", "done", "missing")
+
+
+@contextlib.contextmanager
+def showing_progress(job: "Job", *, quiet: bool) -> "Iterator[Job]":
+    """A job that shows its progress while entered: nothing if quiet, a table on a terminal."""
+    if quiet:
+        yield job
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.live import Live
+
+        console = Console(stderr=True)
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+
+            def draw() -> None:
+                live.update(draw_study(job.study, job.runs, console.height), refresh=True)
+
+            yield replace(job, look=draw, say=lambda line: console.print(line, markup=False))
+    else:
+        yield replace(job, look=_lines(job))
+
+
+def _lines(job: "Job") -> Callable[[], None]:
+    """A line every half minute, for logs."""
+    last = -math.inf
+
+    def look() -> None:
+        nonlocal last
+        if time.monotonic() - last >= _LINE_EVERY_S:
+            last = time.monotonic()
+            job.say(sum_up(job.study, read_ledger(job.study, job.runs)))
+
+    return look
 
 
 def draw_study(study: Study, runs: Path, height: int) -> "Group":
@@ -50,14 +90,14 @@ def _table(entries: Sequence[Entry]) -> "Table":
         table.add_column(name, no_wrap=True)
     table.add_column("gradient norm by block, and its span in decades")
     for entry in entries:
-        said = entry.progress if entry.step else {}
-        left = said.get("eta_s") if entry.state == "running" else None
+        progress = entry.progress if entry.step else {}
+        left = progress.get("eta_s") if entry.state == "running" else None
         table.add_row(
             Text(entry.id),
             Text(entry.state, style=_STYLES[entry.state]),
             Text(f"{entry.step}/{entry.steps or '?'}" if entry.step else ""),
-            Text(_number(said.get("loss"), ".3g")),
-            Text(_number(said.get("error"), ".0%")),
+            Text(_number(progress.get("loss"), ".3g")),
+            Text(_number(progress.get("error"), ".0%")),
             Text(describe_time(left) if isinstance(left, int | float) else ""),
             Text(entry.message if entry.state == "failed" else _strip_of(entry)),
         )

@@ -1,14 +1,17 @@
-"""What a running cell says of itself: one small file, replaced about once a second."""
+"""Signs of life of a running cell: its lock's beats, and a small file replaced once a second."""
 
 import json
 import math
 import os
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from resdiag.diagnose.finding import plain
 from resdiag.runs.files import to_json
+from resdiag.runs.lock import BEAT_S
 from resdiag.training.display import Progress
 
 PROGRESS = "progress.json"
@@ -16,7 +19,7 @@ _EVERY_S = 1.0
 
 
 class ProgressFile:
-    """A display that nobody looks at: it writes where the training stands into a cell's folder.
+    """A `Display` that writes progress.json into a cell's folder.
 
     Args:
         folder: The cell's.
@@ -30,26 +33,26 @@ class ProgressFile:
         self._last = -math.inf
         self._write({"step": done})
 
-    def show(self, standing: Progress) -> None:
-        """Write the standing if the last one is a second old, or if the training is over."""
+    def show(self, progress: Progress) -> None:
+        """Write the file if it is a second old, or if the training is over."""
         now = time.monotonic()
-        if now - self._last < _EVERY_S and standing.done < self._steps:
+        if now - self._last < _EVERY_S and progress.done < self._steps:
             return
         self._last = now
-        pace = (now - self._begin) / max(1, standing.done - self._first)
+        pace = (now - self._begin) / max(1, progress.done - self._first)
         self._write(
             {
-                "step": standing.done,
-                "loss": plain(standing.loss),
-                "error": plain(standing.error),
-                "images_per_s": plain(standing.images_per_s),
-                "worst": standing.worst,
-                "eta_s": pace * (self._steps - standing.done),
+                "step": progress.done,
+                "loss": plain(progress.loss),
+                "error": plain(progress.error),
+                "images_per_s": plain(progress.images_per_s),
+                "worst": progress.worst,
+                "eta_s": pace * (self._steps - progress.done),
             }
         )
 
     def close(self) -> None:
-        """The last standing stays."""
+        """Do nothing: the file stays."""
 
     def _write(self, about: dict[str, Any]) -> None:
         """Replace the file. A crash may lose it, so it is not synced; a full disk may, too."""
@@ -62,9 +65,37 @@ class ProgressFile:
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """What a cell said last; empty if it said nothing."""
+    """What a cell wrote last; empty if there is nothing."""
     try:
         document = json.loads((folder / PROGRESS).read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}
+
+
+class Heartbeat:
+    """Calls `beat` every few seconds from a thread while entered; a context manager.
+
+    So that other processes can tell a lock's living owner from one that is gone.
+
+    Args:
+        beat: A lock's.
+        every: Seconds.
+    """
+
+    def __init__(self, beat: Callable[[], None], every: float = BEAT_S) -> None:
+        self._beat, self._every = beat, every
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="resdiag-heartbeat", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._over.wait(self._every):
+            self._beat()

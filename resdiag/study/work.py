@@ -1,4 +1,4 @@
-"""The work on one cell, whoever started it: idempotent, resumable, alone at its cell."""
+"""The work on one cell, under every engine: idempotent, resumable, one process at a time."""
 
 import os
 import socket
@@ -13,21 +13,21 @@ from resdiag.errors import BusyError, ResdiagError, UsageError
 from resdiag.runs.files import make_folder, to_json, write_file
 from resdiag.runs.lock import LEASE_S, Lock
 from resdiag.study.failure import clear_failure, write_failure
-from resdiag.study.heartbeat import Heartbeat
 from resdiag.study.ledger import ENDED, find_run, read_entry
+from resdiag.study.progress import Heartbeat
 from resdiag.study.study import Study, load_study
-from resdiag.training.turns import ALONE, Turn
+from resdiag.training.fair_lock import UNSHARED, LockHandle
 
 if TYPE_CHECKING:
     from resdiag.study.cell import Outcome
 
 STOPPED = 75
-"""Exit code: stopped after a commit, or somebody else is at the cell; the same task continues."""
+"""Exit code: stopped after a commit, or another process has the cell; the same task continues."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One cell to work on, as plain words that can be sent to another machine.
+    """One cell to work on, in plain values that can be sent to another machine.
 
     Attributes:
         study: Path of a plan, or what else `load_study` takes.
@@ -55,18 +55,18 @@ def preload() -> None:
     import resdiag.study.cell  # noqa: F401
 
 
-def start(plain: dict[str, Any], turn: Turn = ALONE) -> int:
+def start(plain: dict[str, Any], thread_lock: LockHandle = UNSHARED) -> int:
     """Work on a task that arrived as plain data; what goes wrong is printed.
 
     Args:
         plain: The task.
-        turn: See `work`.
+        thread_lock: See `work`.
 
     Returns:
         The exit code.
     """
     try:
-        return work(Task(**plain), turn=turn)
+        return work(Task(**plain), thread_lock=thread_lock)
     except ResdiagError as error:
         hint = f" ({error.hint})" if error.hint else ""
         print(f"resdiag: {error.message}{hint}", file=sys.stderr)
@@ -79,7 +79,7 @@ def start(plain: dict[str, Any], turn: Turn = ALONE) -> int:
 def start_logged(plain: dict[str, Any], log: str) -> int:
     """The same with what it prints, and what C code prints, appended to a file.
 
-    For engines whose processes belong to somebody else, who would keep the words to himself.
+    For engines whose processes write their output elsewhere.
     """
     path = Path(log)
     make_folder(path.parent)
@@ -101,19 +101,19 @@ def start_logged(plain: dict[str, Any], log: str) -> int:
             os.close(handle)
 
 
-def work(task: Task, say: Callable[[str], None] = print, turn: Turn = ALONE) -> int:
+def work(task: Task, say: Callable[[str], None] = print, thread_lock: LockHandle = UNSHARED) -> int:
     """Bring a cell to its end; do nothing if it is there.
 
     Args:
         task: Which cell, and where.
         say: Told what happens, line by line.
-        turn: What the cell takes its turns by, where several share a process; not held now.
+        thread_lock: Held while it trains, where cells share a process; not held now.
 
     Returns:
         0 if the cell is done or has diverged; 75 or 130 if a signal stopped it after a commit.
 
     Raises:
-        BusyError: Somebody else works on it.
+        BusyError: Another process works on it.
         ResdiagError: It failed; the reason is in its folder too.
     """
     study, runs = load_study(task.study), Path(task.runs)
@@ -124,10 +124,10 @@ def work(task: Task, say: Callable[[str], None] = print, turn: Turn = ALONE) -> 
     make_folder(folder)
     lock = Lock.take(folder, LEASE_S)
     try:
-        if _has_ended(folder, say):  # by whoever had it while we waited
+        if _has_ended(folder, say):  # another process ended it while we waited
             return 0
         with Heartbeat(lock.beat):
-            return _work_alone(study, task, lock, say, turn)
+            return _work_alone(study, task, lock, say, thread_lock)
     finally:
         lock.release()
 
@@ -140,13 +140,13 @@ def _has_ended(folder: Path, say: Callable[[str], None]) -> bool:
 
 
 def _work_alone(
-    study: Study, task: Task, lock: Lock, say: Callable[[str], None], turn: Turn
+    study: Study, task: Task, lock: Lock, say: Callable[[str], None], thread_lock: LockHandle
 ) -> int:
-    """The work, once the cell is ours."""
+    """Work on a cell whose lock we hold."""
     folder = lock.path.parent
     clear_failure(folder)
     try:
-        outcome = _run(study, task, folder, say, turn)
+        outcome = _run(study, task, folder, say, thread_lock)
     except BusyError:
         raise
     except ResdiagError as error:
@@ -163,7 +163,7 @@ def _work_alone(
 
 
 def _run(
-    study: Study, task: Task, folder: Path, say: Callable[[str], None], turn: Turn
+    study: Study, task: Task, folder: Path, say: Callable[[str], None], thread_lock: LockHandle
 ) -> "Outcome":
     import torch
 
@@ -181,7 +181,7 @@ def _run(
         allow_drift=task.allow_drift,
         patience=LEASE_S,
         display=lambda _, steps, done: ProgressFile(folder, steps, done),
-        turn=turn,
+        thread_lock=thread_lock,
     )
     return run_cell(request, options, say)
 

@@ -1,15 +1,14 @@
-"""Runs handed to other tools: as tables, or into a tracker as if it had been told live."""
+"""Recorded runs for other tools: as tables, or into a tracker as if it had been told live."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resdiag.errors import UsageError
+from resdiag.errors import ResdiagError, UsageError
 from resdiag.runs.files import make_folder, write_file
 from resdiag.runs.folder import Run, load_frame
-from resdiag.trackers.sink import About, Sink
 from resdiag.trackers.tags import SHOWN, by_step
+from resdiag.trackers.tracker import TRACKERS, RunInfo, Tracker
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,9 +44,8 @@ def export_tracker(run: Run, kind: str, place: str, shown: Sequence[str] = SHOWN
 
     Args:
         run: A run from a folder.
-        kind: "tensorboard", "wandb" or "mlflow".
-        place: A folder for TensorBoard and W&B (an offline run, to be sent by `wandb sync`), a
-            SQLite file or tracking URI for MLflow.
+        kind: Name of a tracker, see `TRACKERS`.
+        place: What its `export_place` says.
         shown: Block-level metrics to write.
 
     Returns:
@@ -56,51 +54,24 @@ def export_tracker(run: Run, kind: str, place: str, shown: Sequence[str] = SHOWN
     Raises:
         UsageError: The tracker refuses; the message says why.
     """
-    name = run.path.name
-    if kind == "tensorboard":
-        return str(_export_events(run, name, Path(place), shown))
+    row, name = TRACKERS[kind], run.path.name
+
+    def play(tracker: Tracker) -> None:
+        tracker.start(RunInfo(name=name, config=run.config.to_dict(), is_new=True))
+        for step, values in by_step(_columns(run.metrics()), _columns(run.curve()), shown):
+            tracker.write(step, values)
+        tracker.finish(run.status)
+
     try:
-        if kind == "wandb":
-            from resdiag.trackers.wandb import WandbSink
-
-            _play(run, name, WandbSink("resdiag", Path(place)), shown)
-        else:
-            from resdiag.trackers.mlflow import MlflowSink
-
-            _play(run, name, MlflowSink(place), shown)
-    except OSError:
+        if row.export:
+            return row.export(name, place, play)
+        play(row.open(place))
+    except (OSError, ResdiagError):
         raise
     except Exception as error:  # each tracker has errors of its own, of no common kind
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"{kind} at {place} refused {name}: {reason}") from error
     return place
-
-
-def _export_events(run: Run, name: str, folder: Path, shown: Sequence[str]) -> Path:
-    """Write the event file apart, then put it where an earlier one was."""
-    from resdiag.trackers.tensorboard import TensorBoardSink
-
-    target, draft = folder / name, folder / ".export"
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        _play(run, name, TensorBoardSink(draft), shown)
-        if target.exists():
-            strange = [f.name for f in target.iterdir() if not f.name.startswith("events.out.")]
-            if strange:
-                raise UsageError(f"{target} holds more than event files: {strange[0]}")
-            shutil.rmtree(target)
-        (draft / name).rename(target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return target
-
-
-def _play(run: Run, name: str, sink: Sink, shown: Sequence[str]) -> None:
-    """Tell a sink a whole run."""
-    sink.start(About(name=name, config=run.config.to_dict(), anew=True))
-    for step, values in by_step(_columns(run.metrics()), _columns(run.curve()), shown):
-        sink.write(step, values)
-    sink.finish(run.status)
 
 
 def _columns(frame: "pd.DataFrame") -> "dict[str, NDArray[Any]]":

@@ -7,10 +7,10 @@ from typing import Any
 
 import wandb
 
-from resdiag.trackers.sink import About
+from resdiag.trackers.tracker import Play, RunInfo
 
 
-class WandbSink:
+class WandbTracker:
     """Logs into a W&B project, as WANDB_MODE and WANDB_DIR say.
 
     Args:
@@ -22,7 +22,7 @@ class WandbSink:
         self._project, self._folder = project, folder
         self._run: Any = None
 
-    def start(self, about: About) -> None:
+    def start(self, run: RunInfo) -> None:
         """Begin the run, or continue the one of this name."""
         place: dict[str, Any] = {}
         if self._folder is not None:
@@ -30,9 +30,9 @@ class WandbSink:
             place = {"mode": "offline", "dir": str(self._folder)}
         self._run = wandb.init(
             project=self._project,
-            id=re.sub(r"[^\w.-]", "-", about.name)[-120:],
-            name=about.name,
-            config=dict(about.config),
+            id=re.sub(r"[^\w.-]", "-", run.name)[-120:],
+            name=run.name,
+            config=dict(run.config),
             reinit="create_new",  # a run that the training itself has open is left alone
             resume=None if self._folder else "allow",
             settings=wandb.Settings(silent=True, console="off"),
@@ -47,3 +47,14 @@ class WandbSink:
         """End the run; W&B waits here until everything is sent or on the disk."""
         self._run.summary["status"] = status
         self._run.finish()
+
+
+def open_tracker(project: str) -> WandbTracker:
+    """The tracker for `--tracker wandb:PROJECT`."""
+    return WandbTracker(project)
+
+
+def export_run(name: str, place: str, play: Play) -> str:
+    """Write an offline run of the project `resdiag` into a folder."""
+    play(WandbTracker("resdiag", Path(place)))
+    return place

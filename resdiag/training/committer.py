@@ -8,7 +8,7 @@ from typing import Any, Self, TypeAlias
 from numpy.typing import NDArray
 
 from resdiag.runs.store import RunWriter
-from resdiag.training.turns import ALONE, Turn
+from resdiag.training.fair_lock import UNSHARED, LockHandle
 
 Table: TypeAlias = Mapping[str, NDArray[Any]]
 """Rows of a run's table: one array of shape (rows,) per column."""
@@ -44,16 +44,16 @@ class Committer:
     Args:
         writer: The run's folder; used by nobody else meanwhile, but for its beats.
         tell: Is handed the rows of both tables after each commit, in the training's own thread.
-        turn: The training's: others have theirs while it waits for the disk.
+        thread_lock: Released while the training waits for the disk.
     """
 
     def __init__(
         self,
         writer: RunWriter,
         tell: Callable[[Table, Table], object] | None,
-        turn: Turn = ALONE,
+        thread_lock: LockHandle = UNSHARED,
     ) -> None:
-        self._writer, self._tell, self._turn = writer, tell, turn
+        self._writer, self._tell, self._thread_lock = writer, tell, thread_lock
         self._thread = ThreadPoolExecutor(1, "resdiag-commit")
         self._under_way: tuple[PendingCommit, Future[None]] | None = None
 
@@ -77,7 +77,7 @@ class Committer:
         if self._under_way is None:
             return
         (piece, future), self._under_way = self._under_way, None
-        with self._turn.away():
+        with self._thread_lock.released():
             future.result()
         if self._tell is not None:  # after the commit: steps that are done again are told once
             self._tell(piece.metrics, piece.curve)

@@ -26,12 +26,12 @@ from resdiag.training import checkpoint
 from resdiag.training.committer import Committer, PendingCommit, Table
 from resdiag.training.curve import Curve
 from resdiag.training.display import Display, Progress
+from resdiag.training.fair_lock import UNSHARED, LockHandle
 from resdiag.training.fastelu import FastElu
 from resdiag.training.graphs import Capture, CudaCapture, Graphs
 from resdiag.training.interrupt import Interrupt
 from resdiag.training.malloc import disable_malloc_trim
 from resdiag.training.recipe import learning_rate
-from resdiag.training.turns import ALONE, Turn
 from resdiag.watch.loop.attach import attach
 from resdiag.watch.loop.monitor import Monitor
 
@@ -65,7 +65,7 @@ class Training:
         writer: The run's folder.
         tell: Is handed the rows of both tables after each commit.
         capture: What takes passes down for the backend `graph`, if not CUDA.
-        turn: Handed on once a step where other trainings share the process; held while running.
+        thread_lock: Held by the caller, and passed on once a step to trainings in other threads.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class Training:
         writer: RunWriter,
         tell: Callable[[Table, Table], object] | None = None,
         capture: Capture | None = None,
-        turn: Turn = ALONE,
+        thread_lock: LockHandle = UNSHARED,
     ) -> None:
-        self.config, self._writer, self._turn = config, writer, turn
-        self._committer = Committer(writer, tell, turn)
+        self.config, self._writer, self._thread_lock = config, writer, thread_lock
+        self._committer = Committer(writer, tell, thread_lock)
         self._device = torch.device(config.device)
         # convolutions on the CPU are a fifth faster in this layout
         layout: dict[str, Any] = {"memory_format": torch.channels_last}
@@ -152,7 +152,7 @@ class Training:
             group["lr"] = lr
         images, labels = self._batches.batch(step)
         results = self._passes(images, labels)
-        self._turn.hand_on()  # the device is at it; others launch theirs before we look
+        self._thread_lock.pass_on()  # the device is busy: others launch their step before we wait
         self._count(step, len(labels), lr, results)
         if self._tally.exploded == step and not self.monitor.is_recording:
             self._record_again(images, labels)
@@ -262,7 +262,7 @@ class Training:
             totals += test(images, labels)
             count += len(labels)
         self.model.train()
-        self._turn.hand_on()
+        self._thread_lock.pass_on()
         loss_sum, wrong_sum = (totals / max(1, count)).tolist()
         return loss_sum, wrong_sum
 

@@ -28,7 +28,7 @@ def run_local(root, text=TINY, *, slots=2, each=1, target=None, faults=None, dev
     cells = tuple(cell.id for cell in study.cells)
     job = Job(study=study, plan=plan, cells=cells, runs=runs, device=device, say=said.append)
     targets = {"target": target} if target else {}
-    places = find_slots(job, None, each) if each > 1 or device != "cpu" else [CORE] * slots
+    places = find_slots(job, each) if each > 1 or device != "cpu" else [CORE] * slots
     assert Local(job, places, each, **targets).run() == 0
     return job, said
 

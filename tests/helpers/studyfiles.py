@@ -29,10 +29,10 @@ def write_study(folder, text=TINY, name="tiny"):
     return path
 
 
-# -- cells that misbehave, called by the nursery in a process of their own -------------------------
+# -- cells that misbehave, called by the fork server in a process of their own ---------------------
 
 
-def faulty(task, *turn):
+def faulty(task, *thread_lock):
     """Real work, after a fault: which one, and how often, says a file beside the study."""
     from resdiag.study.work import start
 
@@ -40,46 +40,46 @@ def faulty(task, *turn):
     kind = next((kind for part, kind in faults.items() if part in task["cell"]), "none")
     if kind != "none" and _first_time(task, kind):
         _FAULTS[kind.removesuffix(" once")]()
-    return start(task, *turn)
+    return start(task, *thread_lock)
 
 
 _HERE, _MET = threading.Condition(), []
 
 
-def noted(task, turn=None):
-    """Real work whose turns in a crew are noted down beside the study, one cell's id a line.
+def noted(task, thread_lock=None):
+    """Real work; in a shared process each step is noted beside the study, one cell's id a line.
 
-    The first three cells meet before their second turn. A cell of the variant `plain` fails then.
+    The first three cells meet before their second step. A cell of the variant `plain` fails then.
     """
     import torch
 
     from resdiag.study.work import start
 
     torch.backends.cudnn.deterministic = True
-    if turn is None:
+    if thread_lock is None:
         return start(task)
-    hand_on, cell, first = turn.hand_on, task["cell"], True
+    pass_on, cell, first = thread_lock.pass_on, task["cell"], True
 
     def note():
         nonlocal first
         if first:
             first = False
-            with turn.away(), _HERE:
+            with thread_lock.released(), _HERE:
                 _MET.append(cell)
                 _HERE.notify_all()
                 assert _HERE.wait_for(lambda: len(_MET) > 2, 100)
         elif cell.startswith("plain"):
             raise RuntimeError("a fault in the middle of a training")
-        with (Path(task["runs"]) / "turns.txt").open("a") as file:
+        with (Path(task["runs"]) / "steps.txt").open("a") as file:
             stream = torch.cuda.current_stream().cuda_stream if torch.cuda.is_available() else 0
             file.write(f"{cell} {os.getpid()} {stream}\n")
-        hand_on()
+        pass_on()
 
-    turn.hand_on = note
-    return start(task, turn)
+    thread_lock.pass_on = note
+    return start(task, thread_lock)
 
 
-def told(task, turn=None):
+def told(task, thread_lock=None):
     """No work: what a cell is told of its device is noted down beside the study."""
     with (Path(task["runs"]) / "devices.txt").open("a") as file:
         file.write(f"{task['device']} {os.environ['CUDA_VISIBLE_DEVICES']}\n")

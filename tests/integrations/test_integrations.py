@@ -320,7 +320,7 @@ def test_accelerate_records_what_the_plain_loop_records(tmp_path, capsys, accumu
     saved(tmp_path / "run", wanted, capsys)
 
 
-def test_a_callback_tells_its_sinks_everything_it_recorded(tmp_path):
+def test_a_callback_tells_its_trackers_everything_it_recorded(tmp_path):
     accelerate = pytest.importorskip("accelerate")
     pytest.importorskip("tensorboard")
     from events import read_events
@@ -330,8 +330,8 @@ def test_a_callback_tells_its_sinks_everything_it_recorded(tmp_path):
     accelerator = accelerate.Accelerator(cpu=True)
     model = vit()
     net, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    sinks = [f"tensorboard:{tmp_path}"]
-    with ResdiagWatch(accelerator, net, optimizer, sinks=sinks, name="vit") as watch:
+    trackers = [f"tensorboard:{tmp_path}"]
+    with ResdiagWatch(accelerator, net, optimizer, trackers=trackers, name="vit") as watch:
         for batch in DataLoader(Images(8), 4):
             accelerator.backward(image_loss(net, batch))
             optimizer.step()

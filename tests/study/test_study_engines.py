@@ -25,7 +25,7 @@ from tiny_training import digest
 
 from resdiag.cli.main import app
 from resdiag.runs.lock import Lock
-from resdiag.study.engines import attempts
+from resdiag.study.engines import job as engine_job
 from resdiag.study.engines.job import Job
 from resdiag.study.engines.local import find_slots
 from resdiag.study.ledger import find_run, read_entry, read_ledger
@@ -151,9 +151,9 @@ def test_a_machine_that_slept_has_no_hung_cells(tmp_path, monkeypatch):
     """Patience is counted in looks: an hour in which nobody looked is one look."""
     study = load_study(str(write_study(tmp_path, TINY + PATIENT)))
     clock, said = [0.0], []
-    monkeypatch.setattr(attempts.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(engine_job.time, "monotonic", lambda: clock[0])
     job = Job(study=study, plan=tmp_path, cells=(), runs=tmp_path, say=said.append)
-    watched, cell = attempts.Attempts(job), study.cells[0].id
+    watched, cell = engine_job.Attempts(job), study.cells[0].id
     watched.begin(cell)
     clock[0] += 3600
     assert watched.find_hung() == []
@@ -162,7 +162,8 @@ def test_a_machine_that_slept_has_no_hung_cells(tmp_path, monkeypatch):
         clock[0] += 1
         hung += watched.find_hung()
     assert hung == [cell]  # thirty seconds, five of them the hour, and said once
-    assert watched.end(cell, -9) == 0.0
+    watched.end(cell, -9)
+    assert watched.due() == [cell]
     assert said == [f"{cell}: no progress for 30 s, and killed for it; started again"]
     watched.begin(cell, queued=True)  # waits for a machine: no sign of life is expected
     clock[0] += 5
@@ -274,12 +275,16 @@ def test_slots_follow_the_device_and_the_resources(undisturbed, monkeypatch):
     job = replace(undisturbed, study=replace(
         quarter, file=quarter.file.model_copy(update={"resources": needs})
     ), device="auto")  # fmt: skip
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in find_slots(job, None)] == ["3", "5"] * 2
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in find_slots(job, 3)] == ["3", "5", "3"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in find_slots(job)] == ["3", "5"] * 2
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in find_slots(replace(job, slots=3))] == [
+        "3",
+        "5",
+        "3",
+    ]
     one = replace(job, device="cuda:1")
-    assert {slot["CUDA_VISIBLE_DEVICES"] for slot in find_slots(one, None)} == {"5"}
+    assert {slot["CUDA_VISIBLE_DEVICES"] for slot in find_slots(one)} == {"5"}
     cores = len(os.sched_getaffinity(0))
-    assert find_slots(replace(job, device="cpu"), None) == [{"CUDA_VISIBLE_DEVICES": ""}] * cores
+    assert find_slots(replace(job, device="cpu")) == [{"CUDA_VISIBLE_DEVICES": ""}] * cores
 
 
 # -- other engines ---------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
-"""The engine of one machine: a slot per GPU or core, a process per cell, and a watch over them.
+"""The engine of one machine: a slot per GPU or core, and a process per cell.
 
-Or a crew per GPU: one process in which several cells take turns.
+Or a process per GPU, in which several cells are threads that train by turns (`thread_pool`).
 """
 
 import os
@@ -9,24 +9,22 @@ import shutil
 import signal
 import subprocess
 import time
-from collections import deque
 from collections.abc import Sequence
 
 from resdiag.errors import ResdiagError, UsageError
 from resdiag.runs.files import make_folder
-from resdiag.study.engines.attempts import Attempts
-from resdiag.study.engines.host import Host
-from resdiag.study.engines.job import Job
+from resdiag.study.engines.job import Attempts, Job
+from resdiag.study.engines.worker_process import WorkerProcess
 from resdiag.study.work import STOPPED
 from resdiag.training.interrupt import Interrupt
 
 TARGET = "resdiag.study.work:start"
 _LOOK_S = 1.0
-_LOST = 3  # nurseries in a row that die without a cell having ended
+_LOST = 3  # fork servers in a row that die without a cell having ended
 
 _FORKING = {
     "OPENBLAS_NUM_THREADS": "1",  # its threads would not survive the fork
-    # asking CUDA how many GPUs there are would spoil it for the forked cells
+    # a process that asked CUDA for the number of GPUs could not use it after a fork
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
 }
 
@@ -35,12 +33,12 @@ Slot = dict[str, str]
 
 
 class Local:
-    """Starts cells in slots until each is done, failed or in somebody else's hands.
+    """Starts cells in slots until each is done, has failed or is run by another driver.
 
     Args:
         job: What to do.
         slots: Where; see `find_slots`.
-        each: Cells per device that share a process, a crew; 1 gives every cell its own.
+        each: Cells per device that share a process; 1 gives every cell its own.
         target: What a cell's process calls with its task; tests have others.
     """
 
@@ -49,11 +47,10 @@ class Local:
     ) -> None:
         self._job, self._free = job, list(slots)
         self._each, self._target = each, target
-        self._waiting = deque((0.0, cell) for cell in job.cells)
-        self._running: dict[str, tuple[Slot, Host]] = {}
+        self._running: dict[str, tuple[Slot, WorkerProcess]] = {}
         self._attempts = Attempts(job)
-        self._hosts: dict[str, Host] = {}
-        self._loners: set[str] = set()  # cells whose crew has died
+        self._processes: dict[str, WorkerProcess] = {}
+        self._no_sharing: set[str] = set()  # cells whose shared process has died
         self._lost = 0
         self._stopping = False
 
@@ -69,7 +66,7 @@ class Local:
         looked = 0.0
         with Interrupt() as interrupt:
             try:
-                while self._running or (self._waiting and not self._stopping):
+                while self._running or (self._attempts.waiting and not self._stopping):
                     self._fill()
                     self._listen()
                     self._check_hung()
@@ -79,50 +76,45 @@ class Local:
                         looked = time.monotonic()
                         self._job.look()
             finally:
-                for host in self._hosts.values():
-                    host.close()
+                for process in self._processes.values():
+                    process.close()
         return interrupt.signal
 
     def _fill(self) -> None:
         """Start cells where there is room."""
-        now = time.monotonic()
-        for _ in range(len(self._waiting)):
-            if not self._free or self._stopping:
-                return
-            due, cell = self._waiting.popleft()
-            if due > now:
-                self._waiting.append((due, cell))
-                continue
+        due = [] if self._stopping else self._attempts.due()
+        for cell in due[: len(self._free)]:
             self._start(cell, self._free.pop())
 
     def _start(self, cell: str, slot: Slot) -> None:
         make_folder(self._job.folder(cell))
-        host = self._find_host(cell, slot)
-        self._running[cell] = slot, host
+        process = self._find_process(cell, slot)
+        self._running[cell] = slot, process
         self._attempts.begin(cell)
         # a slot's process sees its own GPU and no other, whatever number it has here
         task = {**self._job.task(cell), "device": self._job.device.partition(":")[0]}
-        host.send({"start": cell, "task": task, "log": self._job.log(cell), "env": slot})
+        process.start(cell, task, self._job.log(cell), slot)
 
-    def _find_host(self, cell: str, slot: Slot) -> Host:
-        """The crew of the slot's device, or the nursery; started if it is not there."""
-        module, words, more = "nursery", [self._target], _FORKING
-        if self._each > 1 and cell not in self._loners:
-            module, words, more = "crew", [self._target, str(self._each)], slot
-        key = f"{module} {slot}" if module == "crew" else module
-        if key not in self._hosts:
+    def _find_process(self, cell: str, slot: Slot) -> WorkerProcess:
+        """The thread pool of the slot's device, or the fork server; started if it is not there."""
+        module, words, more = "fork_server", [self._target], _FORKING
+        key = module
+        if self._each > 1 and cell not in self._no_sharing:
+            module, words, more = "thread_pool", [self._target, str(self._each)], slot
+            key = f"{module} {slot}"
+        if key not in self._processes:
             environment = {**self._job.environment(), **more}
             log = self._job.folder(cell).parent / f"{module}.log"
-            self._hosts[key] = Host(module, words, environment, log)
-        return self._hosts[key]
+            self._processes[key] = WorkerProcess(module, words, environment, log)
+        return self._processes[key]
 
     def _listen(self) -> None:
-        """Wait a moment for news of the cells."""
-        # without any, nothing runs: others have what is left
-        for host in select.select(list(self._hosts.values()), [], [], 0.2)[0]:
-            events = host.events()
+        """Wait a moment for events of the cells."""
+        # without any process, nothing runs here: other drivers have what is left
+        for process in select.select(list(self._processes.values()), [], [], 0.2)[0]:
+            events = process.events()
             if events is None:
-                self._host_died(host)
+                self._lose(process)
             for event in events or []:
                 if "ended" in event:
                     self._lost = 0
@@ -133,16 +125,14 @@ class Local:
         self._free.append(self._running.pop(cell)[0])
         if self._stopping and (code < 0 or code in (STOPPED, 130)):
             self._attempts.drop(cell)
-            return
-        again = self._attempts.end(cell, code)
-        if again is not None:
-            self._waiting.append((time.monotonic() + again, cell))
+        else:
+            self._attempts.end(cell, code)
 
     def _check_hung(self) -> None:
-        """Kill cells that have not moved for too long."""
+        """Kill cells that have made no progress for too long."""
         for cell in self._attempts.find_hung():
-            if self._running[cell][1].is_crew:
-                self._job.say(f"{cell}: does not get on; its crew is killed for it")
+            if self._running[cell][1].is_thread_pool:
+                self._job.say(f"{cell}: makes no progress; the process that it shares is killed")
             self._signal(cell, signal.SIGKILL)
 
     def _stop(self) -> None:
@@ -155,33 +145,47 @@ class Local:
     def _signal(self, cell: str, number: int) -> None:
         self._running[cell][1].signal(cell, number)
 
-    def _host_died(self, host: Host) -> None:
-        """All its cells died with it. None is blamed: of a crew, nobody knows which one it was.
+    def _lose(self, process: WorkerProcess) -> None:
+        """A process has died, and all its cells with it. No attempt counts as failed for that.
 
-        So each of them goes on in a process of its own, where the guilty one dies alone.
+        Which cell of a thread pool caused it cannot be known. So each continues in a process of its
+        own, where that cell dies alone.
         """
-        self._hosts = {key: one for key, one in self._hosts.items() if one is not host}
-        cells = [cell for cell, (_, its) in self._running.items() if its is host]
-        if host.is_crew:
-            self._loners.update(cells)
+        self._processes = {key: one for key, one in self._processes.items() if one is not process}
+        cells = [cell for cell, (_, its) in self._running.items() if its is process]
+        if process.is_thread_pool:
+            self._no_sharing.update(cells)
             if cells:
-                self._job.say(f"a crew of {len(cells)} cells died; each goes on in its own process")
+                self._job.say(
+                    f"a process that {len(cells)} cells shared died; each continues in its own"
+                )
         else:
             self._lost += 1
             if self._lost >= _LOST:
-                raise ResdiagError("processes for cells cannot be started", f"see {host.log}")
+                raise ResdiagError("processes for cells cannot be started", f"see {process.log}")
         for cell in cells:
             self._attempts.drop(cell)
             self._free.append(self._running.pop(cell)[0])
-            self._waiting.append((0.0, cell))
 
 
-def find_slots(job: Job, wanted: int | None, each: int = 1) -> list[Slot]:
+def run_here(job: Job, cells_per_device: int) -> int:
+    """Run a job's cells on this machine.
+
+    Returns:
+        The signal that stopped it, or 0.
+
+    Raises:
+        UsageError: See `find_slots`.
+        ResdiagError: Processes cannot be started.
+    """
+    return Local(job, find_slots(job, cells_per_device), cells_per_device).run()
+
+
+def find_slots(job: Job, each: int = 1) -> list[Slot]:
     """The slots of this machine: per GPU as many cells as fit, else a cell per so many cores.
 
     Args:
-        job: What a cell needs.
-        wanted: Number of slots; None takes what fits.
+        job: What a cell needs, and the number of slots; without one, what fits.
         each: If more than 1, so many per GPU instead; without a GPU, so many in all.
 
     Raises:
@@ -189,7 +193,7 @@ def find_slots(job: Job, wanted: int | None, each: int = 1) -> list[Slot]:
     """
     if each > 1:
         _check_sharing(job)
-    needs = job.study.file.resources
+    needs, wanted = job.study.file.resources, job.slots
     gpus = [] if job.device == "cpu" else find_gpus()
     if job.device not in ("auto", "cpu"):
         index = int(job.device.partition(":")[2] or 0)

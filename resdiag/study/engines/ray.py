@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from resdiag.errors import ResdiagError, UsageError
-from resdiag.study.engines.attempts import Attempts
-from resdiag.study.engines.job import Job
+from resdiag.study.engines.job import Attempts, Job
 from resdiag.study.engines.local import find_gpus
 from resdiag.training.interrupt import Interrupt
 
@@ -23,13 +22,12 @@ _STORE_BYTES = 80 * 2**20
 """Ray's object store, which cells do not use: near the least that it takes."""
 
 
-def run_on_ray(job: Job, address: str, slots: int | None) -> int:
+def run_on_ray(job: Job, address: str) -> int:
     """Run a job's cells as Ray tasks; the folder of runs must be the same on every node.
 
     Args:
         job: What to do.
         address: Of an existing cluster, or "auto"; "" starts one on this machine.
-        slots: Cells at a time; None leaves it to Ray and the resources of a cell.
 
     Returns:
         The signal that stopped it, or 0.
@@ -40,28 +38,27 @@ def run_on_ray(job: Job, address: str, slots: int | None) -> int:
     """
     if ":" in job.device:
         raise UsageError(f"--device {job.device}: Ray gives each cell its GPU", "--device cuda")
-    with _cluster(job, address, slots), Interrupt() as interrupt:
-        _Tasks(job, slots).run(interrupt)
+    with _cluster(job, address), Interrupt() as interrupt:
+        _Tasks(job).run(interrupt)
     return interrupt.signal
 
 
 class _Tasks:
     """The tasks of one job, from start to end.
 
-    Ray is told not to retry: a lost task is started again here, by the rule of the other engines.
+    Ray is told not to retry: `Attempts` decides about a lost task, as in the other engines.
     """
 
-    def __init__(self, job: Job, slots: int | None) -> None:
+    def __init__(self, job: Job) -> None:
         import ray
 
         self._ray: Any = ray
         self._job, self._attempts = job, Attempts(job)
-        self._most = slots or len(job.cells)
+        self._most = job.slots or len(job.cells)
         threads, gpus = job.study.file.resources.threads, self._find_gpu_share()
         self._remote = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0, max_calls=1)(
             _start
         )
-        self._waiting = [(0.0, cell) for cell in job.cells]
         self._running: dict[Any, str] = {}
         self._ended_by_us: dict[Any, float] = {}
         if not self._fits(threads, gpus):
@@ -70,7 +67,7 @@ class _Tasks:
     def run(self, interrupt: Interrupt) -> None:
         """Start, watch and collect, until nothing is left or a signal arrives."""
         looked = 0.0
-        while self._running or self._waiting:
+        while self._running or self._attempts.waiting:
             if interrupt.signal:
                 self._stop()
                 return
@@ -95,11 +92,7 @@ class _Tasks:
         return any(has.get("CPU", 0) >= cpus and has.get("GPU", 0) >= gpus for has in alive)
 
     def _fill(self) -> None:
-        now = time.monotonic()
-        due = [item for item in self._waiting if item[0] <= now]
-        for item in due[: self._most - len(self._running)]:
-            self._waiting.remove(item)
-            cell = item[1]
+        for cell in self._attempts.due()[: self._most - len(self._running)]:
             self._attempts.begin(cell, queued=True)
             task = self._remote.remote(self._job.task(cell), self._job.log(cell))
             self._running[task] = cell
@@ -114,21 +107,15 @@ class _Tasks:
             cell = self._running.pop(task)
             self._ended_by_us.pop(task, None)
             try:
-                self._end(cell, *self._ray.get(task))
+                self._attempts.end(cell, *self._ray.get(task))
             except self._ray.exceptions.NodeDiedError:  # the cell is not to blame
                 self._job.say(f"{cell}: its node is gone; started again")
                 self._attempts.drop(cell)
-                self._waiting.append((0.0, cell))
             except self._ray.exceptions.RayError as error:
-                self._end(cell, -1, f"its process died: {_first_line(error)}")
-
-    def _end(self, cell: str, code: int, words: str) -> None:
-        again = self._attempts.end(cell, code, words)
-        if again is not None:
-            self._waiting.append((time.monotonic() + again, cell))
+                self._attempts.end(cell, -1, f"its process died: {_first_line(error)}")
 
     def _kill(self, cell: str) -> None:
-        """Kill the task of a cell that does not get on."""
+        """Kill the task of a cell that makes no progress."""
         for task in [task for task, name in self._running.items() if name == cell]:
             self._ended_by_us[task] = time.monotonic() + _GRACE_S
             self._ray.cancel(task, force=True)
@@ -141,7 +128,7 @@ class _Tasks:
         now = time.monotonic()
         for task in [task for task, due in self._ended_by_us.items() if due < now]:
             del self._ended_by_us[task]
-            self._end(self._running.pop(task), -1, "")
+            self._attempts.end(self._running.pop(task), -1)
 
     def _stop(self) -> None:
         """Have the cells commit and stop; the kill follows for those that take too long."""
@@ -169,7 +156,7 @@ def _start(task: dict[str, Any], log: str) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
-def _cluster(job: Job, address: str, slots: int | None) -> Iterator[None]:
+def _cluster(job: Job, address: str) -> Iterator[None]:
     """Connect to a cluster, or start one on this machine and end it afterwards."""
     # before the import, which reads them: no telemetry, and no copy of the project to the workers
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -180,7 +167,7 @@ def _cluster(job: Job, address: str, slots: int | None) -> Iterator[None]:
     except ImportError:
         hint = "pip install 'resdiag[ray]'"
         raise UsageError("the engine ray needs Ray, which is not installed", hint) from None
-    options = {**_find_cluster(job, address, slots), "runtime_env": {"env_vars": job.environment()}}
+    options = {**_find_cluster(job, address), "runtime_env": {"env_vars": job.environment()}}
     log = job.plan.parent / "ray.log"
     # what Ray says of dead workers and nodes is long, and it says it on standard output
     with log.open("a", encoding="utf-8") as words, contextlib.redirect_stdout(words):
@@ -195,7 +182,7 @@ def _cluster(job: Job, address: str, slots: int | None) -> Iterator[None]:
             ray.shutdown()
 
 
-def _find_cluster(job: Job, address: str, slots: int | None) -> dict[str, Any]:
+def _find_cluster(job: Job, address: str) -> dict[str, Any]:
     """The cluster at an address, or a new one with room for at least one cell."""
     if address:
         _check_address(address)
@@ -205,7 +192,7 @@ def _find_cluster(job: Job, address: str, slots: int | None) -> dict[str, Any]:
         "address": "local",  # never one that happens to run here
         "include_dashboard": False,
         "object_store_memory": _STORE_BYTES,
-        "num_cpus": max(len(os.sched_getaffinity(0)), threads * (slots or 1)),
+        "num_cpus": max(len(os.sched_getaffinity(0)), threads * (job.slots or 1)),
         "num_gpus": 0 if job.device == "cpu" else len(find_gpus()),
     }
 

@@ -19,8 +19,7 @@ from typing import Any
 
 from resdiag.errors import ResdiagError, UsageError
 from resdiag.runs.files import make_folder, to_json, write_file
-from resdiag.study.engines.attempts import Attempts
-from resdiag.study.engines.job import Job
+from resdiag.study.engines.job import Attempts, Job
 from resdiag.study.ledger import ENDED, read_entry
 from resdiag.study.work import STOPPED
 from resdiag.training.interrupt import Interrupt
@@ -92,14 +91,13 @@ def _commit_first() -> Iterator[Callable[[], None]]:
         signal.signal(_TIME_IS_UP, theirs)
 
 
-def run_on_slurm(job: Job, partition: str, minutes: int, slots: int | None) -> int:
+def run_on_slurm(job: Job, partition: str, minutes: int) -> int:
     """Submit a job's cells and wait for them; the folder of runs must be the same on every node.
 
     Args:
         job: What to do.
         partition: Of Slurm; "" takes its default.
         minutes: Time limit of each job; one that reaches it commits, is requeued and continues.
-        slots: Jobs at a time, of each thousand that is submitted.
 
     Returns:
         The signal that stopped the waiting, or 0. The jobs are cancelled then.
@@ -110,7 +108,7 @@ def run_on_slurm(job: Job, partition: str, minutes: int, slots: int | None) -> i
     """
     if ":" in job.device:
         raise UsageError(f"--device {job.device}: Slurm gives each cell its GPU", "--device cuda")
-    queue = SlurmQueue(job, partition, minutes, slots)
+    queue = SlurmQueue(job, partition, minutes)
     with Interrupt() as interrupt:
         wait(job, queue, interrupt)
     return interrupt.signal
@@ -120,13 +118,12 @@ class SlurmQueue:
     """Slurm, as far as cells need it.
 
     Args:
-        job: Whose cells.
+        job: Whose cells; `job.slots` at a time, of each thousand that is submitted.
         partition: Of Slurm; "" takes its default.
         minutes: Time limit of each job.
-        slots: Jobs at a time.
     """
 
-    def __init__(self, job: Job, partition: str, minutes: int, slots: int | None) -> None:
+    def __init__(self, job: Job, partition: str, minutes: int) -> None:
         self._job = job
         self.folder = job.study.folder(job.runs) / "slurm"
         make_folder(self.folder)
@@ -135,7 +132,7 @@ class SlurmQueue:
         self._executor = open_executor(self.folder, "slurm")
         self._executor.update_parameters(
             name=f"resdiag-{job.study.name}", timeout_min=minutes, cpus_per_task=needs.threads,
-            slurm_array_parallelism=slots or _ARRAY, slurm_signal_delay_s=_GRACE_S,
+            slurm_array_parallelism=job.slots or _ARRAY, slurm_signal_delay_s=_GRACE_S,
             slurm_additional_parameters={"requeue": True},
             **({"gpus_per_node": gpus} if gpus else {}),
             **({"slurm_partition": partition} if partition else {}),
@@ -227,15 +224,14 @@ class _Wait:
         self._job, self._queue = job, queue
         self._attempts = Attempts(job)
         self._hung: set[str] = set()
-        self._again: dict[str, float] = {}
         self._jobs = self._adopt()
         for cell in self._jobs:
             self._attempts.begin(cell, queued=True)
-        self._submit([cell for cell in job.cells if cell not in self._jobs])
+        self._submit(self._attempts.due())
 
     def run(self, interrupt: Interrupt) -> None:
         asked = 0.0
-        while self._jobs or self._again:
+        while self._jobs or self._attempts.waiting:
             if interrupt.signal:
                 self._job.say(f"cancelling {len(self._jobs)} jobs; they commit before they end")
                 self._queue.cancel(self._jobs.values())
@@ -246,7 +242,7 @@ class _Wait:
             now = time.monotonic()
             if now - asked > _ASK_S:
                 self._collect(self._queue.states(self._jobs.values()) if self._jobs else {})
-                self._submit([cell for cell, due in self._again.items() if due < now])
+                self._submit(self._attempts.due())
                 asked = time.monotonic()
             self._job.look()
             time.sleep(_LOOK_S)
@@ -255,7 +251,6 @@ class _Wait:
         if not cells:
             return
         for cell in cells:
-            self._again.pop(cell, None)
             self._attempts.begin(cell, queued=True)
         self._jobs |= self._queue.submit(cells)
         self._job.say(f"{len(cells)} jobs submitted; scripts in {self._queue.folder}")
@@ -287,14 +282,12 @@ class _Wait:
         """A job is over: what the files say counts more than what Slurm says."""
         found = read_entry(self._job.folder(cell)).state
         if state == "CANCELLED" and found not in (*ENDED, "failed") and cell not in self._hung:
-            self._attempts.drop(cell)
+            self._attempts.drop(cell, again=False)
             self._job.say(f"{cell}: its job was cancelled; the same command continues it")
             return
         self._hung.discard(cell)
         code = 0 if found in ENDED else 1 if found == "failed" else -1
-        due = self._attempts.end(cell, code, f"its job ended as {state}")
-        if due is not None:
-            self._again[cell] = time.monotonic() + due
+        self._attempts.end(cell, code, f"its job ended as {state}")
 
 
 @contextlib.contextmanager

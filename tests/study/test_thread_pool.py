@@ -1,4 +1,4 @@
-"""Crews: cells that are threads of one process take turns, and end as each would by itself."""
+"""Cells that are threads of one process train by turns, and end as each would by itself."""
 
 import os
 import signal
@@ -18,14 +18,14 @@ from tiny_training import digest, tiny_config, tiny_data, train, weights
 from resdiag.cli.main import app
 from resdiag.runs.environment import environment
 from resdiag.runs.store import RunWriter
-from resdiag.study.engines import crew
+from resdiag.study.engines import thread_pool
 from resdiag.study.ledger import read_ledger
 from resdiag.study.progress import read_progress
 from resdiag.study.study import load_study
 from resdiag.training.display import Silent
+from resdiag.training.fair_lock import FairLock, LockHandle
 from resdiag.training.interrupt import Interrupt
 from resdiag.training.loop import Training
-from resdiag.training.turns import Ring, Seat
 
 MIXED = """
 question = "Do neighbours matter?"
@@ -69,18 +69,18 @@ def alone(tmp_path_factory):
     return found
 
 
-# -- the turn --------------------------------------------------------------------------------------
+# -- the lock --------------------------------------------------------------------------------------
 
 
-def serve(ring, scripts, held):
-    """Threads that line up in this order; each notes its number, hands on, and leaves or fails."""
+def serve(lock, scripts, held):
+    """Threads that wait in this order; each notes its number, passes on, and leaves or fails."""
     order, threads = [], []
 
     def run(number, times, fails):
-        with Seat(ring) as seat:
+        with LockHandle(lock) as handle:
             order.append(number)
             for _ in range(times):
-                seat.hand_on()
+                handle.pass_on()
                 order.append(number)
             if fails:
                 raise RuntimeError(number)
@@ -88,7 +88,7 @@ def serve(ring, scripts, held):
     for number, script in enumerate(scripts):
         threads.append(threading.Thread(target=run, args=(number, *script), daemon=True))
         threads[-1].start()
-        wait_for(lambda one=number: len(ring._waiting) == one + 1)
+        wait_for(lambda one=number: len(lock.waiting) == one + 1)
     held.__exit__()
     for thread in threads:
         thread.join(10)
@@ -96,7 +96,7 @@ def serve(ring, scripts, held):
     return order
 
 
-def in_a_ring(scripts):
+def round_robin(scripts):
     """The same without threads."""
     line, order = [(number, times) for number, (times, _) in enumerate(scripts)], []
     while line:
@@ -109,27 +109,27 @@ def in_a_ring(scripts):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=4))
-def test_the_turn_goes_round_whoever_leaves_or_fails(scripts):
-    ring = Ring()
-    assert serve(ring, scripts, Seat(ring).__enter__()) == in_a_ring(scripts)
-    with Seat(ring) as again:  # and is free at the end
-        again.hand_on()
+def test_the_lock_goes_round_whoever_leaves_or_fails(scripts):
+    lock = FairLock()
+    assert serve(lock, scripts, LockHandle(lock).__enter__()) == round_robin(scripts)
+    with LockHandle(lock) as again:  # and is free at the end
+        again.pass_on()
 
 
-def test_who_is_away_keeps_nobody_waiting_and_comes_back_last():
-    ring, order = Ring(), []
-    with Seat(ring) as held:
+def test_a_released_lock_goes_to_those_that_wait_and_comes_back_last():
+    lock, order = FairLock(), []
+    with LockHandle(lock) as held:
 
         def other():
-            with Seat(ring) as seat:
+            with LockHandle(lock) as handle:
                 order.append("other")
-                seat.hand_on()
+                handle.pass_on()
                 order.append("other again")
 
         thread = threading.Thread(target=other, daemon=True)
         thread.start()
-        wait_for(lambda: ring._waiting)
-        with held.away():
+        wait_for(lambda: lock.waiting)
+        with held.released():
             thread.join(10)
         order.append("back")
     assert order == ["other", "other again", "back"]
@@ -138,39 +138,39 @@ def test_who_is_away_keeps_nobody_waiting_and_comes_back_last():
 # -- trainings in threads --------------------------------------------------------------------------
 
 
-class NotedSeat(Seat):
-    """Notes whose turn ends."""
+class NotedHandle(LockHandle):
+    """Notes which training ends a step."""
 
-    def __init__(self, ring, name, order):
-        super().__init__(ring)
+    def __init__(self, lock, name, order):
+        super().__init__(lock)
         self.name, self.order = name, order
 
-    def hand_on(self):
+    def pass_on(self):
         self.order.append(self.name)
-        super().hand_on()
+        super().pass_on()
 
 
 def train_together(root, asked, capture=lambda: None):
-    """Trainings in a thread each: their weights, their digests, and the order of their turns."""
-    ring, order, ended = Ring(), [], {}
+    """Trainings in a thread each: their weights, their digests, and the order of their steps."""
+    lock, order, ended = FairLock(), [], {}
 
     def run(number, changes):
         config, data = tiny_config(**changes), tiny_data()
         described = environment(config.device, config.dtype)
         folder = root / str(number)
         with (
-            NotedSeat(ring, number, order) as seat,
+            NotedHandle(lock, number, order) as handle,
             RunWriter.open(folder, config, environment=described, data=data.identity) as writer,
         ):
-            training = Training(config, data, writer, capture=capture(), turn=seat)
+            training = Training(config, data, writer, capture=capture(), thread_lock=handle)
             training.run(Silent(), Interrupt())
             ended[number] = weights(training.model), writer.folder
 
     threads = [threading.Thread(target=run, args=about, daemon=True) for about in enumerate(asked)]
-    with Seat(ring):
+    with LockHandle(lock):
         for thread in threads:
             thread.start()
-        wait_for(lambda: len(ring._waiting) == len(threads))
+        wait_for(lambda: len(lock.waiting) == len(threads))
     for thread in threads:
         thread.join(100)
     return [(ended[number][0], digest(ended[number][1])) for number in range(len(asked))], order
@@ -187,7 +187,7 @@ def test_graphs_of_trainings_that_take_turns_have_the_bits_of_each_alone(tmp_pat
     together, order = train_together(tmp_path / "together", asked, patched)
     assert together == alone
     assert len(set(order[:3])) == 3
-    assert order[:15] == order[:3] * 5  # the second commit waits for the first one, out of turn
+    assert order[:15] == order[:3] * 5  # the second commit waits for the first one without the lock
 
 
 def test_the_fast_elu_is_that_of_its_own_thread(tmp_path):
@@ -203,7 +203,9 @@ def test_the_fast_elu_is_that_of_its_own_thread(tmp_path):
 # -- a study ---------------------------------------------------------------------------------------
 
 
-def test_cells_of_a_crew_end_as_in_a_process_each_and_a_failing_one_fails_alone(alone, tmp_path):
+def test_cells_that_share_a_process_end_as_in_one_each_and_a_failing_one_fails_alone(
+    alone, tmp_path
+):
     failing = '[[include]]\nvariant = "plain"\ndepth = 8\n'
     lost = '[[include]]\nvariant = "original"\ndepth = 20\ndata = "folder:nowhere"\n'
     text = MIXED.replace("[resources]", f"{failing}{lost}[resources]")
@@ -218,7 +220,7 @@ def test_cells_of_a_crew_end_as_in_a_process_each_and_a_failing_one_fails_alone(
     assert any("nowhere" in one for one in messages.values())
     assert not any("died" in line for line in said)
 
-    turns = [line.split() for line in (job.runs / "turns.txt").read_text().splitlines()]
+    turns = [line.split() for line in (job.runs / "steps.txt").read_text().splitlines()]
     processes = {int(pid) for _, pid, _ in turns}
     assert len(processes) == 1
     assert {read_progress(job.folder(cell))["pid"] for cell in alone} == processes
@@ -232,7 +234,7 @@ def test_cells_of_a_crew_end_as_in_a_process_each_and_a_failing_one_fails_alone(
         assert not any(other in log for other in found if other != cell)
 
 
-def test_cells_that_kill_their_crew_are_found_and_the_others_go_on(alone, tmp_path):
+def test_cells_that_kill_their_process_are_found_and_the_others_go_on(alone, tmp_path):
     """Two of four; the others are started again although they did no harm."""
     head, tail = MIXED.index("[[include]]"), MIXED.index("[resources]")
     text = MIXED[:head] + MIXED[tail:]
@@ -245,23 +247,25 @@ def test_cells_that_kill_their_crew_are_found_and_the_others_go_on(alone, tmp_pa
     assert all("SIGSEGV" in found[id].message for id in guilty)
     harmless = [id for id in found if id not in guilty]
     assert digests(job) == {id: alone[id] for id in harmless}
-    assert said.count("a crew of 4 cells died; each goes on in its own process") == 1
+    assert said.count("a process that 4 cells shared died; each continues in its own") == 1
     assert sorted(line for line in said if "started again" in line) == sorted(
         f"{id}: killed by SIGSEGV; started again" for id in guilty
     )
 
 
 @pytest.mark.slow
-def test_a_cell_that_hangs_takes_its_crew_with_it_and_fails_alone(alone, tmp_path):
+def test_a_cell_that_hangs_ends_its_process_and_fails_alone(alone, tmp_path):
     job, said = run_local(
         tmp_path, MIXED, each=3, target="studyfiles:faulty", faults={"relu_nobn": "hang"}
     )
     (guilty,) = (id for id, state in states(job).items() if state == "failed")
-    assert f"{guilty}: does not get on; its crew is killed for it" in said
+    assert f"{guilty}: makes no progress; the process that it shares is killed" in said
     assert digests(job) == {id: words for id, words in alone.items() if id != guilty}
 
 
-def test_a_signal_stops_a_crew_after_commits_and_kill_9_of_one_loses_nothing(alone, tmp_path):
+def test_a_signal_stops_the_cells_after_commits_and_kill_9_of_their_process_loses_nothing(
+    alone, tmp_path
+):
     path, runs = write_study(tmp_path, MIXED), tmp_path / "runs"
     study = load_study(str(path))
 
@@ -283,11 +287,11 @@ def test_a_signal_stops_a_crew_after_commits_and_kill_9_of_one_loses_nothing(alo
     (family,) = psutil.Process(process.pid).children()
     family.kill()
     assert process.wait(300) == 0
-    assert "each goes on in its own process" in (tmp_path / "driver.txt").read_text()
+    assert "each continues in its own" in (tmp_path / "driver.txt").read_text()
     assert {entry.id: digest(entry.run) for entry in entries()} == alone
 
 
-def test_kill_9_of_the_driver_ends_its_crew(tmp_path):
+def test_kill_9_of_the_driver_ends_the_process(tmp_path):
     path = write_study(tmp_path, MIXED.replace("steps = 30", "steps = 4000"))
     study, runs = load_study(str(path)), tmp_path / "runs"
     process = driver(tmp_path, path, "--cells-per-device", "2")
@@ -302,25 +306,25 @@ def test_kill_9_of_the_driver_ends_its_crew(tmp_path):
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("CUDA error: an illegal memory access")])
-def test_a_device_that_is_lost_ends_the_crew_and_not_its_cells_one_by_one(error, monkeypatch):
+def test_a_device_that_is_lost_ends_the_process_and_not_its_cells_one_by_one(error, monkeypatch):
     ended = []
 
     def synchronize():
         if error is not None:
             raise error
 
-    monkeypatch.setattr(crew.torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(crew.torch.cuda, "synchronize", synchronize)
-    monkeypatch.setattr(crew.os, "_exit", ended.append)
-    seat = Seat(Ring())
-    told = crew.Crew(lambda task, turn: 1, 1, crew.Voices(sys.stderr))
-    told._seats["a"] = seat
-    monkeypatch.setattr(crew, "_tell", lambda **event: ended.append(event))
-    told._serve({"start": "a", "task": {}, "log": os.devnull}, seat)
+    monkeypatch.setattr(thread_pool.torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(thread_pool.torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(thread_pool.os, "_exit", ended.append)
+    stream = thread_pool.PerThreadStream(sys.stderr)
+    pool = thread_pool.ThreadWorkerPool(lambda task, handle: 1, 1, stream)
+    pool.handles["a"] = LockHandle(FairLock())
+    monkeypatch.setattr(thread_pool, "send_event", lambda **event: ended.append(event) or True)
+    pool.serve({"start": "a", "task": {}, "log": os.devnull})
     assert ended[0] == ({"ended": "a", "code": 1} if error is None else 1)
 
 
-def test_the_process_of_a_crew_sees_its_gpu_and_no_other(tmp_path, monkeypatch):
+def test_a_shared_process_sees_its_gpu_and_no_other(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     job, _ = run_local(tmp_path, each=2, target="studyfiles:told", device="cuda:1")
     assert (job.runs / "devices.txt").read_text().splitlines() == ["cuda 5"] * len(job.cells)
@@ -335,7 +339,7 @@ def test_the_process_of_a_crew_sees_its_gpu_and_no_other(tmp_path, monkeypatch):
         (["--set", "fixed.backend=compile"], "backend 'compile' needs a process of its own"),
     ],
 )
-def test_what_a_crew_cannot_do_is_one_line(options, words, tmp_path, capsys):
+def test_what_a_shared_process_cannot_do_is_one_line(options, words, tmp_path, capsys):
     path, runs = (
         write_study(tmp_path, MIXED.replace('backend = ["eager", "fast"]\n', "")),
         tmp_path / "runs",
@@ -361,7 +365,7 @@ def test_cells_of_a_gpu_have_a_stream_each_and_the_bits_of_each_alone(tmp_path):
         both.append(digests(job))
     assert len(both[0]) == 6
     assert both[0] == both[1]
-    turns = [line.split() for line in (job.runs / "turns.txt").read_text().splitlines()]
+    turns = [line.split() for line in (job.runs / "steps.txt").read_text().splitlines()]
     streams = [stream for _, _, stream in turns[:12]]
     assert len(set(streams[:3])) == 3
     assert "0" not in streams

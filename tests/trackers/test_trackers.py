@@ -6,13 +6,15 @@ import random
 import struct
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from events import read_events
-from tiny_training import digest, run_tiny_cell, tiny_config, tiny_data
+from tiny_training import digest, tiny_config, tiny_data
+from tracker_conformance import TrackerConformance, compare, record_run
 
 from resdiag.cli.main import app
 from resdiag.errors import UsageError
@@ -22,8 +24,8 @@ from resdiag.runs.store import RunWriter
 from resdiag.study.cell import Options, run_cell
 from resdiag.trackers.export import export_tables, export_tracker
 from resdiag.trackers.feed import Feed, open_feed
-from resdiag.trackers.sink import About, check_sink, open_sink
-from resdiag.trackers.tags import SHOWN, by_step
+from resdiag.trackers.tags import by_step
+from resdiag.trackers.tracker import TRACKERS, RunInfo, open_tracker, parse_tracker
 from resdiag.training.display import Silent
 from resdiag.training.interrupt import Interrupt
 from resdiag.training.loop import Training
@@ -33,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 class Memory:
-    """A sink that keeps what it is told, and can misbehave."""
+    """A tracker that keeps what it is told, and can misbehave."""
 
     def __init__(self, fail_at=(), wait_at=()):
         self.heard, self.fail_at, self.wait_at = [], fail_at, wait_at
@@ -45,9 +47,9 @@ class Memory:
         if where in self.wait_at:
             self.go_on.wait()
 
-    def start(self, about):
+    def start(self, run):
         self._at("start")
-        self.heard.append(about.name)
+        self.heard.append(run.name)
 
     def write(self, step, values):
         self._at("write")
@@ -60,39 +62,15 @@ class Memory:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run with gaps, made by the command's own way."""
-    root = tmp_path_factory.mktemp("runs")
-    return run_tiny_cell(root, steps=6, record_first=3, every=2).run
-
-
-def expected(run, shown=SHOWN):
-    """What a tracker must hold, straight from the frames: {(tag, step): value}."""
-    values = {}
-    for row in run.metrics().itertuples():
-        for name in shown:
-            values[f"{name}/block_{row.block:03d}", row.step] = float(getattr(row, name))
-    for row in run.curve().to_dict("records"):
-        values |= {(name, row["step"]): v for name, v in row.items() if name != "step"}
-    return values
-
-
-def compare(found, run, shown=SHOWN, rel=1e-6, largest=math.inf):
-    """Every number that is one, and nothing that is not in the run."""
-    wanted = expected(run, shown)
-    assert set(found) <= set(wanted)
-    for key, value in wanted.items():
-        if not math.isnan(value):
-            limited = max(-largest, min(largest, value))
-            assert found[key] == pytest.approx(limited, rel=rel), key
-        elif key in found:
-            assert math.isnan(found[key])
-    assert sum(not math.isnan(v) for v in wanted.values()) > 50
+    return record_run(tmp_path_factory.mktemp("runs"))
 
 
 def read_offline(folder):
     """The history of an offline W&B run: LevelDB's log format around protocol buffers."""
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
+    wandb.teardown()  # its service may still be writing, although the run is finished
     (file,) = folder.glob("wandb/offline-run-*/*.wandb")
     data, at, part = file.read_bytes(), 7, b""
     found = {}
@@ -115,6 +93,13 @@ def read_offline(folder):
     return found
 
 
+def wandb_reads_the_environment_again():
+    """It does so once per process, and WANDB_DIR is another one in each test."""
+    import wandb
+
+    wandb.teardown()
+
+
 def read_mlflow(store, name):
     from mlflow import MlflowClient
 
@@ -127,6 +112,42 @@ def read_mlflow(store, name):
         for entry in client.get_metric_history(runs[0].info.run_id, metric)
     }
     return found, runs
+
+
+# -- every tracker ----------------------------------------------------------------------------
+
+
+class TestTensorBoard(TrackerConformance):
+    kind = TRACKERS["tensorboard"]
+
+    def read(self, place, name):
+        return read_events(f"{place}/{name}")
+
+
+class TestWandb(TrackerConformance):
+    kind = TRACKERS["wandb"]
+
+    @pytest.fixture(autouse=True)
+    def _offline(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        monkeypatch.setenv("WANDB_DIR", str(tmp_path / "live"))
+        (tmp_path / "live").mkdir()
+        self.folder = tmp_path / "live"
+        wandb_reads_the_environment_again()
+
+    def place(self, folder):
+        return "tiny"
+
+    def read(self, place, name):
+        return read_offline(self.folder if place == "tiny" else Path(place))
+
+
+class TestMlflow(TrackerConformance):
+    kind = TRACKERS["mlflow"]
+    largest = 1.8e308
+
+    def read(self, place, name):
+        return read_mlflow(place, name)[0]
 
 
 # -- tags -------------------------------------------------------------------------------------
@@ -164,14 +185,14 @@ def test_derived_metrics_are_computed_for_recorded_columns(run):
 # -- the feed ---------------------------------------------------------------------------------
 
 
-def feed_of(run, **sinks):
-    feed = Feed(sinks, About(name="r"), patience=0.2)
+def feed_of(run, **trackers):
+    feed = Feed(trackers, RunInfo(name="r"), patience=0.2)
     curve = run.curve()
     feed.write({}, {name: curve[name].to_numpy() for name in curve})
     return feed
 
 
-def test_a_feed_hands_everything_to_every_sink_in_order(run):
+def test_a_feed_tells_every_tracker_everything_in_order(run):
     one, two = Memory(), Memory()
     feed = feed_of(run, one=one, two=two)
     feed.close("done")
@@ -184,31 +205,31 @@ def test_a_feed_hands_everything_to_every_sink_in_order(run):
 
 
 @pytest.mark.parametrize("where", ["start", "write", "finish"])
-def test_a_sink_that_fails_is_left_out_with_one_note_and_the_others_go_on(run, where):
+def test_a_tracker_that_fails_gets_one_note_and_the_others_go_on(run, where):
     good, bad = Memory(), Memory(fail_at=where)
     feed = feed_of(run, bad=bad, good=good)
     feed.write({}, {"step": np.array([99]), "loss": np.array([0.0])})
     feed.close("done")
     (note,) = feed.notes
-    assert note == "sink bad failed and is left out: OSError [Errno 28] No space left on device"
+    assert note == "tracker bad failed: OSError [Errno 28] No space left on device"
     assert good.heard[-2:] == [(99, {"loss": 0.0}), "done"]
 
 
 @pytest.mark.parametrize("where", ["start", "write", "finish"])
-def test_a_sink_that_hangs_is_left_behind(run, where):
+def test_a_tracker_that_hangs_is_not_waited_for(run, where):
     stuck = Memory(wait_at=[where])
     feed = feed_of(run, stuck=stuck)
     feed.close("done")
     stuck.go_on.set()
-    assert feed.notes == ["sink stuck did not finish within 0.2 s: left behind"]
+    assert feed.notes == ["tracker stuck did not finish within 0.2 s"]
 
 
-def test_a_sink_that_is_too_slow_does_not_pile_up_memory():
+def test_a_tracker_that_is_too_slow_does_not_pile_up_memory():
     stuck = Memory(wait_at=["write"])
-    feed = Feed({"stuck": stuck}, About(name="r"), patience=5)
+    feed = Feed({"stuck": stuck}, RunInfo(name="r"), patience=5)
     for step in range(400):
         feed.write({}, {"step": np.array([step]), "loss": np.array([0.0])})
-    assert feed.notes == ["sink stuck is too slow: left out from here on"]
+    assert feed.notes == ["tracker stuck is too slow: it gets nothing more"]
     stuck.go_on.set()
     feed.close("done")
     assert len(stuck.heard) < 300
@@ -228,9 +249,9 @@ def training(root, tell=None, **changes):
     return load_run(writer.folder), status
 
 
-def test_a_training_tells_its_sinks_what_it_commits(tmp_path):
+def test_a_training_tells_its_trackers_what_it_commits(tmp_path):
     memory = Memory()
-    feed = Feed({"memory": memory}, About(name="r"))
+    feed = Feed({"memory": memory}, RunInfo(name="r"))
     run, status = training(tmp_path, feed.write)
     feed.close(status)
     found = {(tag, s): v for s, values in memory.heard[1:-1] for tag, v in values.items()}
@@ -252,21 +273,22 @@ def test_a_resumed_training_tells_no_step_twice(tmp_path):
     assert heard == list(range(12))
 
 
-def test_the_training_is_the_same_with_every_sink_and_with_broken_ones(tmp_path, monkeypatch):
+def test_the_training_is_the_same_with_every_tracker_and_with_broken_ones(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    wandb_reads_the_environment_again()
     request = Request(
         variant="elu", depth=8, width=0.25, data="digits", steps=4, batch_size=32, augment=True
     )
     said = []
     outcomes = {}
     (tmp_path / "taken").write_text("a file where a folder is needed")
-    sinks = (
+    every = (
         f"tensorboard:{tmp_path}/tb", "wandb:tiny", f"mlflow:{tmp_path}/ml.db",
         f"tensorboard:{tmp_path}/taken/tb",
     )  # fmt: skip
-    for name, wanted in (("without", ()), ("with", sinks)):
-        options = Options(root=tmp_path / name, quiet=True, sinks=wanted)
+    for name, wanted in (("without", ()), ("with", every)):
+        options = Options(root=tmp_path / name, quiet=True, trackers=wanted)
         random.seed(1)
         outcomes[name] = run_cell(request, options, said.append)
         outcomes[name, "draw"] = random.random(), torch.rand(1).item(), np.random.rand()  # noqa: NPY002
@@ -276,7 +298,7 @@ def test_the_training_is_the_same_with_every_sink_and_with_broken_ones(tmp_path,
     assert outcomes["without", "draw"][0] == outcomes["with", "draw"][0]
     assert outcomes["without"].notes == ()
     (note,) = outcomes["with"].notes
-    assert note.startswith(f"sink tensorboard:{tmp_path}/taken/tb failed and is left out")
+    assert note.startswith(f"tracker tensorboard:{tmp_path}/taken/tb failed: ")
     run = outcomes["with"].run
     compare(read_events(tmp_path / "tb" / run.path.name), run)
     compare(read_offline(tmp_path), run)
@@ -341,7 +363,7 @@ def test_an_exported_mlflow_run_is_new_each_time(run, tmp_path):
 
 def test_an_unfinished_mlflow_run_is_continued(tmp_path):
     for status in ("stopped", "done", "done"):
-        feed = open_feed([f"mlflow:{tmp_path}/ml.db"], About(name="r", config={"a": 1}))
+        feed = open_feed([f"mlflow:{tmp_path}/ml.db"], RunInfo(name="r", config={"a": 1}))
         feed.write({}, {"step": np.array([len(status)]), "loss": np.array([math.inf])})
         feed.close(status)
         assert feed.notes == []
@@ -403,12 +425,12 @@ def test_mistakes_of_an_export_are_one_line(run, capsys, words, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("tensorbord:x", "unknown sink 'tensorbord'; did you mean 'tensorboard'?"),
-        ("wandb", "sink 'wandb' lacks its place: wandb:PROJECT"),
+        ("tensorbord:x", "unknown tracker 'tensorbord'; did you mean 'tensorboard'?"),
+        ("wandb", "tracker 'wandb' lacks its place: wandb:PROJECT"),
     ],
 )
-def test_mistakes_of_a_sink_are_one_line(text, message, capsys):
-    words = ["run", "--variant", "elu", "--depth", "8", "--data", "digits", "--sink", text]
+def test_mistakes_of_a_tracker_are_one_line(text, message, capsys):
+    words = ["run", "--variant", "elu", "--depth", "8", "--data", "digits", "--tracker", text]
     code, _, err = answer(capsys, *words)
     assert code == 2
     assert message in err
@@ -417,10 +439,10 @@ def test_mistakes_of_a_sink_are_one_line(text, message, capsys):
 def test_a_tracker_that_is_not_installed_names_the_line_that_installs_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="wandb is not installed") as caught:
-        open_sink("wandb:project")
+        open_tracker("wandb:project")
     assert caught.value.hint == "pip install 'resdiag[wandb]'"
     with pytest.raises(UsageError, match="mlflow is not installed"):
-        check_sink("mlflow:x.db")
+        parse_tracker("mlflow:x.db")
 
 
 def test_a_store_that_refuses_is_one_line(run, tmp_path):

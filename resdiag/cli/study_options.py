@@ -1,0 +1,98 @@
+"""Options that several `resdiag study` commands share; those of the engines are read from rows."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import update_wrapper
+from typing import Annotated, Any
+
+import typer
+
+from resdiag.study.engines.engine import ENGINES, Engine, find_engine
+
+Where = Annotated[
+    str, typer.Argument(metavar="STUDY", help="A shipped study's name, FILE.toml, or a plan.")
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change the study, e.g. fixed.lr=0.05."),
+]
+Mini = Annotated[
+    bool, typer.Option("--mini", help="Shrink the study to seconds on a CPU, to see that it works.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Drift = Annotated[
+    bool, typer.Option("--allow-drift", help="Continue cells although versions or machine changed.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+_Slots = Annotated[
+    int | None,
+    typer.Option(min=1, max=10_000, help="Cells at a time; as many as fit if not given."),
+]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Which engine starts cells, and how.
+
+    Attributes:
+        engine: The engine.
+        slots: Cells at a time; None leaves it to the engine.
+        options: Values of the engine's own options.
+    """
+
+    engine: Engine
+    slots: int | None
+    options: dict[str, Any]
+
+
+class EngineCommand:
+    """A command with `--engine`, `--slots` and the options of all engines that are registered.
+
+    Args:
+        function: It has a parameter `start`, which gets a `Start` and stands for those options.
+    """
+
+    def __init__(self, function: Callable[..., int]) -> None:
+        update_wrapper(self, function)
+        self._function = function
+
+    def __call__(self, **given: Any) -> int:  # noqa: ANN401
+        """Run the command with what was given on the command line."""
+        name, slots = given.pop("engine"), given.pop("slots")
+        values = {option: given.pop(option) for option in _list_engine_options()}
+        engine, options = find_engine(name, slots, values)
+        return self._function(**given, start=Start(engine, slots, options))
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """What Typer reads whenever a command line is run: engines may have been registered."""
+        kind = inspect.Parameter.KEYWORD_ONLY
+        names = ", ".join(ENGINES)
+        choice = Annotated[str, typer.Option(help=f"What starts the cells: {names}.")]
+        parameters = [
+            inspect.Parameter("engine", kind, default="local", annotation=choice),
+            inspect.Parameter("slots", kind, default=None, annotation=_Slots),
+            *_list_engine_options().values(),
+        ]
+        listed: list[inspect.Parameter] = []
+        for parameter in inspect.signature(self._function, eval_str=True).parameters.values():
+            listed += parameters if parameter.name == "start" else [parameter.replace(kind=kind)]
+        return inspect.Signature(listed)
+
+
+def _list_engine_options() -> dict[str, inspect.Parameter]:
+    """The parameters that stand for the engines' own options, by name."""
+    found = {}
+    for engine in ENGINES.values():
+        for option in engine.options:
+            kind = type(option.default)
+            limits: dict[str, Any] = {"min": option.min, "max": option.max} if kind is int else {}
+            about = typer.Option(option.written, help=f"{engine.name}: {option.help}", **limits)
+            found[option.name] = inspect.Parameter(
+                option.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=option.default,
+                annotation=Annotated[kind, about],
+            )
+    return found
