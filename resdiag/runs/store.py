@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from resdiag.runs.checkpoint import Checkpoint, pack, unpack
+from resdiag.runs.checkpoint import Checkpoint, check_same, pack, recover, unpack
 from resdiag.runs.commit import (
     BLOCKS,
     COMMIT,
@@ -25,9 +25,7 @@ from resdiag.runs.commit import (
 )
 from resdiag.runs.files import from_json, make_folder, remove_file, to_json, write_file
 from resdiag.runs.lock import Lock
-from resdiag.runs.merging import merge
-from resdiag.runs.resume import check_same, recover
-from resdiag.runs.segments import CUSTOM, SCHEMAS, encode
+from resdiag.runs.segments import CUSTOM, SCHEMAS, encode, merge
 from resdiag.runs.watched import Config
 
 

@@ -30,26 +30,26 @@ class ProgressFile:
         self._last = -math.inf
         self._write({"step": done})
 
-    def show(self, standing: Progress) -> None:
-        """Write the standing if the last one is a second old, or if the training is over."""
+    def show(self, progress: Progress) -> None:
+        """Write the progress if the last one is a second old, or if the training is over."""
         now = time.monotonic()
-        if now - self._last < _EVERY_S and standing.done < self._steps:
+        if now - self._last < _EVERY_S and progress.done < self._steps:
             return
         self._last = now
-        pace = (now - self._begin) / max(1, standing.done - self._first)
+        pace = (now - self._begin) / max(1, progress.done - self._first)
         self._write(
             {
-                "step": standing.done,
-                "loss": plain(standing.loss),
-                "error": plain(standing.error),
-                "images_per_s": plain(standing.images_per_s),
-                "worst": standing.worst,
-                "eta_s": pace * (self._steps - standing.done),
+                "step": progress.done,
+                "loss": plain(progress.loss),
+                "error": plain(progress.error),
+                "images_per_s": plain(progress.images_per_s),
+                "worst": progress.worst,
+                "eta_s": pace * (self._steps - progress.done),
             }
         )
 
     def close(self) -> None:
-        """The last standing stays."""
+        """The last progress stays."""
 
     def _write(self, about: dict[str, Any]) -> None:
         """Replace the file. A crash may lose it, so it is not synced; a full disk may, too."""
