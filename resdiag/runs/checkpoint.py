@@ -58,22 +58,22 @@ def unpack(data: bytes, path: Path) -> dict[str, torch.Tensor]:
 
 
 def recover(folder: Path) -> tuple[Commit | None, Commit | None]:
-    """The last whole commit and its reserve; a fall-back to the reserve is said aloud.
+    """The last whole commit and the one before it, which replaces a damaged last one.
 
     Raises:
         UsageError: There were commits and none of them is whole.
         StorageError: The folder cannot be written.
     """
     last, problem = _load(folder, COMMIT)
-    reserve, other = _load(folder, PREVIOUS)
+    before, other = _load(folder, PREVIOUS)
     if problem is None:
         if other is not None and (folder / PREVIOUS).exists():
-            _log.warning("%s; only the reserve is lost", other.message)
-        return last, reserve
-    if reserve is not None:
-        _log.warning("%s; continuing from the commit at step %d", problem.message, reserve.step)
-        write_file(folder / COMMIT, reserve.to_bytes())
-        return reserve, reserve
+            _log.warning("%s; the last commit is whole", other.message)
+        return last, before
+    if before is not None:
+        _log.warning("%s; continuing from the commit at step %d", problem.message, before.step)
+        write_file(folder / COMMIT, before.to_bytes())
+        return before, before
     if _has_commits(folder):
         raise UsageError(f"{problem.message}; no other commit is whole", _START_AGAIN)
     return None, None
