@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from resdiag.models.resnet import build_model
 from resdiag.study.overhead import Naive, Workload, stopwatch
-from resdiag.training.malloc import disable_malloc_trim
+from resdiag.training.cpu import disable_malloc_trim
 from resdiag.watch.loop.gradients import Gradients
 from resdiag.watch.loop.monitor import Monitor
 from resdiag.watch.measure.reductions import norm

@@ -25,7 +25,7 @@ from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock
 
-from resdiag.training.malloc import disable_malloc_trim
+from resdiag.training.cpu import disable_malloc_trim
 
 TOLERANCE = 1e-3
 """Relative error above which a reported number counts as wrong."""

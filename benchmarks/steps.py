@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from resdiag.models.resnet import build_model
 from resdiag.study.overhead import train_step
-from resdiag.training.malloc import disable_malloc_trim
+from resdiag.training.cpu import disable_malloc_trim
 from resdiag.watch.loop.attach import attach
 
 KINDS = (  # the first whose word is in the operation's name

@@ -29,7 +29,7 @@ import numpy as np
 from resdiag.catalog.table import RECORDED
 from resdiag.runs.config import RunConfig
 from resdiag.runs.store import RunWriter
-from resdiag.training.committer import Committer, PendingCommit
+from resdiag.training.checkpoint import Committer, PendingCommit
 
 COMMIT_EVERY = 100
 CURVE = ("epoch", "loss", "error", "lr", "images_per_s", "grad_norm", "head_mean", "head_bias")

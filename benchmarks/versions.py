@@ -35,7 +35,7 @@ import json, sys, time, warnings
 import torch, torch.nn.functional as F
 import resdiag
 from resdiag.models.resnet import build_model
-from resdiag.training.malloc import disable_malloc_trim
+from resdiag.training.cpu import disable_malloc_trim
 variant, depth, batch, size, metrics, threads = json.loads(sys.argv[1])
 warnings.simplefilter("ignore")
 disable_malloc_trim()

@@ -17,25 +17,25 @@ TABLES = ("metrics", "curve")
 STATUSES = ("running", "done", "diverged", "stopped")
 
 # Only such names are ever read or removed, whatever a COMMIT.json says.
-_OURS = re.compile(
+_FILE_NAMES = re.compile(
     r"(run|blocks|verdict|state-\d{8,20})\.json|ckpt-\d{8,20}\.safetensors"
     r"|(metrics|curve)/part-\d{8,20}\.parquet"
 )
-_LITTER = re.compile(r"((metrics|curve)/)?\.[\w.-]+\.(json|parquet|safetensors)\.tmp")
+_TEMPORARY = re.compile(r"((metrics|curve)/)?\.[\w.-]+\.(json|parquet|safetensors)\.tmp")
 
 
 def part_name(table: str, step: int) -> str:
-    """The segment of a table that ends with a commit's step; names sort as steps do."""
+    """Name of the segment of a table whose last row is at `step`; names sort as steps do."""
     return f"{table}/part-{step:08d}.parquet"
 
 
 def tensors_name(step: int) -> str:
-    """The checkpoint's tensors."""
+    """Name of the file with a checkpoint's tensors."""
     return f"ckpt-{step:08d}.safetensors"
 
 
 def state_name(step: int) -> str:
-    """The checkpoint's plain state."""
+    """Name of the file with the rest of a checkpoint's state."""
     return f"state-{step:08d}.json"
 
 
@@ -76,9 +76,9 @@ class Commit:
                 commit = cls(step, status, files, _drift(drift, path))
             case _:
                 raise Damaged(f"{path} is damaged: a key is missing")
-        stray = [name for name in files if not _OURS.fullmatch(name)]
+        unknown = [name for name in files if not _FILE_NAMES.fullmatch(name)]
         hashes = all(isinstance(sha256, str) for sha256 in files.values())
-        if stray or not hashes or RUN not in files or status not in STATUSES or step < 0:
+        if unknown or not hashes or RUN not in files or status not in STATUSES or step < 0:
             raise Damaged(f"{path} is damaged: not a commit of a run")
         return commit
 
@@ -108,10 +108,10 @@ class Commit:
             key=lambda name: (len(name), name),
         )
 
-    def lasting(self) -> dict[str, str]:
+    def kept_files(self) -> dict[str, str]:
         """The files that the next commit keeps: all but checkpoint and verdict."""
-        passing = (tensors_name(self.step), state_name(self.step), VERDICT)
-        return {name: sha256 for name, sha256 in self.files.items() if name not in passing}
+        replaced = (tensors_name(self.step), state_name(self.step), VERDICT)
+        return {name: sha256 for name, sha256 in self.files.items() if name not in replaced}
 
     def without_verdict(self) -> "Commit":
         """The same commit as a point to continue from."""
@@ -129,8 +129,8 @@ def _drift(value: object, path: Path) -> tuple[dict[str, Any], ...]:
 
 
 def our_files(folder: Path) -> list[str]:
-    """Names of all data files in a run's folder, and of unfinished ones; commits and locks not."""
+    """Names of the data files and temporary files in a run's folder; no commits, no locks."""
     names = list_folder(folder)
     for table in TABLES:
         names += [f"{table}/{name}" for name in list_folder(folder / table)]
-    return [name for name in names if _OURS.fullmatch(name) or _LITTER.fullmatch(name)]
+    return [name for name in names if _FILE_NAMES.fullmatch(name) or _TEMPORARY.fullmatch(name)]

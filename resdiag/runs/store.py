@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from resdiag.runs.checkpoint import Checkpoint, pack, unpack
+from resdiag.runs.checkpoint import Checkpoint, check_same, pack, recover, unpack
 from resdiag.runs.commit import (
     BLOCKS,
     COMMIT,
@@ -25,9 +25,7 @@ from resdiag.runs.commit import (
 )
 from resdiag.runs.files import from_json, make_folder, remove_file, to_json, write_file
 from resdiag.runs.lock import Lock
-from resdiag.runs.merging import merge
-from resdiag.runs.resume import check_same, recover
-from resdiag.runs.segments import CUSTOM, SCHEMAS, encode
+from resdiag.runs.segments import CUSTOM, SCHEMAS, encode, merge
 from resdiag.runs.watched import Config
 
 
@@ -47,7 +45,7 @@ class RunWriter:
         self._commit: Commit | None = None
         self._previous: Commit | None = None
         self._drift: tuple[dict[str, Any], ...] = ()
-        self._lasting: dict[str, str] = {}
+        self._kept: dict[str, str] = {}
         self._keys = {
             "run": config.name,
             "variant": config.model,
@@ -134,7 +132,7 @@ class RunWriter:
         notes: Sequence[str] = (),
         custom: Sequence[Mapping[str, str]] = (),
     ) -> None:
-        """Say once, before the first commit, what the rows are about; later calls change nothing.
+        """Write blocks.json, once, before the first commit; later calls change nothing.
 
         Args:
             blocks: One entry per block: index, name, stage, transition, ...
@@ -146,14 +144,14 @@ class RunWriter:
         self._keys["point"] = point
         if custom:
             self._keys[CUSTOM] = ",".join(entry["id"] for entry in custom)
-        if BLOCKS not in self._lasting:
+        if BLOCKS not in self._kept:
             document: dict[str, Any] = {
                 "schema": SCHEMA, "point": point, "blocks": blocks, "unavailable": unavailable,
                 **({"notes": list(notes)} if notes else {}),
             }  # fmt: skip
             if custom:
                 document[CUSTOM] = [dict(entry) for entry in custom]
-            self._lasting[BLOCKS] = write_file(self.folder / BLOCKS, to_json(document))
+            self._kept[BLOCKS] = write_file(self.folder / BLOCKS, to_json(document))
 
     def commit(
         self,
@@ -183,7 +181,7 @@ class RunWriter:
         if self._commit is not None and step <= self._commit.step:
             raise ValueError(f"step {step} is committed already (at {self._commit.step})")
         self._lock.check()
-        files = dict(self._lasting)
+        files = dict(self._kept)
         for table, columns in (("metrics", metrics), ("curve", curve)):
             if len(columns.get("step", ())):
                 rows, merged = merge(self.folder, self._commit, table, columns)
@@ -196,7 +194,7 @@ class RunWriter:
             self._write(files, tensors_name(step), packed)
             self._write(files, state_name(step), to_json(dict(state or {})))
         self._publish(Commit(step, status, files, self._drift))
-        self._lasting = lasting
+        self._kept = lasting
 
     def finish(self, status: str, verdict: Mapping[str, Any] | None) -> None:
         """End the run at its last commit: write verdict.json and the final status.
@@ -206,7 +204,7 @@ class RunWriter:
             BusyError: The lock was removed; nothing was written.
         """
         self._lock.check()
-        last = self._commit or Commit(0, "running", self._lasting, self._drift)
+        last = self._commit or Commit(0, "running", self._kept, self._drift)
         files = dict(last.without_verdict().files)
         if VERDICT in last.files:
             self._publish(last.without_verdict())  # a file that a commit names is not overwritten
@@ -215,11 +213,11 @@ class RunWriter:
         self._publish(Commit(last.step, status, files, self._drift))
 
     def beat(self) -> None:
-        """Show other processes that this one is alive."""
+        """Touch the lock, so that other processes see that this one is alive."""
         self._lock.beat()
 
     def close(self) -> None:
-        """Give the folder back; twice is fine."""
+        """Release the lock; calling it twice is fine."""
         self._lock.release()
 
     def __enter__(self) -> "RunWriter":
@@ -241,7 +239,7 @@ class RunWriter:
         files[name] = write_file(self.folder / name, data)
 
     def _publish(self, commit: Commit) -> None:
-        """Replace the commit: the one instant at which the run moves on."""
+        """Replace COMMIT.json: from this instant on the run ends at the new commit."""
         if commit.status not in STATUSES:
             raise ValueError(f"status '{commit.status}' is none of {', '.join(STATUSES)}")
         self._lock.check()
@@ -253,15 +251,15 @@ class RunWriter:
         self._prune()
 
     def _prune(self) -> None:
-        """Remove our files that no commit names: old checkpoints, and what a crash left."""
-        keep = {*self._lasting, *(self._commit.files if self._commit else ())}
+        """Remove files that no commit names: old checkpoints, and what a failure left."""
+        keep = {*self._kept, *(self._commit.files if self._commit else ())}
         keep |= set(self._previous.files if self._previous else ())
         for name in our_files(self.folder):
             if name not in keep:
                 remove_file(self.folder / name)
 
     def _erase(self) -> None:
-        """Delete the old run, the older commit first: until the last goes, the run is whole."""
+        """Delete the old run: the older commit, the newer one, then the files that they name."""
         for name in (PREVIOUS, COMMIT, *our_files(self.folder)):
             remove_file(self.folder / name)
 
@@ -273,7 +271,7 @@ class RunWriter:
         if self._commit is None:
             self._begin(environment, data)
         else:
-            self._lasting = self._commit.lasting()
+            self._kept = self._commit.kept_files()
             self._drift = check_same(
                 self.folder, self._commit, self.config, environment, data, allow_drift
             )
@@ -290,4 +288,4 @@ class RunWriter:
             "data": dict(data),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        self._write(self._lasting, RUN, to_json(document))
+        self._write(self._kept, RUN, to_json(document))

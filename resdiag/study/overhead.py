@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from resdiag.models.resnet import build_model
-from resdiag.training.malloc import disable_malloc_trim
+from resdiag.training.cpu import disable_malloc_trim
 from resdiag.watch.loop.attach import attach
 from resdiag.watch.loop.monitor import Monitor
 

@@ -1,12 +1,25 @@
-"""Everything a training continues from: weights, momenta, and what it has counted so far."""
+"""What a training saves: its checkpoint, and the thread that commits it with the new rows.
 
-from collections.abc import Mapping
+Encoding, hashing and waiting for the disk cost the training no time.
+"""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Self, TypeAlias
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from resdiag.runs.store import RunWriter
+from resdiag.training.fair_lock import UNSHARED, LockHandle
+
 _MODEL, _MOMENTUM = "model.", "momentum."
+
+Table: TypeAlias = Mapping[str, NDArray[Any]]
+"""Rows of a run's table: one array of shape (rows,) per column."""
 
 
 def pack(model: nn.Module, optimizer: SGD) -> dict[str, Tensor]:
@@ -34,3 +47,92 @@ def unpack(model: nn.Module, optimizer: SGD, tensors: Mapping[str, Tensor]) -> N
             optimizer.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(
                 momentum
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PendingCommit:
+    """What one commit writes; nothing in it changes any more.
+
+    Attributes:
+        step: Optimizer steps done.
+        metrics: Rows since the commit before.
+        curve: Likewise.
+        tensors: The checkpoint, packed.
+        state: What else the loop must remember.
+        status: Of the run.
+    """
+
+    step: int
+    metrics: Table
+    curve: Table
+    tensors: bytes
+    state: Mapping[str, Any]
+    status: str
+
+
+class Committer:
+    """Writes commits one after the other on a thread of its own; a context manager.
+
+    At most one commit is being written. If it fails, its error is raised at the next commit, or at
+    the end.
+
+    Args:
+        writer: The run's folder; used by nobody else meanwhile, but for its beats.
+        on_commit: Called with the rows of both tables after each commit, in the training's thread.
+        thread_lock: Released while the training waits for the disk.
+    """
+
+    def __init__(
+        self,
+        writer: RunWriter,
+        on_commit: Callable[[Table, Table], object] | None,
+        thread_lock: LockHandle = UNSHARED,
+    ) -> None:
+        self._writer, self._on_commit, self._thread_lock = writer, on_commit, thread_lock
+        self._thread = ThreadPoolExecutor(1, "resdiag-commit")
+        self._running: tuple[PendingCommit, Future[None]] | None = None
+
+    def commit(self, pending: PendingCommit) -> None:
+        """Write a commit as soon as the one before is written.
+
+        Raises:
+            StorageError: The commit before could not be written.
+            BusyError: The run's lock was taken over.
+        """
+        self.wait()
+        self._running = pending, self._thread.submit(self._write, pending)
+
+    def wait(self) -> None:
+        """Wait until everything is on the disk.
+
+        Raises:
+            StorageError: The last commit could not be written.
+            BusyError: The run's lock was taken over.
+        """
+        if self._running is None:
+            return
+        (pending, future), self._running = self._running, None
+        with self._thread_lock.released():
+            future.result()
+        if self._on_commit is not None:  # after the commit: steps that are done again are told once
+            self._on_commit(pending.metrics, pending.curve)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if error is None:
+                self.wait()
+        finally:
+            self._thread.shutdown()  # the folder is given back after the last write
+
+    def _write(self, pending: PendingCommit) -> None:
+        self._writer.commit(
+            pending.step,
+            pending.metrics,
+            pending.curve,
+            pending.tensors,
+            pending.state,
+            pending.status,
+        )

@@ -1,7 +1,8 @@
-"""The step-level table of a run while it grows: one row per optimizer step."""
+"""What a training keeps of its steps: its curve, the counters of an epoch, a block's change."""
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,3 +43,54 @@ class Curve:
 def _dtype(name: str) -> type[np.generic]:
     """Losses and norms of an explosion leave float32's range while they are still numbers."""
     return np.int32 if name == "step" else np.float64
+
+
+@dataclass
+class EpochCounters:
+    """What a training counts and must not forget when it is resumed.
+
+    Attributes:
+        exploded: First step with a non-finite loss, -1 before.
+        loss_sum: Sum over samples of the loss in the running epoch.
+        wrong: Wrong predictions in the running epoch.
+        seen: Samples in the running epoch.
+    """
+
+    exploded: int = -1
+    loss_sum: float = 0.0
+    wrong: float = 0.0
+    seen: int = 0
+
+
+class MostChangedBlock:
+    """The block whose output gradient changed most since the first recorded step.
+
+    Attributes:
+        words: It, or the first block that is not finite; "" before anything is recorded.
+    """
+
+    def __init__(self) -> None:
+        self.words = ""
+        self._first: tuple[int, NDArray[Any]] | None = None
+
+    def update(self, metrics: Mapping[str, NDArray[Any]]) -> None:
+        """Read the last recorded step of newly recorded rows."""
+        step = metrics["step"]
+        gradients = metrics["grad_output"].astype(np.float64)
+        if self._first is None:
+            self._first = int(step[0]), gradients[step == step[0]]
+        last = step == step[-1]
+        nonfinite = np.flatnonzero(metrics["output_nonfinite"][last] > 0)
+        if nonfinite.size:
+            self.words = f"block {nonfinite[0]} is not finite"
+            return
+        since, before = self._first
+        with np.errstate(all="ignore"):
+            factor = gradients[last] / before
+            change = np.abs(np.log10(factor))
+        change[~np.isfinite(change)] = np.nan
+        if np.isnan(change).all():
+            self.words = ""
+            return
+        most = int(np.nanargmax(change))
+        self.words = f"block {most}: gradient x{factor[most]:.2g} since step {since}"

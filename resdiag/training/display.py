@@ -10,7 +10,7 @@ _LINE_EVERY_S = 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a training stands.
+    """How far a training is.
 
     Attributes:
         done: Steps done.
@@ -32,10 +32,10 @@ class Progress:
 
 
 class Display(Protocol):
-    """Shows a training's standing."""
+    """Shows a training's progress."""
 
-    def show(self, standing: Progress) -> None:
-        """Take note of a new standing."""
+    def show(self, progress: Progress) -> None:
+        """Show new progress."""
 
     def close(self) -> None:
         """End the display."""
@@ -44,7 +44,7 @@ class Display(Protocol):
 class Silent:
     """Shows nothing."""
 
-    def show(self, standing: Progress) -> None:
+    def show(self, progress: Progress) -> None:
         """Nothing."""
 
     def close(self) -> None:
@@ -58,12 +58,12 @@ class Lines:
         self._title, self._steps = title, steps
         self._last = time.monotonic()
 
-    def show(self, standing: Progress) -> None:
+    def show(self, progress: Progress) -> None:
         """Print a line if the last one is old enough, or if the training is over."""
-        if time.monotonic() - self._last < _LINE_EVERY_S and standing.done < self._steps:
+        if time.monotonic() - self._last < _LINE_EVERY_S and progress.done < self._steps:
             return
         self._last = time.monotonic()
-        line = f"{self._title}  step {standing.done}/{self._steps}  {standing}"
+        line = f"{self._title}  step {progress.done}/{self._steps}  {progress}"
         print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
@@ -83,16 +83,16 @@ class Bar:
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
             Remaining(),
-            TextColumn("{task.fields[standing]}"),
+            TextColumn("{task.fields[progress]}"),
             console=Console(stderr=True),
             transient=True,
         )
-        self._task = self._bar.add_task(title, total=steps, completed=done, standing="")
+        self._task = self._bar.add_task(title, total=steps, completed=done, progress="")
         self._bar.start()
 
-    def show(self, standing: Progress) -> None:
+    def show(self, progress: Progress) -> None:
         """Move the bar."""
-        self._bar.update(self._task, completed=standing.done, standing=str(standing))
+        self._bar.update(self._task, completed=progress.done, progress=str(progress))
 
     def close(self) -> None:
         """Take the bar away."""

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -23,37 +23,19 @@ from resdiag.runs.checkpoint import pack
 from resdiag.runs.config import RunConfig
 from resdiag.runs.store import RunWriter
 from resdiag.training import checkpoint
-from resdiag.training.committer import Committer, PendingCommit, Table
-from resdiag.training.curve import Curve
+from resdiag.training.checkpoint import Committer, PendingCommit, Table
+from resdiag.training.cpu import FastElu, disable_malloc_trim
+from resdiag.training.curve import Curve, EpochCounters, MostChangedBlock
 from resdiag.training.display import Display, Progress
 from resdiag.training.fair_lock import UNSHARED, LockHandle
-from resdiag.training.fastelu import FastElu
 from resdiag.training.graphs import Capture, CudaCapture, Graphs
 from resdiag.training.interrupt import Interrupt
-from resdiag.training.malloc import disable_malloc_trim
 from resdiag.training.recipe import learning_rate
 from resdiag.watch.loop.attach import attach
 from resdiag.watch.loop.monitor import Monitor
 
 _EVALUATION_BATCH = 256
 _REPORT_EVERY_S = 0.5
-
-
-@dataclass
-class EpochCounters:
-    """What a training counts and must not forget when it is resumed.
-
-    Attributes:
-        exploded: First step with a non-finite loss, -1 before.
-        loss_sum: Sum over samples of the loss in the running epoch.
-        wrong: Wrong predictions in the running epoch.
-        seen: Samples in the running epoch.
-    """
-
-    exploded: int = -1
-    loss_sum: float = 0.0
-    wrong: float = 0.0
-    seen: int = 0
 
 
 class Training:
@@ -63,8 +45,8 @@ class Training:
         config: What to train.
         data: The images; those that `config.data` names.
         writer: The run's folder.
-        tell: Is handed the rows of both tables after each commit.
-        capture: What takes passes down for the backend `graph`, if not CUDA.
+        on_commit: Called with the rows of both tables after each commit.
+        capture: What captures passes for the backend `graph`, if not CUDA.
         thread_lock: Held by the caller, and passed on once a step to trainings in other threads.
     """
 
@@ -73,12 +55,12 @@ class Training:
         config: RunConfig,
         data: ImageData,
         writer: RunWriter,
-        tell: Callable[[Table, Table], object] | None = None,
+        on_commit: Callable[[Table, Table], object] | None = None,
         capture: Capture | None = None,
         thread_lock: LockHandle = UNSHARED,
     ) -> None:
         self.config, self._writer, self._thread_lock = config, writer, thread_lock
-        self._committer = Committer(writer, tell, thread_lock)
+        self._committer = Committer(writer, on_commit, thread_lock)
         self._device = torch.device(config.device)
         # convolutions on the CPU are a fifth faster in this layout
         layout: dict[str, Any] = {"memory_format": torch.channels_last}
@@ -113,11 +95,10 @@ class Training:
         if config.backend == "graph":
             how = capture or CudaCapture(self._device)
             self._graphs = Graphs(self.model, self.monitor, self._train_on, self._test_on, how)
-        self._curve, self._tally = Curve(), EpochCounters()
+        self._curve, self._counters = Curve(), EpochCounters()
         self._metrics: list[dict[str, NDArray[Any]]] = []
-        self._base: tuple[int, NDArray[Any]] | None = None
-        self._worst = ""
-        self._standing: Progress | None = None
+        self._most_changed = MostChangedBlock()
+        self._progress: Progress | None = None
         self._clock = self._reported = time.perf_counter()
 
     def run(self, display: Display, interrupt: Interrupt) -> str:
@@ -154,14 +135,14 @@ class Training:
         results = self._passes(images, labels)
         self._thread_lock.pass_on()  # the device is busy: others launch their step before we wait
         self._count(step, len(labels), lr, results)
-        if self._tally.exploded == step and not self.monitor.is_recording:
+        if self._counters.exploded == step and not self.monitor.is_recording:
             self._record_again(images, labels)
         self._optimizer.step()
         self.monitor.step()
         self._evaluate(step + 1)
 
     def _passes(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Forward and backward pass: an epoch's smaller last batch is not worth another graph."""
+        """Forward and backward pass; an epoch's smaller last batch gets no graph of its own."""
         whole = len(labels) == self.config.batch_size
         if self._graphs is not None and whole:
             return self._graphs.train(images, labels)
@@ -171,7 +152,9 @@ class Training:
         return self._forward_backward(images, labels, model)
 
     def _zero_grad(self) -> None:
-        self._optimizer.zero_grad(set_to_none=self._graphs is None)  # graphs know where they are
+        self._optimizer.zero_grad(
+            set_to_none=self._graphs is None
+        )  # graphs write into the same memory
 
     def _train_on(self, images: Tensor, labels: Tensor) -> Tensor:
         return self._forward_backward(images, labels, self.model)
@@ -202,30 +185,34 @@ class Training:
             buffer.copy_(before)
 
     def _count(self, step: int, size: int, lr: float, results: Tensor) -> None:
-        """Add a step's loss and wrong predictions to the curve and to the epoch's tally."""
+        """Add a step's loss and wrong predictions to the curve and to the epoch's counters."""
         # waits for the device once a step: an explosion is noticed while it can be recorded
         loss, wrong = results.tolist()
         per_epoch = self._batches.steps_per_epoch
         if step % per_epoch == 0:
-            self._tally = EpochCounters(exploded=self._tally.exploded)
-        self._tally.loss_sum += loss * size
-        self._tally.wrong += wrong
-        self._tally.seen += size
-        if self._tally.exploded < 0 and not math.isfinite(loss):
-            self._tally.exploded = step
+            self._counters = EpochCounters(exploded=self._counters.exploded)
+        self._counters.loss_sum += loss * size
+        self._counters.wrong += wrong
+        self._counters.seen += size
+        if self._counters.exploded < 0 and not math.isfinite(loss):
+            self._counters.exploded = step
         now = time.perf_counter()
         speed, error = size / max(now - self._clock, 1e-9), wrong / size
         self._clock = now
         epoch = (step + 1) / per_epoch
         self._curve.add(step, epoch=epoch, loss=loss, error=error, lr=lr, images_per_s=speed)
-        self._standing = Progress(
-            done=step + 1, loss=loss, error=error, images_per_s=speed, worst=self._worst
+        self._progress = Progress(
+            done=step + 1,
+            loss=loss,
+            error=error,
+            images_per_s=speed,
+            worst=self._most_changed.words,
         )
 
     # -- between steps -------------------------------------------------------------------------
 
     def _status(self, done: int, interrupt: Interrupt) -> str:
-        exploded = self._tally.exploded
+        exploded = self._counters.exploded
         if exploded >= 0 and done > exploded + self.config.stop_after_explosion:
             return "diverged"
         if done >= self.config.steps:
@@ -236,15 +223,15 @@ class Training:
         """Test error, and the epoch's running training error, where they are due."""
         every = self.config.eval_every
         last = done == self.config.steps
-        if self._tally.exploded >= 0 or not (last or (every and done % every == 0)):
+        if self._counters.exploded >= 0 or not (last or (every and done % every == 0)):
             return
-        tally = self._tally
-        seen = max(1, tally.seen)
+        counters = self._counters
+        seen = max(1, counters.seen)
         test_loss, test_error = self._test()
         self._curve.add(
             done - 1,
-            train_loss=tally.loss_sum / seen,
-            train_error=tally.wrong / seen,
+            train_loss=counters.loss_sum / seen,
+            train_error=counters.wrong / seen,
             test_loss=test_loss,
             test_error=test_error,
         )
@@ -274,39 +261,21 @@ class Training:
         return torch.stack([loss.double(), wrong.double()])
 
     def _report(self, display: Display, done: int) -> None:
-        """Show the standing twice a second; the worst block is read from what was recorded."""
+        """Show the progress twice a second; the most changed block is read from the record."""
         now = time.perf_counter()
         if now - self._reported < _REPORT_EVERY_S and done < self.config.steps:
             return
         self._reported = now
         self._drain()
-        if self._standing is not None:
-            display.show(self._standing)
+        if self._progress is not None:
+            display.show(self._progress)
 
     def _drain(self) -> None:
         metrics, curve = self.monitor.drain()
         if len(metrics["step"]):
             self._metrics.append(metrics)
-            self._worst = self._name_worst(metrics)
+            self._most_changed.update(metrics)
         self._curve.merge(curve)
-
-    def _name_worst(self, metrics: dict[str, NDArray[Any]]) -> str:
-        """The first non-finite block of the last recorded step, else the most changed one."""
-        last = metrics["step"] == metrics["step"][-1]
-        norms = metrics["grad_output"][last].astype(np.float64)
-        broken = np.flatnonzero(metrics["output_nonfinite"][last] > 0)
-        if broken.size:
-            return f"block {broken[0]} is not finite"
-        if self._base is None:
-            first = metrics["step"] == metrics["step"][0]
-            self._base = int(metrics["step"][0]), metrics["grad_output"][first].astype(np.float64)
-        since, base = self._base
-        with np.errstate(all="ignore"):
-            change = np.abs(np.log10(norms / base))
-        if not np.isfinite(change).any():
-            return ""
-        worst = int(np.nanargmax(np.where(np.isfinite(change), change, np.nan)))
-        return f"block {worst}: gradient x{norms[worst] / base[worst]:.2g} since step {since}"
 
     # -- commits -------------------------------------------------------------------------------
 
@@ -326,7 +295,7 @@ class Training:
                 metrics=_join(self._metrics),
                 curve=self._curve.take(),
                 tensors=pack(checkpoint.pack(self.model, self._optimizer)),
-                state=asdict(self._tally),
+                state=asdict(self._counters),
                 status=status,
             )
         )
@@ -339,7 +308,7 @@ class Training:
         if saved is None:
             return 0
         checkpoint.unpack(self.model, self._optimizer, saved.tensors)
-        self._tally = EpochCounters(**saved.state)
+        self._counters = EpochCounters(**saved.state)
         self.monitor.start_at(saved.step)
         return saved.step
 

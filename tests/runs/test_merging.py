@@ -6,7 +6,7 @@ from made_runs import contents, make_checkpoint, make_curve, make_metrics, open_
 from resdiag.catalog.table import METRICS, RECORDED, derive, inputs_of
 from resdiag.runs.commit import COMMIT, PREVIOUS, Commit
 from resdiag.runs.folder import load_run
-from resdiag.runs.merging import COUNT
+from resdiag.runs.segments import COUNT
 
 
 def test_many_commits_leave_few_segments_with_every_row_once(tmp_path):

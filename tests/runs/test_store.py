@@ -99,6 +99,7 @@ def steps_seen(folder):
 # --- crashes and failing disks --------------------------------------------------------------
 
 
+@pytest.mark.timeout(900)  # more than a hundred processes
 def test_a_crash_at_every_operation_leaves_a_commit_that_continues_to_the_same_end(
     tmp_path, monkeypatch
 ):

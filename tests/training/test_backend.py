@@ -12,8 +12,7 @@ from tiny_training import tiny_config, train, weights
 from resdiag.cli.main import app
 from resdiag.errors import UsageError
 from resdiag.runs.config import RunConfig
-from resdiag.training.fastelu import FastElu, elu
-from resdiag.training.malloc import disable_malloc_trim
+from resdiag.training.cpu import FastElu, disable_malloc_trim, elu
 from resdiag.training.recipe import Request, resolve
 
 ALL = {"steps": 6, "record_first": 2, "every": 3, "commit_every": 3}

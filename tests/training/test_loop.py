@@ -27,7 +27,7 @@ from resdiag.models.variants import VARIANTS
 from resdiag.runs import checkpoint as packed
 from resdiag.runs.store import RunWriter
 from resdiag.training import checkpoint, display
-from resdiag.training.curve import COLUMNS, Curve
+from resdiag.training.curve import COLUMNS, Curve, MostChangedBlock
 from resdiag.training.display import Bar, Lines, Progress, Silent, open_display
 from resdiag.training.interrupt import Interrupt
 from resdiag.training.recipe import learning_rate
@@ -475,17 +475,18 @@ def test_the_display_fits_the_place(capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
-def test_the_worst_block_is_the_one_whose_gradient_changed_most(tmp_path):
-    training, writer = open_training(tmp_path)
-    writer.close()
+def test_the_worst_block_is_the_one_whose_gradient_changed_most():
+    block = MostChangedBlock()
     rows = {
         "step": np.array([4, 4, 4, 5, 5, 5]),
         "grad_output": np.array([1, 1, 1, 2, 0.01, 3], np.float32),
         "output_nonfinite": np.zeros(6),
     }
-    assert training._name_worst(rows) == "block 1: gradient x0.01 since step 4"
+    block.update(rows)
+    assert block.words == "block 1: gradient x0.01 since step 4"
     rows["output_nonfinite"][5] = 1
-    assert training._name_worst(rows) == "block 2 is not finite"
+    block.update(rows)
+    assert block.words == "block 2 is not finite"
 
 
 def test_the_inventory_finds_what_is_on_the_disk(tmp_path):

@@ -1,5 +1,6 @@
-"""An ELU several times as fast as PyTorch's on a CPU, accurate to a few units in the last place.
+"""Faster training steps on a CPU, with the same numbers or as accurate ones.
 
+`FastElu` is an ELU several times as fast as PyTorch's, accurate to a few units in the last place.
 PyTorch computes exp(x) - 1 by `expm1`, element by element: 10 ns each on one core, a third of a
 training step of depth 20. With t = tanh(x / 2)
 
@@ -7,13 +8,21 @@ training step of depth 20. With t = tanh(x / 2)
 
 and for x <= 0 neither t (in [-1, 0]) nor 1 - t (in [1, 2]) cancels, so the relative error stays
 that of tanh and a division, also next to 0 and where the exponential underflows.
+
+`disable_malloc_trim` keeps memory that a training frees with the process. glibc hands every tensor
+of some megabytes back to the system when it is freed and asks for it again in the next step;
+clearing the new pages is a tenth of a step of depth 20.
 """
 
+import ctypes
+import sys
 from threading import get_ident
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # <malloc.h>
 
 
 class FastElu:
@@ -65,3 +74,15 @@ def elu(x: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -
     below = t.mul(2 * alpha * scale).div_(t.neg_().add_(1))
     out = torch.where(wide > 0, wide * scale, below) if scale != 1 or alpha < 0 else None
     return (torch.maximum(wide, below) if out is None else out).to(x.dtype)
+
+
+def disable_malloc_trim() -> bool:
+    """Tell the allocator for the rest of the process; False where it is not glibc's."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    settings = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 64 << 20))
+    return all(mallopt(name, value) == 1 for name, value in settings)
