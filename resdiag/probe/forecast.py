@@ -16,8 +16,7 @@ from resdiag.diagnose.rundata import RunData
 from resdiag.errors import UsageError
 from resdiag.models.resnet import ResNet, build_model
 from resdiag.models.variants import find_variant
-from resdiag.probe.curvature import largest_curvature
-from resdiag.probe.firststep import RISE, critical_rate
+from resdiag.probe.critical_rate import RISE, critical_rate, largest_curvature
 from resdiag.runs.watched import WatchedConfig, as_run
 from resdiag.theory.gradnorm import gradient_norm
 from resdiag.theory.prediction import CRITICAL, critical_lr, predict
