@@ -90,7 +90,10 @@ class VariantStart:
         """
         config, variant = self.config, change and change.variant
         if change and variant and variant.weights and self.checkpoint:
-            raise UsageError(f"{change.words} says nothing of trained weights", "--from init")
+            raise UsageError(
+                f"lesion '{change.name}' changes initial weights, not those of a checkpoint",
+                "--from init",
+            )
         model, momenta = self._network(change)
         if variant:
             for edit in filter(None, (variant.network, variant.weights)):
