@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from resdiag.diagnose.saving import save as save
     from resdiag.diagnose.verdict import Verdict as Verdict
     from resdiag.diagnose.verdict import judge as judge
-    from resdiag.interventions.surgery import lesion as lesion
+    from resdiag.interventions.additions import lesion as lesion
     from resdiag.models.resnet import build_model as build_model
     from resdiag.models.variants import VARIANTS as VARIANTS
     from resdiag.models.variants import Variant as Variant
@@ -43,7 +43,7 @@ _HOMES = {
     "Variant": "resdiag.models.variants",
     "VARIANTS": "resdiag.models.variants",
     # changing one thing
-    "lesion": "resdiag.interventions.surgery",
+    "lesion": "resdiag.interventions.additions",
     # runs on disk, and what they mean
     "load_frame": "resdiag.runs.folder",
     "load_run": "resdiag.runs.folder",

@@ -53,7 +53,7 @@ def explain(
     verdict = judge(opened[0])
     effects = []
     if lesion:
-        from resdiag.interventions.effect import open_images, prove
+        from resdiag.interventions.compare import open_images, prove
 
         images = open_images(opened[0], data, data_root)
         effects = prove(

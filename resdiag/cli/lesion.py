@@ -8,6 +8,7 @@ import typer
 
 from resdiag.cli.models import Argument, InputShape, Model, parse_shape
 from resdiag.cli.options import Json
+from resdiag.interventions.table import models_interventions
 
 
 def lesion(
@@ -16,8 +17,7 @@ def lesion(
         list[str] | None,
         typer.Argument(
             metavar="[LESION]...",
-            help="no_shortcut, drop_block, half_branch, sqrt_depth, skipinit, no_after_add; "
-            "all that the model can have if none.",
+            help=f"{', '.join(models_interventions())}; all that the model can have if none.",
         ),
     ] = None,
     arg: Argument = None,
@@ -40,7 +40,7 @@ def lesion(
 ) -> None:
     """Change one thing about any model's blocks; compare a few steps with and without it."""
     from resdiag.diagnose.finding import plain
-    from resdiag.interventions.trial import try_on_model
+    from resdiag.interventions.compare import try_on_model
     from resdiag.models.source import parse_arguments
 
     keys = [int(key) if key.isdigit() else key for key in block or []]

@@ -1,5 +1,6 @@
 """`resdiag probe`: the diagnosis of any model at its weights as they are, without training."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ from resdiag.cli.output import say
 from resdiag.errors import unknown
 
 if TYPE_CHECKING:
-    from resdiag.probe.probe import Probed
+    from resdiag.probe.result import ProbeResult
 
 
 def probe(
@@ -53,7 +54,7 @@ def probe(
 
         check_data(data)
     from resdiag.models.source import parse_arguments
-    from resdiag.probe.probe import draw_probe, probe_model, to_json
+    from resdiag.probe.probe import probe_model
 
     found = probe_model(
         model,
@@ -70,9 +71,9 @@ def probe(
         curvature=curvature,
         blocks=blocks,
     )
-    files = draw_probe(found.run)
+    files = found.draw()
     if as_json:
-        print(to_json(found, files))
+        print(json.dumps({**found.to_dict(), "files": [str(file) for file in files]}))
         return
     for note in found.notes:
         say(f"note: {note}")
@@ -84,7 +85,7 @@ def probe(
         print(file)
 
 
-def _describe(found: "Probed") -> str:
+def _describe(found: "ProbeResult") -> str:
     """The numbers in one paragraph."""
     numbers, curve = found.summary(), found.curvature
     signal, gradient = numbers["signal"], numbers["gradient"]

@@ -1,1 +1,1 @@
-"""Change one thing and compare: lesions of a variant's run and of any model."""
+"""Change one thing about a network and compare: interventions on the variants and on any model."""

@@ -1,9 +1,9 @@
-"""The batch of a probe: generated, images with their labels, or a text as tokens."""
+"""The batch of a probe and its loss: generated, images with their labels, or a text as tokens."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +13,63 @@ from resdiag.errors import UsageError
 from resdiag.models.example import Example, example_batch
 from resdiag.models.source import Built
 
+LOSSES = ("auto", "cross-entropy", "mean-square")
+"""What `--loss` accepts."""
+
+
 TEXT = "text:"
 """What begins a `--data` that names a text."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Loss:
+    """The scalar that is differentiated.
+
+    Attributes:
+        name: In words.
+        value: The scalar, with its graph.
+        classes: Classes of a cross-entropy, 0 of another loss.
+    """
+
+    name: str
+    value: Tensor
+    classes: int
+
+
+class Batch(NamedTuple):
+    """Inputs, labels if there are any, and the name of where they come from."""
+
+    example: Example
+    labels: Tensor | None
+    source: str
+
+    def loss(self, model: nn.Module, kind: str, seed: int) -> Loss:
+        """The loss of a model on the batch.
+
+        Args:
+            model: The model.
+            kind: One of `LOSSES`.
+            seed: Of random labels.
+
+        Raises:
+            UsageError: The model does not run on the batch, or its output has no such loss.
+        """
+        example = self.example
+        try:
+            output = model(*example.args, **example.kwargs)
+        except Exception as error:
+            text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise UsageError(f"the model does not run on {example.describe()}: {text}") from error
+        found = choose_loss(output, example, self.labels, kind, seed)
+        if not found.value.requires_grad:
+            raise UsageError("the loss has no gradient: every parameter is frozen")
+        return found
+
+
 def open_batch(
     built: Built, data: str, root: Path | None, size: int, shape: Sequence[int] | None, seed: int
-) -> tuple[Example, Tensor | None, str]:
-    """Inputs, labels if there are any, and the name of where they come from.
+) -> Batch:
+    """Open the batch of a probe.
 
     Args:
         built: The model.
@@ -31,13 +80,15 @@ def open_batch(
         seed: Which samples are taken.
 
     Raises:
-        UsageError: The data cannot be had or are not what the model takes.
+        UsageError: The data cannot be read or are not what the model takes.
     """
     if not data:
-        return example_batch(built, batch_size=size, shape=shape, seed=seed), None, "generated"
+        example = example_batch(built, batch_size=size, shape=shape, seed=seed)
+        return Batch(example, None, "generated")
     form = example_batch(built, batch_size=size, shape=shape)
     if data.startswith(TEXT):
-        return _tokens(built, form, Path(data.removeprefix(TEXT)), size, seed), None, data
+        example = _tokens(built, form, Path(data.removeprefix(TEXT)), size, seed)
+        return Batch(example, None, data)
     return _images(built, form, data, root, size, seed)
 
 
@@ -56,7 +107,7 @@ def check_text(data: str) -> None:
 
 def _images(
     built: Built, form: Example, data: str, root: Path | None, size: int, seed: int
-) -> tuple[Example, Tensor, str]:
+) -> Batch:
     from resdiag.data.augment import Augmenter
     from resdiag.data.dataset import open_data
 
@@ -70,9 +121,8 @@ def _images(
     if images.shape[2:] != wanted.shape[2:]:
         images = F.interpolate(images, tuple(wanted.shape[2:]), mode="bilinear", antialias=True)
     key = next(iter(form.kwargs), "")
-    if key:
-        return Example(kwargs={key: images}), labels, found.name
-    return Example(args=(images,), kwargs={}), labels, found.name
+    example = Example(kwargs={key: images}) if key else Example(args=(images,), kwargs={})
+    return Batch(example, labels, found.name)
 
 
 def _tokens(built: Built, form: Example, path: Path, size: int, seed: int) -> Example:
@@ -115,3 +165,100 @@ def _vocabulary(model: nn.Module) -> int | None:
         return known
     first = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
     return None if first is None else first.num_embeddings
+
+
+def choose_loss(
+    output: object, example: Example, labels: Tensor | None, loss: str = "auto", seed: int = 0
+) -> Loss:
+    """The loss of a model's output.
+
+    Cross-entropy where the output is (N, K) logits, with `labels` or uniformly random ones; of
+    tokens (N, T, K) where the model was given token ids: the next token of a decoder, a random one
+    of anything else. The mean square of the output otherwise.
+
+    Args:
+        output: What the model returned.
+        example: What it was given.
+        labels: Of the samples; None draws them.
+        loss: One of `LOSSES`.
+        seed: Of random labels.
+
+    Raises:
+        UsageError: There is no floating output, or no logits where cross-entropy was asked for.
+    """
+    logits = _main_output(output)
+    if logits is None:
+        raise UsageError("the model returned no floating tensor to take a loss of")
+    named = hasattr(output, "logits")
+    ids = example.kwargs.get("decoder_input_ids", example.kwargs.get("input_ids"))
+    classes = logits.shape[-1]
+    flat = logits.dim() == 2 and classes > 1
+    tokens = logits.dim() == 3 and named and isinstance(ids, Tensor)
+    if loss == "mean-square" or (loss == "auto" and not flat and not tokens):
+        return Loss(
+            name="mean square of the output", value=logits.float().square().mean(), classes=0
+        )
+    if classes < 2 or logits.dim() < 2:
+        raise UsageError(f"cross-entropy needs logits; the output is {tuple(logits.shape)}")
+    if tokens and isinstance(ids, Tensor) and ids.shape[1] == logits.shape[1] and ids.shape[1] > 1:
+        name = f"next-token cross-entropy of {example.tokens}"
+        pairs = logits[:, :-1].reshape(-1, classes), ids[:, 1:].reshape(-1)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        shape = logits.shape[:-1]
+        drawn = torch.randint(classes, shape, generator=generator) if labels is None else labels
+        if int(drawn.max()) >= classes:
+            raise UsageError(f"the data have more classes than the model's {classes} outputs")
+        name = "cross-entropy with " + (
+            "random labels" if labels is None else "the labels of the data"
+        )
+        pairs = logits.reshape(-1, classes), drawn.reshape(-1)
+    return Loss(name=name, value=F.cross_entropy(pairs[0].float(), pairs[1]), classes=classes)
+
+
+def _main_output(output: object) -> Tensor | None:
+    """The tensor named `logits` in the output, else its first floating one."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    named = getattr(output, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    values = list(output.values()) if isinstance(output, Mapping) else output
+    if not isinstance(values, list | tuple):
+        return None
+    return next((found for found in map(_main_output, values) if found is not None), None)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state_dict without executing anything that the file holds.
+
+    Raises:
+        UsageError: It cannot be read, or belongs to another model; names what differs.
+    """
+    if not path.is_file():
+        raise UsageError(f"no such file: {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            # weights_only refuses everything but tensors and plain containers: no code can run
+            state = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
+    except Exception as error:
+        text = " ".join(str(error).split())[:160]
+        hint = "a state_dict of torch.save(model.state_dict(), ...) or safetensors"
+        raise UsageError(
+            f"{path} holds no weights: {type(error).__name__}: {text}", hint
+        ) from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    tensors = isinstance(state, dict) and all(isinstance(v, Tensor) for v in state.values())
+    if not tensors or not state:
+        raise UsageError(f"{path} holds no state_dict of tensors")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        raise UsageError(f"{path} does not fit the model: {text[:300]}", "--arg?") from error

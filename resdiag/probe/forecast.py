@@ -16,8 +16,7 @@ from resdiag.diagnose.rundata import RunData
 from resdiag.errors import UsageError
 from resdiag.models.resnet import ResNet, build_model
 from resdiag.models.variants import find_variant
-from resdiag.probe.curvature import largest_curvature
-from resdiag.probe.firststep import RISE, critical_rate
+from resdiag.probe.critical_rate import RISE, critical_rate, largest_curvature
 from resdiag.runs.watched import WatchedConfig, as_run
 from resdiag.theory.gradnorm import gradient_norm
 from resdiag.theory.prediction import CRITICAL, critical_lr, predict
@@ -91,6 +90,15 @@ def forecast(
 
     The batch is the first one of `resdiag run` with the same seed, and so are the weights.
 
+    Args:
+        variant: Id or letter of a variant.
+        depth: 6n+2.
+        lr: Learning rate of the first step.
+        data: Images, as of `resdiag run --data`.
+        data_root: Folder of downloaded data sets.
+        batch_size: Images of the batch.
+        seed: Of weights and batch.
+
     Raises:
         UsageError: Unknown variant or data, a depth other than 6n+2, a batch below 2 or a learning
             rate that is not positive.
@@ -117,19 +125,14 @@ def forecast(
     fate, why = _fate(row.norm, lr, norm, critical.measured)
     return Forecast(
         growth_per_block=Pair(
-            theory=theory.growth_per_block,
-            measured=seen.growth_per_block(0),
+            theory=theory.growth_per_block, measured=seen.growth_per_block(0),
             note="factor of E[H^2]",
         ),
         gradient_ratio=Pair(
-            theory=theory.gradient_ratio,
-            measured=seen.gradient_ratio(0),
+            theory=theory.gradient_ratio, measured=seen.gradient_ratio(0),
             note="||g_0|| / ||g_L||",
         ),
-        critical_lr=critical,
-        fate=fate,
-        why=why,
-        basis=theory.basis,
+        critical_lr=critical, fate=fate, why=why, basis=theory.basis,
     )  # fmt: skip
 
 
@@ -150,7 +153,7 @@ def _measure(
 @torch.no_grad()
 def stem_variances(model: ResNet, images: torch.Tensor) -> list[float]:
     """Variance of each of the stem's channels, over batch and positions; the model unchanged."""
-    stem = copy.deepcopy(model.stem)  # its BatchNorm would count the batch twice
+    stem = copy.deepcopy(model.stem)  # a pass moves the running statistics of its BatchNorm
     variances: list[float] = stem(images).double().var((0, 2, 3), unbiased=False).tolist()
     return variances
 
@@ -159,7 +162,7 @@ def _critical(
     model: ResNet, images: torch.Tensor, labels: torch.Tensor, normed: bool,
     predicted: float | None,
 ) -> Pair:  # fmt: skip
-    """What the first step does to the loss without normalisation, 2 / lambda_max with it."""
+    """Without normalisation by trying the first step, with it 2 / lambda_max."""
     if not normed:
         words = (
             f"measured: the first step multiplies its batch's loss by {RISE}; theory: {CRITICAL} / "

@@ -19,7 +19,7 @@ from resdiag.data.augment import Augmenter
 from resdiag.data.dataset import ImageData, open_data
 from resdiag.diagnose.finding import plain
 from resdiag.diagnose.rundata import RunData
-from resdiag.interventions.effect import run_lesions
+from resdiag.interventions.compare import run_lesions
 from resdiag.models.resnet import build_model
 from resdiag.models.variants import VARIANTS, find_variant
 from resdiag.probe.forecast import stem_variances

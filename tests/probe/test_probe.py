@@ -14,9 +14,9 @@ from resdiag.cli.main import app
 from resdiag.errors import UsageError
 from resdiag.models.example import Example
 from resdiag.models.source import build_source
-from resdiag.probe.batch import open_batch
-from resdiag.probe.curvature import largest_curvature
-from resdiag.probe.probe import choose_loss, load_weights, probe_model
+from resdiag.probe.batch import choose_loss, load_weights, open_batch
+from resdiag.probe.critical_rate import largest_curvature
+from resdiag.probe.probe import probe_model
 from resdiag.theory.prediction import predict
 
 TINY_GPT2 = [

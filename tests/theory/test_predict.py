@@ -14,7 +14,7 @@ from resdiag.data.dataset import open_data
 from resdiag.errors import UsageError
 from resdiag.models.resnet import build_model
 from resdiag.models.variants import VARIANTS
-from resdiag.probe.firststep import critical_rate
+from resdiag.probe.critical_rate import critical_rate
 from resdiag.probe.forecast import forecast
 
 BATCH = 32

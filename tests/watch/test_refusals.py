@@ -20,7 +20,7 @@ from torch import nn
 import resdiag
 from resdiag.errors import ResdiagError
 from resdiag.integrations import session
-from resdiag.probe.curvature import largest_curvature
+from resdiag.probe.critical_rate import largest_curvature
 from resdiag.watch.base.safety import WatchWarning
 from resdiag.watch.loop import ranks as distributed
 from resdiag.watch.loop.attach import attach

@@ -1,16 +1,14 @@
-"""Lesions of any model: its residual additions changed in place, without an edit of the model.
+"""Change the residual additions of any model while it runs, without an edit of the model.
 
 The blocks are found as everywhere (`resdiag.find_blocks`). Each residual addition is then known by
 its place among the additions of equal shapes of one forward pass, and a function mode that is
-switched on for each pass changes what enters it: the branch or the shortcut times a number. A pass
-that takes another way than the one in which the blocks were found is refused, not guessed at.
-Passes under torch.compile are refused too.
+switched on for each pass multiplies the branch or the shortcut that enters it. A pass whose
+additions differ from those of the pass that found the blocks is refused, and so is torch.compile.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,48 +16,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from resdiag.errors import UsageError, unknown
+from resdiag.interventions.table import Intervention, find_for_model
 from resdiag.watch.base.functions import Call
 from resdiag.watch.find.additions import ADDITIONS, Addition, read_sum
 from resdiag.watch.find.blocks import Block, BlockFinder, trace_once
 from resdiag.watch.find.passes import Operands
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cut:
-    """What a lesion does to every chosen residual addition.
-
-    Attributes:
-        words: What it is.
-        branch: Factor on the branch, a function of the number of blocks.
-        shortcut: Factor on the shortcut.
-        learned: Whether the branch's factor is a parameter per block.
-        after_add: False removes the activation or normalisation that follows the sum.
-    """
-
-    words: str
-    branch: Callable[[int], float] = lambda blocks: 1.0
-    shortcut: float = 1.0
-    learned: bool = False
-    after_add: bool = True
-
-
-CUTS: Mapping[str, Cut] = MappingProxyType(
-    {
-        "no_shortcut": Cut(words="deleting the skip", shortcut=0.0),
-        "drop_block": Cut(words="dropping the block's branch", branch=lambda blocks: 0.0),
-        "half_branch": Cut(words="halving the branch", branch=lambda blocks: 0.5),
-        "sqrt_depth": Cut(
-            words="scaling the branch by 1/sqrt(L)", branch=lambda blocks: max(1, blocks) ** -0.5
-        ),
-        "skipinit": Cut(
-            words="scaling the branch by a learned 0 (SkipInit)",
-            branch=lambda blocks: 0.0,
-            learned=True,
-        ),
-        "no_after_add": Cut(words="removing what follows the addition", after_add=False),
-    }
-)
-"""Every lesion that any model's blocks can have, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,27 +39,28 @@ class Site:
 
 
 class Lesion:
-    """A lesion in force, until `remove()` or the end of a `with`.
+    """An intervention in force on a model, until `remove()` or the end of a `with`.
 
     Attach a monitor before it, so that the monitor sees the changed additions.
 
     Attributes:
-        name: Of `CUTS`.
+        name: Of the intervention.
         words: What was changed.
         blocks: The blocks that it changes.
-        parameters: Learned factors, for the optimizer; empty unless the lesion learns.
+        parameters: Learned factors, for the optimizer; empty unless the intervention learns.
     """
 
     def __init__(
-        self, model: nn.Module, name: str, cut: Cut, sites: Sequence[Site], depth: int
+        self, model: nn.Module, row: Intervention, sites: Sequence[Site], depth: int
     ) -> None:
-        self.name, self.words = name, cut.words
+        assert row.addition is not None
+        self.name, self.words = row.name, row.words
         self.blocks = [site.block for site in sites]
-        self._cut, self._sites = cut, {site.ordinal: site for site in sites}
+        self._change, self._sites = row.addition, {site.ordinal: site for site in sites}
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        scale = cut.branch(depth)
+        scale = float(row.addition.branch(depth))
         self.parameters = [
-            nn.Parameter(torch.tensor(scale, device=device)) for _ in sites if cut.learned
+            nn.Parameter(torch.tensor(scale, device=device)) for _ in sites if row.addition.learned
         ]
         self._scales: dict[int, float | Tensor] = dict.fromkeys(self._sites, scale)
         self._scales |= dict(zip(self._sites, self.parameters, strict=False))
@@ -126,18 +88,20 @@ class Lesion:
 
     def _begin(self, module: nn.Module, args: object) -> None:
         if torch.compiler.is_compiling():
-            raise UsageError("a lesion cannot be compiled", "lesion the model before torch.compile")
+            raise UsageError(
+                "a model with a lesion cannot be compiled", "run it without torch.compile"
+            )
         self._count = self._met = 0
         self._last = None
-        self._mode.enter_context(_Pass(self))
+        self._mode.enter_context(_EachCall(self.call))
 
     def _end(self, module: nn.Module, args: object, output: object) -> None:
         self._mode.close()
         self._last = None
         if output is not None and self._met != len(self._sites):
             raise UsageError(
-                f"{self._met} of {len(self._sites)} additions were met: this pass took another way "
-                "than the one in which the blocks were found"
+                f"this pass ran {self._met} of {len(self._sites)} additions to change: the model "
+                "has changed since its blocks were found"
             )
 
     def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
@@ -156,10 +120,10 @@ class Lesion:
             return func(*args, **kwargs)
         if tuple(operands[0].shape[1:]) != site.block.shape and operands[0].dim() > 1:
             shape = tuple(operands[0].shape[1:])
-            raise UsageError(f"block {site.block.name}: found {site.block.shape}, met {shape}")
+            raise UsageError(f"block {site.block.name} had {site.block.shape}, now {shape}")
         self._met += 1
         result = self._add(func, operands, kwargs, site)
-        self._last = None if self._cut.after_add else result
+        self._last = None if self._change.after_add else result
         return result
 
     def _add(
@@ -169,7 +133,7 @@ class Lesion:
         kwargs: dict[str, Any],
         site: Site,
     ) -> Tensor:
-        scales = [self._scales[site.ordinal], self._cut.shortcut]
+        scales = [self._scales[site.ordinal], self._change.shortcut]
         left, right = scales if site.branch_first else reversed(scales)
         first, second = operands
         alpha = kwargs.get("alpha", 1)
@@ -182,12 +146,12 @@ class Lesion:
         return first.mul_(left).add_(second, alpha=alpha)
 
 
-class _Pass(TorchFunctionMode):
-    """Hands the calls of one pass to a lesion; what the lesion itself computes is not handed on."""
+class _EachCall(TorchFunctionMode):
+    """Hands every torch call to a function; what that function calls does not come here."""
 
-    def __init__(self, lesion: Lesion) -> None:
+    def __init__(self, call: Callable[..., Any]) -> None:
         super().__init__()
-        self._lesion = lesion
+        self._call = call
 
     def __torch_function__(
         self,
@@ -196,8 +160,8 @@ class _Pass(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
-        """Every torch call of the pass."""
-        return self._lesion.call(func, args, dict(kwargs or {}))
+        """One torch call."""
+        return self._call(func, args, dict(kwargs or {}))
 
 
 def lesion(
@@ -211,41 +175,51 @@ def lesion(
 
     Args:
         model: Any module; its blocks are found with one pass over the inputs, in evaluation mode.
-        name: Of `CUTS`: no_shortcut, drop_block, half_branch, sqrt_depth, skipinit, no_after_add.
+        name: no_shortcut, drop_block, half_branch, sqrt_depth, skipinit, no_after_add, or what
+            `register_intervention` added.
         *inputs: Example inputs of its forward.
         blocks: Indices or names of the blocks to change; None changes all.
         **kwargs: Keyword inputs of its forward.
 
     Returns:
-        A handle with `remove()`, and a context manager. `parameters` are to be trained with the
-        model's own where the lesion learns.
+        A handle with `remove()`, and a context manager. Give its `parameters` to the optimizer:
+            the factors that the lesion learns, if any.
 
     Raises:
-        UsageError: Unknown lesion or block, or one that a block cannot have: no addition that two
-            tensors enter, or nothing after it.
+        UsageError: The lesion or a block is unknown, or a block cannot be changed so: it adds more
+            than two tensors, or nothing follows its addition.
 
     >>> from torchvision.models import resnet18
     >>> model, x = resnet18(), torch.zeros(2, 3, 64, 64)
-    >>> with lesion(model, "no_after_add", x, blocks=["layer4.1"]) as cut:
-    ...     len(cut.blocks), bool((model(x) < 0).any())
+    >>> with lesion(model, "no_after_add", x, blocks=["layer4.1"]) as handle:
+    ...     len(handle.blocks), bool((model(x) < 0).any())
     (1, True)
     """
-    if name not in CUTS:
-        raise unknown("lesion", name, CUTS)
+    return apply(find_for_model(name), model, *inputs, blocks=blocks, **kwargs)
+
+
+def apply(
+    row: Intervention,
+    model: nn.Module,
+    *inputs: object,
+    blocks: Sequence[int | str] | None = None,
+    **kwargs: object,
+) -> Lesion:
+    """As `lesion`, with a row that changes additions and need not be in the table."""
     found, sites = find_sites(model, *inputs, **kwargs)
     chosen = _choose(found, blocks)
-    cut, able = CUTS[name], {site.block.index: site for site in sites}
+    able = {site.block.index: site for site in sites}
     for block in chosen:
         if block.index not in able:
             raise UsageError(f"block {block.name} has no addition of two tensors to change")
-        if not cut.after_add and block.after_add == "none":
+        if row.addition and not row.addition.after_add and block.after_add == "none":
             if blocks is not None:
                 raise UsageError(f"block {block.name} has nothing after its addition")
             del able[block.index]
     picked = [able[block.index] for block in chosen if block.index in able]
     if not picked:
-        raise UsageError(f"lesion '{name}' has nothing to change in {type(model).__name__}")
-    return Lesion(model, name, cut, picked, len(found))
+        raise UsageError(f"lesion '{row.name}' has nothing to change in {type(model).__name__}")
+    return Lesion(model, row, picked, len(found))
 
 
 def find_sites(
@@ -253,7 +227,7 @@ def find_sites(
 ) -> tuple[list[Block], list[Site]]:
     """The blocks of a model, and the additions that can be changed; at most one a block."""
     finder = _Residual()
-    with _Counter(finder):
+    with _EachCall(finder.call):
         trace_once(model, inputs, kwargs, [finder])
     every = finder.anatomy.blocks
     return [block for block in every if block.shortcut != "none"], [
@@ -267,56 +241,41 @@ class _Residual(BlockFinder):
     """Learns from the tracer which addition of the pass is a residual one.
 
     Attributes:
-        next: The operands of a residual addition that is about to be computed.
-        met: Its place among the additions, and whether the branch is on the left.
-        found: `met` by the block's row.
+        found: By the block's row, the place of its residual addition among the additions, and
+            whether the branch is on the left.
         parallel: Rows of blocks to which more branches are added.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.next: Operands | None = None
-        self.met: tuple[int, bool] | None = None
+        self._next: Operands | None = None  # of a residual addition about to be computed
+        self._place: tuple[int, bool] | None = None  # of that addition, once it is computed
+        self._count = 0
         self.found: dict[int, tuple[int, bool]] = {}
         self.parallel: set[int] = set()
 
     def operands(self, addition: Addition, tensors: Operands) -> None:
         """A residual addition is about to be computed."""
-        self.next, self.met = tensors, None
+        self._next, self._place = tensors, None
+
+    def call(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+        """One torch call, after the tracer has seen it."""
+        operands = _equal_operands(func, args, kwargs)
+        if operands is not None:
+            if self._next is not None:
+                self._place = self._count, self._next.branch is operands[0]
+            self._count += 1
+        return func(*args, **kwargs)
 
     def added(self, addition: Addition, total: Tensor) -> None:
         """It is done; if it was no addition of two tensors, it cannot be changed."""
         super().added(addition, total)
         if addition.extends:
             self.parallel.add(len(self.anatomy.blocks) - 1)
-        elif self.met is not None:
+        elif self._place is not None:
             row = self.anatomy.rows[addition.owner, addition.ordinal]
-            self.found[row] = self.met
-        self.next = self.met = None
-
-
-class _Counter(TorchFunctionMode):
-    """Counts additions below a tracer."""
-
-    def __init__(self, finder: _Residual) -> None:
-        super().__init__()
-        self._finder, self._count = finder, 0
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: object,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
-        """Every torch call, after the tracer has seen it."""
-        operands = _equal_operands(func, args, dict(kwargs or {}))
-        if operands is not None:
-            tensors = self._finder.next
-            if tensors is not None:
-                self._finder.met = self._count, tensors.branch is operands[0]
-            self._count += 1
-        return func(*args, **(kwargs or {}))
+            self.found[row] = self._place
+        self._next = self._place = None
 
 
 def _choose(found: Sequence[Block], wanted: Sequence[int | str] | None) -> list[Block]:

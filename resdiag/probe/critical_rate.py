@@ -1,12 +1,16 @@
-"""The largest curvature of a loss, by Hessian-vector products: what bounds the learning rate."""
+"""The critical learning rate: 2 / the largest curvature of a loss, or by trying the first step.
+
+The curvature is the largest eigenvalue of the Hessian, estimated by Hessian-vector products.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,3 +137,76 @@ def _top(alphas: list[float], betas: list[float]) -> float:
     """Largest eigenvalue of the tridiagonal matrix."""
     matrix = np.diag(alphas) + np.diag(betas, 1) + np.diag(betas, -1)
     return float(np.linalg.eigvalsh(matrix)[-1])
+
+
+RISE = 1.5
+"""Factor on the loss of the batch, by its own first step, at which the rate is called critical.
+
+Observed on runs of a and b at depths 20 and 56, two seeds each, not derived: at half the rate every
+run lived for 24 steps, at double every one died within 50; values from 1.41 to 1.85 do that too.
+"""
+
+_HALVINGS = 6  # of a factor 2: 1 %
+_SPAN = 40  # factors of 2 tried upwards, from far below any critical rate
+
+
+def critical_rate(
+    model: nn.Module, images: Tensor, labels: Tensor, *, momentum: float = 0.9, rise: float = RISE
+) -> float:
+    """The smallest learning rate at which the first step of SGD multiplies its batch's loss.
+
+    The step is that of Nesterov momentum, lr (1 + momentum) g, without weight decay. The weights
+    are put back.
+
+    Args:
+        model: In train mode; BatchNorm's running statistics are moved by the passes.
+        images: A batch.
+        labels: Its labels.
+        momentum: Of Nesterov's method, 0 for plain SGD.
+        rise: Factor on the loss.
+
+    Returns:
+        The rate; NaN without a finite loss and gradient, infinity if no rate does it.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    loss = F.cross_entropy(model(images), labels)
+    gradient = torch.autograd.grad(loss, parameters)
+    # in float64: squares of finite float32 numbers overflow
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradient))
+    limit = rise * float(loss.detach())
+    if not math.isfinite(norm) or not math.isfinite(limit) or norm == 0:
+        return math.nan
+    start = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def move(size: float) -> None:
+        for p, before, g in zip(parameters, start, gradient, strict=True):
+            p.copy_(before - size * g)
+
+    @torch.no_grad()
+    def stays_below(rate: float) -> bool:
+        move(rate * (1 + momentum))
+        return float(F.cross_entropy(model(images), labels)) < limit  # NaN is not
+
+    try:
+        return _bisect(stays_below, 2.0**-8 / norm)
+    finally:
+        move(0.0)
+
+
+def _bisect(stays_below: Callable[[float], bool], low: float) -> float:
+    """The smallest rate that does not stay below the limit, from a far too small one upwards."""
+    for _ in range(_SPAN):
+        if not stays_below(2 * low):
+            break
+        low *= 2
+    else:
+        return math.inf
+    high = 2 * low
+    for _ in range(_HALVINGS):
+        middle = math.sqrt(low * high)
+        if stays_below(middle):
+            low = middle
+        else:
+            high = middle
+    return high

@@ -1,4 +1,4 @@
-"""Lesions of any model: against the same change made by hand, on torchvision and a transformer."""
+"""Interventions on any model: against the same change made by hand."""
 
 import json
 
@@ -11,7 +11,8 @@ from torchvision.models import resnet18
 import resdiag
 from resdiag.cli.main import app
 from resdiag.errors import UsageError
-from resdiag.interventions.surgery import CUTS, find_sites, lesion
+from resdiag.interventions.additions import find_sites, lesion
+from resdiag.interventions.table import models_interventions
 
 
 class Layer(nn.Module):
@@ -78,8 +79,8 @@ def resnet():
 def test_a_lesion_of_a_transformer_is_the_change_made_by_hand(small, name, change):
     model, x = small
     before = model(x)
-    with lesion(model, name, x) as cut:
-        assert len(cut.blocks) == 6
+    with lesion(model, name, x) as handle:
+        assert len(handle.blocks) == 6
         changed = model(x)
         grads = torch.autograd.grad(changed.square().sum(), model.head.weight)[0]
     for layer in model.layers:
@@ -97,10 +98,10 @@ def test_removed_the_model_is_as_it_was_bit_for_bit(resnet):
     model, x = resnet
     model.eval()
     keys, before = list(model.state_dict()), model(x)
-    cut = lesion(model, "drop_block", x)
+    handle = lesion(model, "drop_block", x)
     assert not torch.equal(model(x), before)
-    cut.remove()
-    cut.remove()
+    handle.remove()
+    handle.remove()
     assert torch.equal(model(x), before)
     assert list(model.state_dict()) == keys
     assert not model._forward_hooks
@@ -122,11 +123,11 @@ def test_one_block_alone_is_changed_and_its_relu_stays(resnet):
     model, x = resnet
     model.eval()
     outputs = []
-    handle = model.layer3[1].register_forward_hook(lambda m, args, out: outputs.append((args, out)))
-    with lesion(model, "no_shortcut", x, blocks=["layer3.1"]) as cut:
-        assert [block.name for block in cut.blocks] == ["layer3.1"]
+    hook = model.layer3[1].register_forward_hook(lambda m, args, out: outputs.append((args, out)))
+    with lesion(model, "no_shortcut", x, blocks=["layer3.1"]) as handle:
+        assert [block.name for block in handle.blocks] == ["layer3.1"]
         model(x)
-    handle.remove()
+    hook.remove()
     (inputs,), output = outputs[-1]
     block = model.layer3[1]
     twin = F.relu(block.bn2(block.conv2(F.relu(block.bn1(block.conv1(inputs))))))
@@ -140,11 +141,11 @@ def test_the_monitor_sees_the_lesion(resnet):
     changes = []
     for name in (None, "no_after_add"):
         with resdiag.attach(model.train()) as monitor:
-            cut = lesion(model, name, x) if name else None
+            handle = lesion(model, name, x) if name else None
             model(x).square().mean().backward()
             monitor.step()
-            if cut:
-                cut.remove()
+            if handle:
+                handle.remove()
         changes.append(monitor.to_frame()["perturbation"])
     assert (changes[0] > 0.1).all()
     assert (changes[1] == 0).all()
@@ -152,10 +153,10 @@ def test_the_monitor_sees_the_lesion(resnet):
 
 def test_a_learned_factor_learns(small):
     model, x = small
-    with lesion(model, "skipinit", x) as cut:
-        assert len(cut.parameters) == 6
+    with lesion(model, "skipinit", x) as handle:
+        assert len(handle.parameters) == 6
         model(x).square().sum().backward()
-        assert all(p.grad is not None and p.grad.abs() > 0 for p in cut.parameters)
+        assert all(p.grad is not None and p.grad.abs() > 0 for p in handle.parameters)
     model.zero_grad()
 
 
@@ -183,7 +184,7 @@ def test_another_way_through_the_model_is_refused(small):
             model(x)
 
 
-def test_every_cut_is_one_of_the_additions_of_the_variants():
+def test_every_addition_of_a_variant_can_be_changed():
     model = resdiag.build_model("c", 8, width=0.25, seed=0)
     blocks, sites = find_sites(model, torch.randn(2, 3, 32, 32))
     assert (
@@ -192,7 +193,7 @@ def test_every_cut_is_one_of_the_additions_of_the_variants():
         == resdiag.find_blocks(model, torch.randn(2, 3, 32, 32))
     )
     assert all(site.branch_first for site in sites)  # F(x) + h(x)
-    assert set(CUTS) >= {"no_shortcut", "drop_block", "no_after_add"}
+    assert set(models_interventions()) >= {"no_shortcut", "drop_block", "no_after_add"}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Lesions: what they change, what they do not, and the effects that theory expects."""
+"""Interventions on the variants: what they change, what they do not, and what theory expects."""
 
 import json
 import math
@@ -10,9 +10,16 @@ from tiny_training import tiny_config, tiny_data, train
 
 from resdiag.cli.main import app
 from resdiag.errors import UsageError
-from resdiag.interventions.arm import last_checkpoint, run_arm
-from resdiag.interventions.effect import run_lesions, try_lesions
-from resdiag.interventions.lesions import LESIONS, Lesion, check_lesion
+from resdiag.interventions.arms import train_arm
+from resdiag.interventions.compare import compare_arms, run_lesions
+from resdiag.interventions.starts import VariantStart, last_checkpoint
+from resdiag.interventions.table import (
+    INTERVENTIONS,
+    Intervention,
+    VariantChange,
+    find_for_variant,
+    propose,
+)
 from resdiag.models.variants import VARIANTS
 from resdiag.theory.prediction import predict
 
@@ -22,13 +29,19 @@ def config(variant, depth=20, **changes):
     return tiny_config(**{**plain, "width": 1.0, **changes})
 
 
+def run_arm(config, change=None, *, steps, checkpoint=None):
+    """The result of an arm on the tiny data, and its weights at the end."""
+    arm = VariantStart(config, tiny_data(), checkpoint).prepare(change)
+    return train_arm(arm, steps), arm.model.state_dict()
+
+
 def test_the_control_arm_is_the_plain_run_bit_for_bit(tmp_path):
     training, status, _ = train(tmp_path, steps=4)
     assert status == "done"
-    arm = run_arm(tiny_config(steps=4), tiny_data(), steps=4)
+    _, weights = run_arm(tiny_config(steps=4), steps=4)
     trained = training.model.state_dict()
-    assert trained.keys() == arm.weights.keys()
-    assert all(torch.equal(trained[name], value) for name, value in arm.weights.items())
+    assert trained.keys() == weights.keys()
+    assert all(torch.equal(trained[name], value) for name, value in weights.items())
 
 
 @pytest.mark.parametrize("variant", ["elu_nobn", "elu_pre"])
@@ -51,9 +64,8 @@ def test_normalisation_before_the_addition_removes_the_explosion(variant):
 def test_what_is_survived_is_not_thereby_cured():
     # a tenth of a tenth: b lives, and its signal grows as before
     gentle = config("elu_pre", lr=0.01)
-    lesions = {"tenth": LESIONS["lower_lr"]}
-    (effect,) = try_lesions(
-        gentle, tiny_data(), lesions, claim="exploded_at_init", seeds=1, steps=3
+    (effect,) = run_lesions(
+        gentle, tiny_data(), ["lower_lr"], claim="exploded_at_init", seeds=1, steps=3
     )
     assert all(arm.survived for arm in effect.changed)
     assert effect.changed[0].growth == effect.control[0].growth
@@ -63,8 +75,11 @@ def test_what_is_survived_is_not_thereby_cured():
 
 @pytest.mark.parametrize("claim", ["", "exploded_at_init", "exploded"])
 def test_a_useless_remedy_is_not_confirmed(claim):
-    useless = {"nothing": Lesion(words="doing nothing")}
-    (effect,) = try_lesions(config("elu_pre"), tiny_data(), useless, claim=claim, seeds=1, steps=5)
+    useless = Intervention(
+        name="nothing", words="doing nothing", expects="nothing", source="", variant=VariantChange()
+    )
+    start = VariantStart(config("elu_pre"), tiny_data())
+    (effect,) = compare_arms([start], [useless], claim=claim, steps=5)
     assert effect.changed[0].losses == effect.control[0].losses
     assert not effect.confirmed
     assert "not confirmed (1 of 1 changed arms died)" in effect.describe(0.1)
@@ -81,34 +96,34 @@ def test_a_claim_that_the_control_does_not_show_is_not_cured():
 def test_from_a_checkpoint_the_control_goes_on_as_the_run_did(tmp_path):
     long, _, _ = train(tmp_path / "long", steps=8)
     _, _, run = train(tmp_path / "short", steps=5)
-    start = last_checkpoint(run)
-    assert start.step == 5
-    arm = run_arm(tiny_config(steps=8), tiny_data(), steps=3, start=start)
+    checkpoint = last_checkpoint(run)
+    assert checkpoint.step == 5
+    _, weights = run_arm(tiny_config(steps=8), steps=3, checkpoint=checkpoint)
     trained = long.model.state_dict()
-    assert all(torch.equal(trained[name], value) for name, value in arm.weights.items())
+    assert all(torch.equal(trained[name], value) for name, value in weights.items())
 
 
 def test_from_a_checkpoint_the_changed_network_keeps_its_layers_and_momenta(tmp_path):
     _, _, run = train(tmp_path, variant="elu_after", steps=5)
-    start = last_checkpoint(run)
+    checkpoint = last_checkpoint(run)
     small = tiny_config(variant="elu_after")
-    for name, lesion in LESIONS.items():
-        if lesion.row(VARIANTS["elu_after"]) is None:
+    control, _ = run_arm(small, steps=1, checkpoint=checkpoint)
+    for name, row in INTERVENTIONS.items():
+        if row.changed_row(VARIANTS["elu_after"]) is None:
             continue
-        if lesion.initial:
-            with pytest.raises(UsageError, match="nothing of trained weights"):
-                run_arm(small, tiny_data(), lesion, steps=1, start=start)
+        if row.variant and row.variant.weights:
+            with pytest.raises(UsageError, match="not those of a checkpoint"):
+                run_arm(small, row, steps=1, checkpoint=checkpoint)
             continue
-        control = run_arm(small, tiny_data(), steps=1, start=start)
-        arm = run_arm(small, tiny_data(), lesion, steps=1, start=start)
+        arm, _ = run_arm(small, row, steps=1, checkpoint=checkpoint)
         assert arm.batches == control.batches
         if name in ("lower_lr", "freeze"):  # the same function until the first update
             assert arm.losses == control.losses
     # weights alone are not the start: momentum is
-    bare = replace(start, tensors={k: v for k, v in start.tensors.items() if "momentum" not in k})
-    without = run_arm(small, tiny_data(), steps=2, start=bare)
+    kept = {k: v for k, v in checkpoint.tensors.items() if "momentum" not in k}
+    without, _ = run_arm(small, steps=2, checkpoint=replace(checkpoint, tensors=kept))
     assert without.losses[0] == pytest.approx(control.losses[0])
-    assert without.losses[1] != run_arm(small, tiny_data(), steps=2, start=start).losses[1]
+    assert without.losses[1] != run_arm(small, steps=2, checkpoint=checkpoint)[0].losses[1]
 
 
 def test_a_checkpoint_that_is_not_finite_is_refused(tmp_path):
@@ -128,18 +143,17 @@ def test_removing_the_after_add_activation_of_c_restores_the_skip_path():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_lesion_runs_or_is_refused_on_every_variant(variant):
     small = config(variant, depth=8, width=0.25, batch_size=8, lr=0.001)
-    control = run_arm(small, tiny_data(), steps=2)
-    for name in LESIONS:
-        if LESIONS[name].row(VARIANTS[variant]) is None:
+    control, before = run_arm(small, steps=2)
+    for name in INTERVENTIONS:
+        if INTERVENTIONS[name].changed_row(VARIANTS[variant]) is None:
             with pytest.raises(UsageError, match="nothing to change"):
-                check_lesion(name, variant)
+                find_for_variant(name, variant)
             continue
-        lesion = check_lesion(name, variant)
-        arm = run_arm(small, tiny_data(), lesion, steps=2)
+        arm, after = run_arm(small, find_for_variant(name, variant), steps=2)
         assert arm.batches == control.batches
         assert math.isfinite(arm.losses[-1])
-        same = arm.weights.keys() == control.weights.keys() and all(
-            torch.equal(value, control.weights[key]) for key, value in arm.weights.items()
+        same = after.keys() == before.keys() and all(
+            torch.equal(value, before[key]) for key, value in after.items()
         )
         assert not same, name
 
@@ -153,9 +167,11 @@ def test_a_remedy_that_does_not_work_is_not_confirmed():
 
 def test_unknown_lesions_are_refused():
     with pytest.raises(UsageError, match="bn_before_add"):
-        check_lesion("bn_before_ad", "b")
+        find_for_variant("bn_before_ad", "b")
     with pytest.raises(UsageError, match="nothing to change"):
-        check_lesion("no_after_add", "d")
+        find_for_variant("no_after_add", "d")
+    assert propose("skip_collapsed", "c") == ["no_after_add", "lower_lr", "warmup"]
+    assert propose("healthy", "c") == []
 
 
 def test_explain_proves_what_its_verdict_proposes(tmp_path, capsys):
