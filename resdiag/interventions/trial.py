@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from resdiag.diagnose.verdict import NAMES
+from resdiag.diagnose.registry import FINDINGS, HEALTHY
 from resdiag.errors import UsageError, unknown
 from resdiag.interventions.arm import Arm, is_dead
 from resdiag.interventions.effect import Effect
@@ -60,8 +60,8 @@ def try_on_model(
             raise unknown("lesion", name, CUTS)
     if not 0 < lr < math.inf:
         raise UsageError(f"--lr {lr} must be positive")
-    if claim and claim not in NAMES:
-        raise unknown("finding", claim, NAMES)
+    if claim and claim not in (*FINDINGS, HEALTHY):
+        raise unknown("finding", claim, (*FINDINGS, HEALTHY))
     starts = [
         _Start(model, dict(arguments or {}), weights, shape, batch_size, seed)
         for seed in range(seeds)
