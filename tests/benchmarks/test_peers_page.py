@@ -12,7 +12,7 @@ from pages import tables
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "explanation" / "other-tools.md"
-_TEST = re.compile(r"`tests/(\w+\.py)::(test_\w+)`")
+_TEST = re.compile(r"`tests/([\w/]+\.py)::(test_\w+)`")
 
 
 def _module(name):
