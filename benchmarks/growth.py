@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from overhead import Arm, Workload, stopwatch, train_step
 
 from resdiag.models.resnet import build_model
-from resdiag.study.overhead import Arm, Workload, stopwatch, train_step
 from resdiag.watch.loop.attach import attach
 
 DEPTHS, BATCHES = (20, 32, 56, 110), (8, 32, 128)

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from overhead import Naive, Workload, stopwatch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from resdiag.models.resnet import build_model
-from resdiag.study.overhead import Naive, Workload, stopwatch
 from resdiag.training.cpu import disable_malloc_trim
 from resdiag.watch.loop.gradients import Gradients
 from resdiag.watch.loop.monitor import Monitor

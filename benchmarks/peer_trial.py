@@ -34,7 +34,7 @@ MOVED = 100.0
 PLANTED = "layer2.1"
 """The block of resnet18 that is made to explode."""
 DEEP = ("original", 110, 128, 2)
-"""Variant, depth, batch and threads of the measurement in depth, as of `resdiag bench overhead`."""
+"""Variant, depth, batch and threads of the measurement in depth, as of `overhead.py`."""
 _SCALES = ("std", "rms", "norm", "norm per sample")
 _BREAKS = re.compile(r"explod|explos|very large|non-?finite|overflow|inf/nan|nan=", re.IGNORECASE)
 

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import growth
+import overhead as ratios
 import slices
 import steps
 import storage_forms
 import torch
-
-from resdiag.study import overhead as ratios
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "performance.json"
@@ -71,7 +70,7 @@ def where(load: float, threads: int) -> dict[str, Any]:
 
 
 def overhead(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The ratios of `resdiag bench overhead` for several networks."""
+    """The ratios of `overhead.py` for several networks."""
     rows = []
     for variant, depth, batch_size in SETTINGS:
         times, busy = ratios.measure(variant, depth, batch_size, options.repetitions)

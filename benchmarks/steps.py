@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from overhead import train_step
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from resdiag.models.resnet import build_model
-from resdiag.study.overhead import train_step
 from resdiag.training.cpu import disable_malloc_trim
 from resdiag.watch.loop.attach import attach
 

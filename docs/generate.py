@@ -3,41 +3,32 @@
 The pages are committed, so that they can be read without building anything; a test compares them.
 """
 
-import ast
 import dataclasses
-import importlib
 import inspect
-import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
-from measuredtables import peers_table, performance_page, table
+from findingpages import calibration_page, findings_page
+from measuredtables import HEAD, peers_table, performance_page, table
 from typer.main import get_command
 
 import resdiag
 from resdiag.catalog.table import METRICS, POINTS, SITES, Metric
 from resdiag.cli.main import app
 from resdiag.data.registry import DATASETS
-from resdiag.diagnose import breakdown, degraded
-from resdiag.diagnose.rules import RULES
-from resdiag.diagnose.verdict import LATE
 from resdiag.models.variants import VARIANTS
 from resdiag.plots.kinds import KINDS
 from resdiag.report import committed
 from resdiag.runs.config import RunConfig, row_of
-from resdiag.study.calibration import SETS, Result, count_blocks_named, count_false_alarms, score
-from resdiag.study.faults import FAULTS
 from resdiag.training.recipe import RECIPES, Request
 
 HERE = Path(__file__).resolve().parent / "reference"
 ROOT = HERE.parent.parent
 Parser: TypeAlias = Any
 """A command or one of its parameters: a class of Click's or of Typer's own, by its release."""
-
-_NOTE = "<!-- Written by docs/generate.py from {source}; edit that and run `make pages`. -->\n"
 
 
 def commands() -> Iterator[tuple[tuple[str, ...], Parser]]:
@@ -327,7 +318,7 @@ def study_pages() -> dict[str, Callable[[], str]]:
 
 
 def _head_of(source: str, text: str) -> str:
-    return f"{_NOTE.format(source=source)}\n{text}"
+    return f"{HEAD.format(source=source)}\n{text}"
 
 
 def draw_studies() -> None:
@@ -341,144 +332,6 @@ def draw_studies() -> None:
                 path.unlink()
             committed.write_figures(RESULTS, name, _FIGURES / name)
 
-
-def findings_page() -> str:
-    """Every rule of the verdict with its definition, and the thresholds with their reasons."""
-    parts = [
-        _head("Findings", "resdiag/diagnose/rules.py"),
-        "`resdiag explain`, `resdiag.judge` and the end of every run try these rules, most "
-        "upstream cause first. Every rule that fires is a finding, with its evidence; the first "
-        "names the verdict. What came only with training (`"
-        + "`, `".join(LATE)
-        + "`) stands behind its possible causes, beside `exploded`. A rule that lacks its numbers "
-        "says so under *Unjudged*. How often the verdicts are right is measured: "
-        "[](../explanation/calibration.md).\n",
-    ]
-    for rule in RULES:
-        parts.append(f"## `{rule.__name__}`\n\n{inspect.cleandoc(rule.__doc__ or '')}\n")
-    parts.append(
-        "## Of several runs\n\n`resdiag explain RUN RUN ...` says in addition, per network:\n\n"
-        f"{inspect.cleandoc(degraded.compare.__doc__ or '').split(chr(10) * 2, 1)[1]}\n"
-    )
-    parts.append("## Thresholds\n")
-    modules = dict.fromkeys(rule.__module__ for rule in RULES)
-    for module in [*modules, breakdown.__name__, degraded.__name__]:
-        rows = [(f"`{n}`", f"{v:g}", text) for n, v, text in thresholds(module)]
-        parts.append(f"`{module}`:\n\n" + table(("name", "value", "meaning"), rows))
-    return "\n".join(parts)
-
-
-def thresholds(module: str) -> Iterator[tuple[str, float, str]]:
-    """The numbers of a module that have a text below them: name, value, text."""
-    found = importlib.import_module(module)
-    body = ast.parse(inspect.getsource(found)).body
-    for line, below in itertools.pairwise(body):
-        if isinstance(line, ast.Assign) and isinstance(below, ast.Expr):
-            (target,), text = line.targets, below.value
-            if isinstance(target, ast.Name) and isinstance(text, ast.Constant):
-                value = getattr(found, target.id)
-                if isinstance(value, int | float):
-                    yield target.id, value, " ".join(str(text.value).split())
-
-
-def calibration_page() -> str:
-    """How often the verdict is right, from the results of `resdiag bench pathologies`."""
-    results = json.loads((ROOT / "benchmarks" / "results" / "pathologies.json").read_text("utf-8"))
-    tried = [Result.from_dict(case) for case in results["cases"]]
-    parts = [_head("How often the verdict is right", "benchmarks/results/pathologies.json"), _SUITE]
-    for name in reversed(SETS):
-        title = name.capitalize()
-        of = [result for result in tried if result.set == name]
-        if not of:
-            continue
-        named, placed = count_blocks_named(of)
-        alarms, healthy = count_false_alarms(of)
-        rows = [
-            (f"`{s.finding}`", *map(str, s.counts), _rate(s.precision), _rate(s.recall))
-            for s in score(of)
-        ]
-        header = ("verdict", "planted", "given", "right", "precision", "recall")
-        parts.append(
-            f"## {title} set\n\n{len(of)} trainings, {healthy} of them healthy, of which {alarms} "
-            f"had a finding. The ill block was named in {named} of {placed} cases that have one."
-            "\n\n" + table(header, rows)
-        )
-        wrong = [
-            r for r in of if r.verdict != r.wanted or (r.block is not None and r.named != r.block)
-        ]
-        if wrong:
-            parts.append(
-                "What was not right:\n\n"
-                + table(
-                    ("planted, network, seed", "wanted", "given"),
-                    [
-                        (r.name, _named_block(r.wanted, r.block), _named_block(r.verdict, r.named))
-                        for r in wrong
-                    ],
-                )
-            )
-    parts.append(
-        "## What is planted\n\n"
-        + table(
-            ("fault", "verdict that names it", "where"),
-            [
-                (
-                    fault.name,
-                    f"`{fault.finding}`",
-                    {"block": "a block", "first": "several blocks"}.get(fault.where, "-"),
-                )
-                for fault in FAULTS
-            ],
-        )
-    )
-    return "\n".join(parts)
-
-
-def _rate(value: float) -> str:
-    return "-" if value != value else f"{value:.3f}"
-
-
-def _named_block(name: str, block: int | None) -> str:
-    return f"`{name}`" + ("" if block is None else f", block {block}")
-
-
-_SUITE = """\
-`resdiag bench pathologies` plants known faults in small trainings and counts how often the verdict
-is the one that names the fault. Precision: of the trainings that got a verdict, the share in which
-it was the planted one. Recall: of those in which it was planted, the share that got it. A verdict
-is right only if its name is the planted cause's; findings below it in the list are consequences
-and do not count.
-
-```sh
-resdiag bench pathologies --set all --to benchmarks/results/pathologies.json
-```
-
-The thresholds were set on the development set. The held-out set has other networks, other seeds
-and, where a fault has a magnitude, half and three times that magnitude. On the first look at it the
-rules had a precision of 0.971 and a recall of 0.936, named the block in 59 of 61 cases, and had a
-finding in 2 of 28 healthy trainings (both `stalled` after 30 steps). Then the faults that did not
-fit their network were corrected (3 cases), and four rules were changed: `stalled` waits for 50
-steps and knows losses above ln K, `lr_too_low` has a wider margin, `lr_too_high` knows a step
-larger than the weights, `branch_too_large` knows branches that begin small. So the held-out figures
-below are no longer blind. The fresh set was drawn and run after the last change: the held-out
-networks, a further seed, twice the magnitudes. Every second loop tells
-the monitor its loss, the others do not. Trainings are of 30 to 120 steps on 16x16 digits or on
-short sequences of tokens: faults that need longer to show are not in the suite, nor are large
-networks.
-
-Five faults were planted later: a loss of the wrong sign, a sigmoid behind every addition, a first
-step beyond the critical one, biases that learn 100 times as fast, and a training set of sixteen.
-They were tried on networks of every set while they were written, the last two also changed there
-until they made what they are named for, so none of their figures is blind. At the same time
-trainings of about 100 other networks and faults, outside the suite, changed `bias_shift`,
-`dead_block`, `vanishing`, `missing_norm` and `weight_decay_too_large`; no set has been blind since.
-Every second healthy training is evaluated ten times in 120 steps. When they were evaluated first,
-every 6 of 30 steps, five of the held-out ones were called `overfit`: BatchNorm's running averages
-lag there. The rule then came to ask for 100 steps, a lasting rise, and training images that are
-memorised.
-`degraded` needs several runs and is not in the suite. With random labels a loss that began above
-that of guessing can still fall after 60 steps, which is said to be unjudged and counts as a miss.
-"""
 
 PAGES: dict[str, Callable[[], str]] = {
     **study_pages(),
@@ -548,7 +401,7 @@ def _origin(metric: Metric) -> str:
 
 
 def _head(title: str, source: str) -> str:
-    return _NOTE.format(source=source) + f"\n# {title}\n"
+    return HEAD.format(source=source) + f"\n# {title}\n"
 
 
 def _code(names: Sequence[str]) -> str:

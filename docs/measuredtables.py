@@ -8,6 +8,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "explanation" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
+HEAD = "<!-- Written by docs/generate.py from {source}; edit that and run `make pages`. -->\n"
 
 
 def performance_page() -> str:

@@ -11,6 +11,15 @@ if TYPE_CHECKING:
     from resdiag.catalog.custom import metric as metric
     from resdiag.catalog.custom import unregister_metric as unregister_metric
     from resdiag.catalog.table import METRICS as METRICS
+    from resdiag.diagnose.finding import Evidence as Evidence
+    from resdiag.diagnose.finding import Finding as Finding
+    from resdiag.diagnose.finding import NotJudged as NotJudged
+    from resdiag.diagnose.finding import Rule as Rule
+    from resdiag.diagnose.finding import Threshold as Threshold
+    from resdiag.diagnose.registry import FINDINGS as FINDINGS
+    from resdiag.diagnose.registry import register_finding as register_finding
+    from resdiag.diagnose.registry import unregister_finding as unregister_finding
+    from resdiag.diagnose.rundata import RunData as RunData
     from resdiag.diagnose.saving import save as save
     from resdiag.diagnose.verdict import Verdict as Verdict
     from resdiag.diagnose.verdict import judge as judge
@@ -51,6 +60,16 @@ _HOMES = {
     "draw": "resdiag.plots.drawing",
     "judge": "resdiag.diagnose.verdict",
     "Verdict": "resdiag.diagnose.verdict",
+    # what a verdict looks for
+    "FINDINGS": "resdiag.diagnose.registry",
+    "register_finding": "resdiag.diagnose.registry",
+    "unregister_finding": "resdiag.diagnose.registry",
+    "Rule": "resdiag.diagnose.finding",
+    "Threshold": "resdiag.diagnose.finding",
+    "RunData": "resdiag.diagnose.rundata",
+    "Finding": "resdiag.diagnose.finding",
+    "NotJudged": "resdiag.diagnose.finding",
+    "Evidence": "resdiag.diagnose.finding",
 }
 __all__ = [*_HOMES, "__version__"]
 

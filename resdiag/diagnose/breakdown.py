@@ -1,20 +1,74 @@
-"""How a run broke down: non-finite numbers and jumps of the gradient, as evidence in time order."""
+"""`exploded`: how a run broke down, as evidence in time order, and the finding of it."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
-from resdiag.diagnose.finding import Evidence
+from resdiag.diagnose.advice import lower_lr, plots, variant_of
+from resdiag.diagnose.finding import DEFINITION, Evidence, Finding, Outcome, Rule, Threshold
 from resdiag.diagnose.rundata import RunData
+from resdiag.theory.prediction import CRITICAL
 
-JUMP = 1e3
-"""Gradient norm over the median of the recorded steps before."""
+JUMP = Threshold(1e3, "Gradient norm over the median of the recorded steps before.")
+EARLIER_STEPS = Threshold(5, "Norms before the median of them is a scale.")
 
-EARLIER_STEPS = 5
-"""Norms before the median of them is a scale."""
 
-_SOURCE = "definition of resdiag.diagnose.breakdown"
+def exploded(seen: RunData) -> Outcome:
+    """A non-finite loss or gradient, or a gradient norm 1e3 times the median before."""
+    if seen.series("loss").empty and seen.series("grad_norm").empty and not seen.steps:
+        yield EXPLODED.not_judged("neither a loss nor a gradient was recorded")
+        return
+    evidence = find_breakdown(seen)
+    if evidence:
+        yield _explain(seen, evidence)
+    elif count_norms(seen) <= EARLIER_STEPS:
+        reason = f"jump of the gradient: {count_norms(seen)} norms, {EARLIER_STEPS + 1:g} needed"
+        yield EXPLODED.not_judged(reason, f"{EARLIER_STEPS + 1:g} gradient norms")
+
+
+def _explain(seen: RunData, broken: Sequence[Evidence]) -> Finding:
+    block = next((item.block for item in broken if item.block is not None), None)
+    row = variant_of(seen)
+    norm = seen.scalar("grad_norm", 0)
+    why = EXPLODED.why
+    if seen.lr * norm >= CRITICAL:
+        why = f"The step was too large: lr x ||g_0|| = {seen.lr * norm:.3g}, above {CRITICAL}"
+    elif row and not row.norm:
+        why = "Nothing normalises the branches, so weights that grow multiply E[H^2] in every block"
+    if seen.first_nonfinite and seen.first_nonfinite.direction == "backward":
+        why += "; all activations were finite, the backward pass broke first"
+    finding = EXPLODED.found(
+        *broken,
+        cause=_breakdown_cause(seen, broken),
+        summary=describe_end(seen, broken),
+        why=why,
+        next=(*plots(seen, *EXPLODED.plots), *lower_lr(seen)),
+    )
+    return replace(finding, block=block)
+
+
+def _breakdown_cause(seen: RunData, broken: Sequence[Evidence]) -> str:
+    found = seen.first_nonfinite
+    if found is not None and found.step == 0:
+        return "non-finite numbers in the block from the beginning"
+    if found is not None:
+        return f"non-finite numbers, {found.direction} in {seen.name(found.block)} first"
+    return "gradient jumped" if "times its median" in broken[0].text else "loss not finite"
+
+
+def describe_end(seen: RunData, broken: Sequence[Evidence]) -> str:
+    """Where and when the run broke, or ""."""
+    if not broken:
+        return ""
+    first, found = broken[0], seen.first_nonfinite
+    if found is None:
+        return first.text
+    where = f"{found.direction} in {seen.name(found.block)}, site {found.site}"
+    text = f"non-finite at step {found.step}, {where}"
+    return text if first.step == found.step else f"{first.text}; {text}"
 
 
 def find_breakdown(seen: RunData) -> list[Evidence]:
@@ -58,7 +112,7 @@ def _nonfinite(metric: str, series: "pd.Series[float]") -> list[Evidence]:
             value=value,
             threshold=math.inf,
             text=f"{metric} is {value} at step {step}, for the first time",
-            source=_SOURCE,
+            source=DEFINITION,
         )
     ]
 
@@ -77,7 +131,7 @@ def _first_nonfinite(seen: RunData) -> Evidence:
         threshold=0.0,
         text=f"{found.direction}: {seen.name(found.block)} is the {where} with a non-finite "
         f"{'activation' if forward else 'gradient'} (site: {found.site}) at step {found.step}",
-        source=_SOURCE,
+        source=DEFINITION,
     )
 
 
@@ -85,7 +139,7 @@ def _jump(norms: "pd.Series[float]") -> list[Evidence]:
     """The first norm above 1e3 times the median of at least 5 finite ones before it."""
     values = norms.to_numpy(dtype=float)
     before = pd.Series(np.where(np.isfinite(values), values, np.nan))
-    medians = before.expanding(EARLIER_STEPS).median().shift().to_numpy(dtype=float)
+    medians = before.expanding(int(EARLIER_STEPS)).median().shift().to_numpy(dtype=float)
     with np.errstate(all="ignore"):
         jumps = np.isfinite(values) & (medians > 0) & (values / JUMP > medians)
     if not jumps.any():
@@ -99,6 +153,18 @@ def _jump(norms: "pd.Series[float]") -> list[Evidence]:
             threshold=float(JUMP * medians[at]),
             text=f"gradient norm {values[at]:.3g} at step {norms.index[at]} is "
             f"{values[at] / medians[at]:.2g} times its median so far",
-            source=_SOURCE,
+            source=DEFINITION,
         )
     ]
+
+
+EXPLODED = Rule(
+    name="exploded",
+    judge=exploded,
+    needs=("loss", "grad_norm"),
+    cause="loss not finite",
+    why="The numbers left the range in which updates reduce the loss",
+    remedy="lower the learning rate; look at the first block with a non-finite number",
+    plots=("offender", "gradnorms", "updates"),
+    thresholds=(JUMP, EARLIER_STEPS),
+)

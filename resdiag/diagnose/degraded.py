@@ -11,23 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from resdiag.diagnose.finding import Evidence, Finding, plain
+from resdiag.diagnose.finding import DEFINITION, Evidence, Finding, Threshold, plain
 from resdiag.runs.folder import Run
 from resdiag.runs.watched import WatchedConfig
 
-LEAST_SEEDS = 3
-"""Runs per depth; with fewer there is no spread to compare with."""
-
-LEAST_GAP = 0.001
-"""0.1 percentage points of error."""
-
-ERRORS = 2.0
-"""Standard errors of the difference."""
-
+LEAST_SEEDS = Threshold(3, "Runs per depth; with fewer there is no spread to compare with.")
+LEAST_GAP = Threshold(0.001, "0.1 percentage points of error.")
+ERRORS = Threshold(2.0, "Standard errors of the difference.")
 CLOSE = "the training error grows, the test error by no more than the seeds scatter"
 """Why more seeds would have to decide."""
 
-_SOURCE = "He et al. 2015, arXiv:1512.03385; definition of resdiag.diagnose.degraded"
+_SOURCE = "He et al. 2015, arXiv:1512.03385; " + DEFINITION
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,19 @@
-"""Findings: what one rule saw, as numbers with their thresholds and sources.
+"""Findings: what one rule saw, as numbers with their thresholds and sources; and what a rule is.
 
 JSON has no NaN and no infinity: `plain` writes NaN as null and the infinities as "inf" and "-inf".
 """
 
+import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from resdiag.diagnose.rundata import RunData
+
+DEFINITION = "definition of the rule"
+"""Source of a number that no publication has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +48,7 @@ class Finding:
     """One rule that fired.
 
     Attributes:
-        name: Name of the rule, one of `resdiag.diagnose.verdict.NAMES` without "healthy".
+        name: Name of the rule, a key of `resdiag.FINDINGS`.
         step: Step since when; None if it covers the run.
         block: First block concerned, forward order; None if none can be named.
         summary: One sentence: what happened, where, when.
@@ -120,3 +127,146 @@ def plain(value: object) -> object:
         number = float(value)  # numpy's float64 is a float, but prints its type
         return number if math.isfinite(number) else None if math.isnan(number) else str(number)
     return value
+
+
+class Threshold(float):
+    """A number that a rule compares with, and its meaning; otherwise an ordinary float.
+
+    Args:
+        value: The number.
+        meaning: What is compared with it; printed in the reference of findings.
+        source: Where the number comes from, where the rule's own source does not say.
+
+    >>> most = Threshold(50, "RMS of a branch over that of its shortcut")
+    >>> 51 > most, f"more than {most} times"
+    (True, 'more than 50 times')
+    """
+
+    meaning: str
+    source: str
+
+    def __new__(cls, value: float, meaning: str = "", source: str = "") -> "Threshold":
+        """A float with two attributes."""
+        number = super().__new__(cls, value)
+        number.meaning, number.source = meaning, source
+        return number
+
+    def __format__(self, spec: str) -> str:
+        return format(float(self), spec or "g")
+
+
+Judge: TypeAlias = "Callable[[RunData], Iterable[Finding | NotJudged]]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """One kind of finding: when it is reported, what it means, and what to do about it.
+
+    This row is all there is to say about a finding: `resdiag.judge`, `resdiag explain`, reports and
+    the reference read it. `resdiag.register_finding` adds one.
+
+    Attributes:
+        name: Name of the finding, and of the verdict where it is the most upstream one.
+        judge: Takes the data of a run and yields what it found, or could not judge. It must not
+            raise on a missing, non-finite or empty column. Its docstring is the definition, its
+            first line says in which case it reports something.
+        needs: What it cannot do without: columns of the block table or of the step table, "blocks"
+            for their descriptions, "unavailable" for the list of what could not be recorded.
+        applies: Which runs it is about.
+        cause: The usual cause in a few words.
+        why: The mechanism in a sentence.
+        remedy: What to do about it.
+        plots: Kinds of plots to look at.
+        thresholds: The numbers that it compares with.
+        source: The publication or definition behind it.
+    """
+
+    name: str
+    judge: Judge
+    needs: tuple[str, ...]
+    applies: str = "every run"
+    cause: str
+    why: str
+    remedy: str
+    plots: tuple[str, ...] = ()
+    thresholds: tuple[Threshold, ...] = ()
+    source: str = DEFINITION
+
+    @property
+    def definition(self) -> str:
+        """The docstring of `judge`."""
+        return inspect.getdoc(self.judge) or ""
+
+    @property
+    def fires_when(self) -> str:
+        """The first line of the definition."""
+        return self.definition.split("\n")[0]
+
+    def evidence(
+        self,
+        metric: str,
+        value: float,
+        threshold: float,
+        text: str,
+        *,
+        step: int | None = None,
+        block: int | None = None,
+        source: str = "",
+    ) -> Evidence:
+        """A number of this rule; its source is the rule's unless another is given.
+
+        Args:
+            metric: Id of the metric, or a column of the step table.
+            value: What was measured.
+            threshold: What it was compared with; NaN where it only illustrates.
+            text: One sentence for people, without a capital and a full stop.
+            step: Step it was read at.
+            block: Index of the block.
+            source: Where the number or its threshold comes from.
+        """
+        return Evidence(
+            metric=metric, step=step, block=block, value=value, threshold=threshold, text=text,
+            source=source or self.source,
+        )  # fmt: skip
+
+    def not_judged(self, reason: str, needs: str = "") -> NotJudged:
+        """That this rule could not be applied, and why; `needs` as in `NotJudged`."""
+        return NotJudged(self.name, reason, needs)
+
+    def found(
+        self,
+        *evidence: Evidence,
+        summary: str = "",
+        cause: str = "",
+        why: str = "",
+        next: Sequence[str] = (),
+        confidence: float = 0.9,
+    ) -> Finding:
+        """A finding; what is not given is said of the first evidence, or by the rule.
+
+        Args:
+            *evidence: The numbers, the most telling one first; step and block are those of the
+                first one.
+            summary: What happened, where and when, without a full stop.
+            cause: The cause, where it is known better than the rule's.
+            why: The mechanism, where it is known better than the rule's.
+            next: Commands to run next, instead of the rule's plots or else its remedy.
+            confidence: See `confidence`.
+        """
+        commands = tuple(f"resdiag plot {kind}" for kind in self.plots) or (self.remedy,)
+        return Finding(
+            name=self.name,
+            step=evidence[0].step,
+            block=evidence[0].block,
+            cause=cause or self.cause,
+            summary=sentence(summary or evidence[0].text),
+            why=sentence(why or self.why),
+            evidence=evidence,
+            next=tuple(next) or commands,
+            confidence=confidence,
+        )
+
+
+def sentence(text: str) -> str:
+    """The text with a capital at its beginning and a full stop."""
+    return text[:1].upper() + text[1:] + "." * (not text.endswith("."))

@@ -1,59 +1,63 @@
 """Rules about the step: a learning rate that is too high or too low, too much weight decay."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from resdiag.diagnose.breakdown import find_breakdown
-from resdiag.diagnose.finding import Evidence, Finding, NotJudged, Outcome, confidence
+from resdiag.diagnose.finding import DEFINITION, Evidence, Outcome, Rule, Threshold, confidence
 from resdiag.diagnose.rundata import RunData
 from resdiag.theory.prediction import CRITICAL
 
-WORSE = 1.5
-"""Mean loss of the last fifth of the steps over the loss at step 0 and over ln K."""
+WORSE = Threshold(
+    1.5,
+    "Mean loss of the last fifth of the steps over the loss at step 0 and over ln K.",
+)
+SETTLED = Threshold(
+    20,
+    "Steps before a higher loss counts: at depth 110 and rate 0.1 that of the first ten is "
+    "passing.",
+)
+PEAK = Threshold(8.0, "Largest loss over the larger of ln K and the loss at step 0.")
+WHOLE_STEP = Threshold(
+    0.5,
+    "Median over the blocks of update over weights: such a step replaces the weights.",
+)
+LARGE_STEP = Threshold(0.1, "The same before an explosion or beside a loss that got worse.")
+SUDDEN = Threshold(
+    30.0,
+    "Growth of the largest activation in the step before a breakdown that is no sudden fault.",
+)
+REPLACING_STEP = Threshold(
+    1.0,
+    "The same in any one step: it moves the weights by more than they are.",
+)
+LEAST_STEP = Threshold(3e-6, "Update over weights, the largest of all steps and blocks.")
+FALLEN = Threshold(
+    0.98,
+    "Loss at the end over the loss at the beginning: below it, something was learned.",
+)
+STILL = (
+    Threshold(0.9, "loss at the end over the beginning, below which something moves the weights"),
+    Threshold(1.2, "the same, above which something moves the weights"),
+)
 
-SETTLED = 20
-"""Steps before a higher loss counts: at depth 110 and rate 0.1 that of the first ten is passing."""
-
-PEAK = 8.0
-"""Largest loss over the larger of ln K and the loss at step 0."""
-
-WHOLE_STEP = 0.5
-"""Median over the blocks of update over weights: such a step replaces the weights."""
-
-LARGE_STEP = 0.1
-"""The same before an explosion or beside a loss that got worse."""
-
-SUDDEN = 30.0
-"""Growth of the largest activation in the step before a breakdown that is no sudden fault."""
-
-REPLACING_STEP = 1.0
-"""The same in any one step: it moves the weights by more than they are."""
-
-LEAST_STEP = 3e-6
-"""Update over weights, the largest of all steps and blocks."""
-
-FALLEN = 0.98
-"""Loss at the end over the loss at the beginning: below it, something was learned."""
-
-STILL = (0.9, 1.2)
-"""The same: outside of it, more than the batches differs, so something moves the weights."""
-
-LEAST_STEPS = 10
-"""Recorded steps before updates are called too small."""
-
-LARGEST_DECAY = 0.01
-"""Learning rate times weight decay: the share of the weights that each step takes away."""
-
-DECAY_SHARE = 0.25
-"""What the decay takes over what the step moves, in all: the largest of the first steps."""
-
-FIRST_STEPS = 3
-"""Recorded steps, from where the decay is that large, of which the largest counts."""
-
-_SOURCE = "definition of resdiag.diagnose.rates"
-_TRUST = "You et al. 2017, arXiv:1708.03888; " + _SOURCE
+LEAST_STEPS = Threshold(10, "Recorded steps before updates are called too small.")
+LARGEST_DECAY = Threshold(
+    0.01,
+    "Learning rate times weight decay: the share of the weights that each step takes away.",
+)
+DECAY_SHARE = Threshold(
+    0.25,
+    "What the decay takes over what the step moves, in all: the largest of the first steps.",
+)
+FIRST_STEPS = Threshold(
+    3,
+    "Recorded steps, from where the decay is that large, of which the largest counts.",
+)
+_SOURCE = "You et al. 2017, arXiv:1708.03888; " + DEFINITION
 
 
 def lr_too_high(seen: RunData) -> Outcome:
@@ -66,11 +70,10 @@ def lr_too_high(seen: RunData) -> Outcome:
     the steps while nothing is learned; (5) one step moves the median block by more than its
     weights. All need a step of 1e-3 at least, if steps are known.
     """
-    name = "lr_too_high"
     losses = seen.series("loss")
     updates = _updates(seen)
     if len(losses) < 3 and updates.empty and not seen.steps:
-        yield NotJudged(name, "neither losses nor updates were recorded")
+        yield LR_TOO_HIGH.not_judged("neither losses nor updates were recorded")
         return
     if len(updates) and not updates.max() > 1e-3:
         return  # whatever gets worse, it is not the steps
@@ -92,24 +95,22 @@ def lr_too_high(seen: RunData) -> Outcome:
         first = evidence[0]
         lr = seen.scalar("lr", 0) if math.isfinite(seen.scalar("lr", 0)) else seen.lr
         momentum = seen.series("momentum").max() if len(seen.series("momentum")) else math.nan
-        cause = "learning rate too high"
+        cause = ""
         why = f"At learning rate {lr:.3g} a step overshoots what the gradient knows"
         if momentum > 0.99:
             cause = f"momentum {momentum:g} makes every step {1 / (1 - momentum):.0f} times as long"
             why = cause[:1].upper() + cause[1:]
-        yield Finding(
-            name=name,
-            step=min(e.step for e in evidence if e.step is not None),
+        finding = LR_TOO_HIGH.found(
+            *evidence,
             cause=cause,
-            summary=first.text[:1].upper() + first.text[1:] + ".",
-            why=why + ".",
-            evidence=tuple(evidence),
-            next=(f"the same at a tenth of the learning rate: {lr / 10:.2g}",),
+            why=why,
+            next=(f"{LR_TOO_HIGH.remedy}: {lr / 10:.2g}",),
             confidence=confidence(first.value, first.threshold),
         )
+        yield replace(finding, step=min(e.step for e in evidence if e.step is not None), block=None)
     elif len(losses) < SETTLED:
         reason = f"whether the loss gets worse: {len(losses)} steps, {SETTLED} needed"
-        yield NotJudged(name, reason, f"{SETTLED} steps")
+        yield LR_TOO_HIGH.not_judged(reason, f"{SETTLED} steps")
 
 
 def lr_too_low(seen: RunData) -> Outcome:
@@ -118,12 +119,11 @@ def lr_too_low(seen: RunData) -> Outcome:
     Where weight decay alone moves more, by three times what it moves. Also where no optimizer was
     seen to step at all while gradients were recorded.
     """
-    name = "lr_too_low"
     updates = seen.table("update_ratio").dropna(how="all")
     losses, rates = seen.series("loss"), seen.series("lr").dropna()
     idle = rates.empty and len(seen.series("grad_norm").dropna()) >= LEAST_STEPS
     if updates.empty and not idle:
-        yield seen.without_updates(name)
+        yield LR_TOO_LOW.not_judged(*seen.why_no_updates)
         return
     largest = 0.0 if idle else float(updates.max().max())
     if not largest < _least_step(seen) or _changed(losses):
@@ -140,17 +140,14 @@ def lr_too_low(seen: RunData) -> Outcome:
         cause = "gradients almost 0 before the step"
         why = f"The gradient's norm is {norms.median():.2g} where the optimizer reads it: clipped?"
     else:
-        cause, why = "learning rate too low", f"At learning rate {lr:.3g} nothing moves"
+        cause, why = LR_TOO_LOW.cause, f"At learning rate {lr:.3g} nothing moves"
     text = f"the largest update of any block is {largest:.2g} of its weights in "
     text += f"{len(seen.steps)} recorded steps"
     item = _evidence("update_ratio", seen.steps[0], largest, _least_step(seen), text)
-    yield Finding(
-        name=name,
-        step=seen.steps[0],
+    yield LR_TOO_LOW.found(
+        item,
         cause=cause,
-        summary=text[:1].upper() + text[1:] + ".",
-        why=why + ".",
-        evidence=(item,),
+        why=why,
         next=("about 1e-3 of the weights is usual: resdiag plot updates",),
         confidence=confidence(largest, LEAST_STEP),
     )
@@ -161,10 +158,9 @@ def weight_decay_too_large(seen: RunData) -> Outcome:
 
     And a quarter at least of what the steps move once it does: else it is the learning rate.
     """
-    name = "weight_decay_too_large"
     rates, decays = seen.series("lr"), seen.series("weight_decay")
     if decays.dropna().empty:
-        yield seen.without_updates(name)
+        yield WEIGHT_DECAY_TOO_LARGE.not_judged(*seen.why_no_updates)
         return
     taken = (rates * decays).dropna()
     value = float(taken.median()) if len(taken) else math.nan
@@ -172,21 +168,12 @@ def weight_decay_too_large(seen: RunData) -> Outcome:
     if value >= LARGEST_DECAY:
         since = int(taken.index[int((taken >= LARGEST_DECAY).to_numpy().argmax())])
         # of more steps momentum would sum up the decay; a single one may have no gradient yet
-        moved = updates[updates.index >= since].iloc[:FIRST_STEPS]
+        moved = updates[updates.index >= since].iloc[: int(FIRST_STEPS)]
         if len(moved) and taken[since] < DECAY_SHARE * moved.max():
             return  # such a learning rate moves the weights by far more than the decay does
         text = f"lr x weight decay = {value:.2g}: each step takes that share of the weights away"
         item = _evidence("weight_decay", since, value, LARGEST_DECAY, text)
-        yield Finding(
-            name=name,
-            step=since,
-            cause="weight decay too large",
-            summary=text[:1].upper() + text[1:] + ".",
-            why="The weights shrink faster than the gradient can rebuild them.",
-            evidence=(item,),
-            next=("resdiag plot updates",),
-            confidence=confidence(value, LARGEST_DECAY),
-        )
+        yield WEIGHT_DECAY_TOO_LARGE.found(item, confidence=confidence(value, LARGEST_DECAY))
 
 
 def _worse(seen: RunData, losses: "pd.Series[float]") -> Evidence | None:
@@ -282,5 +269,43 @@ def _learned(losses: "pd.Series[float]") -> bool:
 
 def _evidence(metric: str, step: int, value: float, threshold: float, text: str) -> Evidence:
     return Evidence(
-        metric=metric, step=step, value=value, threshold=threshold, text=text, source=_TRUST
+        metric=metric, step=step, value=value, threshold=threshold, text=text, source=_SOURCE
     )
+
+
+LR_TOO_HIGH = Rule(
+    name="lr_too_high",
+    judge=lr_too_high,
+    needs=("loss", "update_ratio", "grad_norm"),
+    cause="learning rate too high",
+    why="A step overshoots what the gradient knows",
+    remedy="the same at a tenth of the learning rate",
+    plots=("curves", "updates"),
+    thresholds=(WORSE, SETTLED, PEAK, WHOLE_STEP, LARGE_STEP, SUDDEN, REPLACING_STEP, FALLEN),
+    source=_SOURCE,
+)
+LR_TOO_LOW = Rule(
+    name="lr_too_low",
+    judge=lr_too_low,
+    needs=("update_ratio", "grad_norm"),
+    applies="runs whose optimizer is known",
+    cause="learning rate too low",
+    why="Nothing moves",
+    remedy="raise the learning rate until a step moves about 1e-3 of the weights; check that "
+    "gradients reach the optimizer",
+    plots=("updates",),
+    thresholds=(LEAST_STEP, *STILL, LEAST_STEPS),
+    source=_SOURCE,
+)
+WEIGHT_DECAY_TOO_LARGE = Rule(
+    name="weight_decay_too_large",
+    judge=weight_decay_too_large,
+    needs=("lr", "weight_decay"),
+    applies="runs whose optimizer is known",
+    cause="weight decay too large",
+    why="The weights shrink faster than the gradient can rebuild them",
+    remedy="lower the weight decay",
+    plots=("updates",),
+    thresholds=(LARGEST_DECAY, DECAY_SHARE, FIRST_STEPS),
+    source=_SOURCE,
+)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from resdiag.diagnose.finding import NotJudged
 from resdiag.diagnose.nonfinite import FirstNonfinite, find_first_nonfinite
 from resdiag.errors import UsageError
 from resdiag.runs.folder import Run
@@ -75,11 +74,12 @@ class RunData:
             stated = len(stated)
         return int(stated) if isinstance(stated, int | float) and stated > 1 else None
 
-    def without_updates(self, rule: str) -> NotJudged:
-        """Why a rule about updates cannot judge a run that has none."""
+    @property
+    def why_no_updates(self) -> tuple[str, str]:
+        """Why a run has no updates, and what a longer one would have to have; see `NotJudged`."""
         if getattr(self.run.config, "kind", "") == "probe":
-            return NotJudged(rule, "a probe makes no update", "updates")
-        return NotJudged(rule, "updates were not recorded: attach(optimizer=...)")
+            return "a probe makes no update", "updates"
+        return "updates were not recorded: attach(optimizer=...)", ""
 
     @property
     def indices(self) -> list[int]:

@@ -9,43 +9,40 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from resdiag.diagnose.finding import Evidence, Finding, NotJudged, Outcome, confidence
+from resdiag.diagnose.finding import DEFINITION, Outcome, Rule, Threshold, confidence
 from resdiag.diagnose.rundata import RunData
 from resdiag.watch.base.functions import NORMALISATIONS
 
-LARGEST_BRANCH = 50.0
-"""RMS of a branch over that of its shortcut."""
+LARGEST_BRANCH = Threshold(50.0, "RMS of a branch over that of its shortcut.")
+BESIDE_OTHERS = Threshold(20.0, "The same, in units of the other blocks' median.")
+OUTLIER = (
+    Threshold(5.0, "RMS of a branch over that of its shortcut, where branches are small"),
+    Threshold(300.0, "the same, in units of the other blocks' median"),
+)
 
-BESIDE_OTHERS = 20.0
-"""The same, in units of the other blocks' median."""
-
-OUTLIER = (5.0, 300.0)
-"""The same two numbers where the others are small, as with a layer scale."""
-
-LEAST_BRANCH = 1e-6
-"""RMS of a branch over that of its shortcut, and over the other blocks' median."""
-
-LARGEST_JUMP = 50.0
-"""RMS of a block's output over that of its input, where there is no branch to look at."""
-
-LARGEST_SHIFT = 5.0
-"""Bias shift B2 of a branch from which on it is large by a constant, not by its scale."""
-
-SCALE = 0.03
-"""Distance from 1 of the factor on an identity shortcut."""
-
-PRODUCT = 5.0
-"""Product of the shortcuts' factors over the network, or its inverse, that is no design."""
-
-SHARE = 1e-6
-"""Distance from 1 of the gradient's share through the shortcut."""
-
-GROWTH_WITHOUT_NORM = 1.2
-"""Growth of E[H^2] per block that a frozen BatchNorm must show before it is blamed."""
-
+LEAST_BRANCH = Threshold(
+    1e-6,
+    "RMS of a branch over that of its shortcut, and over the other blocks' median.",
+)
+LARGEST_JUMP = Threshold(
+    50.0,
+    "RMS of a block's output over that of its input, where there is no branch to look at.",
+)
+LARGEST_SHIFT = Threshold(
+    5.0,
+    "Bias shift B2 of a branch from which on it is large by a constant, not by its scale.",
+)
+SCALE = Threshold(0.03, "Distance from 1 of the factor on an identity shortcut.")
+PRODUCT = Threshold(
+    5.0,
+    "Product of the shortcuts' factors over the network, or its inverse, that is no design.",
+)
+SHARE = Threshold(1e-6, "Distance from 1 of the gradient's share through the shortcut.")
+GROWTH_WITHOUT_NORM = Threshold(
+    1.2,
+    "Growth of E[H^2] per block that a frozen BatchNorm must show before it is blamed.",
+)
 _DETACHED = "no gradient leads from the shortcut back to the block's input"
-_SOURCE = "definition of resdiag.diagnose.structure"
-_HE = "He et al. 2016, arXiv:1603.05027, section 3.1"
 _NORMS = NORMALISATIONS | {"rsqrt"}
 
 
@@ -58,7 +55,7 @@ def shortcut_scaled(seen: RunData) -> Outcome:
     the addition, which undoes it.
     """
     if not seen.steps:
-        yield NotJudged("shortcut_scaled", "no step was recorded")
+        yield SHORTCUT_SCALED.not_judged("no step was recorded")
         return
     step = seen.steps[0]
     factors = _shortcut_factors(seen, step)
@@ -74,11 +71,10 @@ def shortcut_scaled(seen: RunData) -> Outcome:
     factor = float(off.to_numpy(dtype=float)[0])
     text = f"the shortcut of {seen.name(block)}{many} multiplies by {factor:.3g}"
     text += f"; product over all blocks {product:.3g}" if len(off) > 1 else ""
-    yield _finding(
-        "shortcut_scaled", "shortcut is not the identity", block, step, factor, 1.0,
-        "shortcut_channel_std", text, _HE, 0.95,
-        "Gradient and signal on the skip path are multiplied by the product of these factors",
-    )  # fmt: skip
+    item = SHORTCUT_SCALED.evidence(
+        "shortcut_channel_std", factor, 1.0, text, step=step, block=block
+    )
+    yield SHORTCUT_SCALED.found(item, confidence=0.95)
 
 
 def detached_shortcut(seen: RunData) -> Outcome:
@@ -89,15 +85,14 @@ def detached_shortcut(seen: RunData) -> Outcome:
         if entry.get("metric") == "shortcut_share" and entry.get("reason") == _DETACHED
     ]
     if not seen.steps:
-        yield NotJudged("detached_shortcut", "no step was recorded")
+        yield DETACHED_SHORTCUT.not_judged("no step was recorded")
     blocks = sorted(set[int]().union(*rows) & set(seen.indices))
     if blocks:
         text = f"no gradient leads through the shortcut of {seen.name(blocks[0])}"
-        yield _finding(
-            "detached_shortcut", "shortcut is cut off from the graph", blocks[0], seen.steps[0],
-            0.0, math.nan, "shortcut_share", text, _SOURCE, 0.95,
-            "The value is added, but all gradient has to pass the branch (detach, no_grad?)",
-        )  # fmt: skip
+        item = DETACHED_SHORTCUT.evidence(
+            "shortcut_share", 0.0, math.nan, text, step=seen.steps[0], block=blocks[0]
+        )
+        yield DETACHED_SHORTCUT.found(item, confidence=0.95)
 
 
 def detached_branch(seen: RunData) -> Outcome:
@@ -105,7 +100,7 @@ def detached_branch(seen: RunData) -> Outcome:
     share, ratio = seen.table("shortcut_share"), seen.table("branch_ratio")
     gradient = seen.table("grad_param")
     if share.dropna(how="all", axis=1).empty:
-        yield NotJudged("detached_branch", "the shortcut's share of the gradient is not known")
+        yield DETACHED_BRANCH.not_judged("the shortcut's share of the gradient is not known")
         return
     for block in map(int, share.columns):
         known = share[block].dropna()
@@ -114,11 +109,11 @@ def detached_branch(seen: RunData) -> Outcome:
         none = block in gradient and not (gradient[block].dropna() > 0).any()
         if all_through and alive and none and not _is_dead(seen, block):
             text = f"the branch of {seen.name(block)} adds to the sum and gets no gradient"
-            yield _finding(
-                "detached_branch", "branch is cut off from the graph", block, int(known.index[0]),
-                1.0, math.nan, "shortcut_share", text, _SOURCE, 0.95,
-                "Its parameters never learn (detach, no_grad, or a function without a gradient?)",
-            )  # fmt: skip
+            step = int(known.index[0])
+            item = DETACHED_BRANCH.evidence(
+                "shortcut_share", 1.0, math.nan, text, step=step, block=block
+            )
+            yield DETACHED_BRANCH.found(item, confidence=0.95)
             return
 
 
@@ -132,7 +127,7 @@ def frozen_block(seen: RunData) -> Outcome:
     moved = updates.max()
     still = [int(b) for b in moved.index if moved[b] == 0]
     if updates.empty:
-        yield seen.without_updates("frozen_block")
+        yield FROZEN_BLOCK.not_judged(*seen.why_no_updates)
     if not still or not (moved > 0).any():
         return
     gradient = seen.table("grad_param")
@@ -141,7 +136,7 @@ def frozen_block(seen: RunData) -> Outcome:
     prefix = still == list(range(len(still))) and not flowing.get(still[-1], False)
     if prefix and not fault:
         reason = f"blocks 0 to {still[-1]} are frozen, and everything before them"
-        yield NotJudged("frozen_block", f"{reason}: taken for a deliberate fine-tuning")
+        yield FROZEN_BLOCK.not_judged(f"{reason}: taken for a deliberate fine-tuning")
     if not fault:
         return
     block = fault[0]
@@ -150,10 +145,9 @@ def frozen_block(seen: RunData) -> Outcome:
         "parameters get gradients and no optimizer moves them" if has else "no gradient asked for"
     )
     text = f"the parameters of {seen.name(block)} do not move: {cause}"
-    yield _finding(
-        "frozen_block", cause, block, int(updates.index[0]), 0.0, 0.0, "update_ratio", text,
-        _SOURCE, 0.95, "The block stays as initialised while its neighbours learn",
-    )  # fmt: skip
+    step = int(updates.index[0])
+    item = FROZEN_BLOCK.evidence("update_ratio", 0.0, 0.0, text, step=step, block=block)
+    yield FROZEN_BLOCK.found(item, cause=cause, confidence=0.95)
 
 
 def branch_too_large(seen: RunData) -> Outcome:
@@ -165,7 +159,7 @@ def branch_too_large(seen: RunData) -> Outcome:
     """
     ratio = seen.table("branch_ratio")
     if not seen.steps:
-        yield NotJudged("branch_too_large", "no step was recorded")
+        yield BRANCH_TOO_LARGE.not_judged("no step was recorded")
     limit, metric, what = LARGEST_BRANCH, "branch_ratio", "branch over shortcut"
     if ratio.notna().sum().sum() == 0:
         growth = seen.table("forward_growth")
@@ -186,12 +180,10 @@ def branch_too_large(seen: RunData) -> Outcome:
         if any(value > least and value > times * others > 0 for least, times in pairs):
             text = f"{what} is {value:.3g} in {seen.name(block)} at step {step}, "
             text += f"the other blocks' median is {others:.3g}"
-            yield _finding(
-                "branch_too_large", "one branch is far too large", block, int(str(step)), value,
-                limit, metric, text, "De & Smith 2020, arXiv:2002.10444; " + _SOURCE,
-                confidence(value, limit),
-                "One block drowns what all blocks before it have computed",
-            )  # fmt: skip
+            item = BRANCH_TOO_LARGE.evidence(
+                metric, value, limit, text, step=int(str(step)), block=block
+            )
+            yield BRANCH_TOO_LARGE.found(item, confidence=confidence(value, limit))
             return
 
 
@@ -204,7 +196,7 @@ def missing_norm(seen: RunData) -> Outcome:
     """
     rows = [row for row in seen.rows if row.get("branch")]
     if not rows:
-        yield NotJudged("missing_norm", "the operations on the branches are not known")
+        yield MISSING_NORM.not_judged("the operations on the branches are not known")
         return
     kinds: dict[tuple[str, ...], list[tuple[int, int]]] = {}
     for row in rows:
@@ -224,10 +216,9 @@ def missing_norm(seen: RunData) -> Outcome:
         block = min(lacking)
         text = f"{seen.name(block)} lacks a normalisation that {len(rows) - len(lacking)} of "
         text += f"{len(rows)} blocks have" + f"; so do {len(lacking) - 1} more" * (len(lacking) > 1)
-        yield _finding(
-            "missing_norm", "normalisation missing", block, 0, len(lacking), math.nan, "branch",
-            text, _SOURCE, 0.9, "Its branch has another scale than all others",
-        )  # fmt: skip
+        yield MISSING_NORM.found(
+            MISSING_NORM.evidence("branch", len(lacking), math.nan, text, step=0, block=block)
+        )
     yield from _frozen_norm(seen, rows)
 
 
@@ -236,11 +227,13 @@ def _frozen_norm(seen: RunData, rows: Sequence[dict[str, object]]) -> Outcome:
     growth = seen.growth_per_block(0) if 0 in seen.steps else math.nan
     if frozen and growth >= GROWTH_WITHOUT_NORM:
         text = f"BatchNorm of {len(frozen)} blocks runs on running statistics in training"
-        yield _finding(
-            "missing_norm", "BatchNorm in evaluation mode", None, 0, growth, GROWTH_WITHOUT_NORM,
-            "forward_growth", f"{text}; E[H^2] x{growth:.3g} per block at step 0", _SOURCE,
-            confidence(growth, GROWTH_WITHOUT_NORM), "It does not normalise what it is given",
-        )  # fmt: skip
+        text += f"; E[H^2] x{growth:.3g} per block at step 0"
+        yield MISSING_NORM.found(
+            MISSING_NORM.evidence("forward_growth", growth, GROWTH_WITHOUT_NORM, text, step=0),
+            cause="BatchNorm in evaluation mode",
+            why="It does not normalise what it is given",
+            confidence=confidence(growth, GROWTH_WITHOUT_NORM),
+        )
 
 
 def _shortcut_factors(seen: RunData, step: int) -> "pd.Series[float]":
@@ -271,31 +264,67 @@ def _is_dead(seen: RunData, block: int) -> bool:
     return len(ratio) > 0 and bool((ratio <= LEAST_BRANCH).all())
 
 
-def _finding(
-    name: str,
-    cause: str,
-    block: int | None,
-    step: int,
-    value: float,
-    threshold: float,
-    metric: str,
-    text: str,
-    source: str,
-    sure: float,
-    why: str,
-) -> Finding:
-    evidence = Evidence(
-        metric=metric, step=step, block=block, value=value, threshold=threshold, text=text,
-        source=source,
-    )  # fmt: skip
-    return Finding(
-        name=name,
-        step=step,
-        block=block,
-        cause=cause,
-        summary=text[:1].upper() + text[1:] + ".",
-        why=why + ".",
-        evidence=(evidence,),
-        next=("resdiag plot signal", "resdiag plot skip"),
-        confidence=sure,
-    )
+_PLOTS = ("signal", "skip")
+
+SHORTCUT_SCALED = Rule(
+    name="shortcut_scaled",
+    judge=shortcut_scaled,
+    needs=("input_channel_std", "shortcut_channel_std"),
+    applies="identity shortcuts without a normalisation after the addition",
+    cause="shortcut is not the identity",
+    why="Gradient and signal on the skip path are multiplied by the product of these factors",
+    remedy="add the block's input as it is; put a factor on the branch instead",
+    plots=_PLOTS,
+    thresholds=(SCALE, PRODUCT),
+    source="He et al. 2016, arXiv:1603.05027, section 3.1",
+)
+DETACHED_SHORTCUT = Rule(
+    name="detached_shortcut",
+    judge=detached_shortcut,
+    needs=("unavailable",),
+    cause="shortcut is cut off from the graph",
+    why="The value is added, but all gradient has to pass the branch (detach, no_grad?)",
+    remedy="remove the detach or no_grad on the shortcut",
+    plots=_PLOTS,
+)
+DETACHED_BRANCH = Rule(
+    name="detached_branch",
+    judge=detached_branch,
+    needs=("shortcut_share", "branch_ratio", "grad_param"),
+    cause="branch is cut off from the graph",
+    why="Its parameters never learn (detach, no_grad, or a function without a gradient?)",
+    remedy="remove the detach or no_grad on the branch",
+    plots=_PLOTS,
+    thresholds=(SHARE, LEAST_BRANCH),
+)
+FROZEN_BLOCK = Rule(
+    name="frozen_block",
+    judge=frozen_block,
+    needs=("update_ratio",),
+    applies="runs whose optimizer is known",
+    cause="parameters do not move",
+    why="The block stays as initialised while its neighbours learn",
+    remedy="give the optimizer this block's parameters, and let them require gradients",
+    plots=_PLOTS,
+)
+BRANCH_TOO_LARGE = Rule(
+    name="branch_too_large",
+    judge=branch_too_large,
+    needs=("branch_ratio",),
+    cause="one branch is far too large",
+    why="One block drowns what all blocks before it have computed",
+    remedy="look at that block's initialisation and at factors on its branch",
+    plots=_PLOTS,
+    thresholds=(LARGEST_BRANCH, BESIDE_OTHERS, *OUTLIER, LARGEST_JUMP, LARGEST_SHIFT),
+    source="De & Smith 2020, arXiv:2002.10444; " + DEFINITION,
+)
+MISSING_NORM = Rule(
+    name="missing_norm",
+    judge=missing_norm,
+    needs=("blocks",),
+    cause="normalisation missing",
+    why="Its branch has another scale than all others",
+    remedy="give these blocks the normalisation of the others; call model.train() before training",
+    plots=_PLOTS,
+    thresholds=(GROWTH_WITHOUT_NORM,),
+)

@@ -5,41 +5,39 @@ import math
 import numpy as np
 import pandas as pd
 
-from resdiag.diagnose.finding import Evidence, Finding, NotJudged, Outcome, confidence
+from resdiag.catalog.table import SITES
+from resdiag.diagnose.finding import Finding, Outcome, Rule, Threshold, confidence
 from resdiag.diagnose.rundata import RunData
 
-CONSTANT_BRANCH = 1e-5
-"""Standard deviation of a branch within its channels over that of the shortcut."""
-
-CONSTANT_OUTPUT = 1e-6
-"""The same of an output over that of the input, where there is no branch to look at."""
-
-DEAD = 0.999
-"""Share of a block's activation channels that pass nothing, for every sample looked at."""
-
-SATURATED = 0.9
-"""Share of a block's activation outputs whose slope is below 0.05, of curves that saturate."""
-
-BESIDE_OTHERS = 0.2
-"""How much larger than the median of the other blocks."""
-
-LARGEST_SHIFT = 5.0
-"""Bias shift B2 of the sum: means over channels beside the spread within them."""
-
-SHIFT_JUMP = 3.0
-"""Growth of the channel means within the block that is named."""
-
-DRIFT = 1.0
-"""Bias shift B2 at the last block's output that came with training."""
-
-HALF_RANGE = 65504.0
-"""Largest number in float16."""
-
-NEAR_RANGE = 100.0
-"""RMS of a float16 tensor from which on single elements are taken to have overflowed."""
-
+CONSTANT_BRANCH = Threshold(
+    1e-5,
+    "Standard deviation of a branch within its channels over that of the shortcut.",
+)
+CONSTANT_OUTPUT = Threshold(
+    1e-6,
+    "The same of an output over that of the input, where there is no branch to look at.",
+)
+DEAD = Threshold(
+    0.999,
+    "Share of a block's activation channels that pass nothing, for every sample looked at.",
+)
+SATURATED = Threshold(
+    0.9,
+    "Share of a block's activation outputs whose slope is below 0.05, of curves that saturate.",
+)
+BESIDE_OTHERS = Threshold(0.2, "How much larger than the median of the other blocks.")
+LARGEST_SHIFT = Threshold(
+    5.0,
+    "Bias shift B2 of the sum: means over channels beside the spread within them.",
+)
+SHIFT_JUMP = Threshold(3.0, "Growth of the channel means within the block that is named.")
+LARGEST_DRIFT = Threshold(1.0, "Bias shift B2 at the last block's output that came with training.")
+HALF_RANGE = Threshold(65504.0, "Largest number in float16.")
+NEAR_RANGE = Threshold(
+    100.0,
+    "RMS of a float16 tensor from which on single elements are taken to have overflowed.",
+)
 _SATURATING = ("tanh", "sigmoid", "hardtanh", "softsign", "hardsigmoid", "elu", "selu", "celu")
-_SOURCE = "definition of resdiag.diagnose.units"
 
 
 def dead_block(seen: RunData) -> Outcome:
@@ -55,7 +53,7 @@ def dead_block(seen: RunData) -> Outcome:
     steps = [s for s in known if s > 0][-3:]
     if len(steps) < 2:
         reason = "fewer than 2 steps after the first update were recorded"
-        yield NotJudged("dead_block", reason, "3 steps")
+        yield DEAD_BLOCK.not_judged(reason, "3 steps")
         return
     with np.errstate(all="ignore"):
         ratio = seen.table("branch_channel_std") / seen.table("shortcut_channel_std")
@@ -80,14 +78,14 @@ def _dead(
 ) -> Finding:
     since = _since(ratio[block] <= bar) if value <= bar else _since(dead[block] >= DEAD)
     share = float(dead[block].iloc[-1]) if block in dead else math.nan
-    cause = "the branch is constant"
+    cause = ""
     if share > BESIDE_OTHERS and share > float(dead.drop(columns=block).iloc[-1].median()) + 0.2:
         cause = "its activations pass nothing"
     text = f"the branch of {seen.name(block)} is constant since step {since}: spread {value:.2g}"
     text += " of the shortcut's" + (f", {share:.0%} dead channels" if share == share else "")
     metric = "branch_channel_std" if value <= bar else "dead_fraction"
-    return _found("dead_block", cause, block, since, value, bar, metric, text, 0.95,
-                  "Without a spread in it there is no gradient for its parameters")  # fmt: skip
+    item = DEAD_BLOCK.evidence(metric, value, bar, text, step=since, block=block)
+    return DEAD_BLOCK.found(item, cause=cause, confidence=0.95)
 
 
 def saturated_block(seen: RunData) -> Outcome:
@@ -98,7 +96,7 @@ def saturated_block(seen: RunData) -> Outcome:
     """
     table = seen.table("saturated_fraction")
     if table.dropna(how="all").empty:
-        yield NotJudged("saturated_block", "no known activation inside the blocks")
+        yield SATURATED_BLOCK.not_judged("no known activation inside the blocks")
         return
     last = table.dropna(how="all").iloc[-1]
     curved = _curved(seen)
@@ -109,9 +107,11 @@ def saturated_block(seen: RunData) -> Outcome:
             since, value = _since(table[block] >= SATURATED), float(last[block])
             text = f"{value:.0%} of the activation outputs of {seen.name(int(block))} are saturated"
             text += f" since step {since}, in the median of the others {others:.0%}"
-            why = "A flat curve passes no gradient: the units stay where they are"
-            yield _found("saturated_block", "activations saturated", int(block), since, value,
-                         SATURATED, "saturated_fraction", text, 0.9, why)  # fmt: skip
+            yield SATURATED_BLOCK.found(
+                SATURATED_BLOCK.evidence(
+                    "saturated_fraction", value, SATURATED, text, step=since, block=int(block)
+                )
+            )
             return
 
 
@@ -136,7 +136,7 @@ def bias_shift(seen: RunData) -> Outcome:
         means, before = table * spread, seen.table("input_bias") * seen.table("input_channel_std")
     known = table.dropna(how="all")
     if known.empty:
-        yield NotJudged("bias_shift", "the moments of the outputs were not recorded")
+        yield BIAS_SHIFT.not_judged("the moments of the outputs were not recorded")
         return
     for step in dict.fromkeys((int(known.index[0]), int(known.index[-1]))):
         values = pd.Series(known.loc[step], dtype=float)
@@ -150,11 +150,10 @@ def bias_shift(seen: RunData) -> Outcome:
         value = float(values[block])
         text = f"channel means are {value:.3g} times the spread behind {seen.name(block)}, "
         text += f"and {growth[block]:.3g} times the means before it, at step {step}"
-        yield _found(
-            "bias_shift", "bias shift", block, step, value, LARGEST_SHIFT, "output_bias", text,
-            confidence(value, LARGEST_SHIFT),
-            "The part of the signal that is the same for every sample dominates it",
-        )  # fmt: skip
+        item = BIAS_SHIFT.evidence(
+            "output_bias", value, LARGEST_SHIFT, text, step=step, block=block
+        )
+        yield BIAS_SHIFT.found(item, confidence=confidence(value, LARGEST_SHIFT))
         return
 
 
@@ -172,7 +171,7 @@ def drift(seen: RunData) -> Outcome:
         if b.get("shortcut") == "identity" and b.get("after_add") == "none"
     ]
     if len(seen.steps) < 2:
-        yield NotJudged("drift", f"{len(seen.steps)} recorded steps, 2 needed", "2 steps")
+        yield DRIFT.not_judged(f"{len(seen.steps)} recorded steps, 2 needed", "2 steps")
         return
     last = seen.indices[-1]
     if 2 * len(free) < len(blocks) or last not in free:
@@ -183,21 +182,19 @@ def drift(seen: RunData) -> Outcome:
     moves = [seen.value("branch_mean", end, b) - seen.value("branch_mean", start, b) for b in stage]
     signs = np.sign([m for m in moves if math.isfinite(m)])
     together = len(signs) >= 3 and abs(signs.sum()) >= 0.6 * len(signs)
-    if now >= DRIFT and now >= 2 * first and together:
+    if now >= LARGEST_DRIFT and now >= 2 * first and together:
         mean = seen.value("output_mean", end, last)
         text = f"the mean of the stream is {mean:.3g} behind {seen.name(last)} at step {end}: "
         text += f"B2 {now:.2g}, it began at {first:.2g}"
-        yield _found("drift", "shared bias drift", int(last), int(end), now, DRIFT, "output_bias",
-                     text, confidence(now, DRIFT),
-                     "All branches of a stage get the same gradient for their bias, n blocks move "
-                     "the stream n times as far")  # fmt: skip
+        item = DRIFT.evidence("output_bias", now, LARGEST_DRIFT, text, step=end, block=last)
+        yield DRIFT.found(item, confidence=confidence(now, LARGEST_DRIFT))
 
 
 def fp16_overflow(seen: RunData) -> Outcome:
     """The first non-finite activation is in a float16 block whose numbers were large before."""
     found = seen.first_nonfinite
     if not seen.steps:
-        yield NotJudged("fp16_overflow", "no step was recorded")
+        yield FP16_OVERFLOW.not_judged("no step was recorded")
     halves = {row["index"] for row in seen.rows if row.get("dtype") == "float16"}
     if not halves or found is None or found.direction != "forward" or found.block not in halves:
         return
@@ -208,13 +205,15 @@ def fp16_overflow(seen: RunData) -> Outcome:
         for site in ("input", "branch", "shortcut", "output")
     ]
     near = max(sizes, default=0.0)
-    started = found.step == 0 or seen.first_nonfinite is not None
-    if near >= NEAR_RANGE or (found.step == seen.steps[0] and started):
+    if near >= NEAR_RANGE or found.step == seen.steps[0]:
         text = f"{seen.name(found.block)} leaves the range of float16 ({HALF_RANGE:.0f}) at step "
         text += f"{found.step}, site {found.site}; the largest RMS before is {near:.3g}"
-        why = "float32 or bfloat16 holds such numbers; so does a smaller branch"
-        yield _found("fp16_overflow", "float16 overflow", found.block, found.step, HALF_RANGE,
-                     HALF_RANGE, f"{found.site}_nonfinite", text, 0.9, why)  # fmt: skip
+        metric = f"{found.site}_nonfinite"
+        yield FP16_OVERFLOW.found(
+            FP16_OVERFLOW.evidence(
+                metric, HALF_RANGE, HALF_RANGE, text, step=found.step, block=found.block
+            )
+        )
 
 
 def _since(bad: "pd.Series[bool]") -> int:
@@ -224,24 +223,60 @@ def _since(bad: "pd.Series[bool]") -> int:
     return int(bad.index[len(held) - max(1, count)])
 
 
-def _found(
-    name: str,
-    cause: str,
-    block: int,
-    step: int,
-    value: float,
-    threshold: float,
-    metric: str,
-    text: str,
-    sure: float,
-    why: str,
-) -> Finding:
-    evidence = Evidence(
-        metric=metric, step=step, block=block, value=value, threshold=threshold, text=text,
-        source=_SOURCE,
-    )  # fmt: skip
-    return Finding(
-        name=name, step=step, block=block, cause=cause, summary=text[:1].upper() + text[1:] + ".",
-        why=why + ".", evidence=(evidence,), next=("resdiag plot biasshift", "resdiag plot signal"),
-        confidence=sure,
-    )  # fmt: skip
+_PLOTS = ("biasshift", "signal")
+
+DEAD_BLOCK = Rule(
+    name="dead_block",
+    judge=dead_block,
+    needs=("branch_channel_std", "output_channel_std", "dead_fraction"),
+    applies="runs with 2 recorded steps after the first update",
+    cause="the branch is constant",
+    why="Without a spread in it there is no gradient for its parameters",
+    remedy="look for a bias that closes the activations, and for a weight or factor of zero",
+    plots=_PLOTS,
+    thresholds=(CONSTANT_BRANCH, CONSTANT_OUTPUT, DEAD),
+)
+SATURATED_BLOCK = Rule(
+    name="saturated_block",
+    judge=saturated_block,
+    needs=("saturated_fraction",),
+    applies="blocks with a saturating activation on their branch: tanh, sigmoid, ELU, ...",
+    cause="activations saturated",
+    why="A flat curve passes no gradient: the units stay where they are",
+    remedy="normalise what enters the activation, or begin with smaller weights",
+    plots=_PLOTS,
+    thresholds=(SATURATED, BESIDE_OTHERS),
+)
+BIAS_SHIFT = Rule(
+    name="bias_shift",
+    judge=bias_shift,
+    needs=("output_channel_mean_rms", "output_channel_std"),
+    cause="bias shift",
+    why="The part of the signal that is the same for every sample dominates it",
+    remedy="look for a constant that the block adds; a normalisation of its branch removes it",
+    plots=_PLOTS,
+    thresholds=(LARGEST_SHIFT, SHIFT_JUMP),
+)
+DRIFT = Rule(
+    name="drift",
+    judge=drift,
+    needs=("output_channel_mean_rms", "output_channel_std", "branch_mean"),
+    applies="identity shortcuts with nothing after the addition",
+    cause="shared bias drift",
+    why="All branches of a stage get the same gradient for their bias, n blocks move the stream n "
+    "times as far",
+    remedy="lower the learning rate of the branches' last biases, or leave them out",
+    plots=_PLOTS,
+    thresholds=(LARGEST_DRIFT,),
+)
+FP16_OVERFLOW = Rule(
+    name="fp16_overflow",
+    judge=fp16_overflow,
+    needs=tuple(f"{site}_nonfinite" for site in SITES),
+    applies="blocks that compute in float16",
+    cause="float16 overflow",
+    why="float32 or bfloat16 holds such numbers; so does a smaller branch",
+    remedy="compute this block in bfloat16 or float32",
+    plots=_PLOTS,
+    thresholds=(HALF_RANGE, NEAR_RANGE),
+)

@@ -5,21 +5,15 @@ import textwrap
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from resdiag.diagnose.finding import Evidence, Finding, NotJudged, plain
-from resdiag.diagnose.mechanism import suggest_plots
-from resdiag.diagnose.rules import RULES
+from resdiag.diagnose.advice import plots
+from resdiag.diagnose.finding import Evidence, Finding, NotJudged, Rule, plain
+from resdiag.diagnose.registry import CAUSES_FROM_THE_START, FINDINGS, HEALTHY, is_built_in
 from resdiag.diagnose.rundata import RunData
 from resdiag.runs.folder import Run
 from resdiag.runs.watched import opened
 
 if TYPE_CHECKING:
     from resdiag.watch.loop.monitor import Monitor
-
-NAMES = (*(rule.__name__ for rule in RULES), "healthy")
-"""Every verdict on one run, most upstream cause first: the first that fires names the run."""
-
-LATE = ("dead_block", "saturated_block", "branch_too_large", "vanishing", "bias_shift")
-"""Causes while they were there from the beginning; what came with training is a consequence."""
 
 _COLUMNS = 100
 _INDENT = 10
@@ -30,7 +24,7 @@ class Verdict:
     """The conclusion on one run.
 
     Attributes:
-        name: One of `NAMES`: the most upstream rule that fired.
+        name: The most upstream rule that fired, a key of `resdiag.FINDINGS`, or "healthy".
         cause: The cause in a few words; "" if nothing fired.
         step: Step since when; None if it covers the run or nothing fired.
         block: Index of the first block concerned; None if none can be named.
@@ -39,7 +33,7 @@ class Verdict:
         why: One or two sentences naming the mechanism, theory beside measurement.
         evidence: The numbers of every rule that fired, the verdict's own first.
         next: Commands to run next.
-        findings: Every rule that fired, in the order of `NAMES`.
+        findings: Every rule that fired, in the order of `resdiag.FINDINGS`.
         not_judged: Rules that could not be applied, each with its reason.
         waiting: Those of `not_judged` that a longer run would answer, with what they need.
     """
@@ -63,7 +57,7 @@ class Verdict:
 
 
 def judge(run: "Run | Monitor") -> Verdict:
-    """Judge a run by every rule of `resdiag.diagnose.rules`; the most upstream one names it.
+    """Judge a run by every rule of `resdiag.FINDINGS`; the most upstream one names it.
 
     A run that grew at initialisation and broke down later is `exploded_at_init`: that is the
     cause; its summary says both. No rule raises on a missing or odd column: what cannot be judged
@@ -74,7 +68,7 @@ def judge(run: "Run | Monitor") -> Verdict:
             progress.
     """
     seen = RunData(run := opened(run))
-    outcomes = [outcome for rule in RULES for outcome in rule(seen)]
+    outcomes = [outcome for row in FINDINGS.values() for outcome in _apply(row, seen)]
     findings = tuple(sorted((i for i in outcomes if isinstance(i, Finding)), key=_place))
     unanswered = [i for i in outcomes if isinstance(i, NotJudged)]
     waiting = tuple(i for i in unanswered if i.needs)
@@ -130,10 +124,19 @@ def unjudged(verdict: Verdict) -> list[str]:
     return [*lines, *([f"needs a longer run: {short}"] if short else [])]
 
 
+def _apply(row: Rule, seen: RunData) -> list[Finding | NotJudged]:
+    if is_built_in(row):
+        return list(row.judge(seen))
+    try:
+        return list(row.judge(seen))
+    except Exception as error:  # somebody else's rule must not take the verdict from a run
+        return [row.not_judged(f"{type(error).__name__}: {error}")]
+
+
 def _place(finding: Finding) -> int:
     """Where a finding stands among causes and consequences."""
-    late = finding.name in LATE and (finding.step or 0) > 0
-    return NAMES.index("exploded" if late else finding.name)
+    late = finding.name in CAUSES_FROM_THE_START and (finding.step or 0) > 0
+    return list(FINDINGS).index("exploded" if late else finding.name)
 
 
 def _healthy(seen: RunData, not_judged: tuple[str, ...], waiting: tuple[NotJudged, ...]) -> Verdict:
@@ -143,11 +146,11 @@ def _healthy(seen: RunData, not_judged: tuple[str, ...], waiting: tuple[NotJudge
     if len(losses) and seen.classes:
         span += f" (guessing is {math.log(seen.classes):.3g})"
     return Verdict(
-        name="healthy",
+        name=HEALTHY,
         summary=f"No rule fired{span}.",
         why="Growth, gradients, skip path and loss stayed within the thresholds of "
-        "resdiag.diagnose.rules" + ("; see what could not be judged." if not_judged else "."),
-        next=suggest_plots(seen),
+        "every rule" + ("; see what could not be judged." if not_judged else "."),
+        next=plots(seen, "signal", "gradnorms", "biasshift"),
         not_judged=not_judged,
         waiting=waiting,
     )

@@ -10,7 +10,7 @@ import numpy as np
 
 from resdiag.data.dataset import ImageData, open_data
 from resdiag.data.registry import known_specs
-from resdiag.diagnose.verdict import NAMES
+from resdiag.diagnose.registry import FINDINGS, HEALTHY
 from resdiag.errors import UsageError, unknown
 from resdiag.interventions.additions import find_sites
 from resdiag.interventions.arms import ArmResult, train_arm
@@ -271,8 +271,8 @@ def try_on_model(
     """
     if not 0 < lr < math.inf:
         raise UsageError(f"--lr {lr} must be positive")
-    if claim and claim not in NAMES:
-        raise unknown("finding", claim, NAMES)
+    if claim and claim not in (*FINDINGS, HEALTHY):
+        raise unknown("finding", claim, (*FINDINGS, HEALTHY))
 
     def start_of(seed: int) -> ModelStart:
         built = build_source(model, dict(arguments or {}), seed=0 if weights else seed)

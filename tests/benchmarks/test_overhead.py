@@ -1,12 +1,10 @@
-"""The benchmark of the recorder: its arithmetic, and one tiny run of the command."""
+"""The benchmark of the recorder: its arithmetic, and one tiny run of the script."""
 
 import json
 
+import overhead
 import pytest
-
-from resdiag.cli.main import app
-from resdiag.study import overhead
-from resdiag.study.overhead import STRIDES, plain_seconds, summarise
+from overhead import STRIDES, plain_seconds, summarise
 
 
 def test_ratios_are_medians_of_one_repetition_over_the_plain_step_of_the_same():
@@ -48,9 +46,9 @@ def test_a_step_is_compared_with_the_plain_ones_before_and_after_it(monkeypatch)
     assert plain_seconds(busy) == 1
 
 
-def test_the_command_prints_its_rows_as_json(capsys):
-    words = ["bench", "overhead", "--depth", "8", "--batch-size", "2", "--threads", "1"]
-    assert app.run([*words, "--repetitions", "2", "--json"]) == 0
+def test_the_script_prints_its_rows_as_json(capsys):
+    words = ["--depth", "8", "--batch-size", "2", "--threads", "1"]
+    overhead.main([*words, "--repetitions", "2", "--json"])
     printed = json.loads(capsys.readouterr().out)
     names = {(row["name"], row["every"]) for row in printed["rows"]}
     assert names >= {("null", 0), ("naive", 1), ("core", 1), ("full", 1), ("full", 10)}
@@ -60,5 +58,6 @@ def test_the_command_prints_its_rows_as_json(capsys):
 
 
 def test_a_variant_without_residual_blocks_is_refused(capsys):
-    assert app.run(["bench", "overhead", "--variant", "plain"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        overhead.main(["--variant", "plain"])
     assert "'plain' has no residual blocks" in capsys.readouterr().err

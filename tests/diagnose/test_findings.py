@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from judged_runs import STEPS, run_of
 from made_runs import (
     continue_run,
     make_blocks,
@@ -17,62 +18,10 @@ from made_runs import (
     open_writer,
 )
 
-from resdiag.catalog.table import SITES
 from resdiag.cli.main import app
 from resdiag.diagnose.degraded import compare
 from resdiag.diagnose.finding import confidence
-from resdiag.diagnose.verdict import NAMES, judge
-from resdiag.runs.folder import Run
-from resdiag.runs.watched import WatchedConfig
-
-BLOCKS, STEPS = 6, 20
-
-
-def run_of(change=None, *, steps=STEPS, blocks=None, **fields):
-    """A healthy foreign run; `change(cell, curve)` makes it ill."""
-    grid = pd.MultiIndex.from_product([range(steps), range(BLOCKS)], names=["step", "block"])
-    metrics = pd.DataFrame(index=grid)
-    for site in SITES:
-        metrics[f"{site}_channel_mean_rms"], metrics[f"{site}_channel_std"] = 0.1, 1.0
-        metrics[f"{site}_mean"] = 0.05
-        for q, value in ((10, -0.1), (50, 0.02), (90, 0.15)):
-            metrics[f"{site}_mean_q{q}"] = value
-        metrics[f"{site}_nonfinite"] = 0.0
-    ordinary = {
-        "branch_ratio": 0.5, "grad_param": 0.1, "grad_input": 1.0, "grad_output": 1.0,
-        "grad_nonfinite": 0.0, "shortcut_share": 0.8, "update_ratio": 1e-3,
-        "saturated_fraction": 0.5, "dead_fraction": 0.0, "skip_gain": 1.0,
-    }  # fmt: skip
-    for name, value in ordinary.items():
-        metrics[name] = value
-    curve = pd.DataFrame({"step": range(steps)})
-    curve["loss"] = 2.3 * 0.97 ** curve["step"]
-    curve = curve.assign(
-        lr=0.1, grad_norm=1.0, momentum=0.9, weight_decay=1e-4, label_share=0.2,
-        data_mean=0.0, data_std=1.0, data_nonfinite=0.0,
-    )  # fmt: skip
-    if change:
-
-        def cell(metric, value, *, step=slice(None), block=slice(None)):
-            metrics.loc[(step, block), metric] = value
-
-        change(cell, curve)
-    rows = blocks or [
-        {
-            "index": i, "name": f"b{i}", "stage": 0, "transition": False, "shortcut": "identity",
-            "after_add": "none", "branch": ["conv2d", "batch_norm", "relu", "conv2d"],
-        }
-        for i in range(BLOCKS)
-    ]  # fmt: skip
-    return Run(
-        config=WatchedConfig(model="net", optimizer="SGD", lr=0.1),
-        blocks=rows,
-        data={"classes": 10},
-        steps=steps,
-        metrics_frame=metrics.reset_index(),
-        curve_frame=curve,
-        **fields,
-    )
+from resdiag.diagnose.verdict import judge
 
 
 def verdict_of(change=None, **options):
@@ -318,7 +267,6 @@ def test_the_verdict_has_a_cause_and_a_confidence_in_json():
     assert (said["name"], said["block"], said["step"]) == ("branch_too_large", 2, 0)
     assert 0.9 < said["confidence"] < 1
     assert said["findings"][0]["name"] == "branch_too_large"
-    assert NAMES[-1] == "healthy"
 
 
 # -- several runs ------------------------------------------------------------------------------

@@ -10,65 +10,19 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from judged_runs import blocks_of, plant
 
-from resdiag.catalog.table import RECORDED, RECORDED_PER_STEP, SITES
+from resdiag.catalog.table import RECORDED, RECORDED_PER_STEP
 from resdiag.diagnose.finding import plain
 from resdiag.diagnose.nonfinite import find_first_nonfinite
-from resdiag.diagnose.verdict import NAMES, judge, render
+from resdiag.diagnose.registry import FINDINGS, HEALTHY
+from resdiag.diagnose.verdict import judge, render
 from resdiag.models.variants import VARIANTS
-from resdiag.runs.config import RunConfig
 from resdiag.runs.folder import Run
 from resdiag.theory.prediction import predict
 
 LN10 = math.log(10)
 NORMALISED = ("original", "elu_after", "elu", "no_relu", "relu_pre")
-
-
-def blocks_of(depth, shortcut="identity"):
-    n = (depth - 2) // 6
-    return [
-        {"index": i, "name": f"stages.{i // n}.{i % n}", "stage": i // n, "shortcut": shortcut}
-        | {"transition": i > 0 and i % n == 0}
-        for i in range(3 * n)
-    ]
-
-
-def plant(variant="elu", depth=20, *, steps=30, lr=0.01, change=None, **options):
-    """A run whose step 0 is theory's, and whose loss falls; `change(metrics, curve)` plants."""
-    theory = predict(variant, depth)
-    count = len(theory.second_moment)
-    moments = np.append(theory.s0, theory.second_moment)
-    back = np.exp(np.cumsum(np.log(theory.grad_growth)[::-1])[::-1] / 2)
-    one_step = {
-        "block": np.arange(count),
-        "input_channel_mean_rms": np.zeros(count),
-        "input_channel_std": np.sqrt(moments[:-1]),
-        "output_channel_mean_rms": np.zeros(count),
-        "output_channel_std": np.sqrt(moments[1:]),
-        "input_mean": np.append(theory.m0, theory.mean[:-1]),
-        "output_mean": theory.mean,
-        "skip_gain": theory.skip_gain,
-        "grad_param": np.ones(count),
-        "grad_input": back,
-        "grad_output": np.append(back[1:], 1.0),
-        "grad_nonfinite": np.zeros(count),
-        **{f"{site}_nonfinite": np.zeros(count) for site in SITES},
-    }
-    metrics = pd.concat([pd.DataFrame({"step": s, **one_step}) for s in range(steps)])
-    metrics = metrics.reset_index(drop=True).astype(dict.fromkeys(one_step, float))
-    step = np.arange(steps)
-    curve = pd.DataFrame(
-        {"step": step, "epoch": step / 100, "loss": 2.4 * 0.97**step, "lr": lr, "grad_norm": 2.0}
-    )
-    if change:
-        change(metrics, curve)
-    config = RunConfig(
-        variant=variant, depth=depth, data="digits", recipe="short", steps=steps, batch_size=64,
-        lr=lr, milestones=(), augment=False, record_first=10, every=1, eval_every=0,
-        commit_every=10,
-    )  # fmt: skip
-    fields = {"data": {"classes": 10}, "steps": steps, "blocks": blocks_of(depth)}
-    return Run(config=config, metrics_frame=metrics, curve_frame=curve, **(fields | options))
 
 
 def fake(metrics, curve, *, variant="elu", **fields):
@@ -344,7 +298,7 @@ def test_an_empty_run_is_judged_to_be_unjudged():
     empty = fake(pd.DataFrame(), pd.DataFrame())
     verdict = judge(empty)
     assert verdict.name == "healthy"
-    assert {reason.split(":")[0] for reason in verdict.not_judged} >= set(NAMES[:-1])
+    assert {reason.split(":")[0] for reason in verdict.not_judged} >= set(FINDINGS)
 
 
 def test_an_unknown_network_is_judged_without_theory():
@@ -497,7 +451,7 @@ def frames(draw, columns):
 def test_no_frame_makes_a_verdict_raise(metrics, curve, variant, blocks, classes):
     run = fake(metrics, curve, variant=variant, blocks=blocks, data={"classes": classes})
     verdict = judge(run)
-    assert verdict.name in NAMES
+    assert verdict.name in (*FINDINGS, HEALTHY)
     json.dumps(verdict.to_dict(), allow_nan=False)
     assert all(len(line) <= 100 for line in render(verdict).splitlines())
     assert (verdict.name == "healthy") == (not verdict.findings)

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from planted.faults import FAULTS
+from planted.networks import DEVELOPMENT, HEALTHY, HELD_OUT, SmallNetwork, draw, loss_of
+from planted.trial import Fault, Trial
 
 from resdiag.diagnose.verdict import judge
 from resdiag.runs.folder import Run
 from resdiag.runs.watched import as_run
-from resdiag.study.faults import FAULTS, Fault, Trial
-from resdiag.study.patients import DEVELOPMENT, HEALTHY, HELD_OUT, Patient, draw, loss_of
 from resdiag.watch.find.blocks import find_blocks
 from resdiag.watch.loop.attach import attach
 
@@ -25,14 +26,14 @@ class Case:
     """One training of the suite.
 
     Attributes:
-        patient: The network.
+        network: The network.
         fault: What is planted; None for a healthy training.
         seed: Of weights and batches; it also chooses the block.
         strength: Factor on the fault's magnitude.
         told: Whether the loop tells the monitor its loss.
     """
 
-    patient: Patient
+    network: SmallNetwork
     fault: Fault | None
     seed: int
     strength: float = 1.0
@@ -41,19 +42,19 @@ class Case:
     @property
     def name(self) -> str:
         """What it is called in a table of cases."""
-        return f"{self.fault.name if self.fault else 'healthy'} | {self.patient.name} | {self.seed}"
+        return f"{self.fault.name if self.fault else 'healthy'} | {self.network.name} | {self.seed}"
 
 
 def prepare(case: Case) -> Trial:
     """Build the network and plant the fault; the global random state is seeded."""
     torch.manual_seed(case.seed)
-    patient = case.patient
-    model = patient.build()
-    images, _ = draw(patient, case.seed, 0)
-    blocks = find_blocks(model, images, blocks=patient.units or None)
+    network = case.network
+    model = network.build()
+    images, _ = draw(network, case.seed, 0)
+    blocks = find_blocks(model, images, blocks=network.units or None)
     residual = [b.index for b in blocks if not b.transition or b.index == 0] or [0]
     at = residual[(1 + 2 * case.seed) % len(residual)]
-    trial = Trial(patient, model, blocks, at, case.strength, patient.lr)
+    trial = Trial(network, model, blocks, at, case.strength, network.lr)
     if case.fault is not None:
         case.fault.plant(trial)
     elif case.told:
@@ -63,11 +64,11 @@ def prepare(case: Case) -> Trial:
 
 def train(case: Case, trial: Trial) -> Run:
     """Train as anybody would, watched; what was recorded."""
-    patient, model = case.patient, trial.model
+    network, model = case.network, trial.model
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer: torch.optim.Optimizer
-    if patient.optimizer == "adam":
+    if network.optimizer == "adam":
         optimizer = torch.optim.AdamW(trained, trial.lr, weight_decay=trial.decay)
     else:
         optimizer = torch.optim.SGD(
@@ -75,10 +76,10 @@ def train(case: Case, trial: Trial) -> Run:
         )
     losses: list[float] = []
     curve: dict[str, list[float]] = {name: [] for name in ("step", "train_loss", "test_loss")}
-    with attach(model, optimizer=optimizer, blocks=patient.units or None) as monitor:
+    with attach(model, optimizer=optimizer, blocks=network.units or None) as monitor:
         for step in range(trial.steps):
             trial.step = step
-            batch = trial.change(draw(patient, case.seed, step), step)
+            batch = trial.change(draw(network, case.seed, step), step)
             loss = trial.weigh(loss_of(model, batch))
             optimizer.zero_grad()
             loss.backward()
@@ -93,7 +94,7 @@ def train(case: Case, trial: Trial) -> Run:
                 for column, value in zip(curve.values(), values, strict=True):
                     column.append(value)
     run = as_run(
-        monitor, model=patient.name, data=patient.task, curve=curve if trial.evaluate else None
+        monitor, model=network.name, data=network.task, curve=curve if trial.evaluate else None
     )
     return replace(run, config=replace(run.config, variant=trial.variant))
 
@@ -102,7 +103,7 @@ def evaluate(case: Case, model: torch.nn.Module) -> float:
     """Mean loss on four batches of a seed that no training of the suite has."""
     model.eval()
     with torch.no_grad():
-        losses = [float(loss_of(model, draw(case.patient, 900, i))) for i in range(4)]
+        losses = [float(loss_of(model, draw(case.network, 900, i))) for i in range(4)]
     model.train()
     return sum(losses) / len(losses)
 
@@ -120,11 +121,11 @@ def cases(which: str) -> list[Case]:
             continuous test.
     """
     if which == "quick":
-        some = [c for c in [*cases("development"), *cases("held-out")] if c.patient.name in _CHEAP]
+        some = [c for c in [*cases("development"), *cases("held-out")] if c.network.name in _CHEAP]
         some = [c for c in some if c.seed in (0, 7)]
         healthy = [c for c in some[1::2] if c.fault is None]  # every one of them, of ill ones half
         return [*some[::2], *healthy][:_QUICK]
-    patients = DEVELOPMENT if which == "development" else HELD_OUT
+    networks = DEVELOPMENT if which == "development" else HELD_OUT
     seeds, strengths, each = {
         "development": ((0,), (1.0,), 2),
         "held-out": ((7, 8), (0.5, 3.0), 2),
@@ -133,9 +134,9 @@ def cases(which: str) -> list[Case]:
     found = []
     for seed, strength in zip(seeds, strengths, strict=True):
         also = HEALTHY if seed == 7 else ()
-        found += [Case(patient, None, seed) for patient in (*patients, *also)]
+        found += [Case(network, None, seed) for network in (*networks, *also)]
         for index, fault in enumerate(FAULTS):
-            fit = [p for p in patients if not fault.makes or p.name.startswith(fault.makes)]
+            fit = [p for p in networks if not fault.makes or p.name.startswith(fault.makes)]
             chosen = dict.fromkeys((index + 3 * seed + j) % len(fit) for j in range(each) if fit)
             for j, place in enumerate(chosen):
                 factor = strength if fault.scales else 1.0

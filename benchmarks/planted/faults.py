@@ -1,113 +1,36 @@
-"""Faults to plant in a training, each with the finding that names it.
+"""The faults that are planted in trainings, each with the finding that names it.
 
 A fault changes the trial before it begins: the model, its batches, its loss or its optimizer.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+from planted.networks import Batch, draw, loss_of
+from planted.trial import Fault, Trial
 from torch import Tensor, nn
 
 from resdiag.models.resnet import Block as OurBlock
-from resdiag.study.patients import Batch, Patient, draw, loss_of
-from resdiag.watch.find.blocks import Block
-
-
-@dataclass(eq=False)
-class Trial:
-    """One training that is about to begin.
-
-    Attributes:
-        patient: The network's description.
-        model: The network.
-        blocks: Its blocks.
-        at: Index of the block that is to be ill.
-        strength: Factor on the fault's own magnitude.
-        lr: Learning rate.
-        momentum: Of SGD.
-        decay: Weight decay.
-        steps: Steps of the training.
-        change: Applied to every batch.
-        weigh: Applied to every loss.
-        before: Called with the step before each optimizer step.
-        updates: Whether the optimizer steps at all.
-        evaluate: Steps between two evaluations on other batches; 0 for none.
-        variant: Id of the variant, where the run says it, as those of `resdiag run` do.
-    """
-
-    patient: Patient
-    model: nn.Module
-    blocks: list[Block]
-    at: int
-    strength: float
-    lr: float
-    momentum: float = 0.9
-    decay: float = 1e-4
-    steps: int = 30
-    change: Callable[[Batch, int], Batch] = lambda batch, step: batch
-    weigh: Callable[[Tensor], Tensor] = lambda loss: loss
-    before: Callable[[int], None] = lambda step: None
-    updates: bool = True
-    evaluate: int = 0
-    variant: str = ""
-    step: int = field(default=0)
-
-    @property
-    def owner(self) -> nn.Module:
-        """The module of the ill block."""
-        return self.model.get_submodule(self.blocks[self.at].owner)
-
-    @property
-    def branch(self) -> nn.Module:
-        """The module whose output is the ill block's branch."""
-        return self.model.get_submodule(self.blocks[self.at].branch_module)
-
-    def on_output(self, module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace a module's output; of several the first."""
-
-        def hook(_: nn.Module, __: object, out: Any) -> Any:  # noqa: ANN401
-            return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
-
-        module.register_forward_hook(hook)
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One kind of fault.
-
-    Attributes:
-        name: What it is called in tables.
-        plant: Changes a trial.
-        finding: The verdict that names it.
-        where: Whether it sits in a block: "block", "first" for the first of several, or "".
-        makes: Patients it can be planted in, by the beginnings of their names; () for all.
-        scales: Whether its magnitude is varied in the held-out set.
-    """
-
-    name: str
-    plant: Callable[[Trial], None]
-    finding: str
-    where: str = ""
-    makes: tuple[str, ...] = ()
-    scales: bool = False
-
 
 _OURS = ("original", "elu", "relu_pre", "no_relu")
-_BN = ("original", "elu", "relu_pre", "no_relu", "plain-bn")
 _RESIDUAL = (*_OURS, "residual", "vit", "gpt2", "bottlenecks", "convnext", "llama")
 _IDENTITY = (*_OURS, "residual", "bottlenecks")  # whose shortcut is a module of its own
 _AFTER = (*_OURS, "residual")
+_RELU = ("original", "relu_pre", "no_relu", "residual", "bottlenecks")
+_CURVED = ("elu", "residual", "plain")
+_BARE = ("bare-residual",)
+_CLIPPED = (*_OURS, "residual-mlp", "bottlenecks", "plain")
+_DECAYED = (*_OURS, "residual", "bottlenecks", "plain")
 _IMAGES = (*_OURS, "residual", "vit", "bottlenecks", "convnext", "plain-bn")
 
 
 def _scale(factor: float) -> Callable[[Trial], None]:
-    def plant(trial: Trial) -> None:
-        trial.on_output(trial.branch, lambda x: x * (factor * trial.strength))
+    return lambda trial: trial.on_output(trial.branch, lambda x: x * (factor * trial.strength))
 
-    return plant
+
+def _branch(change: Callable[[Tensor], Tensor]) -> Callable[[Trial], None]:
+    return lambda trial: trial.on_output(trial.branch, change)
 
 
 def _nan_later(trial: Trial) -> None:
@@ -192,6 +115,10 @@ def _shortcut(
     return plant
 
 
+def _shortcuts(factor: float) -> Callable[[Trial], None]:
+    return _shortcut(lambda x: factor * x, everywhere=True)
+
+
 def _rate(factor: float) -> Callable[[Trial], None]:
     def plant(trial: Trial) -> None:
         trial.lr *= factor * trial.strength
@@ -210,7 +137,7 @@ def _negate(trial: Trial) -> None:
 def _random_labels(trial: Trial) -> None:
     def change(batch: Batch, step: int) -> Batch:
         generator = torch.Generator().manual_seed(step + 77)
-        high = 10 if trial.patient.task == "images" else 32
+        high = 10 if trial.network.task == "images" else 32
         return batch[0], torch.randint(0, high, batch[1].shape, generator=generator)
 
     trial.change = change
@@ -283,12 +210,12 @@ def _sigmoid_after(trial: Trial) -> None:
 
 def _risky(trial: Trial) -> None:
     """The first step is 1.2 / ||g_0|| long, and the run is looked at after its second step."""
-    loss = loss_of(trial.model, draw(trial.patient, 0, 0))
+    loss = loss_of(trial.model, draw(trial.network, 0, 0))
     gradients = torch.autograd.grad(loss, list(trial.model.parameters()))
     norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
     trial.lr = 1.2 * trial.strength / norm
     trial.steps = 2
-    trial.variant = trial.patient.name.rsplit("-", 1)[0]
+    trial.variant = trial.network.name.rsplit("-", 1)[0]
 
 
 def _shared_bias(trial: Trial) -> None:
@@ -301,7 +228,7 @@ def _shared_bias(trial: Trial) -> None:
 
 def _few_samples(trial: Trial) -> None:
     """The same sixteen samples at every step, looked at beside others."""
-    few = draw(trial.patient, 4321, 0)
+    few = draw(trial.network, 4321, 0)
     trial.change = lambda batch, step: (few[0][:16], few[1][:16])
     trial.steps, trial.evaluate = 120, 12
 
@@ -311,106 +238,31 @@ FAULTS = (
     Fault("branch x1000", _scale(1000.0), "branch_too_large", "block", _RESIDUAL, scales=True),
     Fault("NaN in a branch at step 9", _nan_later, "exploded", "block", _RESIDUAL),
     Fault("infinite weight", _infinite_weight, "exploded", "block", _IDENTITY),
-    Fault(
-        "a stage without BatchNorm",
-        _remove_norms,
-        "missing_norm",
-        "first",
-        ("original", "elu", "relu_pre", "no_relu"),
-    ),
-    Fault(
-        "a block without its norm",
-        _remove_norm,
-        "missing_norm",
-        "block",
-        ("original", "relu_pre", "no_relu", "residual", "bottlenecks"),
-    ),
+    Fault("a stage without BatchNorm", _remove_norms, "missing_norm", "first", _OURS),
+    Fault("a block without its norm", _remove_norm, "missing_norm", "block", _RELU),
     Fault("BatchNorm in evaluation mode", _evaluation_mode, "missing_norm", "", _OURS),
-    Fault(
-        "dead units: input -100",
-        _dead,
-        "dead_block",
-        "block",
-        ("original", "relu_pre", "no_relu", "residual", "bottlenecks", "plain"),
-    ),
-    Fault(
-        "tanh of 100 x",
-        _saturated,
-        "saturated_block",
-        "block",
-        ("elu", "residual", "plain"),
-        scales=True,
-    ),
+    Fault("dead units: input -100", _dead, "dead_block", "block", (*_RELU, "plain")),
+    Fault("tanh of 100 x", _saturated, "saturated_block", "block", _CURVED, scales=True),
     Fault("frozen block", _frozen, "frozen_block", "block", _IDENTITY),
-    Fault(
-        "branch detached",
-        lambda t: t.on_output(t.branch, lambda x: x.detach()),
-        "detached_branch",
-        "block",
-        _RESIDUAL,
-    ),
-    Fault(
-        "shortcut detached",
-        _shortcut(lambda x: x.detach()),
-        "detached_shortcut",
-        "block",
-        _IDENTITY,
-    ),
-    Fault(
-        "shortcut's sign flipped", _shortcut(lambda x: -x), "shortcut_scaled", "block", _IDENTITY
-    ),
-    Fault(
-        "shortcuts x 0.5",
-        _shortcut(lambda x: 0.5 * x, everywhere=True),
-        "shortcut_scaled",
-        "first",
-        _IDENTITY,
-    ),
-    Fault(
-        "shortcuts x 1.5",
-        _shortcut(lambda x: 1.5 * x, everywhere=True),
-        "shortcut_scaled",
-        "first",
-        _IDENTITY,
-    ),
+    Fault("branch detached", _branch(torch.detach), "detached_branch", "block", _RESIDUAL),
+    Fault("shortcut detached", _shortcut(torch.detach), "detached_shortcut", "block", _IDENTITY),
+    Fault("shortcut's sign flipped", _shortcut(torch.neg), "shortcut_scaled", "block", _IDENTITY),
+    Fault("shortcuts x 0.5", _shortcuts(0.5), "shortcut_scaled", "first", _IDENTITY),
+    Fault("shortcuts x 1.5", _shortcuts(1.5), "shortcut_scaled", "first", _IDENTITY),
     Fault("learning rate x 300", _rate(300), "lr_too_high", scales=True),
     Fault("learning rate / 1e5", _rate(1e-5), "lr_too_low", scales=True),
-    Fault(
-        "gradients clipped to 1e-7",
-        _clip,
-        "lr_too_low",
-        "",
-        (*_OURS, "residual-mlp", "bottlenecks", "plain"),
-    ),
+    Fault("gradients clipped to 1e-7", _clip, "lr_too_low", "", _CLIPPED),
     Fault("optimizer never steps", _no_update, "lr_too_low"),
-    Fault(
-        "weight decay takes 10 % a step",
-        _decay,
-        "weight_decay_too_large",
-        "",
-        (*_OURS, "residual", "bottlenecks", "plain"),
-    ),
+    Fault("weight decay takes 10 % a step", _decay, "weight_decay_too_large", "", _DECAYED),
     Fault("constant labels", _constant_labels, "data_fault"),
     Fault("random labels", _random_labels, "stalled"),
     Fault("raw pixels 0..255", _raw_pixels, "data_fault", "", _IMAGES, scales=True),
     Fault("NaN in a pixel at step 6", _nan_pixel, "data_fault", "", _IMAGES),
     Fault("blank images", _blank, "data_fault", "", _IMAGES),
-    Fault(
-        "branch + 30",
-        _shift,
-        "bias_shift",
-        "block",
-        ("original", "elu", "relu_pre", "no_relu", "residual"),
-    ),
+    Fault("branch + 30", _shift, "bias_shift", "block", _AFTER),
     Fault("float16 overflow", _half, "fp16_overflow", "block", ("residual", "vit", "gpt2")),
     Fault("weights x 0.1 without norm", _rescale_weights(0.1), "vanishing", "", ("bare-plain",)),
-    Fault(
-        "weights x 2 without norm",
-        _rescale_weights(2.0),
-        "exploded_at_init",
-        "",
-        ("bare-residual",),
-    ),
+    Fault("weights x 2 without norm", _rescale_weights(2.0), "exploded_at_init", "", _BARE),
     Fault("loss with the wrong sign", _negate, "loss_fault"),
     Fault("sigmoid behind every addition", _sigmoid_after, "skip_collapsed", "", _AFTER),
     Fault("first step of 1.2 / ||g_0||", _risky, "at_risk", "", _OURS),

@@ -4,14 +4,11 @@ import json
 import math
 from pathlib import Path
 
+import planted_faults
 import pytest
 import torch
 import torchvision
-
-from resdiag.cli.main import app
-from resdiag.diagnose.verdict import judge
-from resdiag.runs.watched import as_run
-from resdiag.study.calibration import (
+from planted.calibration import (
     SETS,
     Result,
     cases,
@@ -19,7 +16,10 @@ from resdiag.study.calibration import (
     count_false_alarms,
     score,
 )
-from resdiag.study.patients import DEVELOPMENT, HEALTHY, HELD_OUT
+from planted.networks import DEVELOPMENT, HEALTHY, HELD_OUT
+
+from resdiag.diagnose.verdict import judge
+from resdiag.runs.watched import as_run
 from resdiag.watch.loop.attach import attach
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "pathologies.json"
@@ -53,7 +53,7 @@ def test_precision_and_recall_by_hand():
 
 
 def test_the_sets_share_no_network_and_are_large_enough():
-    names = [patient.name for patient in (*DEVELOPMENT, *HELD_OUT, *HEALTHY)]
+    names = [network.name for network in (*DEVELOPMENT, *HELD_OUT, *HEALTHY)]
     assert len(set(names)) == len(names)
     development, held = cases("development"), cases("held-out")
     assert {c.seed for c in development}.isdisjoint(c.seed for c in held)
@@ -66,7 +66,7 @@ def test_the_sets_share_no_network_and_are_large_enough():
 def test_the_quick_set_is_judged_right(capsys, tmp_path):
     """Real trainings of the cheapest networks: every verdict and block, no word on the healthy."""
     to = tmp_path / "cases.json"
-    assert app.run(["bench", "pathologies", "--json", "--to", str(to)]) == 0
+    planted_faults.main(["--json", "--to", str(to)])
     said = json.loads(capsys.readouterr().out)
     written = [Result.from_dict(case) for case in json.loads(to.read_text())["cases"]]
     assert written == [Result.from_dict(case) for case in said["cases"]]
@@ -80,8 +80,9 @@ def test_the_quick_set_is_judged_right(capsys, tmp_path):
 
 
 def test_an_unknown_set_is_refused(capsys):
-    assert app.run(["bench", "pathologies", "--set", "held_out"]) == 2
-    assert "did you mean 'held-out'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        planted_faults.main(["--set", "held_out"])
+    assert "held-out" in capsys.readouterr().err
 
 
 def test_the_committed_results_are_of_these_cases():

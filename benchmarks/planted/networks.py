@@ -21,7 +21,7 @@ _TOKENS, _LENGTH = 32, 16
 
 
 @dataclass(frozen=True)
-class Patient:
+class SmallNetwork:
     """One network and how it is trained.
 
     Attributes:
@@ -43,16 +43,16 @@ class Patient:
     units: tuple[str, ...] = ()
 
 
-def draw(patient: Patient, seed: int, step: int) -> Batch:
+def draw(network: SmallNetwork, seed: int, step: int) -> Batch:
     """The batch of a step: a function of seed and step."""
     generator = torch.Generator().manual_seed(1000 * seed + step)
-    if patient.task == "tokens":
-        first = torch.randint(0, _TOKENS, (patient.batch_size, 1), generator=generator)
+    if network.task == "tokens":
+        first = torch.randint(0, _TOKENS, (network.batch_size, 1), generator=generator)
         steps = torch.arange(_LENGTH + 1)
         tokens = (first * 5 ** (steps % 2) + 3 * steps) % _TOKENS
         return tokens[:, :-1], tokens[:, 1:]
     images, labels = _digits()
-    chosen = torch.randint(0, len(labels), (patient.batch_size,), generator=generator)
+    chosen = torch.randint(0, len(labels), (network.batch_size,), generator=generator)
     return images[chosen], labels[chosen]
 
 
@@ -234,14 +234,19 @@ def half_frozen() -> nn.Module:
     return model
 
 
-def _ours(name: str, depth: int, lr: float = 0.05) -> Patient:
-    return Patient(f"{name}-{depth}", variant(name, depth), lr=lr)
+def _ours(name: str, depth: int, lr: float = 0.05) -> SmallNetwork:
+    return SmallNetwork(f"{name}-{depth}", variant(name, depth), lr=lr)
 
 
-def _perceptron(name: str, blocks: int, activation: type[nn.Module], **options: Any) -> Patient:  # noqa: ANN401
+def _perceptron(
+    name: str,
+    blocks: int,
+    activation: type[nn.Module],
+    **options: Any,  # noqa: ANN401
+) -> SmallNetwork:
     norm = options.pop("norm", True)
     build = functools.partial(residual_perceptron, blocks, activation, norm=norm)
-    return Patient(name, build, **options)
+    return SmallNetwork(name, build, **options)
 
 
 def _plain(
@@ -250,14 +255,14 @@ def _plain(
     activation: type[nn.Module],
     gain: float,
     **options: Any,  # noqa: ANN401
-) -> Patient:
+) -> SmallNetwork:
     norm = options.pop("norm", False)
     build = functools.partial(plain, layers, activation, gain, norm=norm)
-    return Patient(name, build, units=tuple(str(i + 2) for i in range(layers)), **options)
+    return SmallNetwork(name, build, units=tuple(str(i + 2) for i in range(layers)), **options)
 
 
-def _stock(name: str) -> Patient:
-    return Patient(name, functools.partial(from_torchvision, name), lr=0.01, batch_size=8)
+def _stock(name: str) -> SmallNetwork:
+    return SmallNetwork(name, functools.partial(from_torchvision, name), lr=0.01, batch_size=8)
 
 
 DEVELOPMENT = (
@@ -265,8 +270,8 @@ DEVELOPMENT = (
     _ours("elu", 20),
     _ours("relu_pre", 20),
     _perceptron("residual-mlp", 6, nn.ReLU, lr=0.02),
-    Patient("vit", vision_transformer, lr=1e-3, optimizer="adam"),
-    Patient("gpt2", gpt2, "tokens", lr=3e-3, optimizer="adam"),
+    SmallNetwork("vit", vision_transformer, lr=1e-3, optimizer="adam"),
+    SmallNetwork("gpt2", gpt2, "tokens", lr=3e-3, optimizer="adam"),
     _plain("plain-bn", 5, nn.ReLU, 1.41, norm=True),
     _plain("bare-plain", 8, nn.ReLU, 1.41, lr=0.02),
     _perceptron("bare-residual", 4, nn.ReLU, norm=False, lr=0.01),
@@ -277,10 +282,10 @@ HELD_OUT = (
     _ours("elu_after", 20),
     _ours("no_relu", 32),
     _ours("original", 32),
-    Patient("bottlenecks-gn", bottlenecks),
+    SmallNetwork("bottlenecks-gn", bottlenecks),
     _perceptron("residual-mlp-gelu", 8, nn.GELU, lr=1e-3, optimizer="adam"),
-    Patient("convnext", convnext, lr=2e-3, optimizer="adam"),
-    Patient("llama", llama, "tokens", lr=3e-3, optimizer="adam"),
+    SmallNetwork("convnext", convnext, lr=2e-3, optimizer="adam"),
+    SmallNetwork("llama", llama, "tokens", lr=3e-3, optimizer="adam"),
     _plain("plain-bn-elu", 7, nn.ELU, 1.2, norm=True, lr=0.02),
     _plain("bare-plain-tanh", 6, nn.Tanh, 1.0, lr=0.02),
     _perceptron("bare-residual-elu", 5, nn.ELU, norm=False, lr=0.005),
@@ -290,11 +295,11 @@ HELD_OUT = (
 HEALTHY = (
     _ours("elu_after", 14),
     _ours("no_relu", 20),
-    Patient("plain-14", variant("plain", 14), units=("stages.*.*",)),
-    Patient("zero-gamma", zero_gamma),
-    Patient("dropout", dropping, lr=0.02),
-    Patient("half-frozen", half_frozen, lr=0.02),
-    Patient("bert", bert, "tokens", lr=3e-3, optimizer="adam"),
+    SmallNetwork("plain-14", variant("plain", 14), units=("stages.*.*",)),
+    SmallNetwork("zero-gamma", zero_gamma),
+    SmallNetwork("dropout", dropping, lr=0.02),
+    SmallNetwork("half-frozen", half_frozen, lr=0.02),
+    SmallNetwork("bert", bert, "tokens", lr=3e-3, optimizer="adam"),
     _stock("resnet18"),
     _stock("mobilenet_v3_small"),
 )

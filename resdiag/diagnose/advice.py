@@ -1,0 +1,51 @@
+"""What to try next: commands that fit the run; and its row in the table of variants."""
+
+import math
+from pathlib import Path
+
+from resdiag.diagnose.rundata import RunData
+from resdiag.errors import UsageError
+from resdiag.models.variants import Variant, find_variant
+from resdiag.theory.prediction import critical_lr
+
+
+def variant_of(seen: RunData) -> Variant | None:
+    """The row of the run's variant; None if it is another model."""
+    try:
+        return find_variant(seen.variant)
+    except UsageError:
+        return None
+
+
+def normalised_variant(seen: RunData) -> str:
+    """The normalised variant with the same activation and nothing after the addition."""
+    row = variant_of(seen)
+    return f"{'no_relu' if row and row.activation == 'relu' else 'elu'} --depth {seen.depth}"
+
+
+def plots(seen: RunData, *kinds: str) -> tuple[str, ...]:
+    """Commands that draw kinds of plots of the run."""
+    path = seen.run.path
+    where = "" if path == Path() else f" {path}"
+    return tuple(f"resdiag plot {kind}{where}" for kind in kinds)
+
+
+def lower_lr(seen: RunData) -> tuple[str, ...]:
+    """The same network at a tenth of the learning rate, or below the critical one if that is less.
+
+    Two digits, rounded down: rounding up could cross the threshold again.
+    """
+    norm = seen.scalar("grad_norm", 0)
+    lr, reason = seen.lr / 10, "a tenth of the learning rate"
+    if math.isfinite(norm) and critical_lr(norm) < lr:
+        lr, reason = critical_lr(norm), "below 0.6 / ||g_0||"
+    if not (lr > 0 and math.isfinite(lr)):
+        return ()
+    digit = 10.0 ** (math.floor(math.log10(lr)) - 1)
+    options = f"{seen.variant} --depth {seen.depth} --lr {math.floor(lr / digit) * digit:.2g}"
+    return run_variant(seen, options, reason)
+
+
+def run_variant(seen: RunData, options: str, reason: str) -> tuple[str, ...]:
+    """A run to compare with, if the network is one of ours."""
+    return (f"resdiag run --variant {options}  # {reason}",) if variant_of(seen) else ()

@@ -1,0 +1,321 @@
+"""Rules about what training comes to: a lost skip path, a loss that stalls, dies or overfits."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from resdiag.diagnose.advice import lower_lr, plots, run_variant, variant_of
+from resdiag.diagnose.finding import (
+    DEFINITION,
+    Evidence,
+    Finding,
+    Outcome,
+    Rule,
+    Threshold,
+    confidence,
+)
+from resdiag.diagnose.rundata import RunData
+from resdiag.diagnose.signal import LEAST_GRADIENT_ELSEWHERE
+from resdiag.theory.prediction import CRITICAL, critical_lr
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+STALL = Threshold(0.02, "How far below ln K the loss is, in units of ln K, where guessing ends.")
+GUESSING = Threshold(
+    1.25,
+    "Loss over ln K up to which it is guessing; above it something else is wrong.",
+)
+FALLING = Threshold(
+    0.005,
+    "Fall of the loss over the stalled steps, in units of ln K, that is more than noise.",
+)
+SURVIVED = Threshold(
+    50,
+    "Steps with a finite loss after which `at_risk` is refuted: the late deaths came by step 18.",
+)
+RISEN = Threshold(1.2, "Test loss over its minimum.")
+STAYS = Threshold(
+    0.8,
+    "Test loss over the largest since its minimum; below, it is on its way back.",
+)
+LEARNED = Threshold(
+    0.25,
+    "Training loss over the least test loss; above, the network is not far better on its own.",
+)
+EVALUABLE = Threshold(
+    100,
+    "Steps before evaluations count: BatchNorm's running averages lag behind the first.",
+)
+STALL_STEPS = Threshold(
+    50, "steps of a stall where there is no whole epoch: healthy networks may guess"
+)
+LEAST_GAIN = Threshold(0.05, "Skip gain at the last block.")
+LEAST_GRADIENT = Threshold(
+    0.3,
+    "Gradient at the first block's input over gradient at the last block's output.",
+)
+
+
+def skip_collapsed(seen: RunData) -> Outcome:
+    """Skip gain at the last block below 0.05, or total gradient ratio below 0.3, at the end."""
+    if seen.run.blocks and all(row.get("shortcut") == "none" for row in seen.run.blocks):
+        yield SKIP_COLLAPSED.not_judged("the network has no shortcuts")
+        return
+    if not seen.steps:
+        yield SKIP_COLLAPSED.not_judged("no step was recorded")
+        return
+    end = seen.steps[-1]
+    gain = seen.value("skip_gain", end, seen.indices[-1])
+    ratio = seen.gradient_ratio(end)
+    for value, what in ((gain, "skip gain"), (ratio, "gradient ratio")):
+        if not math.isfinite(value):
+            yield SKIP_COLLAPSED.not_judged(
+                f"{what} at the last recorded step {end}: not recorded or NaN"
+            )
+    last = seen.indices[-1]
+    evidence = []
+    if gain < LEAST_GAIN:
+        since = _since(seen, end, lambda step: seen.value("skip_gain", step, last) < LEAST_GAIN)
+        gains = seen.profile("skip_gain", end)
+        first = int((gains < LEAST_GAIN).to_numpy().argmax())
+        evidence.append(
+            SKIP_COLLAPSED.evidence(
+                "skip_gain",
+                gain,
+                LEAST_GAIN,
+                f"skip gain at the last block is {gain:.2g} at step {end}, "
+                f"below {LEAST_GAIN} since step {since}",
+                step=since,
+                block=int(gains.index[first]),
+            )
+        )
+    least = LEAST_GRADIENT if seen.variant else LEAST_GRADIENT_ELSEWHERE
+    if ratio < least:
+        since = _since(seen, end, lambda step: seen.gradient_ratio(step) < least)
+        evidence.append(
+            SKIP_COLLAPSED.evidence(
+                "grad_input",
+                ratio,
+                least,
+                f"gradient at the first block's input is {ratio:.2g} of that at the last "
+                f"block's output at step {end}, below {least} since step {since}",
+                step=since,
+                block=seen.indices[0],
+                source="Zaeemzadeh et al. 2018, arXiv:1805.07477; " + DEFINITION,
+            )
+        )
+    if evidence:
+        yield _explain_collapse(seen, evidence)
+
+
+def _explain_collapse(seen: RunData, evidence: Sequence[Evidence]) -> Finding:
+    row, theory = variant_of(seen), seen.prediction
+    what = SKIP_COLLAPSED.why
+    if row and row.after_add != "none":
+        what = (
+            f"The {row.after_add.upper()} after each addition multiplies the skip path by its slope"
+            " and has driven units below 0, where that slope is small"
+        )
+    gain = math.nan if theory is None else float(theory.skip_gain[-1])
+    at_init = "" if math.isnan(gain) else f"; theory at initialisation: skip gain {gain:.2g}"
+    items = list(evidence)
+    if at_init and theory is not None:
+        items.append(
+            Evidence(
+                metric="skip_gain",
+                step=0,
+                block=seen.indices[-1],
+                value=gain,
+                text=f"theory at initialisation: skip gain {gain:.2g} at the last "
+                f"block, measured at step 0: {seen.value('skip_gain', 0, seen.indices[-1]):.2g}",
+                source=theory.basis,
+            )
+        )
+    finding = SKIP_COLLAPSED.found(
+        *items,
+        summary="; ".join(item.text for item in evidence),
+        why=what + at_init,
+        next=(
+            *plots(seen, *SKIP_COLLAPSED.plots),
+            *run_variant(seen, f"elu --depth {seen.depth}", "nothing on the skip path"),
+            *lower_lr(seen),
+        ),
+    )
+    return replace(finding, step=min(item.step for item in evidence if item.step is not None))
+
+
+def _since(seen: RunData, end: int, bad: Callable[[int], bool]) -> int:
+    """The first recorded step from which on `bad` holds until the end."""
+    since = end
+    for step in reversed(seen.steps):
+        if not bad(step):
+            break
+        since = step
+    return since
+
+
+def stalled(seen: RunData) -> Outcome:
+    """Mean training loss from 0.98 to 1.25 ln K over the last epoch, and not falling.
+
+    Where there is no whole epoch, over the last 50 steps: healthy networks may guess that long.
+    """
+    losses, classes = seen.series("loss"), seen.classes
+    if classes is None:
+        yield STALLED.not_judged("the number of classes is unknown")
+        return
+    epochs = seen.series("epoch").reindex(losses.index)
+    epochs = epochs.where(np.isfinite(epochs))
+    whole = epochs.max() - epochs.min() >= 1
+    last = losses[epochs > epochs.max() - 1] if whole else losses.iloc[-int(STALL_STEPS) :]
+    if not whole and len(losses) < STALL_STEPS:
+        reason = f"{len(losses)} steps: less than an epoch and than {STALL_STEPS}"
+        yield STALLED.not_judged(reason, f"{STALL_STEPS} steps")
+        return
+    with np.errstate(all="ignore"):
+        mean = float(np.mean(last.to_numpy(dtype=float)))
+    if not math.isfinite(mean):
+        yield STALLED.not_judged("the loss is not finite at the end")
+        return
+    guessing = 1 - STALL <= mean / math.log(classes) <= GUESSING
+    if guessing and _is_falling(last, math.log(classes)):
+        reason = f"mean loss {mean:.3f} is that of guessing, and still falling"
+        yield STALLED.not_judged(reason, "a loss that has settled")
+    elif guessing:
+        span = "the last epoch" if whole else f"the last {len(last)} steps"
+        text = f"mean loss over {span} is {mean:.3f}, ln {classes} is {math.log(classes):.3f}"
+        least = (1 - STALL) * math.log(classes)
+        item = STALLED.evidence("loss", mean, least, text, step=int(last.index[0]))
+        yield STALLED.found(item, next=plots(seen, *STALLED.plots))
+
+
+def _is_falling(losses: "pd.Series[float]", unit: float) -> bool:
+    """Whether a straight line through the losses falls by more than noise: 3 standard errors."""
+    y = losses.to_numpy(dtype=float)
+    x = np.arange(len(y)) - (len(y) - 1) / 2
+    slope = float(x @ y / (x @ x)) if len(y) > 2 else 0.0
+    noise = float(np.std(y - y.mean() - slope * x)) / math.sqrt(float(x @ x)) if len(y) > 2 else 0.0
+    return slope < -3 * noise and -slope * len(y) > FALLING * unit
+
+
+def at_risk(seen: RunData) -> Outcome:
+    """Learning rate times gradient norm at step 0 is 0.6 or more, and the run has yet to live on.
+
+    It predicts: of the runs it was observed on, the last one died at step 18. A run that has made
+    `SURVIVED` steps with a finite loss has refuted it.
+    """
+    norm = seen.scalar("grad_norm", 0)
+    if not seen.variant:
+        reason = "observed on CIFAR networks under SGD only; `resdiag probe` measures the curvature"
+        yield AT_RISK.not_judged(reason)
+        return
+    if math.isnan(norm):
+        yield AT_RISK.not_judged("the gradient norm of step 0 was not recorded")
+        return
+    lr = seen.scalar("lr", 0)
+    lr = lr if math.isfinite(lr) else seen.lr
+    losses = seen.series("loss").to_numpy()
+    if not lr * norm >= CRITICAL or (len(losses) >= SURVIVED and np.isfinite(losses).all()):
+        return
+    text = f"lr x ||g_0|| = {lr:.3g} x {norm:.3g} = {lr * norm:.3g}; critical lr "
+    text += f"{critical_lr(norm):.1e}"
+    row, why = variant_of(seen), AT_RISK.why
+    if row and row.norm:
+        why += "; BatchNorm, as here, usually survives more, with a rough start"
+    if len(losses) and math.isfinite(losses[-1]):
+        why += f"; this run has survived {len(losses)} steps"
+    yield AT_RISK.found(
+        AT_RISK.evidence("lr_grad_norm", lr * norm, CRITICAL, text, step=0),
+        summary=f"{AT_RISK.cause} for the gradient: {text}",
+        why=why,
+        next=(*plots(seen, *AT_RISK.plots), *lower_lr(seen)),
+    )
+
+
+def overfit(seen: RunData) -> Outcome:
+    """The network has become far better on the training images than it ever was on others.
+
+    The test loss lies 20 % above its minimum at the last two of at least 4 evaluations, and is not
+    on its way back: above 80 % of the largest since then. The training loss went on falling, to
+    less than a quarter of the least test loss. Not in the first 100 steps: the running averages of
+    BatchNorm lag behind the weights there, and with them every evaluation.
+    """
+    test, train = (seen.series(name).dropna() for name in ("test_loss", "train_loss"))
+    if len(test) < 4 or len(train) < 4:
+        reason = f"{min(len(test), len(train))} evaluations, 4 needed"
+        yield OVERFIT.not_judged(reason, "4 evaluations")
+        return
+    if test.index[-1] + 1 < EVALUABLE:
+        reason = f"evaluations up to step {test.index[-1]}, {EVALUABLE} steps needed"
+        yield OVERFIT.not_judged(reason, f"{EVALUABLE} steps")
+        return
+    least = int(test.to_numpy().argmin())
+    best = int(test.index[least])
+    rose = (test.iloc[-2:] > RISEN * test.iloc[least]).all()
+    stays = test.iloc[-1] > STAYS * test.iloc[least:].max()
+    fell = train.iloc[-1] < min(train.get(best, math.inf), LEARNED * test.iloc[least])
+    if rose and stays and fell:
+        text = f"test loss {test.iloc[-1]:.3g}, its minimum was {test[best]:.3g} at step {best}; "
+        text += f"training loss fell to {train.iloc[-1]:.3g}"
+        worst, limit = float(test.iloc[-1]), RISEN * float(test[best])
+        yield OVERFIT.found(
+            OVERFIT.evidence("test_loss", worst, limit, text, step=best),
+            next=plots(seen, *OVERFIT.plots),
+            confidence=confidence(worst, limit / 1.2),
+        )
+
+
+STALLED = Rule(
+    name="stalled",
+    judge=stalled,
+    needs=("loss",),
+    applies="a cross-entropy of a known number of classes",
+    cause="the network guesses",
+    why="The network guesses: its output does not depend on the image. Look for dead or "
+    "saturated units, for updates that are too small, and for labels that do not fit",
+    remedy="check that labels fit their images, and that the updates are about 1e-3 of the weights",
+    plots=("curves", "updates", "skip"),
+    thresholds=(STALL, GUESSING, FALLING, STALL_STEPS),
+)
+AT_RISK = Rule(
+    name="at_risk",
+    judge=at_risk,
+    needs=("grad_norm",),
+    applies="the paper's variants on CIFAR-like images under SGD, in their first steps",
+    cause="the first step is large",
+    why=f"Of 28 runs of a and b every one with lr x ||g_0|| up to {CRITICAL} survived its first "
+    "steps and every one from 1.07 on died",
+    remedy="lower the learning rate below 0.6 / ||g_0||, or warm it up",
+    plots=("gradnorms", "curves"),
+    thresholds=(Threshold(CRITICAL, "learning rate times gradient norm at step 0"), SURVIVED),
+    source="28 runs of a and b with He's initialisation: all above 1.07 died, all up to 0.6 "
+    "survived; observed, not derived",
+)
+OVERFIT = Rule(
+    name="overfit",
+    judge=overfit,
+    needs=("test_loss", "train_loss"),
+    applies="runs with 4 evaluations of both losses, in 100 steps or more",
+    cause="overfitting",
+    why="The network still gets better on what it is trained on: this is no degradation, "
+    "which is a training error that grows with depth (He et al. 2015, arXiv:1512.03385)",
+    remedy="stop at the least test loss; more data, augmentation or weight decay",
+    plots=("curves",),
+    thresholds=(RISEN, STAYS, LEARNED, EVALUABLE),
+)
+SKIP_COLLAPSED = Rule(
+    name="skip_collapsed",
+    judge=skip_collapsed,
+    needs=("skip_gain", "grad_input", "grad_output"),
+    applies="networks with shortcuts",
+    cause="the skip path carries no gradient any more",
+    why="Gradient that reaches the last block hardly reaches the first",
+    remedy="put nothing on the skip path: no activation after the addition; lower the learning "
+    "rate if it collapsed in training",
+    plots=("skip", "biasshift", "gradnorms"),
+    thresholds=(LEAST_GAIN, LEAST_GRADIENT, LEAST_GRADIENT_ELSEWHERE),
+    source="He et al. 2016, arXiv:1603.05027, eq. 5; " + DEFINITION,
+)

@@ -1,0 +1,115 @@
+"""Every rule, in their order, and those that users register.
+
+To add a built-in one, write its row in the module of its subject and enter it into `_ORDER`.
+"""
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from resdiag.diagnose.breakdown import EXPLODED
+from resdiag.diagnose.dataset import DATA_FAULT, LOSS_FAULT
+from resdiag.diagnose.finding import Rule
+from resdiag.diagnose.learning import AT_RISK, OVERFIT, SKIP_COLLAPSED, STALLED
+from resdiag.diagnose.rates import LR_TOO_HIGH, LR_TOO_LOW, WEIGHT_DECAY_TOO_LARGE
+from resdiag.diagnose.signal import EXPLODED_AT_INIT, VANISHING
+from resdiag.diagnose.structure import (
+    BRANCH_TOO_LARGE,
+    DETACHED_BRANCH,
+    DETACHED_SHORTCUT,
+    FROZEN_BLOCK,
+    MISSING_NORM,
+    SHORTCUT_SCALED,
+)
+from resdiag.diagnose.units import BIAS_SHIFT, DEAD_BLOCK, DRIFT, FP16_OVERFLOW, SATURATED_BLOCK
+from resdiag.errors import unknown
+
+HEALTHY = "healthy"
+"""The verdict where no rule reports anything."""
+
+_ORDER = (
+    DATA_FAULT,
+    LOSS_FAULT,
+    FP16_OVERFLOW,
+    DETACHED_SHORTCUT,
+    DETACHED_BRANCH,
+    SHORTCUT_SCALED,
+    BRANCH_TOO_LARGE,
+    MISSING_NORM,
+    BIAS_SHIFT,
+    EXPLODED_AT_INIT,
+    VANISHING,
+    FROZEN_BLOCK,
+    DEAD_BLOCK,
+    SATURATED_BLOCK,
+    WEIGHT_DECAY_TOO_LARGE,
+    LR_TOO_HIGH,
+    LR_TOO_LOW,
+    EXPLODED,
+    SKIP_COLLAPSED,
+    DRIFT,
+    STALLED,
+    AT_RISK,
+    OVERFIT,
+)
+"""Most upstream cause first: the first one that reports something names the verdict."""
+
+CAUSES_FROM_THE_START = frozenset(
+    {"dead_block", "saturated_block", "branch_too_large", "vanishing", "bias_shift"}
+)
+"""Causes only if they were there at step 0; what came with training stands beside `exploded`."""
+
+_RULES: dict[str, Rule] = {row.name: row for row in _ORDER}
+FINDINGS: Mapping[str, Rule] = MappingProxyType(_RULES)
+"""Every rule by the name of its finding, most upstream cause first."""
+
+
+def register_finding(row: Rule, *, before: str = "") -> Rule:
+    """Add a rule; every verdict from then on applies it.
+
+    A registered rule that raises is listed in `Verdict.not_judged` with its error; the others are
+    applied all the same.
+
+    Args:
+        row: The rule, see `Rule`.
+        before: Name of the finding that is a consequence of this one: where both are found, this
+            one names the verdict. Without it, any other finding names it.
+
+    Returns:
+        The rule.
+
+    Raises:
+        TypeError: It is no `Rule`.
+        ValueError: Its name is taken or no word of small letters, digits and "_", or `before` is
+            unknown.
+    """
+    if not isinstance(row, Rule):
+        raise TypeError(f"a finding is registered as a Rule, not {type(row).__name__}")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", row.name):
+        raise ValueError(f"'{row.name}' is no name of a finding: small letters, digits and '_'")
+    if row.name in (*_RULES, HEALTHY):
+        raise ValueError(f"finding '{row.name}' is there already: choose another name")
+    if before and before not in _RULES:
+        raise ValueError(unknown("finding", before, _RULES).message)
+    rows = list(_RULES.values())
+    at = list(_RULES).index(before) if before else len(rows)
+    _RULES.clear()
+    _RULES.update({each.name: each for each in (*rows[:at], row, *rows[at:])})
+    return row
+
+
+def unregister_finding(name: str) -> None:
+    """Forget a rule that was registered.
+
+    Raises:
+        ValueError: There is none of that name, or it is built in.
+    """
+    added = [known for known, row in _RULES.items() if row not in _ORDER]
+    if name not in added:
+        raise ValueError(unknown("registered finding", name, added).message)
+    del _RULES[name]
+
+
+def is_built_in(row: Rule) -> bool:
+    """Whether the rule is resdiag's own, which never raises."""
+    return row in _ORDER
