@@ -1,12 +1,9 @@
 """Theory on top of a measurement: the prediction for a run's network, on its own input."""
 
-from functools import lru_cache
-
 import numpy as np
 
-from resdiag.errors import UsageError
 from resdiag.plots.view import Floats, Record
-from resdiag.theory.prediction import Prediction, predict
+from resdiag.theory.prediction import Prediction, predict_run
 
 
 def predicted(record: Record, metric: str) -> Floats | None:
@@ -29,17 +26,7 @@ def predicted(record: Record, metric: str) -> Floats | None:
 
 def prediction(record: Record) -> Prediction | None:
     """The prediction for a run's network; None where theory has nothing, or the run not step 0."""
-    config = record.run.config
-    if record.steps[0] != 0 or getattr(config, "width", 1.0) != 1.0:
+    if record.steps[0] != 0:
         return None
     s0, m0 = (float(record.grid(f"input_{name}")[0, 0]) for name in ("second_moment", "mean"))
-    known = np.isfinite(s0) and s0 > 0 and np.isfinite(m0)
-    return _predict(config.variant, config.depth, s0 if known else None, m0 if known else None)
-
-
-@lru_cache(maxsize=256)
-def _predict(variant: str, depth: int, s0: float | None, m0: float | None) -> Prediction | None:
-    try:
-        return predict(variant, depth, s0=s0, m0=m0)
-    except UsageError:
-        return None
+    return predict_run(record.run.config, record.run.blocks, s0=s0, m0=m0)

@@ -19,8 +19,7 @@ from resdiag.models.variants import find_variant
 from resdiag.probe.curvature import largest_curvature
 from resdiag.probe.firststep import RISE, critical_rate
 from resdiag.runs.watched import WatchedConfig, as_run
-from resdiag.theory.gradnorm import gradient_norm
-from resdiag.theory.prediction import CRITICAL, critical_lr, predict
+from resdiag.theory.prediction import CRITICAL, critical_lr, gradient_norm, predict
 from resdiag.watch.loop.attach import attach
 
 _PRODUCTS = 6
