@@ -31,7 +31,7 @@ def explain_init(
         why=_why_growth(seen, growth),
         evidence=(*signs, *_theory_of_growth(seen, growth), *broken),
         next=(
-            *_plots(seen, "signal", "gradnorms", *["offender"] * bool(broken)),
+            *_plots(seen, "signal", "gradnorms", *["nonfinite"] * bool(broken)),
             *_runs(seen, _normalised(seen), "normalised branch, nothing on the skip path"),
             *_lower_lr(seen),
         ),
@@ -59,7 +59,7 @@ def explain_explosion(seen: RunData, broken: Sequence[Evidence]) -> Finding:
         why=why + ".",
         evidence=tuple(broken),
         next=(
-            *_plots(seen, "offender", "gradnorms", "updates"),
+            *_plots(seen, "nonfinite", "gradnorms", "updates"),
             *_lower_lr(seen),
         ),
     )

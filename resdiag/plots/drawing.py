@@ -54,16 +54,12 @@ def draw(
     entry = find_kind(kind, [metric for run in opened for metric in run.custom_metrics])
     if not opened:
         raise UsageError(f"plot '{kind}' needs a run", "resdiag run --variant elu_pre --depth 20")
-    from resdiag.plots.column import draw_column
-    from resdiag.plots.families import FAMILIES
-    from resdiag.plots.opening import open_view
+    from resdiag.plots.grouping import open_view
     from resdiag.plots.sheet import freeze_layout
     from resdiag.plots.style import look
 
     with look():
-        figure = FAMILIES.get(entry.name, draw_column)(
-            open_view(entry, opened, step=step, theory=theory)
-        )
+        figure = entry.draw(open_view(entry, opened, step=step, theory=theory))
         freeze_layout(figure)
     return figure
 

@@ -328,19 +328,19 @@ def test_a_chosen_step_is_the_one_drawn():
     np.testing.assert_array_equal(axes.lines[0].get_ydata(), wanted)
 
 
-def test_the_first_offender_is_marked_and_named():
-    figure = draw("offender", [make_run("elu_pre", 20, explode=2)])
+def test_the_first_non_finite_value_is_marked_and_named():
+    figure = draw("nonfinite", [make_run("elu_pre", 20, explode=2)])
     assert "step 2, block 4, forward" in words(figure)
-    assert "first offender" in legend_labels(figure)
+    assert "first non-finite value" in legend_labels(figure)
     assert "step 2 in block 4" in figure.get_label()
 
 
-def test_without_an_offender_the_largest_change_of_the_gradient_is_shown():
+def test_if_all_is_finite_the_largest_change_of_the_gradient_is_shown():
     def change(frame):
         odd = (frame["step"] == 4) & (frame["block"] == 3)
         return frame.assign(grad_output=frame["grad_output"].mask(odd, 1e6))
 
-    figure = draw("offender", [make_run("elu", 20, steps=FEW, metrics=change)])
+    figure = draw("nonfinite", [make_run("elu", 20, steps=FEW, metrics=change)])
     assert "Everything is finite" in figure.get_label()
     assert "block 3 at step 4" in figure.get_label()
 

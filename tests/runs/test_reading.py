@@ -19,10 +19,9 @@ from made_runs import (
 from matplotlib.figure import Figure
 from synthetic_runs import make_run
 
-from resdiag.plots.families import FAMILIES
+from resdiag.plots.grouping import _read_for, open_view
 from resdiag.plots.heat import _COLUMNS, draw_heat
 from resdiag.plots.kinds import KINDS
-from resdiag.plots.opening import _read_for, open_view
 from resdiag.plots.style import look
 from resdiag.plots.view import Record
 
@@ -77,7 +76,7 @@ def test_a_plot_looks_at_no_column_that_was_not_read_for_it(kind, variants, monk
     known = set(runs[0].metrics().columns)
     view = open_view(KINDS[kind], runs, step=None, theory=True)
     with look():
-        FAMILIES[kind](view)
+        KINDS[kind].draw(view)
     assert asked & known <= _read_for(KINDS[kind])
     assert kind == "curves" or asked & known
 
