@@ -7,6 +7,7 @@ from matplotlib.lines import Line2D as Line2D
 from matplotlib.patches import Rectangle as Rectangle
 
 from resdiag.diagnose.nonfinite import find_first_nonfinite as find_first_nonfinite
+from resdiag.plots.grouping import variant_words as variant_words
 from resdiag.plots.heat import draw_heat as draw_heat
 from resdiag.plots.heat import heat_keys as heat_keys
 from resdiag.plots.lines import draw_line as draw_line

@@ -37,7 +37,8 @@ def draw(
     """Draw one kind of plot; several runs are compared on the same axes.
 
     Args:
-        kind: One of `KINDS`, or the id of any metric per block, also of a custom one.
+        kind: A kind of plot, built in or registered, or the id of any metric per block, built in
+            or custom.
         runs: A run or a monitor, or several; runs that differ in their seed only are drawn as a
             band.
         step: Recorded step to show by block; None shows the first and the last ones.

@@ -119,7 +119,8 @@ KIND = PlotKind(
     reading=(
         "1 keeps the scale. A factor that stays above 1 over a stage compounds: 1.8 per block "
         "is 10^14 over 54 blocks. A factor that falls to 1 along depth is a power law, not an "
-        "explosion. Stage means are geometric and leave the transition block out; bars: all blocks."
+        "explosion. Stage means are geometric, bars reach from the least block to the most; the "
+        "transition block is left out."
     ),
     needs=("forward_growth", "grad_growth"),
     draw=draw,

@@ -8,10 +8,20 @@ from types import MappingProxyType
 
 from resdiag.catalog.custom import known_metrics
 from resdiag.errors import UsageError, unknown
-from resdiag.plots import biasshift, by_metric, curves, gradnorms, growth, nonfinite, signal, skip
+from resdiag.plots import (
+    biasshift,
+    by_metric,
+    bydepth,
+    curves,
+    gradnorms,
+    growth,
+    nonfinite,
+    signal,
+    skip,
+)
 from resdiag.plots.plotkind import PlotKind as PlotKind
 
-_MODULES = (gradnorms, biasshift, skip, signal, growth, curves, by_metric, nonfinite)
+_MODULES = (gradnorms, biasshift, skip, signal, growth, curves, bydepth, by_metric, nonfinite)
 _KINDS = {module.KIND.name: module.KIND for module in _MODULES}
 KINDS: Mapping[str, PlotKind] = MappingProxyType(_KINDS)
 """Every kind of plot by name, in the order of the documentation; registered ones behind."""
