@@ -6,18 +6,15 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from resdiag.plots.plotkind import Lazy, PlotKind
+from resdiag.plots.lazy import np, pd
+from resdiag.plots.plotkind import PlotKind
 
 if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
     from resdiag.plots.view import View
-else:
-    np = Lazy("numpy")
 
 _NAMES: Mapping[str, tuple[str, str, str]] = MappingProxyType(
     {"relu": ("ReLU", "original", "--"), "elu": ("ELU", "elu", "-")}
@@ -28,8 +25,6 @@ _LIMIT, _POINTS = 4.0, 161
 
 def activation_values() -> pd.DataFrame:
     """Both functions and their slopes at 161 points of [-4, 4]: columns x, relu, elu, *_slope."""
-    import pandas as pd
-
     x = np.linspace(-_LIMIT, _LIMIT, _POINTS)
     low = np.minimum(x, 0)
     columns: dict[str, NDArray[np.float64]] = {

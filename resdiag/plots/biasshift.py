@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from resdiag.plots.plotkind import Lazy, PlotKind
+from resdiag.plots.lazy import canvas, np
+from resdiag.plots.plotkind import PlotKind
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from resdiag.plots import canvas
     from resdiag.plots.view import Trace, View
-else:
-    np, canvas = Lazy("numpy"), Lazy("resdiag.plots.canvas")
 
 
 def draw(view: View) -> Figure:

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from resdiag.plots.plotkind import Lazy, PlotKind
+from resdiag.plots.lazy import canvas, np
+from resdiag.plots.plotkind import PlotKind
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from resdiag.plots import canvas
     from resdiag.plots.view import Record, Trace, View
-else:
-    np, canvas = Lazy("numpy"), Lazy("resdiag.plots.canvas")
 
 _DECADES = 1.5
 _FORMULAS = {"update_ratio": r"$\|\Delta\theta\|/\|\theta\|$"}

@@ -5,21 +5,15 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from resdiag.plots.plotkind import Lazy, PlotKind
+from resdiag.plots.lazy import canvas, np, pd, sns
+from resdiag.plots.plotkind import PlotKind
 
 if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
-    import seaborn as sns
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from resdiag.plots import canvas
     from resdiag.plots.style import Look
     from resdiag.plots.view import Record, Series, View
-else:
-    np, pd, sns = Lazy("numpy"), Lazy("pandas"), Lazy("seaborn")
-    canvas = Lazy("resdiag.plots.canvas")
 
 _PANELS = (("test_error", "test error"), ("train_error", "training error of the last epoch"))
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from resdiag.plots.plotkind import Lazy, PlotKind
+from resdiag.plots.lazy import canvas, np
+from resdiag.plots.plotkind import PlotKind
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from resdiag.plots import canvas
     from resdiag.plots.view import Record, View
-else:
-    np, canvas = Lazy("numpy"), Lazy("resdiag.plots.canvas")
 
 _CROWDED = 500  # steps from which the noise of single batches covers the lines
 _BATCH = ("#0072B2", "o")

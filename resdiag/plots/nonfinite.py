@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from resdiag.plots.plotkind import Lazy, PlotKind
+from resdiag.plots.lazy import canvas, np
+from resdiag.plots.plotkind import PlotKind
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from resdiag.diagnose.nonfinite import FirstNonfinite
-    from resdiag.plots import canvas
     from resdiag.plots.view import Bools, Floats, Record, View
-else:
-    np, canvas = Lazy("numpy"), Lazy("resdiag.plots.canvas")
 
 _AROUND = 12
 """Recorded steps shown before and after the first non-finite value."""

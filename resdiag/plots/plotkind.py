@@ -1,8 +1,7 @@
 """What a kind of plot is: the Protocol that each module of a plot obeys."""
 
-import importlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,20 +50,3 @@ class PlotKind:
     theory_from: str = ""
     first_step_only: bool = False
     compares: bool = False
-
-
-class Lazy:
-    """A module that is imported when something of it is used first.
-
-    matplotlib, seaborn and numpy take a second to import. Every command of the terminal looks up
-    the kinds of plots by their rows, and few draw one.
-
-    Args:
-        name: Of the module.
-    """
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __getattr__(self, attribute: str) -> Any:  # noqa: ANN401 - whatever the module has
-        return getattr(importlib.import_module(self._name), attribute)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from resdiag.plots.plotkind import Lazy, PlotKind
+from resdiag.plots.lazy import canvas
+from resdiag.plots.plotkind import PlotKind
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from resdiag.plots import canvas
     from resdiag.plots.view import View
-else:
-    canvas = Lazy("resdiag.plots.canvas")
 
 _PANELS = (
     ("output_second_moment", "output: second moment", r"$E[H^2]$"),

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from resdiag.plots.plotkind import Lazy, PlotKind
+from resdiag.plots.lazy import canvas, np
+from resdiag.plots.plotkind import PlotKind
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    from resdiag.plots import canvas
     from resdiag.plots.view import Trace, View
-else:
-    np, canvas = Lazy("numpy"), Lazy("resdiag.plots.canvas")
 
 _PANELS = (
     ("perturbation", "P1 perturbation of the sum", r"$\|H-u\|/\|u\|$", 0.0),
