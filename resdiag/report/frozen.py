@@ -108,9 +108,8 @@ def read_results(folder: Path) -> Results:
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise Damaged(f"{path} is damaged: {type(error).__name__} {error}") from error
     check_name(name, path)
-    for figure in said.get("figure", ()):
-        figure["plot"] = _RENAMED.get(figure["plot"], figure["plot"])
-    file = check_document(said, str(path))
+    figures = [{**f, "plot": _RENAMED.get(f["plot"], f["plot"])} for f in said.get("figure", ())]
+    file = check_document({**said, "figure": figures}, str(path))
     study = Study(name, said, file, tuple(item.cell for item in cells))
     return Results(study=study, cells=cells, source=str(folder))
 

@@ -322,11 +322,11 @@ def test_the_mean_of_a_stage_is_geometric_and_its_bar_reaches_over_blocks_and_se
 
 
 def test_the_error_of_a_depth_is_the_median_over_seeds_with_a_bar_from_least_to_most():
-    def with_error(error):
-        return lambda curve: curve.assign(test_error=error)
+    def ending(run, error):
+        return replace(run, curve_frame=run.curve().assign(test_error=error))
 
     runs = [
-        make_run("elu", depth, seed=seed, steps=FEW, curve=with_error(error))
+        ending(make_run("elu", depth, seed=seed, steps=FEW), error)
         for depth, errors in ((20, (0.1, 0.2, 0.4)), (32, (0.3, 0.3, 0.3)))
         for seed, error in enumerate(errors)
     ]
