@@ -23,6 +23,7 @@ from resdiag.models.variants import VARIANTS
 from resdiag.plots.kinds import KINDS
 from resdiag.report import committed
 from resdiag.runs.config import RunConfig, row_of
+from resdiag.theory.laws import LAWS
 from resdiag.training.recipe import RECIPES, Request
 
 HERE = Path(__file__).resolve().parent / "reference"
@@ -141,11 +142,13 @@ def variants_page() -> str:
             v.stem,
             v.head or "-",
             "option A" if v.shortcut else "none",
+            f"`{v.law}`",
             v.source,
         )
         for v in VARIANTS.values()
     ]
-    header = ("id", "alias", "branch F", "after-add f", "stem", "head", "shortcut", "source")
+    header = ("id", "alias", "branch F", "after-add f", "stem", "head", "shortcut", "law", "source")
+    laws = [(f"`{law.name}`", law.unit, law.basis) for law in LAWS.values()]
     recipes = [
         (
             f"`{name}`",
@@ -168,6 +171,9 @@ def variants_page() -> str:
             "Option A is the parameter-free shortcut of the CIFAR networks: at a transition every "
             "second pixel is taken and the new channels are zeros. No convolution has a bias, and "
             "all are initialised with He's fan-out rule.\n",
+            "## Laws\n\nWhat theory predicts for a variant at initialisation is the law that its "
+            "row names ([](../howto/extend-variant.md)).\n",
+            table(("law", "unit", "what it says, and its source"), laws),
             "## Recipes\n\nBoth train with SGD, Nesterov momentum 0.9 and weight decay 1e-4 on all "
             "parameters. Milestones are fractions of the training after which the learning rate "
             "is divided by 10.\n",
@@ -238,7 +244,7 @@ def _value_words(entry: "dataclasses.Field[Any]") -> tuple[str, str, str]:
 def plots_page() -> str:
     """Every kind of plot: its question, what to read in it, what it draws."""
     parts = [
-        _head("Plots", "resdiag/plots/kinds.py"),
+        _head("Plots", "resdiag/plots"),
         "`resdiag plot KIND` draws the latest run, `resdiag plot KIND RUN RUN ...` compares "
         "several on one axis. Values that are not finite are drawn as such.\n",
     ]

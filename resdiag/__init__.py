@@ -27,9 +27,17 @@ if TYPE_CHECKING:
     from resdiag.models.resnet import build_model as build_model
     from resdiag.models.variants import VARIANTS as VARIANTS
     from resdiag.models.variants import Variant as Variant
+    from resdiag.models.variants import register_variant as register_variant
+    from resdiag.models.variants import unregister_variant as unregister_variant
     from resdiag.plots.drawing import draw as draw
+    from resdiag.plots.kinds import register_plot as register_plot
+    from resdiag.plots.kinds import unregister_plot as unregister_plot
+    from resdiag.plots.plotkind import PlotKind as PlotKind
     from resdiag.runs.folder import load_frame as load_frame
     from resdiag.runs.folder import load_run as load_run
+    from resdiag.theory.laws import Law as Law
+    from resdiag.theory.laws import register_law as register_law
+    from resdiag.theory.laws import unregister_law as unregister_law
     from resdiag.watch.find.blocks import Block as Block
     from resdiag.watch.find.blocks import find_blocks as find_blocks
     from resdiag.watch.loop.attach import attach as attach
@@ -51,6 +59,11 @@ _HOMES = {
     "build_model": "resdiag.models.resnet",
     "Variant": "resdiag.models.variants",
     "VARIANTS": "resdiag.models.variants",
+    "register_variant": "resdiag.models.variants",
+    "unregister_variant": "resdiag.models.variants",
+    "Law": "resdiag.theory.laws",
+    "register_law": "resdiag.theory.laws",
+    "unregister_law": "resdiag.theory.laws",
     # changing one thing
     "lesion": "resdiag.interventions.additions",
     # runs on disk, and what they mean
@@ -58,6 +71,9 @@ _HOMES = {
     "load_run": "resdiag.runs.folder",
     "save": "resdiag.diagnose.saving",
     "draw": "resdiag.plots.drawing",
+    "PlotKind": "resdiag.plots.plotkind",
+    "register_plot": "resdiag.plots.kinds",
+    "unregister_plot": "resdiag.plots.kinds",
     "judge": "resdiag.diagnose.verdict",
     "Verdict": "resdiag.diagnose.verdict",
     # what a verdict looks for

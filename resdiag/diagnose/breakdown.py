@@ -165,6 +165,6 @@ EXPLODED = Rule(
     cause="loss not finite",
     why="The numbers left the range in which updates reduce the loss",
     remedy="lower the learning rate; look at the first block with a non-finite number",
-    plots=("offender", "gradnorms", "updates"),
+    plots=("nonfinite", "gradnorms", "updates"),
     thresholds=(JUMP, EARLIER_STEPS),
 )

@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 
 from resdiag.diagnose.nonfinite import FirstNonfinite, find_first_nonfinite
-from resdiag.errors import UsageError
 from resdiag.runs.folder import Run
 from resdiag.runs.watched import WatchedConfig
-from resdiag.theory.prediction import Prediction, predict
+from resdiag.theory.prediction import Prediction, predict_run
 
 
 class RunData:
@@ -47,24 +46,9 @@ class RunData:
 
     @cached_property
     def prediction(self) -> Prediction | None:
-        """Theory for this variant and depth from the measured stem; None if it knows neither."""
+        """Theory for this run's network from the measured stem; None if it says nothing."""
         s0, m0 = self.value("input_second_moment", 0, 0), self.value("input_mean", 0, 0)
-        known = math.isfinite(s0) and s0 > 0
-        try:
-            return predict(
-                self.variant,
-                self.depth,
-                s0=s0 if known else None,
-                m0=m0 if known and math.isfinite(m0) else None,
-                width_px=self._width_px(),
-            )
-        except UsageError:
-            return None
-
-    def _width_px(self) -> int:
-        """Width of the first block's output, hence of the images; 32 if the run does not say."""
-        shape = self.run.blocks[0].get("shape") if self.run.blocks else None
-        return int(shape[-1]) if isinstance(shape, list | tuple) and len(shape) == 3 else 32
+        return predict_run(self.run.config, self.run.blocks, s0=s0, m0=m0)
 
     @property
     def classes(self) -> int | None:

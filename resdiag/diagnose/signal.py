@@ -104,7 +104,7 @@ def _explain_growth(
         summary="; ".join(filter(None, parts)),
         why=_why_growth(seen, growth),
         next=(
-            *plots(seen, *EXPLODED_AT_INIT.plots, *["offender"] * bool(broken)),
+            *plots(seen, *EXPLODED_AT_INIT.plots, *["nonfinite"] * bool(broken)),
             *run_variant(
                 seen, normalised_variant(seen), "normalised branch, nothing on the skip path"
             ),

@@ -23,6 +23,7 @@ class Variant:
         head: Operations between the last block and the global average pooling, or "".
         shortcut: Whether there is a shortcut at all (False: a plain network).
         source: Where the row comes from.
+        law: Name of what theory predicts for its blocks (`resdiag.theory.laws`); "": nothing.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Variant:
     head: str = ""
     shortcut: bool = True
     source: str
+    law: str = ""
 
     @property
     def norm(self) -> bool:
@@ -51,46 +53,98 @@ _ROWS = (
     Variant(
         id="original", branch="conv-bn-relu-conv-bn", after_add="relu", stem="conv-bn-relu",
         source=_HE2015,
+        law="relu_walk",
     ),
     Variant(
         id="elu_nobn", alias="a", branch="conv-elu-conv-elu", after_add="none", stem="conv-elu",
         source=_PAPER + "3.2.1, Fig. 3a",
+        law="elu_sum",
     ),
     Variant(
         id="elu_pre", alias="b", branch="elu-conv-elu-conv", after_add="none", stem="conv",
         head="elu", source=_PAPER + "3.2.2, Fig. 3b",
+        law="elu_first_sum",
     ),
     Variant(
         id="elu_after", alias="c", branch="conv-elu-conv-bn", after_add="elu", stem="conv-elu",
         source=_PAPER + "3.2.3, Fig. 3c, eq. 2",
+        law="elu_walk",
     ),
     Variant(
         id="elu", alias="d", branch="conv-elu-conv-bn", after_add="none", stem="conv-elu",
         head="elu", source=_PAPER + "3.2.4, Fig. 3d, eq. 3",
+        law="normalised_elu_sum",
     ),
     Variant(
         id="no_relu", branch="conv-bn-relu-conv-bn", after_add="none", stem="conv-bn-relu",
         head="relu",
         source="control: original with nothing on the skip path (gcr/torch-residual-networks)",
+        law="normalised_relu_sum",
     ),
     Variant(
         id="relu_pre", branch="bn-relu-conv-bn-relu-conv", after_add="none", stem="conv",
         head="bn-relu", source="control: He et al. 2016, arXiv:1603.05027, full pre-activation",
+        law="normalised_first_sum",
     ),
     Variant(
         id="relu_nobn", branch="conv-relu-conv", after_add="relu", stem="conv-relu",
         source="control: original without normalisation (is it ELU or the missing norm?)",
+        law="growing_relu_walk",
     ),
     Variant(
         id="plain", branch="conv-bn-relu-conv-bn", after_add="relu", stem="conv-bn-relu",
         shortcut=False, source="control: He et al. 2015, arXiv:1512.03385, plain network",
+        law="normalised_stack",
     ),
 )  # fmt: skip
 
-VARIANTS: Mapping[str, Variant] = MappingProxyType({row.id: row for row in _ROWS})
-"""Every variant by id, in the order of the design's table."""
+_VARIANTS = {row.id: row for row in _ROWS}
+VARIANTS: Mapping[str, Variant] = MappingProxyType(_VARIANTS)
+"""Every variant by id, in the order of the design's table; registered ones behind."""
 
-_ALIASES = {row.alias: row.id for row in _ROWS if row.alias}
+_WORDS = ("conv", "bn", "relu", "elu")
+
+
+def register_variant(row: Variant) -> None:
+    """Add a variant, so that it can be built, run, probed and compared by its id in this process.
+
+    Raises:
+        UsageError: There is another variant of that id or letter, or an operation is unknown.
+
+    >>> mine = Variant(
+    ...     id="elu_tail", branch="conv-bn-conv-bn-elu", after_add="none", stem="conv-elu",
+    ...     source="an example",
+    ... )
+    >>> register_variant(mine)
+    >>> find_variant("elu_tail").law
+    ''
+    >>> unregister_variant("elu_tail")
+    """
+    for name in filter(None, (row.id, row.alias)):
+        taken = _VARIANTS.get(_find_id(name))
+        if taken is not None and taken != row:
+            raise UsageError(f"there is a variant '{name}' already: {taken.id}")
+    after = "" if row.after_add == "none" else row.after_add
+    for step in "-".join(filter(None, (row.branch, after, row.stem, row.head))).split("-"):
+        if step not in _WORDS:
+            raise unknown("operation", step, _WORDS)
+    _VARIANTS[row.id] = row
+
+
+def unregister_variant(name: str) -> None:
+    """Forget a registered variant; those of the paper stay.
+
+    Raises:
+        UsageError: It is one of the table, or there is none of that id.
+    """
+    if name in {row.id for row in _ROWS}:
+        raise UsageError(f"variant '{name}' is part of resdiag and stays")
+    del _VARIANTS[find_variant(name).id]
+
+
+def _find_id(name: str) -> str:
+    """The id that belongs to a letter, or `name` itself."""
+    return next((row.id for row in _VARIANTS.values() if row.alias == name), name)
 
 
 def find_variant(name: str) -> Variant:
@@ -102,9 +156,10 @@ def find_variant(name: str) -> Variant:
     >>> find_variant("b").id
     'elu_pre'
     """
-    row = VARIANTS.get(_ALIASES.get(name, name))
+    row = VARIANTS.get(_find_id(name)) if name else None
     if row is None:
-        raise unknown("variant", name, [*VARIANTS, *_ALIASES])
+        aliases = [row.alias for row in VARIANTS.values() if row.alias]
+        raise unknown("variant", name, [*VARIANTS, *aliases])
     return row
 
 

@@ -1,32 +1,20 @@
 """The activations themselves: the paper's Figure 2, with what it is drawn for, the mean output."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from resdiag.plots.kinds import PlotKind
-from resdiag.theory.moments import ACTIVATIONS
+from resdiag.plots.lazy import np, pd
+from resdiag.plots.plotkind import PlotKind
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
-ACTIVATION_PLOT = PlotKind(
-    name="activations",
-    title="ReLU and ELU",
-    question="What do the two activations do to the mean of what they pass on?",
-    reading=(
-        "ReLU is never negative, so its mean output is far from 0; ELU's negative values, down to "
-        "-1, pull it towards 0. Horizontal lines: the mean output for standard normal input. "
-        "Neither slope exceeds 1: no activation makes a gradient explode by itself."
-    ),
-    needs=(),
-)
-"""A plot that no run is needed for; a study file may name it, `resdiag plot` not."""
+    from resdiag.plots.view import View
 
 _NAMES: Mapping[str, tuple[str, str, str]] = MappingProxyType(
     {"relu": ("ReLU", "original", "--"), "elu": ("ELU", "elu", "-")}
@@ -35,10 +23,8 @@ _NAMES: Mapping[str, tuple[str, str, str]] = MappingProxyType(
 _LIMIT, _POINTS = 4.0, 161
 
 
-def activation_values() -> "pd.DataFrame":
+def activation_values() -> pd.DataFrame:
     """Both functions and their slopes at 161 points of [-4, 4]: columns x, relu, elu, *_slope."""
-    import pandas as pd
-
     x = np.linspace(-_LIMIT, _LIMIT, _POINTS)
     low = np.minimum(x, 0)
     columns: dict[str, NDArray[np.float64]] = {
@@ -57,6 +43,8 @@ def activation_moments() -> dict[str, dict[str, float]]:
     >>> {name: round(found["mean"], 3) for name, found in activation_moments().items()}
     {'relu': 0.399, 'elu': 0.161}
     """
+    from resdiag.theory.moments import ACTIVATIONS
+
     return {
         name: {
             "mean": float(ACTIVATIONS[name].mean(1.0)),
@@ -67,7 +55,7 @@ def activation_moments() -> dict[str, dict[str, float]]:
     }
 
 
-def draw_activations() -> "Figure":
+def draw_activations(view: View | None = None) -> Figure:
     """Both functions with their mean output, and both slopes, side by side."""
     from matplotlib.figure import Figure
 
@@ -100,9 +88,24 @@ def _colour(variant: str) -> str:
     return VARIANT_LOOKS[variant].colour
 
 
-def _draw(axes: "Axes", values: "pd.DataFrame", ending: str, title: str) -> None:
+def _draw(axes: Axes, values: pd.DataFrame, ending: str, title: str) -> None:
     for name, (label, variant, dashes) in _NAMES.items():
         column = values[f"{name}{ending}"]
         axes.plot(values["x"], column, color=_colour(variant), ls=dashes, lw=1.5, label=label)
     axes.set_title(title, loc="left")
     axes.set_xlabel("x")
+
+
+ACTIVATION_PLOT = PlotKind(
+    name="activations",
+    title="ReLU and ELU",
+    question="What do the two activations do to the mean of what they pass on?",
+    reading=(
+        "ReLU is never negative, so its mean output is far from 0; ELU's negative values, down to "
+        "-1, pull it towards 0. Horizontal lines: the mean output for standard normal input. "
+        "Neither slope exceeds 1: no activation makes a gradient explode by itself."
+    ),
+    needs=(),
+    draw=draw_activations,
+)
+"""A plot that no run is needed for; a study file may name it, `resdiag plot` not."""

@@ -1,26 +1,27 @@
 """Bias shift: are the activations centred, by block, and does the head's mean drift over steps."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from resdiag.plots.lazy import canvas, np
+from resdiag.plots.plotkind import PlotKind
 
-from resdiag.plots.byblock import finish_blocks, trace_blocks
-from resdiag.plots.lines import guide, head_panel
-from resdiag.plots.overtime import finish_steps, trace_steps
-from resdiag.plots.scale import huge, plotted
-from resdiag.plots.sheet import legend, open_sheet, subject
-from resdiag.plots.view import Trace, View, moment_words
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from resdiag.plots.view import Trace, View
 
 
-def draw_biasshift(view: View) -> Figure:
+def draw(view: View) -> Figure:
     """Signed mean with its 10-90 % band and B2 of output and branch; mean and B2 at the head."""
     single = view.single
     traces = _ends(view.history()) if single else view.traces(view.moments()[-1])
-    figure, body = open_sheet(
-        view, f"Bias shift by block and step: {subject(view)}", height=5.7,
-        shown=view.steps_shown(traces) if single else moment_words(traces),
+    figure, body = canvas.open_sheet(
+        view, f"Bias shift by block and step: {canvas.subject(view)}", height=5.7,
+        shown=view.steps_shown(traces) if single else canvas.moment_words(traces),
         notes=["Bands: 10 to 90 % of the channel means, at the last finite line of a single run."],
     )  # fmt: skip
     panels = body.subplots(3, 2)
@@ -29,7 +30,7 @@ def draw_biasshift(view: View) -> Figure:
         _draw_bias(panels[1, column], view, traces, site)
     _draw_head(panels[2, 0], view, "head_mean", "mean of the pooled features")
     _draw_head(panels[2, 1], view, "head_bias", "B2 of the pooled features")
-    legend(body)
+    canvas.legend(body)
     return figure
 
 
@@ -40,7 +41,7 @@ def _ends(traces: Sequence[Trace]) -> list[Trace]:
 
 def _draw_mean(axes: Axes, view: View, traces: Sequence[Trace], site: str) -> None:
     """Signed mean; the band is that of the last finite line, or of every line of a comparison."""
-    trace_blocks(axes, view, traces, f"{site}_mean")
+    canvas.trace_blocks(axes, view, traces, f"{site}_mean")
     finite = [t for t in traces if np.isfinite(t.values(f"{site}_mean")).any()]
     for trace in finite[-1:] if view.single else finite[:4]:
         low, high = (np.median(trace.values(f"{site}_mean_q{q}"), axis=0) for q in (10, 90))
@@ -49,35 +50,35 @@ def _draw_mean(axes: Axes, view: View, traces: Sequence[Trace], site: str) -> No
         axes.fill_between(
             x, low, high, where=known, color=trace.look.colour, alpha=0.16, lw=0
         )  # fmt: skip
-    head_panel(axes, f"{site}: mean and band of channels", r"mean$_c\,\mu_c$", stages=True)
-    finish_blocks(axes, view)
+    canvas.head_panel(axes, f"{site}: mean and band of channels", r"mean$_c\,\mu_c$", stages=True)
+    canvas.finish_blocks(axes, view)
     _compress(axes)
-    guide(axes, 0.0, "")
+    canvas.guide(axes, 0.0, "")
 
 
 def _draw_bias(axes: Axes, view: View, traces: Sequence[Trace], site: str) -> None:
-    trace_blocks(axes, view, traces, f"{site}_bias")
-    finish_blocks(axes, view, floor=0.0)
-    y, words = plotted(axes), ""
+    canvas.trace_blocks(axes, view, traces, f"{site}_bias")
+    canvas.finish_blocks(axes, view, floor=0.0)
+    y, words = canvas.plotted(axes), ""
     if y.size and y.max() > 0.7:
-        guide(axes, 1.0, "")
+        canvas.guide(axes, 1.0, "")
         words = " (dotted: 1)"
     formula = r"rms$_c\,\mu_c$ / rms$_c\,\sigma_c$"
-    head_panel(axes, f"{site}: bias shift B2{words}", formula, stages=True)
+    canvas.head_panel(axes, f"{site}: bias shift B2{words}", formula, stages=True)
 
 
 def _draw_head(axes: Axes, view: View, column: str, title: str) -> None:
     # a single run's line needs no name: the title has it
-    trace_steps(axes, view, column, label="_{}" if view.single else "")
-    head_panel(axes, title, "B1" if column == "head_mean" else "B2")
-    finish_steps(axes, view)
+    canvas.trace_steps(axes, view, column, label="_{}" if view.single else "")
+    canvas.head_panel(axes, title, "B1" if column == "head_mean" else "B2")
+    canvas.finish_steps(axes, view)
     _compress(axes)
 
 
 def _compress(axes: Axes) -> None:
     """A symmetric log axis where a linear one would hide most values."""
-    y = plotted(axes)
-    if not huge(y):
+    y = canvas.plotted(axes)
+    if not canvas.huge(y):
         return
     size = np.log10(np.abs(y[y != 0]))
     low = int(np.floor(max(size.min(), size.max() - 12)))
@@ -91,3 +92,21 @@ def _compress(axes: Axes) -> None:
     # room for marks on the top edge
     top = 10.0 ** (high + 0.35 * (high - low))
     axes.set_ylim(-(10.0 ** (high + 0.5)) if -1 in signs else -(10.0**low), top)
+
+
+def _quantiled(site: str) -> tuple[str, ...]:
+    return (f"{site}_mean", f"{site}_mean_q10", f"{site}_mean_q90", f"{site}_bias")
+
+
+KIND = PlotKind(
+    name="biasshift",
+    title="Bias shift by block and step",
+    question="Are the activations centred, and does their mean drift?",
+    reading=(
+        "0 is centred. A band that leaves 0 is a shift all channels share; a wide band around "
+        "0 is one that the mean hides. B2 above 1: the mean is larger than the signal. Behind "
+        "a BatchNorm the branch's mean is its learned bias: 0 at step 0."
+    ),
+    needs=(*_quantiled("output"), *_quantiled("branch"), "head_mean", "head_bias"),
+    draw=draw,
+)

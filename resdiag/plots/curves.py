@@ -1,36 +1,30 @@
 """Training curves: loss, error, learning rate and gradient norm over steps."""
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from __future__ import annotations
 
-from resdiag.plots.lines import guide, head_panel
-from resdiag.plots.overtime import (
-    curve_points,
-    finish_steps,
-    first_breakdown,
-    mark_breakdown,
-    trace_running_mean,
-    trace_steps,
-)
-from resdiag.plots.scale import finish_scale
-from resdiag.plots.sheet import legend, open_sheet, subject
-from resdiag.plots.style import Look
-from resdiag.plots.view import Record, View
+from typing import TYPE_CHECKING
+
+from resdiag.plots.lazy import canvas, np
+from resdiag.plots.plotkind import PlotKind
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from resdiag.plots.view import Record, View
 
 _CROWDED = 500  # steps from which the noise of single batches covers the lines
-_PALE, _TRAIN, _TEST = (
-    Look("#0072B2", "o"),
-    Look("#0072B2", "s", (0, (5, 1.5))),
-    Look("#D55E00", "X"),
-)
+_BATCH = ("#0072B2", "o")
+_TRAIN = ("#0072B2", "s", (0, (5, 1.5)))
+_TEST = ("#D55E00", "X")
+"""Looks of the lines of a single run."""
 
 
-def draw_curves(view: View) -> Figure:
+def draw(view: View) -> Figure:
     """Loss with ln K, error in training and test, learning rate, gradient norm."""
     steps = max(len(record.curve) for record in view.records)
-    figure, body = open_sheet(
-        view, f"Training curves: {subject(view)}", height=4.5,
+    figure, body = canvas.open_sheet(
+        view, f"Training curves: {canvas.subject(view)}", height=4.5,
         shown=f"all {steps} steps", notes=_breakdowns(view),
     )  # fmt: skip
     panels = body.subplots(2, 2)
@@ -41,7 +35,7 @@ def draw_curves(view: View) -> Figure:
         panels[1, 1], view, "grad_norm", "gradient norm of all parameters",
         r"$\|\partial L/\partial\theta\|$", log=True,
     )  # fmt: skip
-    legend(body)
+    canvas.legend(body)
     return figure
 
 
@@ -51,54 +45,68 @@ def _draw_loss(axes: Axes, view: View) -> None:
     log = bool(positive.size and positive.max() > 30 * np.median(positive))
     log |= bool(positive.size and positive.max() > 20)
     window = _window(view)
-    look, label = (_PALE, "training batch") if view.single else (None, "")
-    trace_steps(axes, view, "loss", log=log, look=look, label=label, light=window > 1)
+    look, label = (canvas.Look(*_BATCH), "training batch") if view.single else (None, "")
+    canvas.trace_steps(axes, view, "loss", log=log, look=look, label=label, light=window > 1)
     if window > 1:
         smooth = f"mean of {window} batches" if view.single else ""
-        trace_running_mean(
-            axes, view, "loss", window, log=log, look=_TRAIN if view.single else None, label=smooth
+        canvas.trace_running_mean(
+            axes,
+            view,
+            "loss",
+            window,
+            log=log,
+            look=canvas.Look(*_TRAIN) if view.single else None,
+            label=smooth,
         )
     if view.single:
-        trace_steps(axes, view, "test_loss", log=log, look=_TEST, label="test")
+        canvas.trace_steps(axes, view, "test_loss", log=log, look=canvas.Look(*_TEST), label="test")
     thick = f" (thin: batch, thick: mean of {window})" if window > 1 and not view.single else ""
-    head_panel(axes, f"loss{thick}", "cross-entropy (nat)")
-    finish_steps(axes, view, log=log)
+    canvas.head_panel(axes, f"loss{thick}", "cross-entropy (nat)")
+    canvas.finish_steps(axes, view, log=log)
     for classes in sorted({count_classes(record) for record in view.records} - {0}):
         level = float(np.log(classes))
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, level * 0.9), max(high, level * 1.15))
-        guide(axes, level, f"ln {classes}: guessing")
-    mark_breakdown(axes, view, words=True)
+        canvas.guide(axes, level, f"ln {classes}: guessing")
+    canvas.mark_breakdown(axes, view, words=True)
 
 
 def _draw_error(axes: Axes, view: View) -> None:
     if view.single:
-        trace_steps(axes, view, "error", look=_PALE, light=True, label="training batch")
-        trace_steps(axes, view, "train_error", look=_TRAIN, label="training, mean of the epoch")
-        trace_steps(axes, view, "test_error", look=_TEST, label="test")
+        canvas.trace_steps(
+            axes, view, "error", look=canvas.Look(*_BATCH), light=True, label="training batch"
+        )
+        canvas.trace_steps(
+            axes,
+            view,
+            "train_error",
+            look=canvas.Look(*_TRAIN),
+            label="training, mean of the epoch",
+        )
+        canvas.trace_steps(axes, view, "test_error", look=canvas.Look(*_TEST), label="test")
     else:
-        trace_steps(axes, view, "error", light=True)
-        trace_steps(axes, view, "test_error")
+        canvas.trace_steps(axes, view, "error", light=True)
+        canvas.trace_steps(axes, view, "test_error")
     thin = "" if view.single else "thin: training batch, thick: test"
-    head_panel(axes, f"error ({thin})" if thin else "error", "share of the samples")
-    finish_steps(axes, view)
+    canvas.head_panel(axes, f"error ({thin})" if thin else "error", "share of the samples")
+    canvas.finish_steps(axes, view)
     axes.set_ylim(-0.03, 1.05)
-    mark_breakdown(axes, view)
+    canvas.mark_breakdown(axes, view)
 
 
 def _draw_plain(
     axes: Axes, view: View, column: str, title: str, formula: str, *, log: bool
 ) -> None:
-    trace_steps(
-        axes, view, column, log=log, look=_PALE if view.single else None,
+    canvas.trace_steps(
+        axes, view, column, log=log, look=canvas.Look(*_BATCH) if view.single else None,
         label="training batch" if view.single else "",
     )  # fmt: skip
-    head_panel(axes, title, formula)
-    finish_steps(axes, view, log=log)
+    canvas.head_panel(axes, title, formula)
+    canvas.finish_steps(axes, view, log=log)
     if column == "lr" and axes.lines:
         axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
-        finish_scale(axes, log=False) if axes.get_ylim()[1] <= 0 else None
-    mark_breakdown(axes, view)
+        canvas.finish_scale(axes, log=False) if axes.get_ylim()[1] <= 0 else None
+    canvas.mark_breakdown(axes, view)
 
 
 def _window(view: View) -> int:
@@ -107,8 +115,8 @@ def _window(view: View) -> int:
     return longest // 40 if longest > _CROWDED else 1
 
 
-def _finite(record: Record, column: str) -> "np.ndarray[tuple[int], np.dtype[np.float64]]":
-    _, values, broken = curve_points(record, column)
+def _finite(record: Record, column: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    _, values, broken = canvas.curve_points(record, column)
     return values[~broken]
 
 
@@ -118,7 +126,7 @@ def _breakdowns(view: View) -> list[str]:
         return []
     words = []
     for series in view.series:
-        steps = sorted({s for s in map(first_breakdown, series.records) if s is not None})
+        steps = sorted({s for s in map(canvas.first_breakdown, series.records) if s is not None})
         if steps:
             words.append(f"{series.label} from step {', '.join(map(str, steps))}")
     return [f"Dotted vertical lines: non-finite: {'; '.join(words)}."] if words else []
@@ -135,3 +143,17 @@ def count_classes(record: Record) -> int:
     if name.startswith("cifar100"):
         return 100
     return 10 if name.startswith(("cifar10", "digits", "fashion")) else 0
+
+
+KIND = PlotKind(
+    name="curves",
+    title="Training curves",
+    question="Does it learn, stall or diverge?",
+    reading=(
+        "a loss at ln K is guessing. A loss that jumps in the first steps and returns to ln K "
+        "has lost its features; the gradient norm says whether it also lost its gradient."
+    ),
+    needs=("loss", "error", "lr", "grad_norm", "train_error", "test_error", "test_loss"),
+    draw=draw,
+    axis="step",
+)

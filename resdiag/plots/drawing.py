@@ -37,7 +37,8 @@ def draw(
     """Draw one kind of plot; several runs are compared on the same axes.
 
     Args:
-        kind: One of `KINDS`, or the id of any metric per block, also of a custom one.
+        kind: A kind of plot, built in or registered, or the id of any metric per block, built in
+            or custom.
         runs: A run or a monitor, or several; runs that differ in their seed only are drawn as a
             band.
         step: Recorded step to show by block; None shows the first and the last ones.
@@ -54,16 +55,12 @@ def draw(
     entry = find_kind(kind, [metric for run in opened for metric in run.custom_metrics])
     if not opened:
         raise UsageError(f"plot '{kind}' needs a run", "resdiag run --variant elu_pre --depth 20")
-    from resdiag.plots.column import draw_column
-    from resdiag.plots.families import FAMILIES
-    from resdiag.plots.opening import open_view
+    from resdiag.plots.grouping import open_view
     from resdiag.plots.sheet import freeze_layout
     from resdiag.plots.style import look
 
     with look():
-        figure = FAMILIES.get(entry.name, draw_column)(
-            open_view(entry, opened, step=step, theory=theory)
-        )
+        figure = entry.draw(open_view(entry, opened, step=step, theory=theory))
         freeze_layout(figure)
     return figure
 

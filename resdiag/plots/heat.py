@@ -31,6 +31,8 @@ def draw_heat(
         limits: Values of the first and last colour; None takes them from `values`.
         palette: Name of the colour map.
     """
+    import seaborn as sns
+
     finite = np.isfinite(values) & ~broken
     low, high = limits or _limits(values[finite], log=log)
     stride = -(-values.shape[1] // _COLUMNS)
@@ -46,16 +48,14 @@ def draw_heat(
             np.ma.masked_array(missing.astype(float), ~missing), cmap="Greys", vmin=0, vmax=5,
             rasterized=True,
         )  # fmt: skip
-    # not seaborn's, which draws the whole figure once to see whether labels overlap
-    mesh = axes.pcolormesh(
-        np.ma.masked_array(shown, ~finite), norm=norm, cmap=palette, rasterized=True
-    )
-    axes.set(xlim=(0, shown.shape[1]), ylim=(0, shown.shape[0]))
-    scale = axes.figure.colorbar(mesh, ax=axes, label=label, pad=0.015, aspect=18, fraction=0.06)
-    scale.outline.set_linewidth(0)
-    if scale.solids is not None:
-        scale.solids.set_rasterized(True)
-    if log and np.log10(high) - np.log10(low) <= 2:
+    about = {"label": label, "pad": 0.015, "aspect": 18, "fraction": 0.06}
+    sns.heatmap(
+        shown, mask=~finite, norm=norm, vmin=low, vmax=high, cmap=palette, cbar_kws=about, ax=axes,
+        xticklabels=False, yticklabels=False, rasterized=True,
+    )  # fmt: skip
+    axes.set_ylim(0, len(shown))  # block 0 at the bottom
+    scale = axes.collections[-1].colorbar
+    if scale is not None and log and np.log10(high) - np.log10(low) <= 2:
         scale.ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         scale.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         scale.ax.yaxis.set_minor_formatter(NullFormatter())

@@ -1,142 +1,57 @@
-"""The kinds of plots: what each shows, what to read in it, which metrics it needs.
+"""The kinds of plots by name.
 
 No matplotlib here: a mistyped kind is refused before anything slow is imported.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
 from resdiag.catalog.custom import known_metrics
 from resdiag.errors import UsageError, unknown
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlotKind:
-    """One kind of plot.
-
-    Attributes:
-        name: Word of the command line.
-        title: What is shown, as a heading.
-        question: The question that it answers.
-        reading: What to read in it; printed under every figure.
-        needs: Ids of the metrics drawn (catalogue) or columns of the curve.
-    """
-
-    name: str
-    title: str
-    question: str
-    reading: str
-    needs: tuple[str, ...]
-
-
-def _quantiled(site: str) -> tuple[str, ...]:
-    return (f"{site}_mean", f"{site}_mean_q10", f"{site}_mean_q90", f"{site}_bias")
-
-
-_ROWS = (
-    PlotKind(
-        name="gradnorms",
-        title="Gradient norms by block",
-        question="Does the gradient explode or vanish on its way back, and since when?",
-        reading=(
-            "straight and rising towards block 0 on the log axis is an exploding gradient, falling "
-            "a vanishing one. The level of the parameter gradient matters as much as its slope: "
-            "without normalisation it is flat over blocks and grows with depth."
-        ),
-        needs=("grad_output", "grad_input", "grad_param"),
-    ),
-    PlotKind(
-        name="biasshift",
-        title="Bias shift by block and step",
-        question="Are the activations centred, and does their mean drift?",
-        reading=(
-            "0 is centred. A band that leaves 0 is a shift all channels share; a wide band around "
-            "0 is one that the mean hides. B2 above 1: the mean is larger than the signal. Behind "
-            "a BatchNorm the branch's mean is its learned bias: 0 at step 0."
-        ),
-        needs=(*_quantiled("output"), *_quantiled("branch"), "head_mean", "head_bias"),
-    ),
-    PlotKind(
-        name="skip",
-        title="What happens to the skip path",
-        question="How much of the identity path survives the activation after the addition?",
-        reading=(
-            "P1, P2 and P4 are 0 and P3 is 1 where nothing stands after the addition. P3 falling "
-            "along depth is what a gradient on shortcuts alone loses; below 0.05 at the last block "
-            "the skip path has collapsed. P2 above 0: a block cannot be an identity."
-        ),
-        needs=(
-            "perturbation",
-            "identity_defect",
-            "identity_drift",
-            "branch_ratio",
-            "skip_gain_stage",
-            "skip_gain",
-        ),
-    ),
-    PlotKind(
-        name="signal",
-        title="Signal propagation by block",
-        question="Does the signal keep its scale on the way forward?",
-        reading=(
-            "straight and rising on the log axis is exponential growth. With BatchNorm on the "
-            "branch its variance starts at 1 and the output's grows by a constant per block, reset "
-            "at a stage. Squared mean above variance: the means dominate the signal."
-        ),
-        needs=(
-            "output_second_moment",
-            "output_channel_mean_sq",
-            "output_channel_var",
-            "branch_channel_var",
-        ),
-    ),
-    PlotKind(
-        name="growth",
-        title="Growth per block, forward and backward",
-        question="By what factor does each block multiply the signal and the gradient?",
-        reading=(
-            "1 keeps the scale. A factor that stays above 1 over a stage compounds: 1.8 per block "
-            "is 10^14 over 54 blocks. A factor that falls to 1 along depth is a power law, not an "
-            "explosion. Stage means are geometric and leave the transition block out."
-        ),
-        needs=("forward_growth", "grad_growth"),
-    ),
-    PlotKind(
-        name="curves",
-        title="Training curves",
-        question="Does it learn, stall or diverge?",
-        reading=(
-            "a loss at ln K is guessing. A loss that jumps in the first steps and returns to ln K "
-            "has lost its features; the gradient norm says whether it also lost its gradient."
-        ),
-        needs=("loss", "error", "lr", "grad_norm", "train_error", "test_error", "test_loss"),
-    ),
-    PlotKind(
-        name="updates",
-        title="Update to weight ratio by block and step",
-        question="How far does a step move the weights of each block?",
-        reading=(
-            "about 1e-3 is usual; above 0.1 a step replaces the weights, far below 1e-4 a block "
-            "hardly learns. Blocks that differ by decades train at different speeds."
-        ),
-        needs=("update_ratio",),
-    ),
-    PlotKind(
-        name="offender",
-        title="First non-finite block",
-        question="Where and since when are there infinities or NaN, and in which direction?",
-        reading=(
-            "the marked cell is the first step and block with a non-finite value: on the way "
-            "forward the lowest block, on the way back the highest. Later cells are consequences. "
-            "Where everything is finite, the change of the gradient is shown instead."
-        ),
-        needs=("output_nonfinite", "grad_nonfinite", "grad_output"),
-    ),
+from resdiag.plots import (
+    biasshift,
+    by_metric,
+    bydepth,
+    curves,
+    gradnorms,
+    growth,
+    nonfinite,
+    signal,
+    skip,
 )
+from resdiag.plots.plotkind import PlotKind as PlotKind
 
-KINDS: Mapping[str, PlotKind] = MappingProxyType({row.name: row for row in _ROWS})
-"""Every kind of plot by name, in the order of the documentation."""
+_MODULES = (gradnorms, biasshift, skip, signal, growth, curves, bydepth, by_metric, nonfinite)
+_KINDS = {module.KIND.name: module.KIND for module in _MODULES}
+KINDS: Mapping[str, PlotKind] = MappingProxyType(_KINDS)
+"""Every kind of plot by name, in the order of the documentation; registered ones behind."""
+
+
+def register_plot(kind: PlotKind) -> None:
+    """Add a kind of plot: `resdiag.draw`, `resdiag plot`, reports and study files know it then.
+
+    It is known in this process only; a command of the terminal that should know it must be started
+    from a script that registers it first.
+
+    Raises:
+        UsageError: There is another kind, or a metric, of that name.
+    """
+    if _KINDS.get(kind.name, kind) is not kind or kind.name in known_metrics():
+        raise UsageError(f"there is a plot or metric '{kind.name}' already: choose another name")
+    _KINDS[kind.name] = kind
+
+
+def unregister_plot(name: str) -> None:
+    """Forget a kind of plot that was registered.
+
+    Raises:
+        UsageError: There is none of that name, or it is built in.
+    """
+    if name in {module.KIND.name for module in _MODULES}:
+        raise UsageError(f"plot '{name}' is part of resdiag and stays")
+    if name not in _KINDS:
+        raise unknown("plot", name, _KINDS)
+    del _KINDS[name]
 
 
 def find_kind(name: str, custom: Iterable[Mapping[str, str]] = ()) -> PlotKind:
@@ -171,4 +86,5 @@ def find_kind(name: str, custom: Iterable[Mapping[str, str]] = ()) -> PlotKind:
         question=f"How does {name} = {formula} change along depth and over time?",
         reading=f"{reading}. {name} = {formula}.",
         needs=(name,),
+        draw=by_metric.draw,
     )

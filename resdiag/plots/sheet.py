@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
 from resdiag.plots.grouping import hidden_differences, variant_words
-from resdiag.plots.overlay import prediction
+from resdiag.plots.lines import prediction
 from resdiag.plots.style import GREY, NONFINITE, THEORY, WIDTH, ZERO
 from resdiag.plots.view import View
 
@@ -109,21 +109,14 @@ def _listed(words: Sequence[str]) -> str:
 
 def _anchor(view: View) -> list[str]:
     """What theory takes from the measurement: where it starts from, never a slope."""
-    if not view.theory or not any(prediction(record) for record in view.records):
+    if not (view.theory and view.kind.theory_from and any(map(prediction, view.records))):
         return []
-    start = "Theory takes from the run what comes out of the stem at step 0"
-    return {
-        "gradnorms": [f"{start}, and the level of the gradient at the last block."],
-        "signal": [f"{start}."],
-        "growth": [f"{start}."],
-        "skip": [f"{start}."],
-    }.get(view.kind.name, [])
+    return [f"Theory takes from the run {view.kind.theory_from}."]
 
 
 def _broken_ends(view: View) -> list[str]:
     """What lines and triangles are where runs that broke are compared."""
-    blocks = view.kind.name not in ("curves", "offender")
-    if view.single or not blocks or "last" not in view.moments():
+    if view.single or view.kind.axis != "block" or "last" not in view.moments():
         return []
     if all(trace.places == trace.ends for trace in view.traces("last")):
         return []

@@ -1,17 +1,18 @@
 """The skip path: what the activation after the addition does to it (P1 to P4)."""
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
+from __future__ import annotations
 
-from resdiag.plots.byblock import finish_blocks, trace_blocks, trace_theory
-from resdiag.plots.lines import guide, head_panel, note_panel
-from resdiag.plots.overtime import finish_steps, trace_block_steps
-from resdiag.plots.scale import plotted
-from resdiag.plots.sheet import legend, open_sheet, subject
-from resdiag.plots.style import NONFINITE
-from resdiag.plots.view import Trace, View, moment_words
+from typing import TYPE_CHECKING
+
+from resdiag.plots.lazy import canvas, np
+from resdiag.plots.plotkind import PlotKind
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    from resdiag.plots.view import Trace, View
 
 _PANELS = (
     ("perturbation", "P1 perturbation of the sum", r"$\|H-u\|/\|u\|$", 0.0),
@@ -24,17 +25,17 @@ _PANELS = (
 _COLLAPSED = 0.05
 
 
-def draw_skip(view: View) -> Figure:
+def draw(view: View) -> Figure:
     """P1, P2, P4, P3 per stage and through, branch ratio by block; skip gain over steps."""
     layers, shown = _layers(view)
-    figure, body = open_sheet(
-        view, f"What happens to the skip path: {subject(view)}", height=5.6, shown=shown
+    figure, body = canvas.open_sheet(
+        view, f"What happens to the skip path: {canvas.subject(view)}", height=5.6, shown=shown
     )
     grid = body.add_gridspec(3, 3, height_ratios=[1, 1, 0.8])
     for place, panel in enumerate(_PANELS):
         _draw_panel(body.add_subplot(grid[place // 3, place % 3]), view, layers, panel)
     _draw_steps(body.add_subplot(grid[2, :]), view)
-    legend(body, extra=_weights(layers) if len(layers) > 1 else ())
+    canvas.legend(body, extra=_weights(layers) if len(layers) > 1 else ())
     return figure
 
 
@@ -44,7 +45,7 @@ def _layers(view: View) -> tuple[list[list[Trace]], str]:
         history = view.history(3)
         return [history], view.steps_shown(history)
     layers = [view.traces(moment) for moment in view.moments()]
-    return layers, "; ".join(map(moment_words, layers))
+    return layers, "; ".join(map(canvas.moment_words, layers))
 
 
 def _draw_panel(
@@ -54,37 +55,37 @@ def _draw_panel(
     log = neutral is None
     for layer in layers:
         light = len(layers) > 1 and layer is layers[0]
-        trace_blocks(axes, view, layer, metric, log=log, light=light)
-    trace_theory(axes, view, [t for t in layers[0] if not any(t.places)], metric)
-    head_panel(axes, title, formula, stages=True)
-    finish_blocks(axes, view, log=log, floor=None if log else 0.0)
+        canvas.trace_blocks(axes, view, layer, metric, log=log, light=light)
+    canvas.trace_theory(axes, view, [t for t in layers[0] if not any(t.places)], metric)
+    canvas.head_panel(axes, title, formula, stages=True)
+    canvas.finish_blocks(axes, view, log=log, floor=None if log else 0.0)
     if neutral is not None:
         _explain_neutral(axes, view, neutral)
 
 
 def _weights(layers: list[list[Trace]]) -> list[Line2D]:
     """Entries of the legend for thin and thick lines."""
-    words = [moment_words(layer) for layer in layers]
+    words = [canvas.moment_words(layer) for layer in layers]
     return [
-        Line2D([], [], color="0.3", lw=0.7, alpha=0.6, label=f"thin: {words[0]}"),
-        Line2D([], [], color="0.3", lw=1.6, label=f"thick: {words[1]}"),
+        canvas.Line2D([], [], color="0.3", lw=0.7, alpha=0.6, label=f"thin: {words[0]}"),
+        canvas.Line2D([], [], color="0.3", lw=1.6, label=f"thick: {words[1]}"),
     ]
 
 
 def _explain_neutral(axes: Axes, view: View, neutral: float) -> None:
     """Say so where every value is exactly the one of a network with nothing after the addition."""
-    y = plotted(axes)
+    y = canvas.plotted(axes)
     if y.size and (y == neutral).all() and not _marked(axes):
         axes.set_ylim(-0.05, 1.15)
         bare = all(b.get("after_add") == "none" for r in view.records for b in r.run.blocks)
         why = ":\nnothing stands after\nthe addition" if bare else ""
-        note_panel(axes, f"exactly {neutral:g} in every block{why}")
+        canvas.note_panel(axes, f"exactly {neutral:g} in every block{why}")
     elif neutral == 1 and y.size:
         axes.set_ylim(-0.04, max(1.06, axes.get_ylim()[1]))
 
 
 def _marked(axes: Axes) -> bool:
-    return any(line.get_gid() == NONFINITE for line in axes.lines)
+    return any(line.get_gid() == canvas.NONFINITE for line in axes.lines)
 
 
 def _draw_steps(axes: Axes, view: View) -> None:
@@ -92,14 +93,36 @@ def _draw_steps(axes: Axes, view: View) -> None:
     y = np.concatenate([record.grid("skip_gain")[-1] for record in view.records])
     positive = y[np.isfinite(y) & (y > 0)]
     log = bool(positive.size and positive.min() < 0.2)
-    trace_block_steps(axes, view, "skip_gain", -1, log=log, silent=view.single is not None)
-    head_panel(axes, "P3 skip gain at the last block over steps", "P3")
-    finish_steps(axes, view, log=log)
+    canvas.trace_block_steps(axes, view, "skip_gain", -1, log=log, silent=view.single is not None)
+    canvas.head_panel(axes, "P3 skip gain at the last block over steps", "P3")
+    canvas.finish_steps(axes, view, log=log)
     if log:
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, _COLLAPSED / 2), max(high, 1.3))
-        guide(axes, _COLLAPSED, "0.05: collapsed")
+        canvas.guide(axes, _COLLAPSED, "0.05: collapsed")
     elif positive.size:
         axes.set_ylim(0, 1.15)
         if (positive == 1).all():
-            note_panel(axes, "exactly 1 at every step")
+            canvas.note_panel(axes, "exactly 1 at every step")
+
+
+KIND = PlotKind(
+    name="skip",
+    title="What happens to the skip path",
+    question="How much of the identity path survives the activation after the addition?",
+    reading=(
+        "P1, P2 and P4 are 0 and P3 is 1 where nothing stands after the addition. P3 falling "
+        "along depth is what a gradient on shortcuts alone loses; below 0.05 at the last block "
+        "the skip path has collapsed. P2 above 0: a block cannot be an identity."
+    ),
+    needs=(
+        "perturbation",
+        "identity_defect",
+        "identity_drift",
+        "branch_ratio",
+        "skip_gain_stage",
+        "skip_gain",
+    ),
+    draw=draw,
+    theory_from="what comes out of the stem at step 0",
+)

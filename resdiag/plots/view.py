@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from resdiag.catalog.table import inputs_of
 from resdiag.errors import UsageError
-from resdiag.plots.kinds import PlotKind
+from resdiag.plots.plotkind import PlotKind
 from resdiag.plots.style import Look, step_looks
 
 if TYPE_CHECKING:

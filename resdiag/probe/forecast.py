@@ -18,8 +18,7 @@ from resdiag.models.resnet import ResNet, build_model
 from resdiag.models.variants import find_variant
 from resdiag.probe.critical_rate import RISE, critical_rate, largest_curvature
 from resdiag.runs.watched import WatchedConfig, as_run
-from resdiag.theory.gradnorm import gradient_norm
-from resdiag.theory.prediction import CRITICAL, critical_lr, predict
+from resdiag.theory.prediction import CRITICAL, critical_lr, gradient_norm, predict
 from resdiag.watch.loop.attach import attach
 
 _PRODUCTS = 6

@@ -29,13 +29,11 @@ MOST_LINES = 10
 MOST_REPEATS = 4
 """Lines of one variant beside others: `show.style` has so many line styles."""
 
-_INITIAL = ("growth",)
-"""Plots of the first step only: settings that act later make no other line."""
 _LATER = (
     "recipe", "steps", "epochs", "lr", "warmup", "momentum", "nesterov", "weight_decay",
     "record_first", "every", "commit_every",
 )  # fmt: skip
-_OVER_TIME = ("curves",)
+"""Settings that act later than the first step."""
 
 
 def draw_figures(results: Results, *, only: Collection[str] | None = None) -> Iterator[Picture]:
@@ -59,7 +57,7 @@ def draw_figures(results: Results, *, only: Collection[str] | None = None) -> It
         if not members:
             yield replace(blank, reason="none of its cells has a recorded step")
             continue
-        if figure.plot in _INITIAL:
+        if kind.first_step_only:
             members = _distinct_at_start(members)
         for where, some in _facets(results, members):
             name = re.sub(r"[^a-z0-9.]+", "-", f"{stem} {where}".lower()).strip("-")
@@ -162,7 +160,7 @@ def draw_runs(kinds: Sequence[str], runs: "Sequence[Run]") -> Iterator[Picture]:
 
 def _draw(blank: Picture, kind: PlotKind, runs: "Sequence[Run]", drawn: bool) -> Picture:
     """A picture with its data, and with its drawing if that is wanted."""
-    from resdiag.plots.opening import open_view
+    from resdiag.plots.grouping import open_view
 
     try:
         view = open_view(kind, runs, step=None, theory=True)
@@ -184,8 +182,8 @@ def _draw(blank: Picture, kind: PlotKind, runs: "Sequence[Run]", drawn: bool) ->
 def _columns(view: "View") -> tuple[bool, list[str]]:
     """Whether it is drawn over steps, and which metrics it draws."""
     record = view.records[0]
-    table = record.curve if view.kind.name in _OVER_TIME else record.metrics
-    return view.kind.name in _OVER_TIME, [name for name in view.kind.needs if name in table]
+    table = record.curve if view.kind.axis == "step" else record.metrics
+    return view.kind.axis == "step", [name for name in view.kind.needs if name in table]
 
 
 def to_csv(view: "View") -> str:

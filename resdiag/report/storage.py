@@ -40,6 +40,9 @@ _SHARED: Mapping[str, type] = {
 _SAID = ("name", "step", "block", "summary", "why", "not_judged")
 _PATH = re.compile(r"(?<![\w.])(?:/[^\s/:'\"]+)+/(?=[^\s/:'\"])")
 
+_RENAMED = {"offender": "nonfinite"}
+"""Plots whose names have changed since results that are committed were written."""
+
 
 def write_results(results: Results, folder: Path) -> list[Path]:
     """Write results; what lies there is replaced.
@@ -105,7 +108,8 @@ def read_results(folder: Path) -> Results:
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise Damaged(f"{path} is damaged: {type(error).__name__} {error}") from error
     check_name(name, path)
-    file = check_document(said, str(path))
+    figures = [{**f, "plot": _RENAMED.get(f["plot"], f["plot"])} for f in said.get("figure", ())]
+    file = check_document({**said, "figure": figures}, str(path))
     study = Study(name, said, file, tuple(item.cell for item in cells))
     return Results(study=study, cells=cells, source=str(folder))
 

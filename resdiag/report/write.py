@@ -52,7 +52,8 @@ def write_run_report(runs: "Sequence[Run]", folder: Path) -> list[Path]:
         StorageError: The folder cannot be written.
         UsageError: A run is damaged.
     """
-    pictures = list(draw_runs(list(KINDS), runs))
+    kinds = [kind.name for kind in KINDS.values() if len(runs) > 1 or not kind.compares]
+    pictures = list(draw_runs(kinds, runs))
     return _write(write_run_page(runs, pictures, _made()), pictures, folder)
 
 

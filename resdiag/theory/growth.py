@@ -1,7 +1,7 @@
 """Un-normalised residual sums (a, b): the second moment grows geometrically with the block.
 
 s = E[H^2] and m = E[H] over batch and channels at each position; M, mu the moments of
-`resdiag.theory.moments`; K the mean over the nine taps, zeros outside (`positions`); k = 1, or 1/2
+`resdiag.theory.moments`; K the mean over the nine taps, zeros outside (`geometry`); k = 1, or 1/2
 at a stage change, the share of the shortcut's channels that option A keeps.
 
     a:  q1 = 2k K s,     q2 = 2 K M(q1),  s' = k s + M(q2) + 2 k m mu(q2),  m' = k m + mu(q2)
@@ -24,10 +24,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from resdiag.theory.geometry import BlockShape
-from resdiag.theory.moments import Array, elu_mean, elu_second_moment
-from resdiag.theory.positions import ConvTaps, uniform
-from resdiag.theory.products import elu_cubed, elu_fourth, elu_kernel
+from resdiag.theory.geometry import BlockShape, ConvTaps, uniform
+from resdiag.theory.moments import (
+    Array,
+    elu_cubed,
+    elu_fourth,
+    elu_kernel,
+    elu_mean,
+    elu_second_moment,
+)
 
 STEM_CHANNELS = 16
 
@@ -70,21 +75,21 @@ class Level:
 
 
 def grow(
-    variant: str,
     shapes: Sequence[BlockShape],
     s0: float,
     m0: float,
     *,
+    pre: bool,
     width: float = 1.0,
     width_px: int = 32,
 ) -> list[Level]:
-    """Carry s and m through all blocks of elu_nobn or elu_pre.
+    """Carry s and m through all blocks of a or b.
 
     Args:
-        variant: Id.
         shapes: The blocks.
         s0: E[H_0^2] at the stem's output.
         m0: E[H_0] there.
+        pre: Whether the ELUs stand before the convolutions (b), not behind them (a).
         width: Multiple of the 16/32/64 channels; infinity is the mean over networks.
         width_px: Width of the images.
     """
@@ -95,10 +100,10 @@ def grow(
         stride = 2 if shape.transition else 1
         into = ConvTaps(size=size, stride=stride)
         size, channels = max(1, size // stride), channels * stride
-        level = _pass(variant, shape, into, ConvTaps(size=size), channels, s, m)
+        level = _pass(pre, shape, into, ConvTaps(size=size), channels, s, m)
         rho = shared / float(s.mean())
-        shared = _shared(variant, level, shared)
-        level = _narrowed(level, rho * _scatter(variant, level) / channels)
+        shared = _shared(pre, level, shared)
+        level = _narrowed(level, rho * _scatter(pre, level) / channels)
         shared *= level.narrow
         s, m = level.after_s, level.after_m
         levels.append(level)
@@ -119,7 +124,7 @@ def columns(levels: Sequence[Level]) -> dict[str, Array]:
 
 
 def _pass(
-    variant: str,
+    pre: bool,
     shape: BlockShape,
     into: ConvTaps,
     within: ConvTaps,
@@ -128,7 +133,6 @@ def _pass(
     m: Array,
 ) -> Level:
     """One block, of infinitely many channels."""
-    pre = variant == "elu_pre"
     q1 = 2 * shape.kept * into.gather(elu_second_moment(s) if pre else s)
     q2 = 2 * within.gather(elu_second_moment(q1))
     kept = slice(None, None, into.stride)
@@ -153,19 +157,19 @@ def _narrowed(level: Level, variance: float) -> Level:
     )
 
 
-def _shared(variant: str, level: Level, shared: float) -> float:
+def _shared(pre: bool, level: Level, shared: float) -> float:
     """E[H(x) H(x')] of two far positions behind the block, at their mean scale."""
     s, q1, q2, skip_m = (float(getattr(level, n).mean()) for n in ("s", "q1", "q2", "skip_m"))
-    arriving = elu_kernel(s, shared) if variant == "elu_pre" else shared
-    first = q1 * arriving / float(elu_second_moment(s) if variant == "elu_pre" else s)
+    arriving = elu_kernel(s, shared) if pre else shared
+    first = q1 * arriving / float(elu_second_moment(s) if pre else s)
     second = q2 * elu_kernel(q1, first) / float(elu_second_moment(q1))
-    if variant == "elu_pre":
+    if pre:
         return level.shape.kept * shared + second
     mean = float(elu_mean(q2))
     return level.shape.kept * shared + elu_kernel(q2, second) + 2 * skip_m * mean
 
 
-def _scatter(variant: str, level: Level) -> float:
+def _scatter(pre: bool, level: Level) -> float:
     """Relative variance of E[H'^2] / E[H^2] over networks, times the channels.
 
     The first layer scatters E[F^2] by the relative variance of phi^2, the last one by that of
@@ -175,7 +179,7 @@ def _scatter(variant: str, level: Level) -> float:
     q1, q2, s, m = (float(getattr(level, n).mean()) for n in ("q1", "q2", "skip_s", "skip_m"))
     after = float(level.after_s.mean())
     first = _relative_variance(q1)
-    if variant == "elu_pre":
+    if pre:
         before = _relative_variance(float(level.s.mean())) - 2
         return ((q2**2 * (first + before)) + 2 * q2**2 + 4 * s * q2) / after**2
     mean, moment = float(elu_mean(q2)), float(elu_second_moment(q2))

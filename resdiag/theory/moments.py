@@ -7,6 +7,9 @@ With x = sqrt(q / 2) and Phi the normal distribution function,
 `erfcx(x) = e^{x^2} erfc(x)` is what keeps T_k finite: the bare exponential overflows near q = 350,
 and un-normalised networks reach 1e20. For small q the moments are differences of numbers near 1/2;
 there the power series erfcx(x) = sum_n (-x)^n / Gamma(n/2 + 1) is used.
+
+The moments of ELU's powers say how much a layer of few channels scatters; those of its products
+with its slope, how a gradient that points along the signal passes it.
 """
 
 from collections.abc import Callable
@@ -23,6 +26,8 @@ Moment: TypeAlias = Callable[[ArrayLike], Array]
 
 _SMALL = 0.05  # below this x the direct forms lose digits; 20 terms of the series are exact
 _ORDERS = np.arange(2, 22)
+_LINEAR = 1e-3  # below it the powers lose their digits, and ELU(z) = z + z^2/2 on one side is exact
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +168,53 @@ ACTIVATIONS = MappingProxyType(
 """Moments by the activation's name in the variants table."""
 
 
+def elu_cubed(q: ArrayLike) -> Array:
+    """E[ELU(z)^3]."""
+    q = np.asarray(q, float)
+    direct = 2 * q * _half(q) + _tail_of(3, q) - 3 * _tail_of(2, q) + 3 * _tail_of(1, q) - 0.5
+    return np.where(q < _LINEAR, 2.25 * q**2, direct)
+
+
+def elu_fourth(q: ArrayLike) -> Array:
+    """E[ELU(z)^4]."""
+    q = np.asarray(q, float)
+    negative = _tail_of(4, q) - 4 * _tail_of(3, q) + 6 * _tail_of(2, q) - 4 * _tail_of(1, q) + 0.5
+    return np.where(q < _LINEAR, 3 * q**2, 1.5 * q**2 + negative)
+
+
+def elu_times_slope(q: ArrayLike) -> Array:
+    """E[ELU(z) ELU'(z)], the coefficient of 1 in ELU(z) ELU'(z)."""
+    return _half(q) + _tail_of(2, q) - _tail_of(1, q)
+
+
+def elu_times_slope_along(q: ArrayLike) -> Array:
+    """E[ELU(z) ELU'(z) z] / q, the coefficient of z in ELU(z) ELU'(z)."""
+    # by parts: E[e^{kz} z; z < 0] = k q T_k - sqrt(q / 2 pi)
+    return 0.5 + 2 * _tail_of(2, q) - _tail_of(1, q)
+
+
+def elu_times_slope_sq(q: ArrayLike) -> Array:
+    """E[ELU(z) ELU'(z)^2]."""
+    return _half(q) + _tail_of(3, q) - _tail_of(2, q)
+
+
+def elu_sq_times_slope_sq(q: ArrayLike) -> Array:
+    """E[ELU(z)^2 ELU'(z)^2]."""
+    return np.asarray(np.asarray(q) / 2 + _tail_of(4, q) - 2 * _tail_of(3, q) + _tail_of(2, q))
+
+
+def elu_kernel(q: float, shared: float) -> float:
+    """E[ELU(z) ELU(z')] of two units of variance q and covariance `shared`."""
+    shared = min(max(shared, 0.0), q * (1 - 1e-9))
+    means = elu_shifted_mean(np.sqrt(shared) * _NODES, q - shared)
+    return float((_WEIGHTS * means**2).sum() / _WEIGHTS.sum())
+
+
+def _half(q: ArrayLike) -> Array:
+    """E[z; z > 0]."""
+    return np.asarray(np.sqrt(np.asarray(q, float) / (2 * np.pi)))
+
+
 def _root(q: ArrayLike) -> Array:
     """X = sqrt(q / 2)."""
     return np.asarray(np.sqrt(np.asarray(q, dtype=np.float64) / 2))
@@ -171,6 +223,10 @@ def _root(q: ArrayLike) -> Array:
 def _tail(k: int, x: Array) -> Array:
     """T_k."""
     return np.asarray(special.erfcx(k * x) / 2)
+
+
+def _tail_of(k: int, q: ArrayLike) -> Array:
+    return np.asarray(special.erfcx(k * np.sqrt(np.asarray(q, float) / 2)) / 2)
 
 
 def _patched(

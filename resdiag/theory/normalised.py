@@ -10,41 +10,59 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from resdiag.models.variants import Variant
-from resdiag.theory.geometry import BlockShape
+from resdiag.theory.geometry import BlockShape, ConvTaps, uniform
 from resdiag.theory.moments import ACTIVATIONS, Array, elu_second_moment, elu_slope_sq
-from resdiag.theory.positions import ConvTaps, uniform
 
 # slope over centred second moment of BN-ReLU: (1/2) / (1/2 - 1/2pi) = pi / (pi - 1)
 BN_RELU_GAIN = np.pi / (np.pi - 1)
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(60)
 
 
-def branch_gain(row: Variant, shape: BlockShape, s: float, mean_sq: float) -> float:
-    """G = |dF/dx^T g|^2 / |g|^2 of a branch whose last normalisation follows or precedes x.
+@dataclass(frozen=True, kw_only=True)
+class NormalisedBranch:
+    """A branch with BatchNorm in front of every activation, or one that ends with BatchNorm.
 
-    conv-BN-ReLU-conv-BN (original, no_relu):  G = (pi / (pi - 1)) / Var(x)
-    conv-ELU-conv-BN (c, d):                   G = g1 D(g1 s) / Var[ELU(conv x)]
-    BN-ReLU-conv-BN-ReLU-conv (relu_pre):      G = p_W (pi / (pi - 1)) / Var(x)
-
-    Var = s - mean_sq is the variance within a channel, averaged over channels (harmonically for
-    relu_pre, which normalises x channel by channel); the gains of convolutions cancel against the
-    BatchNorm behind them. For c and d, g1 s is the variance of the inner pre-activation, of which
-    g1 mean_sq lies between channels. For large s and no mean, d's gain is 1.47 / s.
-
-    Args:
-        row: The variant.
-        shape: The block.
-        s: E[x^2].
-        mean_sq: Average channel squared mean of x, E[x^2] - Var.
+    Attributes:
+        inner: Activation between the convolutions: relu behind a BatchNorm, or elu without one.
+        first: Whether BatchNorm and activation stand before the convolutions (BN-ReLU-conv), so
+            that BatchNorm meets the block's input itself; else BatchNorm ends the branch.
     """
-    variance = s - mean_sq
-    if row.branch == "conv-elu-conv-bn":
-        q = shape.gain1 * s
-        inner = _elu_channel_variance(shape.gain1 * mean_sq, shape.gain1 * variance)
-        return shape.gain1 * float(elu_slope_sq(q)) / inner
-    behind = shape.share2 if row.branch.endswith("conv") else 1.0
-    return behind * BN_RELU_GAIN / variance
+
+    inner: str = "relu"
+    first: bool = False
+
+    def moments(self, shape: BlockShape) -> tuple[float, float]:
+        """E[F^2] and its part within channels."""
+        if not self.first:
+            return 1.0, 1.0
+        relu = ACTIVATIONS["relu"]
+        return (
+            shape.gain2 * float(relu.second_moment(1.0)),
+            shape.gain2 * float(relu.variance(1.0)),
+        )
+
+    def gain(self, shape: BlockShape, s: float, mean_sq: float) -> float:
+        """G = |dF/dx^T g|^2 / |g|^2.
+
+        conv-BN-ReLU-conv-BN (original, no_relu):  G = (pi / (pi - 1)) / Var(x)
+        conv-ELU-conv-BN (c, d):                   G = g1 D(g1 s) / Var[ELU(conv x)]
+        BN-ReLU-conv-BN-ReLU-conv (relu_pre):      G = p_W (pi / (pi - 1)) / Var(x)
+
+        Var = s - mean_sq is the variance within a channel, averaged over channels (harmonically for
+        relu_pre, which normalises x channel by channel); the gains of convolutions cancel against
+        the BatchNorm behind them. For c and d, g1 s is the variance of the inner pre-activation, of
+        which g1 mean_sq lies between channels. For large s and no mean, d's gain is 1.47 / s.
+
+        Args:
+            shape: The block.
+            s: E[x^2].
+            mean_sq: Average channel squared mean of x, E[x^2] - Var.
+        """
+        variance = s - mean_sq
+        if self.inner == "elu":
+            inner = _elu_channel_variance(shape.gain1 * mean_sq, shape.gain1 * variance)
+            return shape.gain1 * float(elu_slope_sq(shape.gain1 * s)) / inner
+        return (shape.share2 if self.first else 1.0) * BN_RELU_GAIN / variance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +89,7 @@ class _Signal:
 
 
 def sum_normalised(
-    row: Variant,
+    unit: NormalisedBranch,
     shapes: Sequence[BlockShape],
     s0: float,
     m0: float,
@@ -89,18 +107,20 @@ def sum_normalised(
     signals = [_Signal(s=s0, m=m0, shares=np.full(len(within), 1 / len(within)), variances=within)]
     ratios = []
     for shape in shapes:
-        branch, centred = _branch_moments(row, shape)
+        branch, centred = unit.moments(shape)
         ratios.append(np.sqrt(branch / (shape.kept * signals[-1].s)))
         signals.append(signals[-1].after(shape.kept, branch, centred))
     return {
         "second_moment": np.array([signal.s for signal in signals[1:]]),
         "mean": np.array([signal.m for signal in signals[1:]]),
         "branch_ratio": np.array(ratios),
-        "grad_growth": _backward(row, shapes, signals),
+        "grad_growth": _backward(unit, shapes, signals),
     }
 
 
-def _backward(row: Variant, shapes: Sequence[BlockShape], signals: Sequence[_Signal]) -> Array:
+def _backward(
+    unit: NormalisedBranch, shapes: Sequence[BlockShape], signals: Sequence[_Signal]
+) -> Array:
     """Squared gradient per unit and channel group, carried from the last block to the first."""
     growth = np.empty(len(shapes))
     energy = np.ones(len(signals[-1].shares))
@@ -109,14 +129,14 @@ def _backward(row: Variant, shapes: Sequence[BlockShape], signals: Sequence[_Sig
         total = float(after.shares @ energy)
         # per unit: at a transition one position of four is kept and units halve in number
         kept, units = (0.25, 2.0) if shape.transition else (1.0, 1.0)
-        if row.branch.startswith("bn"):
+        if unit.first:
             # BatchNorm meets x itself: each channel's gradient is divided by its own variance
             mean_variance = before.harmonic_variance()
             spread = mean_variance / before.variances
         else:
             mean_variance = float(before.shares @ before.variances)
             spread = np.ones(len(before.shares))
-        gain = branch_gain(row, shape, before.s, before.s - mean_variance)
+        gain = unit.gain(shape, before.s, before.s - mean_variance)
         energy = kept * energy[: len(spread)] + gain * total * spread / units
         growth[index] = units * float(before.shares @ energy) / total
     return growth
@@ -176,17 +196,6 @@ def _normalise(taps: ConvTaps, s: Array, m: Array) -> tuple[float, Array]:
     centre = sum(c**2 for c in centres) / 9
     variance = float(moment.mean()) - centre
     return variance, (moment - 2 * pattern + centre) / variance
-
-
-def _branch_moments(row: Variant, shape: BlockShape) -> tuple[float, float]:
-    """E[F^2] and its part within channels."""
-    if row.branch.endswith("bn"):
-        return 1.0, 1.0
-    relu = ACTIVATIONS["relu"]
-    return (
-        shape.gain2 * float(relu.second_moment(1.0)),
-        shape.gain2 * float(relu.variance(1.0)),
-    )
 
 
 def _elu_channel_variance(between: float, within: float) -> float:

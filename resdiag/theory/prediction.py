@@ -1,55 +1,28 @@
 """What theory predicts for a network at initialisation, before any training: no constant is fitted.
 
-The laws are in `growth` and `coherence` (a, b), `normalised` (d, no_relu, relu_pre, plain) and
-`walk` (original, c, relu_nobn); they hold for Gaussian pre-activations and He's initialisation, the
-normalised ones for wide layers.
+`predict` asks the law that a variant names (`resdiag.theory.laws`); laws hold for Gaussian
+pre-activations and He's initialisation, the normalised ones for wide layers.
 """
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from resdiag.errors import UsageError
 from resdiag.models.variants import Variant, find_variant
-from resdiag.theory.coherence import grow_back
-from resdiag.theory.geometry import BlockShape, block_shapes, padding_share
-from resdiag.theory.growth import columns as growth_columns
-from resdiag.theory.growth import grow
+from resdiag.theory.geometry import block_shapes, padding_share
+from resdiag.theory.laws import LAWS, Law, Start
 from resdiag.theory.moments import ACTIVATIONS, Array
-from resdiag.theory.normalised import stack_plain, sum_normalised
-from resdiag.theory.walk import walk
 
 CRITICAL = 0.6
 """lr ||g_0|| above which no run has survived (28 runs of a and b, none in .6 ... 1.07)."""
 
-_LARGEST_WALK = 1e3  # the grid grows with its root; a stem on normalised images gives .1 ... 1
 _STEM_FAN_RATIO = 3 / 16  # input channels over output channels of the stem's convolution
-
-_UNNORMALISED = (
-    "un-normalised residual sum: the second moment is multiplied in every block by the recursion "
-    "of resdiag.theory.growth (Zhang et al. 2019 (Fixup); De & Smith 2020), the gradient by that "
-    "of resdiag.theory.coherence, which keeps its part along the signal"
-)
-_NORMALISED = (
-    "BatchNorm ends the branch and nothing stands on the skip path: E[H^2] grows by a constant per "
-    "block (De & Smith 2020)"
-)
-_WALK = (
-    "scalar walk per unit with an activation after the addition, evolved exactly "
-    "(resdiag.theory.walk; Sparre Andersen 1954 for its skip gain)"
-)
-_BASIS = {
-    "elu_nobn": _UNNORMALISED,
-    "elu_pre": _UNNORMALISED,
-    "relu_nobn": _WALK + "; its step grows with the signal, so E[H^2] grows geometrically",
-    "relu_pre": _NORMALISED,
-    "plain": "BatchNorm and no shortcut: E[H^2] is 1/2 in every block, the squared gradient grows "
-    "by (pi/(pi-1))^2 per block, less at the border (Yang et al. 2019, mean field of BatchNorm), "
-    "if all samples keep the same energy: in deep networks one comes to dominate, and it is less",
-}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -79,7 +52,7 @@ class Prediction:
             transitions, which append zeros and so halve E[H^2], are in it.
         gradient_ratio: ||g_0|| / ||g_L||, gradient at the first block's input over that at the last
             block's output.
-        basis: The law and its source, one sentence.
+        basis: The law and its source, one sentence; or why there is none.
     """
 
     variant: str
@@ -151,19 +124,19 @@ def predict(
     (1.83, '5e+13')
     """
     row = find_variant(variant)
+    law = LAWS.get(row.law)
     shapes = block_shapes(depth, width_px)
     if s0 is None:
         s0 = stem_second_moment(row, width_px)
-    largest = _LARGEST_WALK if row.norm and row.after_add != "none" else sys.float_info.max
+    largest = law.largest if law else sys.float_info.max
     if not 0 < s0 <= largest:
         raise UsageError(f"second moment {s0:g} at the stem must be in (0, {largest:g}]")
     if m0 is None:
         m0 = _stem_mean(row, s0)
-    columns = _columns(row, shapes, s0, m0, variances, width, width_px)
-    columns["forward_growth"] = columns["second_moment"] / np.append(
-        s0, columns["second_moment"][:-1]
-    )
-    arrays = {name: columns.get(name, np.full(len(shapes), math.nan)) for name in _ARRAYS}
+    start = Start(
+        shapes=shapes, s0=s0, m0=m0, variances=variances, width=width, width_px=width_px
+    )  # fmt: skip
+    arrays = _columns(law, start)
     return Prediction(
         variant=row.id,
         depth=depth,
@@ -171,9 +144,78 @@ def predict(
         m0=m0,
         growth_per_block=float(np.exp(np.log(arrays["forward_growth"]).mean())),
         gradient_ratio=float(np.exp(np.log(arrays["grad_growth"]).sum() / 2)),
-        basis=_BASIS.get(row.id, _NORMALISED if row.after_add == "none" else _WALK),
+        basis=law.basis if law else _no_law(row),
         **arrays,
     )
+
+
+def predict_run(
+    config: Any,  # noqa: ANN401 - of a run of ours or of any other model
+    blocks: Sequence[Mapping[str, Any]],
+    *,
+    s0: float = math.nan,
+    m0: float = math.nan,
+) -> Prediction | None:
+    """Predict the statistics of a run's network at initialisation, on the run's own input.
+
+    Args:
+        config: The run's settings; read are its variant, its depth and its width.
+        blocks: The run's descriptions of its blocks; the first one's shape is that of the images.
+        s0: E[H_0^2] measured at the stem's output at step 0; NaN if the run has none.
+        m0: E[H_0] measured there; NaN if the run has none.
+
+    Returns:
+        None where theory says nothing: another model, a depth other than 6n+2, or a variant
+        without a law.
+    """
+    shape = blocks[0].get("shape") if blocks else None
+    width_px = int(shape[-1]) if isinstance(shape, list | tuple) and len(shape) == 3 else 32
+    known = math.isfinite(s0) and s0 > 0
+    try:
+        row = find_variant(str(config.variant))
+        if LAWS.get(row.law) is None:
+            return None
+        return _predict_once(
+            row,
+            int(config.depth),
+            s0 if known else None,
+            m0 if known and math.isfinite(m0) else None,
+            float(getattr(config, "width", 1.0)),
+            width_px,
+            LAWS[row.law],
+        )
+    except UsageError:
+        return None
+
+
+@lru_cache(maxsize=256)
+def _predict_once(
+    row: Variant,
+    depth: int,
+    s0: float | None,
+    m0: float | None,
+    width: float,
+    width_px: int,
+    law: Law,
+) -> Prediction:
+    """`predict`, whose cache tells apart what was registered under the same name."""
+    return predict(row.id, depth, s0=s0, m0=m0, width=width, width_px=width_px)
+
+
+def gradient_norm(theory: Prediction, width_px: int = 32, classes: int = 10) -> float | None:
+    """||g_0||, the root of all squared parameter gradients; None where the law does not say it.
+
+    Args:
+        theory: Of the network.
+        width_px: Width of the images.
+        classes: Of the classifier.
+    """
+    law = LAWS.get(find_variant(theory.variant).law)
+    if law is None or law.gradient_norm is None:
+        return None
+    moments = np.append(theory.s0, theory.second_moment)
+    shapes = block_shapes(theory.depth, width_px)
+    return law.gradient_norm(shapes, moments, theory.grad_growth, classes)
 
 
 def stem_second_moment(row: Variant, width_px: int = 32, input_second_moment: float = 1.0) -> float:
@@ -211,7 +253,7 @@ def head_kick(lr: float, momentum: float, mean: float, channels: int, gap: float
 def critical_lr(grad_norm: float) -> float:
     """0.6 / ||g_0||: every run above it died, a necessary and not a sufficient condition.
 
-    RunData, not derived: 28 runs of a and b with He's initialisation.
+    Observed, not derived: 28 runs of a and b with He's initialisation.
 
     >>> critical_lr(1.2e6)
     5e-07
@@ -222,38 +264,23 @@ def critical_lr(grad_norm: float) -> float:
 _ARRAYS = tuple(
     name for name, kind in Prediction.__annotations__.items() if kind is Array or kind == "Array"
 )
-_NO_ACTIVATION = {
-    "skip_gain": 1.0,
-    "skip_gain_stage": 1.0,
-    "perturbation": 0.0,
-    "identity_defect": 0.0,
-    "identity_drift": 0.0,
-    "attenuation": 1.0,
-    "slope_mean": 1.0,
-    "slope_mean_sq": 1.0,
-}
-"""Exact where nothing stands after the addition."""
 
 
-def _columns(
-    row: Variant,
-    shapes: Sequence[BlockShape],
-    s0: float,
-    m0: float,
-    variances: Sequence[float],
-    width: float,
-    width_px: int,
-) -> dict[str, Array]:
-    """The law of a variant, by the variants table."""
-    if not row.shortcut:
-        return stack_plain(shapes, width_px)
-    if row.after_add != "none":
-        return walk(row, shapes, s0)
-    exact = {name: np.full(len(shapes), value) for name, value in _NO_ACTIVATION.items()}
-    if row.norm:
-        return exact | sum_normalised(row, shapes, s0, m0, variances)
-    levels = grow(row.id, shapes, s0, m0, width=width, width_px=width_px)
-    return exact | growth_columns(levels) | {"grad_growth": grow_back(row.id, levels)}
+def _columns(law: Law | None, start: Start) -> dict[str, Array]:
+    """All arrays of a prediction, NaN where the law does not say them."""
+    found = law.columns(start) if law else {}
+    arrays = {name: found.get(name, start.constant(math.nan)) for name in _ARRAYS}
+    if "forward_growth" not in found:
+        before = np.append(start.s0, arrays["second_moment"][:-1])
+        arrays["forward_growth"] = arrays["second_moment"] / before
+    return arrays
+
+
+def _no_law(row: Variant) -> str:
+    """Why there is no prediction."""
+    if not row.law:
+        return f"variant {row.id} names no law of resdiag.theory: nothing is predicted"
+    return f"variant {row.id} names the law '{row.law}', which is not registered"
 
 
 def _stem_mean(row: Variant, s0: float) -> float:

@@ -12,14 +12,35 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from resdiag.models.variants import Variant
 from resdiag.theory.geometry import BlockShape
 from resdiag.theory.moments import ACTIVATIONS, Array
-from resdiag.theory.normalised import branch_gain
-from resdiag.theory.reflected import grow_back_reflected
+from resdiag.theory.normalised import NormalisedBranch
+from resdiag.theory.walk_gradient import grow_back_reflected
 
 _PANEL, _WEIGHTS = np.polynomial.legendre.leggauss(8)
 _REACH = 7.0  # standard deviations kept: what is cut off is below 1e-11
+
+
+@dataclass(frozen=True, kw_only=True)
+class WalkUnit:
+    """A residual unit with an activation after the addition.
+
+    Attributes:
+        after_add: phi: relu or elu.
+        branch: A branch that ends with BatchNorm, whose steps have deviation 1; None for
+            conv-ReLU-conv, whose steps grow with the signal.
+    """
+
+    after_add: str
+    branch: NormalisedBranch | None = None
+
+    def phi(self, u: Array) -> Array:
+        """The activation."""
+        return np.maximum(u, 0) if self.after_add == "relu" else np.where(u > 0, u, np.expm1(u))
+
+    def slope(self, u: Array) -> Array:
+        """Its slope."""
+        return (u > 0).astype(float) if self.after_add == "relu" else np.exp(np.minimum(u, 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,38 +72,38 @@ class Level:
         return self.masses @ self.shares
 
 
-def walk(row: Variant, shapes: Sequence[BlockShape], s0: float) -> dict[str, Array]:
+def walk(unit: WalkUnit, shapes: Sequence[BlockShape], s0: float) -> dict[str, Array]:
     """Evolve the walk through all blocks, then the gradient's energy back through it.
 
     Args:
-        row: original, elu_after or relu_nobn: a shortcut and an activation after the addition.
+        unit: What the blocks are.
         shapes: The blocks.
         s0: E[H_0^2] at the stem's output; H_0 is taken as phi(N(0, q)) with this second moment.
 
     Returns:
         Columns by name, one value per block.
     """
-    levels = [_start(row, s0)]
+    levels = [_start(unit, s0)]
     sigmas: list[float] = []
     steps: list[Array] = []
-    grid = _common_grid(row, s0, len(shapes)) if row.norm else None
+    grid = _common_grid(unit, s0, len(shapes)) if unit.branch else None
     for index, shape in enumerate(shapes):
         last = levels[-1]
-        sigma = _branch_std(row, shape, _second_moment(row, last))
-        nodes, weights = grid or _next_grid(row, last, sigma)
+        sigma = _branch_std(unit, shape, _second_moment(unit, last))
+        nodes, weights = grid or _next_grid(unit, last, sigma)
         if grid and index > 1:
             step = steps[-1]  # same grid, same sigma: one matrix serves all blocks
         else:
-            step = weights[:, None] * _gauss(nodes[:, None] - _phi(row, last.nodes), sigma)
-        levels.append(_advance(row, last, shape, nodes, weights, step, sigma))
+            step = weights[:, None] * _gauss(nodes[:, None] - unit.phi(last.nodes), sigma)
+        levels.append(_advance(unit, last, shape, nodes, weights, step, sigma))
         sigmas.append(sigma)
         steps.append(step)
     pairs = zip(levels, levels[1:], shapes, sigmas, strict=False)
-    rows = [_describe(row, *pair) for pair in pairs]
+    rows = [_describe(unit, *pair) for pair in pairs]
     columns = {name: np.array([entry[name] for entry in rows]) for name in rows[0]}
-    columns |= _backward(row, levels, shapes, steps)
-    if not row.norm:
-        laws = [(_phi(row, level.nodes), level.law) for level in levels]
+    columns |= _backward(unit, levels, shapes, steps)
+    if unit.branch is None:
+        laws = [(unit.phi(level.nodes), level.law) for level in levels]
         gates = columns["attenuation"] ** 2
         columns["grad_growth"] = grow_back_reflected(laws, shapes, sigmas, gates)
     return columns
@@ -98,14 +119,6 @@ def skip_gain_from_zero(blocks: int) -> float:
     return float(np.prod((2 * k - 1) / (2 * k)))
 
 
-def _phi(row: Variant, u: Array) -> Array:
-    return np.maximum(u, 0) if row.after_add == "relu" else np.where(u > 0, u, np.expm1(u))
-
-
-def _slope(row: Variant, u: Array) -> Array:
-    return (u > 0).astype(float) if row.after_add == "relu" else np.exp(np.minimum(u, 0))
-
-
 def _grid(low: float, high: float, width: float) -> tuple[Array, Array]:
     """Nodes and weights on panels of `width` with an edge at 0, where phi has its kink."""
     edges = width * np.arange(np.floor(low / width), np.ceil(high / width))
@@ -117,11 +130,11 @@ def _gauss(x: Array, sigma: float) -> Array:
     return np.asarray(np.exp(-((x / sigma) ** 2) / 2) / (sigma * np.sqrt(2 * np.pi)))
 
 
-def _start(row: Variant, s0: float) -> Level:
-    q = ACTIVATIONS[row.after_add].input_variance(s0)
+def _start(unit: WalkUnit, s0: float) -> Level:
+    q = ACTIVATIONS[unit.after_add].input_variance(s0)
     nodes, weights = _grid(-_REACH * np.sqrt(q), _REACH * np.sqrt(q), np.sqrt(q))
     masses = weights * _gauss(nodes, np.sqrt(q))
-    values = _phi(row, nodes)
+    values = unit.phi(nodes)
     return Level(
         nodes=nodes,
         weights=weights,
@@ -133,30 +146,30 @@ def _start(row: Variant, s0: float) -> Level:
     )
 
 
-def _branch_std(row: Variant, shape: BlockShape, s: float) -> float:
+def _branch_std(unit: WalkUnit, shape: BlockShape, s: float) -> float:
     """sigma_l: 1 behind BatchNorm; else the recursion q2 = g2 M(g1 s)."""
-    if row.norm:
+    if unit.branch:
         return 1.0
-    activation = ACTIVATIONS[row.activation]
+    activation = ACTIVATIONS["relu"]
     return float(np.sqrt(shape.gain2 * activation.second_moment(shape.gain1 * s)))
 
 
-def _common_grid(row: Variant, s0: float, blocks: int) -> tuple[Array, Array]:
+def _common_grid(unit: WalkUnit, s0: float, blocks: int) -> tuple[Array, Array]:
     """A grid wide enough for every block of a walk with unit steps."""
-    lowest = float(_phi(row, np.array([-np.inf]))[0])
+    lowest = float(unit.phi(np.array([-np.inf]))[0])
     return _grid(lowest - _REACH, _REACH * (np.sqrt(s0 + blocks) + 1), 1.0)
 
 
-def _next_grid(row: Variant, last: Level, sigma: float) -> tuple[Array, Array]:
+def _next_grid(unit: WalkUnit, last: Level, sigma: float) -> tuple[Array, Array]:
     """A grid that follows the scale of the signal, and drops a tail that nothing reaches."""
-    values = _phi(row, last.nodes)
-    spread = np.sqrt(_second_moment(row, last) + sigma**2)
+    values = unit.phi(last.nodes)
+    spread = np.sqrt(_second_moment(unit, last) + sigma**2)
     high = min(float(values.max()), _REACH * spread) + _REACH * sigma
     return _grid(float(values.min()) - _REACH * sigma, high, sigma)
 
 
 def _advance(
-    row: Variant,
+    unit: WalkUnit,
     last: Level,
     shape: BlockShape,
     nodes: Array,
@@ -165,7 +178,7 @@ def _advance(
     sigma: float,
 ) -> Level:
     """The law behind one more block; `step[i, j]`: probability to go from node j to node i."""
-    slope = _slope(row, nodes)
+    slope = unit.slope(nodes)
     masses, shares, through = step @ last.masses, last.shares, slope * (step @ last.through)
     first, current, law = last.drifted
     if shape.transition:
@@ -173,7 +186,7 @@ def _advance(
         masses = np.column_stack([masses, appended])
         shares = np.append(shares * shape.kept, 1 - shape.kept)
         arriving = shape.kept * (step @ last.law) + (1 - shape.kept) * appended
-        first = current = _phi(row, last.nodes)
+        first = current = unit.phi(last.nodes)
         law = last.law
     else:
         arriving = step @ last.stage_through
@@ -184,24 +197,24 @@ def _advance(
         shares=shares,
         through=through,
         stage_through=slope * arriving,
-        drifted=(first, _phi(row, current), law),
+        drifted=(first, unit.phi(current), law),
     )
 
 
-def _second_moment(row: Variant, level: Level) -> float:
-    return float(level.law @ _phi(row, level.nodes) ** 2)
+def _second_moment(unit: WalkUnit, level: Level) -> float:
+    return float(level.law @ unit.phi(level.nodes) ** 2)
 
 
-def _channel_mean_sq(row: Variant, level: Level) -> float:
-    return float((_phi(row, level.nodes) @ level.masses) ** 2 @ level.shares)
+def _channel_mean_sq(unit: WalkUnit, level: Level) -> float:
+    return float((unit.phi(level.nodes) @ level.masses) ** 2 @ level.shares)
 
 
 def _describe(
-    row: Variant, last: Level, now: Level, shape: BlockShape, sigma: float
+    unit: WalkUnit, last: Level, now: Level, shape: BlockShape, sigma: float
 ) -> dict[str, float]:
     """One block's numbers, named as in `Prediction`."""
-    law, u, slope = now.law, now.nodes, _slope(row, now.nodes)
-    h, x = _phi(row, u), _phi(row, last.nodes)
+    law, u, slope = now.law, now.nodes, unit.slope(now.nodes)
+    h, x = unit.phi(u), unit.phi(last.nodes)
     shortcut = shape.kept * float(last.law @ x**2)
     first, drifted, masses = now.drifted
     return {
@@ -210,7 +223,7 @@ def _describe(
         "skip_gain": float(now.through.sum()),
         "skip_gain_stage": float(now.stage_through.sum()),
         "perturbation": float(np.sqrt((law @ (h - u) ** 2) / (law @ u**2))),
-        "identity_defect": _relative(last.law, _phi(row, x) - x, x),
+        "identity_defect": _relative(last.law, unit.phi(x) - x, x),
         "identity_drift": _relative(masses, drifted - first, first),
         "branch_ratio": sigma / np.sqrt(shortcut),
         "negative_fraction": float(law[u < 0].sum()),
@@ -224,7 +237,7 @@ def _relative(law: Array, change: Array, value: Array) -> float:
 
 
 def _backward(
-    row: Variant, levels: Sequence[Level], shapes: Sequence[BlockShape], steps: Sequence[Array]
+    unit: WalkUnit, levels: Sequence[Level], shapes: Sequence[BlockShape], steps: Sequence[Array]
 ) -> dict[str, Array]:
     """|g_{l-1}|^2 / |g_l|^2 = gate_l (1 + G_l), with the gates' memory.
 
@@ -239,20 +252,20 @@ def _backward(
     energy = np.ones(len(levels[-1].nodes))
     for index in range(len(shapes) - 1, -1, -1):
         last, now, shape = levels[index], levels[index + 1], shapes[index]
-        gated = _slope(row, now.nodes) ** 2 * energy
+        gated = unit.slope(now.nodes) ** 2 * energy
         total, passed = float(now.law @ energy), float(now.law @ gated)
         # per unit: at a transition one position of four is kept and units halve in number
         kept, units = (0.25, 2.0) if shape.transition else (1.0, 1.0)
-        energy = kept * (gated @ steps[index]) + _gain(row, last, shape) * passed / units
+        energy = kept * (gated @ steps[index]) + _gain(unit, last, shape) * passed / units
         growth[index] = units * float(last.law @ energy) / total
         attenuation[index] = np.sqrt(passed / total)
     return {"grad_growth": growth, "attenuation": attenuation}
 
 
-def _gain(row: Variant, last: Level, shape: BlockShape) -> float:
+def _gain(unit: WalkUnit, last: Level, shape: BlockShape) -> float:
     """G of a branch: with BatchNorm from `branch_gain`, else g1 g2 D(g1 s)."""
-    s = _second_moment(row, last)
-    if row.norm:
-        return branch_gain(row, shape, s, _channel_mean_sq(row, last))
-    slope = float(ACTIVATIONS[row.activation].slope_sq(shape.gain1 * s))
+    s = _second_moment(unit, last)
+    if unit.branch:
+        return unit.branch.gain(shape, s, _channel_mean_sq(unit, last))
+    slope = float(ACTIVATIONS["relu"].slope_sq(shape.gain1 * s))
     return shape.gain1 * shape.gain2 * slope

@@ -2,22 +2,23 @@
 
 import subprocess
 import sys
-import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from plot_conformance import FEW, NONFINITE, PlotConformance, legend_labels, lines, panel, words
 from synthetic_runs import make_run
 
-from resdiag.catalog.table import METRICS
+from resdiag.diagnose.rundata import RunData
 from resdiag.errors import StorageError, UsageError
+from resdiag.models.variants import find_variant, register_variant, unregister_variant
 from resdiag.plots.drawing import draw, render, save
-from resdiag.plots.kinds import KINDS
-from resdiag.plots.style import THEME
+from resdiag.plots.kinds import KINDS, register_plot, unregister_plot
 from resdiag.plots.view import Record
 from resdiag.theory.prediction import predict
 
-NONFINITE, THEORY = "non-finite", "theory (no fitted constant)"
+THEORY = "theory (no fitted constant)"
 
 
 def spoil(column, values):
@@ -29,107 +30,10 @@ def spoil(column, values):
     return change
 
 
-def wild(frame):
-    """Every recorded metric over the whole range of float32, with zeros, inf and NaN."""
-    values = np.array([1e-38, 0, 1e30, np.inf, 3e38, np.nan, -np.inf, 1e-8], dtype=np.float32)
-    columns = [c for c in frame if c not in ("step", "block") and not c.endswith("_nonfinite")]
-    return frame.assign(
-        **{c: np.roll(np.resize(values, len(frame)), i) for i, c in enumerate(columns)}
-    )
-
-
-def emptied(frame):
-    return frame.assign(**{c: np.float32(np.nan) for c in frame if c not in ("step", "block")})
-
-
-def flat(frame):
-    columns = [c for c in frame if c not in ("step", "block") and not c.endswith("_nonfinite")]
-    return frame.assign(**dict.fromkeys(columns, np.float32(1)))
-
-
-FEW = (0, 1, 4, 9)
-CASES = {
-    "exploding": lambda: [make_run("elu_pre", 56, explode=2)],
-    "dead at the first step": lambda: [make_run("elu_nobn", 20, explode=0)],
-    "one step": lambda: [make_run("elu_after", 20, steps=(0,))],
-    "variants and seeds": lambda: [
-        make_run(v, 20, seed=s, steps=FEW)
-        for v, s in (("original", 0), ("elu_after", 0), ("elu", 0), ("elu", 1))
-    ],
-    "depths and a dead one": lambda: [
-        make_run("elu_pre", 20, steps=FEW),
-        make_run("elu_pre", 56, explode=1),
-    ],
-    "any range": lambda: [make_run("original", 20, steps=FEW, metrics=wild)],
-    "nothing but NaN": lambda: [make_run("original", 20, steps=(0, 1), metrics=emptied)],
-    "constant": lambda: [make_run("original", 20, steps=(0, 1), metrics=flat)],
-}
-
-
-def lines(figure, label=None):
-    return [
-        line
-        for axes in figure_axes(figure)
-        for line in axes.lines
-        if label is None or line.get_label() == label
-    ]
-
-
-def figure_axes(figure):
-    return [axes for part in figure.subfigs for axes in part.axes]
-
-
-def panel(figure, title):
-    return next(a for a in figure_axes(figure) if a.get_title(loc="left").startswith(title))
-
-
-def words(figure):
-    """All text of a figure."""
-    return " ".join(t.get_text() for t in figure.findobj(lambda a: hasattr(a, "get_text")))
-
-
-def shown_text(figure):
-    """Every text but the labels of ticks, of which matplotlib keeps some outside the axis."""
-    parts = [t for part in figure.subfigs for t in part.texts]
-    parts += [t for part in figure.subfigs for box in part.legends for t in box.texts]
-    for axes in figure_axes(figure):
-        parts += [axes.xaxis.label, axes.yaxis.label, *axes.texts, axes._left_title]
-    return [text for text in parts if text.get_text().strip()]
-
-
-def legend_labels(figure):
-    return [t.get_text() for part in figure.subfigs for box in part.legends for t in box.texts]
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_draws_every_case_legibly_and_without_a_warning(kind, case):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        figure = draw(kind, CASES[case]())
-        figure.draw_without_rendering()
-    assert figure.get_figwidth() == 7
-    text = words(figure)
-    assert "Read:" in text
-    assert "digits" in text
-    assert "local" in text
-    assert min(t.get_fontsize() for t in shown_text(figure)) >= 7
-    page = figure.bbox.padded(1)
-    for shown in shown_text(figure):
-        box = shown.get_window_extent()
-        assert page.containsx(box.x0), shown
-        assert page.containsx(box.x1), shown
-        assert page.containsy(box.y0), shown
-        assert page.containsy(box.y1), shown
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_same_runs_give_the_same_bytes(kind):
-    first, second = (
-        render(draw(kind, [make_run("elu_pre", 20, explode=2)]), "svg") for _ in range(2)
-    )
-    assert first == second
-    assert b"<dc:date>" not in first
+class TestBuiltInKinds(PlotConformance):
+    @pytest.fixture(params=KINDS)
+    def kind(self, request):
+        return KINDS[request.param]
 
 
 @pytest.mark.parametrize("file_format", ["png", "pdf"])
@@ -204,13 +108,6 @@ def test_an_explosion_is_visible(kind):
     figure = draw(kind, [make_run("elu_pre", 20, explode=2)])
     assert lines(figure, NONFINITE)
     assert NONFINITE in legend_labels(figure)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_healthy_run_has_no_mark_of_an_explosion(kind):
-    figure = draw(kind, [make_run("elu", 20, steps=FEW)])
-    assert not lines(figure, NONFINITE)
-    assert NONFINITE not in legend_labels(figure)
 
 
 def test_marks_stand_where_the_values_are_not_finite():
@@ -328,19 +225,19 @@ def test_a_chosen_step_is_the_one_drawn():
     np.testing.assert_array_equal(axes.lines[0].get_ydata(), wanted)
 
 
-def test_the_first_offender_is_marked_and_named():
-    figure = draw("offender", [make_run("elu_pre", 20, explode=2)])
+def test_the_first_non_finite_value_is_marked_and_named():
+    figure = draw("nonfinite", [make_run("elu_pre", 20, explode=2)])
     assert "step 2, block 4, forward" in words(figure)
-    assert "first offender" in legend_labels(figure)
+    assert "first non-finite value" in legend_labels(figure)
     assert "step 2 in block 4" in figure.get_label()
 
 
-def test_without_an_offender_the_largest_change_of_the_gradient_is_shown():
+def test_if_all_is_finite_the_largest_change_of_the_gradient_is_shown():
     def change(frame):
         odd = (frame["step"] == 4) & (frame["block"] == 3)
         return frame.assign(grad_output=frame["grad_output"].mask(odd, 1e6))
 
-    figure = draw("offender", [make_run("elu", 20, steps=FEW, metrics=change)])
+    figure = draw("nonfinite", [make_run("elu", 20, steps=FEW, metrics=change)])
     assert "Everything is finite" in figure.get_label()
     assert "block 3 at step 4" in figure.get_label()
 
@@ -389,12 +286,6 @@ def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path):
         save(figure, tmp_path / "file" / "plot", ["svg"])
 
 
-def test_every_need_is_a_known_metric_or_column_of_the_curve():
-    curve = set(make_run("elu", 20, steps=FEW).curve().columns)
-    for kind in KINDS.values():
-        assert set(kind.needs) <= set(METRICS) | curve
-
-
 def test_kinds_cost_no_matplotlib():
     code = (
         "import sys, resdiag.plots.drawing as p; p.KINDS; "
@@ -404,9 +295,83 @@ def test_kinds_cost_no_matplotlib():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_theme_is_seaborns():
+def test_heat_maps_and_intervals_are_seaborns_in_its_theme():
     import seaborn as sns
 
+    from resdiag.plots.style import look
+
     theme = sns.axes_style("whitegrid")
-    others = {name for name in theme if name.startswith("font.")} | {"image.cmap"}
-    assert {name: value for name, value in theme.items() if name not in others} == THEME
+    with look():
+        import matplotlib as mpl
+
+        assert mpl.rcParams["axes.grid"] == theme["axes.grid"]
+        assert mpl.rcParams["lines.solid_capstyle"] == theme["lines.solid_capstyle"]
+
+
+def test_the_mean_of_a_stage_is_geometric_and_its_bar_reaches_over_blocks_and_seeds():
+    runs = [make_run("elu", 20, seed=s, steps=FEW) for s in range(3)]
+    figure = draw("growth", runs)
+    axes = panel(figure, "geometric mean, range")
+    frames = [r.metrics().query("step == 0") for r in runs]
+    stage = np.stack([f["forward_growth"].to_numpy(np.float64)[1 * 3 + 1 : 2 * 3] for f in frames])
+    ends = [line.get_ydata() for line in axes.lines if list(line.get_xdata()) == [2, 2]]
+    (bar,) = (end for end in ends if end[0] != end[1])
+    np.testing.assert_allclose(sorted(bar), [stage.min(), stage.max()])
+    shown = {round(float(y), 6) for line in axes.lines for y in np.atleast_1d(line.get_ydata())}
+    assert round(float(np.exp(np.log(stage).mean())), 6) in shown
+
+
+def test_the_error_of_a_depth_is_the_median_over_seeds_with_a_bar_from_least_to_most():
+    def ending(run, error):
+        return replace(run, curve_frame=run.curve().assign(test_error=error))
+
+    runs = [
+        ending(make_run("elu", depth, seed=seed, steps=FEW), error)
+        for depth, errors in ((20, (0.1, 0.2, 0.4)), (32, (0.3, 0.3, 0.3)))
+        for seed, error in enumerate(errors)
+    ]
+    axes = panel(draw("depth", [*runs, make_run("elu_pre", 32, explode=2)]), "test error")
+    line = next(line for line in axes.lines if list(line.get_xdata()) == [20, 32])
+    np.testing.assert_allclose(line.get_ydata(), [0.2, 0.3])
+    bars = [path.vertices[:, 1] for c in axes.collections for path in c.get_paths()]
+    assert any(np.allclose(sorted(bar), [0.1, 0.4]) for bar in bars)
+    mark = next(line for line in axes.lines if line.get_label() == NONFINITE)
+    np.testing.assert_array_equal(mark.get_xdata(), [32])
+
+
+def test_theory_of_plots_and_of_the_verdict_is_the_same_on_images_of_64_pixels():
+    run = make_run("elu_pre", 20, steps=FEW)
+    wide = [
+        {**block, "shape": [block["shape"][0], *(2 * side for side in block["shape"][1:])]}
+        for block in run.blocks
+    ]
+    run = replace(run, blocks=wide)
+    drawn = lines(draw("signal", [run]), THEORY)[0].get_ydata()
+    judged = RunData(run).prediction
+    start = run.metrics().iloc[0]
+    known = {"s0": start["input_second_moment"], "m0": start["input_mean"]}
+    np.testing.assert_array_equal(drawn, judged.second_moment)
+    np.testing.assert_array_equal(drawn, predict("elu_pre", 20, width_px=64, **known).second_moment)
+    assert not np.allclose(drawn, predict("elu_pre", 20, **known).second_moment, rtol=1e-3)
+
+
+def test_no_theory_is_drawn_or_named_for_a_variant_without_a_law():
+    register_variant(replace(find_variant("elu_nobn"), id="lawless", alias="", law=""))
+    run = make_run("elu_nobn", 20, steps=FEW)
+    lawless = replace(run, config=replace(run.config, variant="lawless"))
+    for kind in ("signal", "gradnorms", "growth", "skip"):
+        assert lines(draw(kind, [run]), THEORY)
+        figure = draw(kind, [lawless])
+        assert not lines(figure, THEORY)
+        assert "heory" not in words(figure)
+    unregister_variant("lawless")
+
+
+def test_a_kind_of_plot_cannot_take_the_name_of_another_or_of_a_metric():
+    for name in ("growth", "grad_param"):
+        with pytest.raises(UsageError, match="already"):
+            register_plot(replace(KINDS["signal"], name=name))
+    with pytest.raises(UsageError, match="stays"):
+        unregister_plot("growth")
+    with pytest.raises(UsageError, match="did you mean"):
+        unregister_plot("grwth")

@@ -429,8 +429,8 @@ def test_a_crowd_of_lines_is_split_by_depth():
 
 
 def test_lines_of_a_drawing_are_told_apart():
+    from resdiag.plots.grouping import open_view
     from resdiag.plots.kinds import KINDS
-    from resdiag.plots.opening import open_view
 
     results = make_results(load_study("paper", ["seeds=[0]"]))
     curves = [p for p in draw_figures(results, only=()) if p.number == 2]

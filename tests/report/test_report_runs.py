@@ -86,7 +86,7 @@ def test_hostile_words_of_runs_are_shown_and_do_nothing():
 
 def test_the_command_writes_one_page_and_figures_beside_the_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    few = {name: KINDS[name] for name in ("curves", "offender")}  # drawing all takes ten seconds
+    few = {name: KINDS[name] for name in ("curves", "nonfinite")}  # drawing all takes ten seconds
     monkeypatch.setattr("resdiag.report.write.KINDS", few)
     folder = write_run(tmp_path / "runs")
     assert app.run(["report", "--json"]) == 0  # the latest run

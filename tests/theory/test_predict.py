@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from torch.nn import functional as F
+from variant_conformance import VariantConformance
 
 from resdiag.cli.main import app
 from resdiag.data.augment import Augmenter
@@ -46,16 +47,10 @@ def survives(variant, depth, lr, seed=0, steps=20):
     return True
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_growth_per_block_is_predicted_within_a_tenth(variant):
-    pair = digits(variant, 20).growth_per_block
-    assert pair.measured == pytest.approx(pair.theory, rel=0.1)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_gradient_ratio_is_predicted_within_a_factor_two(variant):
-    pair = digits(variant, 20).gradient_ratio
-    assert 0.5 <= pair.measured / pair.theory <= 2
+class TestBuiltInVariants(VariantConformance):
+    @pytest.fixture(params=VARIANTS)
+    def row(self, request):
+        return VARIANTS[request.param]
 
 
 def test_gradient_of_b_has_the_predicted_exponent():

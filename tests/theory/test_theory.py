@@ -2,7 +2,9 @@
 
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,14 +16,21 @@ from scipy import integrate
 
 from resdiag.errors import UsageError
 from resdiag.models.resnet import build_model
-from resdiag.models.variants import VARIANTS, find_variant
-from resdiag.theory import coherence, moments, products, reflected
+from resdiag.models.variants import (
+    VARIANTS,
+    Variant,
+    find_variant,
+    register_variant,
+    unregister_variant,
+)
+from resdiag.theory import gradient_recursion, moments, walk_gradient
 from resdiag.theory.depthlaw import depth_law
-from resdiag.theory.geometry import block_shapes, padding_share
+from resdiag.theory.geometry import ConvTaps, block_shapes, padding_share, uniform
 from resdiag.theory.growth import grow
-from resdiag.theory.positions import ConvTaps, uniform
-from resdiag.theory.prediction import critical_lr, head_kick, predict
-from resdiag.theory.walk import skip_gain_from_zero, walk
+from resdiag.theory.laws import LAWS, Law, register_law, unregister_law
+from resdiag.theory.normalised import NormalisedBranch
+from resdiag.theory.prediction import critical_lr, head_kick, predict, predict_run
+from resdiag.theory.walk import WalkUnit, skip_gain_from_zero, walk
 
 ARCHIVE = Path(__file__).parents[3] / "shared" / "data" / "cifar10-jpeg.tar.gz"
 WALKS = ("original", "elu_after", "elu")
@@ -183,10 +192,11 @@ def test_few_channels_slow_the_growth_and_the_border_too():
 @pytest.mark.parametrize("variant", ["elu_nobn", "elu_pre"])
 def test_euler_the_gradient_along_a_homogeneous_signal_is_kept(variant):
     shapes = block_shapes(20)
-    levels = grow(variant, shapes, 1e8, 0.0 if variant == "elu_pre" else 2e3)
-    back = coherence._back_post if variant == "elu_nobn" else coherence._back_pre
+    pre = variant == "elu_pre"
+    levels = grow(shapes, 1e8, 0.0 if pre else 2e3, pre=pre)
+    back = gradient_recursion._back_pre if pre else gradient_recursion._back_post
     size = len(levels[-1].after_s)
-    g = coherence.Gradient(
+    g = gradient_recursion.Gradient(
         along=np.full((size, size), 1e-3),
         level=np.zeros((size, size)),
         rest=np.ones((size, size)),
@@ -194,7 +204,7 @@ def test_euler_the_gradient_along_a_homogeneous_signal_is_kept(variant):
     last = levels[-1]
     kept = last.channels * float((g.along * last.after_s).sum())
     for level in reversed(levels):
-        g = back(level, coherence._uncorrected(level, g))
+        g = back(level, gradient_recursion._uncorrected(level, g))
         now = level.channels * level.shape.kept * (g.along * level.s + g.level * level.m).sum()
         assert float(now) == pytest.approx(kept, rel=2e-3)
 
@@ -205,7 +215,7 @@ def test_euler_holds_for_the_reflected_walk_of_relu_without_norm():
     masses = np.array([0.4, 0.3, 0.2, 0.1])
     s, sigma = float(masses @ h**2), 2.0
     for shape in block_shapes(20):
-        a, b, _ = reflected._through((h, masses), shape, sigma, 0.5, (1.3, 0.4, 1.0))
+        a, b, _ = walk_gradient._through((h, masses), shape, sigma, 0.5, (1.3, 0.4, 1.0))
         generator = np.random.default_rng(0)
         kept = generator.random(400_000) < shape.kept
         drawn = np.where(kept, generator.choice(h, 400_000, p=masses), 0.0)
@@ -238,11 +248,11 @@ def test_scattering_is_the_adjoint_of_gathering(size, stride):
 @pytest.mark.parametrize(
     ("closed", "function"),
     [
-        (products.elu_cubed, lambda z: elu(z) ** 3),
-        (products.elu_fourth, lambda z: elu(z) ** 4),
-        (products.elu_times_slope, lambda z: elu(z) * elu_derivative(z)),
-        (products.elu_times_slope_sq, lambda z: elu(z) * elu_derivative(z) ** 2),
-        (products.elu_sq_times_slope_sq, lambda z: (elu(z) * elu_derivative(z)) ** 2),
+        (moments.elu_cubed, lambda z: elu(z) ** 3),
+        (moments.elu_fourth, lambda z: elu(z) ** 4),
+        (moments.elu_times_slope, lambda z: elu(z) * elu_derivative(z)),
+        (moments.elu_times_slope_sq, lambda z: elu(z) * elu_derivative(z) ** 2),
+        (moments.elu_sq_times_slope_sq, lambda z: (elu(z) * elu_derivative(z)) ** 2),
     ],
 )
 def test_products_equal_quadrature(closed, function, q):
@@ -250,12 +260,12 @@ def test_products_equal_quadrature(closed, function, q):
 
 
 def test_products_of_two_units_are_the_moments_where_they_are_one_or_two():
-    assert products.elu_kernel(2.0, 2.0) == pytest.approx(
+    assert moments.elu_kernel(2.0, 2.0) == pytest.approx(
         float(moments.elu_second_moment(2.0)), rel=1e-3
     )
-    assert products.elu_kernel(2.0, 0.0) == pytest.approx(float(moments.elu_mean(2.0)) ** 2)
+    assert moments.elu_kernel(2.0, 0.0) == pytest.approx(float(moments.elu_mean(2.0)) ** 2)
     along = quadrature(lambda z: elu(z) * elu_derivative(z) * z, 2.0) / 2.0
-    assert float(products.elu_times_slope_along(2.0)) == pytest.approx(along)
+    assert float(moments.elu_times_slope_along(2.0)) == pytest.approx(along)
 
 
 def test_sum_of_d_is_the_stem_plus_one_per_block_and_halves_at_a_transition():
@@ -266,7 +276,8 @@ def test_sum_of_d_is_the_stem_plus_one_per_block_and_halves_at_a_transition():
 
 @pytest.mark.parametrize("n", [1, 5, 9])
 def test_reflected_walk_from_zero_has_the_distribution_free_skip_gain(n):
-    got = walk(find_variant("original"), block_shapes(6 * n + 2), s0=1e-10)
+    unit = WalkUnit(after_add="relu", branch=NormalisedBranch())
+    got = walk(unit, block_shapes(6 * n + 2), s0=1e-10)
     assert got["skip_gain"][n - 1] == pytest.approx(skip_gain_from_zero(n), rel=1e-3)
     assert got["skip_gain"][-1] == pytest.approx(skip_gain_from_zero(3 * n), rel=1e-3)
 
@@ -336,6 +347,85 @@ def test_theory_says_nothing_about_the_skip_path_of_a_plain_network():
     got = predict("plain", 20)
     assert got.series("skip_gain") is None
     assert got.series("output_second_moment") is not None
+
+
+# --- a variant names its law -----------------------------------------------------------------
+
+
+@pytest.fixture
+def relu_first():
+    """No normalisation and nothing after the addition, as a, but with ReLU in front."""
+    row = Variant(
+        id="relu_first", branch="relu-conv-relu-conv", after_add="none", stem="conv", head="relu",
+        source="a test",
+    )  # fmt: skip
+    register_variant(row)
+    yield row
+    unregister_variant(row.id)
+
+
+@torch.no_grad()
+def test_a_variant_without_a_law_is_not_predicted_by_that_of_one_that_looks_alike(
+    relu_first, noise
+):
+    got = predict(relu_first.id, 20)
+    assert all(
+        np.isnan(value).all() and value.shape == (9,)
+        for value in vars(got).values()
+        if isinstance(value, np.ndarray)
+    )
+    assert np.isnan([got.growth_per_block, got.gradient_ratio]).all()
+    assert "names no law" in got.basis
+    assert got.series("output_second_moment") is None
+    # the law of a would have been wrong: each block adds a convolution's 2 E[ReLU^2] = E[x^2]
+    moment, _ = measure(relu_first.id, 56, noise[:8])
+    interior = growth_per_block(moment[:, 19:27])
+    assert (interior < 2.05).all()
+    assert predict("elu_nobn", 56).forward_growth[19:27].mean() > 2.3
+
+
+def test_a_law_that_is_not_registered_predicts_nothing_and_is_named(relu_first):
+    unregister_variant(relu_first.id)
+    register_variant(replace(relu_first, law="elu_sumn"))
+    got = predict(relu_first.id, 20)
+    assert np.isnan(got.second_moment).all()
+    assert "'elu_sumn', which is not registered" in got.basis
+
+
+def test_a_registered_law_is_the_prediction_of_the_variants_that_name_it(relu_first):
+    law = Law(
+        name="doubling", unit=relu_first.branch, basis="Fixup",
+        columns=lambda start: {"second_moment": start.s0 * 2.0 ** np.arange(1, 10)},
+    )  # fmt: skip
+    register_law(law)
+    unregister_variant(relu_first.id)
+    register_variant(replace(relu_first, law="doubling"))
+    got = predict(relu_first.id, 20)
+    unregister_law("doubling")
+    assert got.growth_per_block == pytest.approx(2)
+    assert got.basis == "Fixup"
+    assert np.isnan(got.grad_growth).all()
+    assert np.isnan(predict(relu_first.id, 20).growth_per_block)
+
+
+def test_every_built_in_variant_names_a_law_that_was_derived_for_its_unit():
+    for row in VARIANTS.values():
+        branch, after = LAWS[row.law].unit.replace(" without a shortcut", "").split(", then ")
+        assert (branch, after.replace("nothing", "none")) == (row.branch, row.after_add)
+        assert row.shortcut != ("without a shortcut" in LAWS[row.law].unit)
+    with pytest.raises(UsageError, match="already"):
+        register_law(replace(LAWS["elu_sum"], basis="another"))
+
+
+def test_the_prediction_of_a_run_is_that_of_its_images_width_and_stem():
+    config = SimpleNamespace(variant="elu_pre", depth=20, width=0.5)
+    blocks = [{"shape": [8, 64, 64]}]
+    got = predict_run(config, blocks, s0=0.7, m0=0.1)
+    wanted = predict("elu_pre", 20, s0=0.7, m0=0.1, width=0.5, width_px=64)
+    np.testing.assert_array_equal(got.second_moment, wanted.second_moment)
+    assert predict_run(config, blocks).s0 == predict("elu_pre", 20, width_px=64).s0
+    for wrong in ({"depth": 0}, {"variant": "resnet50"}):
+        assert predict_run(SimpleNamespace(**{**vars(config), **wrong}), blocks) is None
 
 
 def test_a_wrong_name_or_depth_is_the_users_error():

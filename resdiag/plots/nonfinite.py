@@ -1,28 +1,29 @@
-"""The first offender: where, since when and in which direction a run became non-finite."""
+"""Where, when and in which direction the numbers of a run became non-finite."""
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from __future__ import annotations
 
-from resdiag.diagnose.nonfinite import FirstNonfinite, find_first_nonfinite
-from resdiag.plots.heat import draw_heat, heat_keys
-from resdiag.plots.lines import head_panel
-from resdiag.plots.scale import whole_ticks
-from resdiag.plots.sheet import legend, open_sheet, subject
-from resdiag.plots.style import ALARM, GREY
-from resdiag.plots.view import Bools, Floats, Record, View
+from typing import TYPE_CHECKING
+
+from resdiag.plots.lazy import canvas, np
+from resdiag.plots.plotkind import PlotKind
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from resdiag.diagnose.nonfinite import FirstNonfinite
+    from resdiag.plots.view import Bools, Floats, Record, View
 
 _AROUND = 12
-"""Recorded steps shown before and after the first offender."""
+"""Recorded steps shown before and after the first non-finite value."""
 
 
-def draw_offender(view: View) -> Figure:
+def draw(view: View) -> Figure:
     """Maps of the non-finite fraction for one run; for several, when and where each broke."""
     single = view.single
     if single is None:
         return _draw_several(view)
-    found = find_first_nonfinite(single.metrics)
+    found = canvas.find_first_nonfinite(single.metrics)
     return _draw_broken(view, single, found) if found else _draw_healthy(view, single)
 
 
@@ -30,9 +31,9 @@ def _draw_broken(view: View, record: Record, found: FirstNonfinite) -> Figure:
     place = record.place(found.step)
     window = slice(max(0, place - _AROUND), place + _AROUND + 1)
     near = _cut(record, window)
-    figure, body = open_sheet(
-        view, f"{_name(record, found)}: {subject(view)}", height=4.8,
-        shown=f"steps {near.steps[0]} to {near.steps[-1]} around the first offender",
+    figure, body = canvas.open_sheet(
+        view, f"{_name(record, found)}: {canvas.subject(view)}", height=4.8,
+        shown=f"steps {near.steps[0]} to {near.steps[-1]} around the first non-finite value",
     )  # fmt: skip
     panels = body.subplots(2, 1, sharex=True)
     unknown: list[Bools] = []
@@ -41,7 +42,7 @@ def _draw_broken(view: View, record: Record, found: FirstNonfinite) -> Figure:
     ):
         values = near.grid(metric)
         nothing = np.zeros(values.shape, dtype=bool)
-        draw_heat(
+        canvas.draw_heat(
             axes,
             near,
             values,
@@ -52,26 +53,26 @@ def _draw_broken(view: View, record: Record, found: FirstNonfinite) -> Figure:
             palette="OrRd",
         )
         what = "output" if way == "forward" else "gradient at the output"
-        head_panel(axes, f"{way}: non-finite fraction of the {what}", "block")
+        canvas.head_panel(axes, f"{way}: non-finite fraction of the {what}", "block")
         unknown.append(np.isnan(values))
         if way == found.direction:
             _mark(axes, near, found, place - window.start)
     panels[0].set_xlabel("")
-    legend(body, extra=heat_keys(np.zeros(1, dtype=bool), np.concatenate(unknown)))
+    canvas.legend(body, extra=canvas.heat_keys(np.zeros(1, dtype=bool), np.concatenate(unknown)))
     return figure
 
 
 def _cut(record: Record, window: slice) -> Record:
     """The record with some of its steps."""
     kept = record.metrics["step"].isin(record.steps[window])
-    return Record(record.run, record.metrics[kept], record.curve)
+    return canvas.Record(record.run, record.metrics[kept], record.curve)
 
 
 def _mark(axes: Axes, record: Record, found: FirstNonfinite, column: int) -> None:
-    """A frame around the offending cell and its name beside it."""
-    cell = Rectangle(
-        (column, found.block), 1, 1, fill=False, edgecolor=ALARM, lw=1.8, zorder=6, clip_on=False,
-        label="first offender",
+    """A frame around the first non-finite cell and its name beside it."""
+    cell = canvas.Rectangle(
+        (column, found.block), 1, 1, fill=False, edgecolor=canvas.ALARM, lw=1.8, zorder=6,
+        clip_on=False, label="first non-finite value",
     )  # fmt: skip
     axes.add_patch(cell)
     left = column + 0.5 > len(record.steps) / 2
@@ -81,8 +82,8 @@ def _mark(axes: Axes, record: Record, found: FirstNonfinite, column: int) -> Non
         (column + (0 if left else 1), found.block + 0.5), size=7, color="black",
         xytext=(-14 if left else 14, -16 if high else 16), textcoords="offset points",
         ha="right" if left else "left", va="center", zorder=7,
-        arrowprops={"arrowstyle": "-", "color": ALARM, "lw": 1},
-        bbox={"facecolor": "white", "edgecolor": ALARM, "lw": 0.6, "pad": 2},
+        arrowprops={"arrowstyle": "-", "color": canvas.ALARM, "lw": 1},
+        bbox={"facecolor": "white", "edgecolor": canvas.ALARM, "lw": 0.6, "pad": 2},
     )  # fmt: skip
 
 
@@ -98,22 +99,27 @@ def _draw_healthy(view: View, record: Record) -> Figure:
         f"Everything is finite; largest change of the gradient: ×{factor} "
         f"in block {block} at step {record.steps[column]}"
     )
-    figure, body = open_sheet(
-        view, f"{title}: {subject(view)}", height=2.9, shown=f"{len(record.steps)} recorded steps"
+    figure, body = canvas.open_sheet(
+        view,
+        f"{title}: {canvas.subject(view)}",
+        height=2.9,
+        shown=f"{len(record.steps)} recorded steps",
     )
     axes = body.subplots()
     limit = max(size, 0.1)
     nothing = np.zeros(change.shape, dtype=bool)
-    draw_heat(
+    canvas.draw_heat(
         axes, record, change, nothing, r"log$_{10}$ of $\|g\|$ over its first value", log=False,
         limits=(-limit, limit), palette="PuOr_r",
     )  # fmt: skip
-    head_panel(axes, "gradient at the output, relative to the first recorded step", "block")
+    canvas.head_panel(axes, "gradient at the output, relative to the first recorded step", "block")
     if finite.any():
         axes.add_patch(
-            Rectangle((column, block), 1, 1, fill=False, ec="black", lw=1.4, label="largest change")
+            canvas.Rectangle(
+                (column, block), 1, 1, fill=False, ec="black", lw=1.4, label="largest change"
+            )
         )
-    legend(body, extra=heat_keys(nothing, ~finite))
+    canvas.legend(body, extra=canvas.heat_keys(nothing, ~finite))
     return figure
 
 
@@ -128,31 +134,33 @@ def _change(record: Record) -> Floats:
 def _draw_several(view: View) -> Figure:
     """A row per run: the steps recorded, and where it broke."""
     records = view.records
-    found = [find_first_nonfinite(record.metrics) for record in records]
-    broken = sum(offender is not None for offender in found)
-    figure, body = open_sheet(
-        view, f"{broken} of {len(records)} runs became non-finite: {subject(view)}",
+    found = [canvas.find_first_nonfinite(record.metrics) for record in records]
+    broken = sum(first is not None for first in found)
+    figure, body = canvas.open_sheet(
+        view, f"{broken} of {len(records)} runs became non-finite: {canvas.subject(view)}",
         height=0.9 + 0.26 * len(records), shown="all recorded steps",
     )  # fmt: skip
     axes = body.subplots()
     looks = [series.look for series in view.series for _ in series.records]
-    for row, (record, offender) in enumerate(zip(records, found, strict=True)):
-        stop = offender.step if offender else int(record.steps[-1])
+    for row, (record, first) in enumerate(zip(records, found, strict=True)):
+        stop = first.step if first else int(record.steps[-1])
         axes.plot(
             [record.steps[0], stop], [row, row], color=looks[row].colour, ls=looks[row].line, lw=2
         )
         text = f"step {stop}: finite to the end"
-        if offender:
-            axes.plot([stop], [row], marker="X", ms=8, mfc=ALARM, mec="black", mew=0.6, ls="none",
-                      label="first non-finite value")  # fmt: skip
-            where = f"block {offender.block} (last: {record.n_blocks - 1})"
-            text = f"step {stop}: {where}, {offender.direction} ({offender.site})"
+        if first:
+            axes.plot(
+                [stop], [row], marker="X", ms=8, mfc=canvas.ALARM, mec="black", mew=0.6, ls="none",
+                label="first non-finite value",
+            )  # fmt: skip
+            where = f"block {first.block} (last: {record.n_blocks - 1})"
+            text = f"step {stop}: {where}, {first.direction} ({first.site})"
         axes.annotate(
             text, (stop, row), xytext=(7, 0), textcoords="offset points", size=7, va="center",
-            color="black" if offender else GREY,
+            color="black" if first else canvas.GREY,
         )  # fmt: skip
     _finish_rows(axes, records)
-    legend(body)
+    canvas.legend(body)
     return figure
 
 
@@ -162,7 +170,7 @@ def _finish_rows(axes: Axes, records: list[Record]) -> None:
     axes.set_ylim(len(records) - 0.4, -0.6)
     axes.set_yticks(range(len(records)), [record.run.label for record in records])
     axes.set_xlabel("step")
-    whole_ticks(axes)
+    canvas.whole_ticks(axes)
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= last])
     axes.grid(False, axis="y")
     axes.tick_params(labelsize=7)
@@ -174,3 +182,18 @@ def _name(record: Record, found: FirstNonfinite) -> str:
         f"First non-finite value at step {found.step} in block {found.block} "
         f"(last: {record.n_blocks - 1}), on the way {way}"
     )
+
+
+KIND = PlotKind(
+    name="nonfinite",
+    title="Where and when numbers became non-finite",
+    question="Where and since when are there infinities or NaN, and in which direction?",
+    reading=(
+        "the marked cell is the first step and block with a non-finite value: on the way "
+        "forward the lowest block, on the way back the highest. Later cells are consequences. "
+        "Where everything is finite, the change of the gradient is shown instead."
+    ),
+    needs=("output_nonfinite", "grad_nonfinite", "grad_output"),
+    draw=draw,
+    axis="runs",
+)

@@ -1,4 +1,4 @@
-"""Gradients of a and b at initialisation: the part along the signal beside the rest.
+"""The gradient of a and b at initialisation: a recursion of its part along the signal and the rest.
 
 At large scale such a network is positively homogeneous, H' (c H) = c H' (H), hence
 <g_{l-1}, H_{l-1}> = <g_l, H_l> in every block (Euler; Zhang et al. 2019, arXiv:1901.09321, theorem
@@ -22,9 +22,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import special
 
+from resdiag.theory.geometry import STAGES, BlockShape
 from resdiag.theory.growth import Level
-from resdiag.theory.moments import Array, elu_mean, elu_second_moment, elu_slope_sq
-from resdiag.theory.products import (
+from resdiag.theory.moments import (
+    Array,
+    elu_mean,
+    elu_second_moment,
+    elu_slope_sq,
     elu_sq_times_slope_sq,
     elu_times_slope,
     elu_times_slope_along,
@@ -34,6 +38,8 @@ from resdiag.theory.products import (
 _HALF_TAPS = 4.5
 """|x|^2 of a patch of nine taps over C q, under He's initialisation: 9 / 2."""
 _LOG2_SAMPLES = 13
+_WIDTHS = (16, 32, 64)
+_TAPS = 9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,21 +62,21 @@ class Gradient:
         return float((channels * (a * a * s + 2 * a * b * m + b * b) + self.rest).mean())
 
 
-def grow_back(variant: str, levels: Sequence[Level], classes: int = 10) -> Array:
+def grow_back(levels: Sequence[Level], *, pre: bool, classes: int = 10) -> Array:
     """|g_{l-1}|^2 / |g_l|^2 of every block, from the last to the first.
 
     Args:
-        variant: elu_nobn or elu_pre.
         levels: Of `resdiag.theory.growth.grow`, of finite or infinite width.
+        pre: Whether the ELUs stand before the convolutions (b), not behind them (a).
         classes: Of the classifier, whose weights are U(+-1/sqrt(C)) (PyTorch's default).
     """
-    back = _back_post if variant == "elu_nobn" else _back_pre
+    back = _back_pre if pre else _back_post
     # alone in infinitely many channels, and in the limit of an image without border
     alone = np.isinf(levels[-1].channels) or len(levels[-1].s) == 1
     if alone:
         levels = [replace(level, channels=1.0) for level in levels]
     last = levels[-1]
-    gradient = _head(variant, last, classes, 0.0 if alone else 1.0)
+    gradient = _head(pre, last, classes, 0.0 if alone else 1.0)
     energy = gradient.energy(last.channels, last.after_s, last.after_m)
     growth = np.empty(len(levels))
     for index in range(len(levels) - 1, -1, -1):
@@ -153,7 +159,7 @@ class _Branch:
         return first, 2 * level.shape.kept * level.into.scatter(gated)
 
 
-def _head(variant: str, level: Level, classes: int, share: float) -> Gradient:
+def _head(pre: bool, level: Level, classes: int, share: float) -> Gradient:
     """Back through pooling and classifier, split along the last block's output.
 
     `share` is 0 to leave out the part along it, else 1.
@@ -163,7 +169,6 @@ def _head(variant: str, level: Level, classes: int, share: float) -> Gradient:
     are taken as alike, as they are in a deep network.
     """
     s, channels = level.after_s, level.channels
-    pre = variant == "elu_pre"
     pooled = float((elu_second_moment(s) if pre else s).mean())
     pull, error = pull_of_logits(pooled / 3, classes)
     rest = np.full_like(s, error / 3)
@@ -188,3 +193,48 @@ def pull_of_logits(variance: float, classes: int) -> tuple[float, float]:
     error = special.softmax(z, axis=1)
     error[:, 0] -= 1.0  # the label is independent of the weights: any class will do
     return float(((error * z).sum(axis=1) ** 2).mean()), float((error**2).sum(axis=1).mean())
+
+
+def parameter_gradient_norm(
+    shapes: Sequence[BlockShape], moments: Array, growth: Array, classes: int, *, pre: bool
+) -> float:
+    """||g_0||, the root of all squared parameter gradients of a or b.
+
+    Deep in an un-normalised network images and positions have become alike, so that a convolution's
+    gradient is one outer product, |dL/dW|^2 = 9 C p_W E[input^2] |G|^2 with G the gradient summed
+    over images and positions; going back a block multiplies |G|^2 like the gradient's energy. The
+    logits are large, hence all images get one class: |p - y|^2 = .9^2 + 9 x .1^2 for ten classes.
+
+    Of the right power, and within a factor of a few, as the gradient's growth in a is a lower
+    bound and images are not wholly alike at depth 20.
+
+    Args:
+        shapes: The blocks.
+        moments: E[H^2] at the stem and behind every block.
+        growth: |g_{l-1}|^2 / |g_l|^2 of every block.
+        classes: Of the classifier, whose weights are U(+-1/sqrt(C)), of variance 1 / 3C.
+        pre: Whether the ELUs stand before the convolutions (b), not behind them (a).
+    """
+    channels = _WIDTHS[STAGES - 1]
+    pooled = float(moments[-1])
+    head = float(elu_slope_sq(pooled)) if pre else 1.0
+    if pre:
+        pooled = float(elu_second_moment(pooled))
+    kick = (1 - 1 / classes) ** 2 + (classes - 1) / classes**2
+    total = kick * channels * pooled
+    energy = kick / 3 * head
+    for index in range(len(shapes) - 1, -1, -1):
+        shape, s = shapes[index], float(moments[index])
+        outputs = _WIDTHS[shape.stage]
+        inputs = outputs * shape.kept
+        first = float(elu_second_moment(s)) if pre else s
+        q1 = shape.gain1 * first
+        second = float(elu_second_moment(q1))
+        arriving = energy
+        if not pre:
+            arriving *= float(elu_slope_sq(shape.gain2 * second))
+        total += _TAPS * outputs * shape.share2 * second * arriving
+        inner = arriving * shape.gain2 * float(elu_slope_sq(q1))
+        total += _TAPS * inputs * shape.share1 * first * inner
+        energy *= float(growth[index])
+    return float(np.sqrt(total))

@@ -1,7 +1,7 @@
 """The gradient of relu_nobn: a reflected walk whose steps grow with the signal is homogeneous too.
 
-As in `resdiag.theory.coherence`, g = a H + b 1 + e is carried back, here on the walk's law of H
-and without maps over positions: through u = h + F, F ~ N(0, sigma^2), H' = ReLU(u), a gradient
+As in `resdiag.theory.gradient_recursion`, g = a H + b 1 + e is carried back, here on the walk's law
+of H and without maps over positions: through u = h + F, F ~ N(0, sigma^2), H' = ReLU(u), a gradient
 a H' + b on open gates is E[a ReLU(u) + b 1(u > 0) | h], projected on h and 1; what is across them,
 and e where gates are open, is the new e. <g_l, H_l> is the same in every block. Nothing is fitted.
 """
@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import special
 
-from resdiag.theory.coherence import pull_of_logits
 from resdiag.theory.geometry import BlockShape
+from resdiag.theory.gradient_recursion import pull_of_logits
 from resdiag.theory.moments import Array
 
 _CHANNELS = 64
