@@ -109,19 +109,19 @@ def _swap_activation(row: Variant) -> Variant:
 
 
 def _insert_norm(row: Variant) -> Variant | None:
-    return None if row.branch.endswith("bn") else replace(row, branch=row.branch + "-bn")
+    return None if row.branch.endswith("bn") else replace(row, branch=row.branch + "-bn", law="")
 
 
 def _set_after_add(name: str) -> Callable[[Variant], Variant | None]:
     def change(row: Variant) -> Variant | None:
         has_one = row.after_add != "none"
-        return None if has_one == (name != "none") else replace(row, after_add=name)
+        return None if has_one == (name != "none") else replace(row, after_add=name, law="")
 
     return change
 
 
 def _delete_shortcut(row: Variant) -> Variant | None:
-    return replace(row, shortcut=False) if row.shortcut else None
+    return replace(row, shortcut=False, law="") if row.shortcut else None
 
 
 def _drop_one_block(network: "ResNet") -> None:

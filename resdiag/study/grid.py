@@ -13,7 +13,8 @@ from typing import Any
 
 from resdiag.errors import UsageError
 from resdiag.runs.config import to_stored
-from resdiag.study.spec import MOST_MISTAKES, StudyError, StudyFile
+from resdiag.study.document import StudyError
+from resdiag.study.spec import MOST_MISTAKES, StudyFile
 from resdiag.training.recipe import RECIPES, Request
 
 MOST_CELLS = 10_000

@@ -3,15 +3,15 @@
 import difflib
 import re
 import reprlib
-import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from resdiag.catalog.table import METRICS
-from resdiag.errors import UsageError, unknown
+from resdiag.errors import unknown
 from resdiag.plots.kinds import KINDS
+from resdiag.study.document import StudyError, printable
 from resdiag.study.settings import (
     STRICT,
     Filter,
@@ -24,7 +24,6 @@ from resdiag.study.settings import (
     refuse,
 )
 
-MOST_BYTES = 1_000_000
 MOST_MISTAKES = 50
 OUTCOMES: Mapping[str, str] = {
     "status": "how the run ended: done or diverged",
@@ -37,22 +36,6 @@ OUTCOMES: Mapping[str, str] = {
 """What can be expected of a whole run; a metric's id is expected of a step and a block."""
 WORDS = ("status", "verdict")
 """Outcomes that are words; the others are numbers."""
-PLOTS = (*KINDS, "activations")
-"""What a figure can be."""
-
-
-class StudyError(UsageError):
-    """A study file with mistakes.
-
-    Args:
-        problems: One line each: file, key, what is wrong, nearest match.
-    """
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__(
-            "; ".join(problems), "" if len(problems) == 1 else f"{len(problems)} mistakes"
-        )
-        self.problems = tuple(problems)
 
 
 class Resources(BaseModel):
@@ -82,7 +65,7 @@ class Figure(BaseModel):
     """
 
     model_config = STRICT
-    plot: Annotated[str, passing(lambda name: _known("plot", name, PLOTS))]
+    plot: Annotated[str, passing(lambda name: _known("plot", name, [*KINDS, "activations"]))]
     title: Text = ""
     cells: Filter = Filter()
 
@@ -162,103 +145,6 @@ class StudyFile(BaseModel):
     expected: Annotated[list[Expected], Field(max_length=10_000)] = []
 
 
-def read_document(text: str | bytes, name: str) -> dict[str, Any]:
-    """Parse TOML.
-
-    Args:
-        text: The content, as text or as UTF-8.
-        name: What messages call the file.
-
-    Raises:
-        StudyError: It is none, too large or too deep.
-    """
-    if len(text) > MOST_BYTES:
-        raise StudyError([f"{name}: larger than {MOST_BYTES} bytes"])
-    try:
-        # some editors put a mark before the first letter
-        words = text if isinstance(text, str) else text.decode("utf-8-sig")
-        if _DEEP_KEY.search(words):  # the parser's time grows with the square of its parts
-            raise RecursionError
-        document = tomllib.loads(words)
-        _refuse_huge(document, name)
-        return document
-    except UnicodeDecodeError:
-        problem = "not UTF-8 text"
-    except RecursionError:
-        problem = "nested too deeply"
-    except ValueError as error:  # TOMLDecodeError, and numbers with thousands of digits
-        problem = f"not TOML: {_plain(str(error))}"
-    raise StudyError([f"{name}: {problem}"]) from None
-
-
-_DEEP_KEY = re.compile(r"""(?<![\w"'-])(?:[\w"'-]++[ \t]*+\.[ \t]*+){33}""")
-
-
-def _refuse_huge(document: Mapping[str, Any], name: str) -> None:
-    """Refuse integers that TOML has no room for, which Python reads but cannot even print.
-
-    Raises:
-        StudyError: There is one.
-    """
-    left: list[tuple[str, Any]] = [(key, value) for key, value in document.items()]
-    while left:
-        key, value = left.pop()
-        if isinstance(value, dict):
-            left += [(f"{key}.{inner}", item) for inner, item in value.items()]
-        elif isinstance(value, list):
-            left += [(key, item) for item in value]
-        elif isinstance(value, int) and value.bit_length() > 63:
-            raise StudyError([f"{name}: {_plain(key)}: an integer of more than 64 bits"])
-
-
-def override(document: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """A copy of a document with `--set table.key=value` applied, values written as in TOML.
-
-    A bare word is taken for a text, as a shell takes the quotes away.
-
-    Raises:
-        StudyError: A setting is not of this form; all of them are named.
-
-    >>> override({"fixed": {"lr": 0.1}}, ["fixed.lr=0.05", "fixed.data=digits", "seeds=[0, 1]"])
-    {'fixed': {'lr': 0.05, 'data': 'digits'}, 'seeds': [0, 1]}
-    """
-    changed: dict[str, Any] = {
-        key: dict(value) if isinstance(value, dict) else value for key, value in document.items()
-    }
-    problems = []
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        *tables, last = (part.strip() for part in key.split("."))
-        where = f"--set {_plain(setting)}"
-        if not equals or not last or len(tables) > 1:
-            problems.append(f"{where}: write key=value or table.key=value")
-            continue
-        table = changed if not tables else changed.setdefault(tables[0], {})
-        if not isinstance(table, dict):
-            problems.append(f"{where}: '{_plain(tables[0])}' is not a table with one value a key")
-            continue
-        try:
-            table[last] = _read_value(text)
-        except StudyError as error:
-            problems.append(f"{where}: {error.message}")
-    if problems:
-        raise StudyError(problems)
-    return changed
-
-
-def _read_value(text: str) -> object:
-    """A TOML value, or a bare word."""
-    try:
-        document = read_document(f"value = {text}", "value")
-    except StudyError:
-        if text and all(char.isalnum() or char in "_-.:/~+" for char in text):
-            return text
-        raise
-    if list(document) != ["value"]:
-        raise StudyError(["more than one value"])
-    return document["value"]
-
-
 def check_document(document: Mapping[str, Any], name: str) -> StudyFile:
     """Check what was parsed.
 
@@ -284,7 +170,7 @@ def check_document(document: Mapping[str, Any], name: str) -> StudyFile:
 
 def _known(kind: str, name: str, known: Any) -> str:  # noqa: ANN401
     if name not in known:
-        raise unknown(kind, _plain(name), known)
+        raise unknown(kind, printable(name), known)
     return name
 
 
@@ -297,8 +183,8 @@ def _describe(mistake: Mapping[str, Any]) -> str:
     if kind == "missing":
         return f"{place} is missing"
     value = _show(mistake["input"])
-    shown = f" = {_plain(value)}" if value and kind != "too_long" else ""
-    return f"{place}{shown}: {_plain(_reword(mistake['msg']))}"
+    shown = f" = {printable(value)}" if value and kind != "too_long" else ""
+    return f"{place}{shown}: {printable(_reword(mistake['msg']))}"
 
 
 def _show(value: object) -> str:
@@ -314,7 +200,7 @@ def _describe_unknown(loc: tuple[str | int, ...]) -> str:
     *where, key = loc
     name, table = str(key), _TABLES[tuple(part for part in where if isinstance(part, str))]
     known = list(table.model_fields)
-    words = f"{_place(tuple(where))} unknown key '{_plain(name)}'".strip()
+    words = f"{_place(tuple(where))} unknown key '{printable(name)}'".strip()
     near = difflib.get_close_matches(name, known, n=1)
     if near:
         return f"{words}; did you mean '{near[0]}'?"
@@ -361,7 +247,7 @@ def _key(loc: Sequence[str | int]) -> str:
     for part in loc:
         if part in ("float", "int", "str") or str(part).startswith("function-"):
             continue  # the arm of a union, which the file knows nothing of
-        text += f"[{part}]" if isinstance(part, int) else ("." if text else "") + _plain(part)
+        text += f"[{part}]" if isinstance(part, int) else ("." if text else "") + printable(part)
     return text
 
 
@@ -390,9 +276,3 @@ def _reword(message: str) -> str:
     for theirs, ours in _REWORDED.items():
         message = message.replace(theirs, ours)
     return message
-
-
-def _plain(text: object) -> str:
-    """Text of a stranger for a terminal: one short line, nothing that the terminal obeys."""
-    line = "".join(char if char.isprintable() else " " for char in str(text))
-    return line if len(line) <= 300 else line[:300] + "..."

@@ -11,10 +11,11 @@ from typing import Any
 
 from resdiag.errors import UsageError, unknown
 from resdiag.runs.files import from_json, list_folder, make_folder, to_json, write_file
+from resdiag.study.document import StudyError, override, read_document
 from resdiag.study.grid import FILTERED, Cell, expand, find_unmatched, list_cells
 from resdiag.study.mini import shrink
 from resdiag.study.shipped import find_study, shipped_studies
-from resdiag.study.spec import StudyError, StudyFile, check_document, override, read_document
+from resdiag.study.spec import StudyFile, check_document
 
 SCHEMA = 1
 _MOST_BYTES = 20_000_000  # of a plan, which is a study file as JSON

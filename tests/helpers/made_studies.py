@@ -7,7 +7,8 @@ import synthetic_runs
 from resdiag.report.collect import columns_of, thin
 from resdiag.report.outcomes import measure
 from resdiag.report.results import CellResult, Results
-from resdiag.study.spec import OUTCOMES, read_document
+from resdiag.study.document import read_document
+from resdiag.study.spec import OUTCOMES
 from resdiag.study.study import build_study
 
 ENVIRONMENT = {

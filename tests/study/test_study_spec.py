@@ -16,9 +16,10 @@ from studyfiles import TINY, write_study
 
 from resdiag.cli.main import app
 from resdiag.errors import ResdiagError, UsageError
+from resdiag.study.document import StudyError, override, read_document
 from resdiag.study.grid import MOST_CELLS
 from resdiag.study.shipped import TEMPLATE, shipped_studies
-from resdiag.study.spec import MOST_MISTAKES, StudyError, check_document, override, read_document
+from resdiag.study.spec import MOST_MISTAKES, check_document
 from resdiag.study.study import build_study, load_study
 from resdiag.study.work import Task, work
 from resdiag.training.recipe import RECIPES
