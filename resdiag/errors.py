@@ -8,7 +8,7 @@ class ResdiagError(Exception):
     """Something the user can act on: one line, and a hint that names the way out.
 
     Args:
-        message: What is wrong, naming the offender and the valid values.
+        message: What is wrong, naming the value and the valid ones.
         hint: What to do about it; may be empty.
     """
 
