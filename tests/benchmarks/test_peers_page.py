@@ -40,7 +40,7 @@ def unfounded(page):
         named = _TEST.findall(cell)
         there = all(
             (ROOT / "tests" / file).exists()
-            and re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text("utf-8"), re.M)
+            and re.search(rf"^ *def {name}\(", (ROOT / "tests" / file).read_text("utf-8"), re.M)
             for file, name in named
         )
         if not there or not (named or re.match(r"no\b", cell)):

@@ -140,6 +140,7 @@ def halves(layers, second):
 
 
 STACKS = [("encoder", layer, part) for layer in range(2) for part in range(2)]
+STACKS += [("decoder", layer, part) for layer in range(2) for part in range(3)]
 
 
 # model: (factory, inputs, where its blocks end, names of its blocks if it has no addition)

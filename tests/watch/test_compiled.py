@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
-from compiling import assert_same, sgd
+from compiling import _fresh_compiler, assert_same, sgd  # noqa: F401
 from torch import nn
 from torch._dynamo.utils import counters
 from torchvision import models

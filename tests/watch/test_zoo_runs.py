@@ -10,12 +10,10 @@ from torch import nn
 from torchvision import models
 from torchvision.models.convnext import CNBlockConfig
 from watching import traces
-from zoo import REAL, STACKS, build, encoder, loss_of
+from zoo import REAL, build, encoder, loss_of
 
 from resdiag.watch.find.blocks import find_blocks
 from resdiag.watch.loop.attach import attach
-
-STACKS += [("decoder", layer, part) for layer in range(2) for part in range(3)]
 
 
 def catch(model, sites):
