@@ -79,7 +79,7 @@ def metric(
         A decorator that returns the function as it was.
 
     Raises:
-        ValueError: An unknown site, an id that is taken or is no name for a column.
+        ValueError: An unknown site, an id that is taken or not a valid column name.
         TypeError: What is decorated takes something else than one tensor.
 
     >>> import torch
@@ -115,7 +115,7 @@ def unregister_metric(name: str) -> None:
     """Forget a custom metric; monitors that are attached keep it.
 
     Raises:
-        ValueError: There is none of that name.
+        ValueError: No custom metric has that name.
     """
     if name not in _REGISTERED:
         raise ValueError(unknown("custom metric", name, _REGISTERED).message)
@@ -149,7 +149,9 @@ def _check(name: str, site: str, function: Any) -> None:  # noqa: ANN401
     if site not in sites:
         raise ValueError(unknown("site", site, sites).message)
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-        raise ValueError(f"'{name}' is no name for a column: small letters, digits and '_'; id=...")
+        raise ValueError(
+            f"'{name}' is not a valid column name: small letters, digits and '_'; id=..."
+        )
     if name in METRICS or name in _RESERVED:
         raise ValueError(f"'{name}' is a column of resdiag: choose another id=")
     if name in _REGISTERED and _REGISTERED[name].function is not function:

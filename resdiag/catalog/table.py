@@ -146,8 +146,8 @@ _RUN = [
     Metric("head_loss", "cross-entropy at the last linear layer",
         "mean over rows of -log p_k; the label k is where dL/dlogits is least", "nat", "run",
         "dL/dlogits = (p - y) / N",
-        "the loss, also where nobody told it; negative where the loop maximises it; NaN if "
-        "the gradient is no cross-entropy's"),
+        "the loss, even if the loop did not report it; negative where the loop maximises it; NaN "
+        "if the gradient is not that of a cross-entropy"),
     Metric("label_share", "share of the most frequent label in the batch",
         "max_k of the share of rows with label k", "1", "run", "definition",
         "1 in every batch: the labels are constant"),

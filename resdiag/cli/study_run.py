@@ -45,7 +45,7 @@ def run(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> int:
-    """Run what is missing of a study. The same command continues it after whatever happened."""
+    """Run the missing cells of a study. The same command continues an interrupted study."""
     check_device(device)
     study = open_study(where, settings, mini)
     if dry_run:

@@ -70,7 +70,7 @@ class Augmenter:
         return step // self.steps_per_epoch
 
     def batch(self, step: int) -> Batch:
-        """The training batch of `step`, counted from 0, whatever was asked for before.
+        """The training batch of `step`, counted from 0; independent of earlier calls.
 
         Returns:
             Images, float32 (B, 3, H, W), normalised; labels, int64 (B,).
@@ -108,7 +108,7 @@ class Augmenter:
         return images.float().sub_(self._mean).div_(self._std)
 
     def _epoch_order(self, epoch: int) -> Tensor:
-        """The permutation of `epoch`; the last one is kept because it is asked for every step."""
+        """The permutation of `epoch`; the last one is cached because every step needs it."""
         if self._order[0] != epoch:
             generator = seeded_generator(self.seed, "order", epoch)
             self._order = epoch, torch.randperm(len(self._train[0]), generator=generator)

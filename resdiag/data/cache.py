@@ -58,7 +58,7 @@ def _fingerprint(path: Path, files: Iterable[Path]) -> str:
 
 
 def _load(folder: Path, origin: str) -> Source | None:
-    """The entry, or None where there is none, it is stale or it is damaged in any way."""
+    """The entry, or None if it is missing, stale or damaged."""
     try:
         meta = json.loads((folder / _META).read_bytes())
         if meta.pop("origin") != origin:

@@ -1,4 +1,4 @@
-"""`resdiag data get NAME`: download a published set, with one line for whatever fails."""
+"""`resdiag data get NAME`: download a published set; a failure is reported in one line."""
 
 import errno
 import http.client

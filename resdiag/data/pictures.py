@@ -115,7 +115,7 @@ def _decode_in_threads(pictures: Iterable[Picture]) -> Iterator[tuple[Picture, _
 
 
 def _attempt(picture: Picture) -> _Result:
-    """The decoded image, or in one line why there is none."""
+    """The decoded image, or one line that says why it cannot be decoded."""
     try:
         return decode(picture.content)
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files

@@ -200,7 +200,7 @@ def unregister_dataset(name: str) -> None:
     """Remove a data set that was registered.
 
     Raises:
-        KeyError: There is none of this name.
+        KeyError: No data set has this name.
     """
     del _ROWS[name]
 

@@ -27,7 +27,7 @@ def read_tree(path: Path) -> Source:
     """Images of a folder or of a tar archive, which is read without being extracted.
 
     Grey images get three equal channels; other sizes are resized to 32x32 (bilinear, the aspect is
-    not kept). The order is by split, class and file name, whatever the order on disk.
+    not kept). The order is by split, class and file name, independent of the order on disk.
 
     Args:
         path: The folder, or the archive: .tar, .tar.gz, .tar.xz, .tar.bz2, possibly with one

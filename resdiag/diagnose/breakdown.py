@@ -76,7 +76,7 @@ def find_breakdown(seen: RunData) -> list[Evidence]:
 
     A loss or gradient norm that is not finite, the first block that is not (see
     `resdiag.diagnose.nonfinite`), and a gradient norm above 1e3 times its median so far. A missing
-    gradient norm of a step that was not recorded is no offence.
+    gradient norm of a step that was not recorded does not count.
     """
     norms = _recorded_norms(seen)
     found = [*_nonfinite("loss", seen.series("loss")), *_nonfinite("grad_norm", norms)]

@@ -1,4 +1,4 @@
-"""Rules about what goes in and what is asked for: inputs, labels, the sign of the loss."""
+"""Rules about the data and the objective: inputs, labels, the sign of the loss."""
 
 import math
 

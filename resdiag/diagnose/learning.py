@@ -50,9 +50,7 @@ EVALUABLE = Threshold(
     100,
     "Steps before evaluations count: BatchNorm's running averages lag behind the first.",
 )
-STALL_STEPS = Threshold(
-    50, "steps of a stall where there is no whole epoch: healthy networks may guess"
-)
+STALL_STEPS = Threshold(50, "steps of a stall if no epoch is complete: healthy networks may guess")
 LEAST_GAIN = Threshold(0.05, "Skip gain at the last block.")
 LEAST_GRADIENT = Threshold(
     0.3,

@@ -102,7 +102,7 @@ def unregister_finding(name: str) -> None:
     """Forget a rule that was registered.
 
     Raises:
-        ValueError: There is none of that name, or it is built in.
+        ValueError: It is built in, or not registered.
     """
     added = [known for known, row in _RULES.items() if row not in _ORDER]
     if name not in added:

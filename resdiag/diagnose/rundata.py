@@ -24,7 +24,7 @@ class RunData:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.variant, self.depth = str(run.config.variant), int(run.config.depth)
-        # of another model there is no variant: theory and the table of variants have no word on it
+        # another model is not in the table of variants, so theory predicts nothing for it
         self.lr = math.nan if run.config.lr is None else float(run.config.lr)
         self.metrics = _clean(run.metrics(), ["step", "block"])
         self.curve = _clean(run.curve(), ["step"])
@@ -111,7 +111,7 @@ class RunData:
     def series(self, metric: str) -> "pd.Series[float]":
         """One column of the step table, indexed by step; empty if there is none.
 
-        A loss that nobody told is read off the logits, where that could be done.
+        A loss that the loop did not report is computed from the logits if possible.
         """
         if metric == "loss" and not self.is_told and "head_loss" in self.curve:
             return self.series("head_loss").dropna()
@@ -122,7 +122,7 @@ class RunData:
         )
         if metric != "loss" or not isinstance(self.run.config, WatchedConfig):
             return column
-        # a monitor does not see the loss: NaN is one that nobody told, until the run diverged
+        # a monitor does not see the loss: NaN means not reported, until the run diverged
         lost = column[column.notna()].index.max() if self.run.status == "diverged" else math.inf
         return column[column.notna() | (column.index > lost)]
 

@@ -142,7 +142,9 @@ def frozen_block(seen: RunData) -> Outcome:
     block = fault[0]
     has = block in gradient and (gradient[block].dropna() > 0).any()
     cause = (
-        "parameters get gradients and no optimizer moves them" if has else "no gradient asked for"
+        "the parameters get gradients, but no optimizer updates them"
+        if has
+        else "requires_grad is False"
     )
     text = f"the parameters of {seen.name(block)} do not move: {cause}"
     step = int(updates.index[0])

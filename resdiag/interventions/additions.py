@@ -294,7 +294,7 @@ def _choose(found: Sequence[Block], wanted: Sequence[int | str] | None) -> list[
 def _equal_operands(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor] | None:
-    """Both tensors of a plain addition of equal shapes; a counter of BatchNorm is none."""
+    """Both tensors of a plain addition of equal shapes; BatchNorm's counter is not one."""
     spelled = read_sum(func, args, kwargs) if func in ADDITIONS else None
     if spelled is None or spelled.left.call or spelled.right.call or spelled.is_difference:
         return None

@@ -82,7 +82,7 @@ def inspect_model(
         return look(build_source(name, arguments))
     try:
         return look(built)
-    except ResdiagError:  # so does its forward, or it is no good on any device
+    except ResdiagError:  # so does its forward, or it fails on every device
         check_memory(built, copies=1)
         return look(build_source(name, arguments))
 

@@ -61,7 +61,7 @@ def build_source(
         meta: Build on PyTorch's meta device: shapes, but neither memory nor numbers.
 
     Raises:
-        UsageError: There is no such model, its library is not installed, or its factory raises;
+        UsageError: No such model, its library is not installed, or its factory raises;
             one line, with the nearest match where there is one.
 
     >>> build_source("resdiag:b-20").variant
@@ -88,7 +88,7 @@ def parse_arguments(words: Sequence[str]) -> dict[str, Any]:
     """Keyword arguments from `key=value` words; a value that is no Python literal is a text.
 
     Raises:
-        UsageError: A word without `=`, or whose key is no name.
+        UsageError: An argument without `=`, or with a key that is not an identifier.
 
     >>> parse_arguments(["depth=20", "norm=None", "act=gelu", "sizes=(1, 2)", "bias=false"])
     {'depth': 20, 'norm': None, 'act': 'gelu', 'sizes': (1, 2), 'bias': False}

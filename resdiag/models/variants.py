@@ -135,7 +135,7 @@ def unregister_variant(name: str) -> None:
     """Forget a registered variant; those of the paper stay.
 
     Raises:
-        UsageError: It is one of the table, or there is none of that id.
+        UsageError: A built-in variant, or no variant has that id.
     """
     if name in {row.id for row in _ROWS}:
         raise UsageError(f"variant '{name}' is part of resdiag and stays")

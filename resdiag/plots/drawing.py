@@ -130,7 +130,7 @@ def save(figure: "Figure", stem: Path, formats: Sequence[str] = ("svg",)) -> lis
     for name in formats:
         if name not in FORMATS:
             raise unknown("format", name, FORMATS)
-    # not with_suffix: a stem such as "lr0.1" has a dot that is no suffix
+    # not with_suffix: a stem such as "lr0.1" has a dot that does not begin a suffix
     paths = [stem.with_name(f"{stem.name}.{name}") for name in formats]
     for path, name in zip(paths, formats, strict=True):
         _write_whole(path, render(figure, name))

@@ -72,7 +72,7 @@ def _any_of(cells: Bools, stride: int) -> Bools:
 
 
 def _limits(values: Floats, *, log: bool) -> tuple[float, float]:
-    """Limits of the colours that differ, whatever the values."""
+    """Limits of the colour scale that differ even if all values are equal."""
     known = values[values > 0] if log else values
     if not known.size:
         return (0.1, 1.0) if log else (0.0, 1.0)

@@ -45,7 +45,7 @@ def unregister_plot(name: str) -> None:
     """Forget a kind of plot that was registered.
 
     Raises:
-        UsageError: There is none of that name, or it is built in.
+        UsageError: It is built in, or not registered.
     """
     if name in {module.KIND.name for module in _MODULES}:
         raise UsageError(f"plot '{name}' is part of resdiag and stays")

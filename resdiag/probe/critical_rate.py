@@ -35,7 +35,7 @@ class Curvature:
 
         The estimate of lambda_max comes from below, so this one from above. With Polyak momentum m
         the bound is (1 + m) times as large, with Nesterov's (1 + m) / (1 + 2 m) times. Source:
-        Cohen et al. 2021, arXiv:2103.00065, section 2 and appendix B. A network is no quadratic
+        Cohen et al. 2021, arXiv:2103.00065, section 2 and appendix B. A network is not quadratic
         bowl: up to about twice the bound the loss can rise first and recover (Lewkowycz et al.
         2020, arXiv:2003.02218).
         """

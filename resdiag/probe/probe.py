@@ -152,11 +152,11 @@ def _narrow(config: Any) -> dict[str, int] | None:  # noqa: ANN401
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse to replace a run that is no probe."""
+    """Refuse to replace a run that is not a probe."""
     if (folder / "run.json").exists():
         config = load_run(folder).config
         if not isinstance(config, WatchedConfig) or config.kind != "probe":
-            raise UsageError(f"{folder} holds a run that is no probe", "--out another folder")
+            raise UsageError(f"{folder} holds a run that is not a probe", "--out another folder")
 
 
 def _record(monitor: Monitor, model: nn.Module, batch: Batch, loss: str, seed: int) -> Loss:

@@ -82,7 +82,7 @@ CORE = (
     "grad_output", "grad_input", "grad_param", "grad_nonfinite", "output_nonfinite",
     "input_second_moment", "input_mean", "output_second_moment", "skip_gain",
 )  # fmt: skip
-"""Metrics that are kept whatever a study draws: where a run broke, and what theory starts from."""
+"""Metrics that are always kept: where a run broke, and what theory starts from."""
 
 _MEANS = ("loss", "error", "images_per_s")
 

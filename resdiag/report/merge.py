@@ -65,7 +65,7 @@ def _refuse_others(
 
 
 def _key(request: Request) -> str:
-    """What a cell is, on whatever machine and wherever its data lie."""
+    """The identity of a cell, independent of the machine and of the path of its data."""
     return repr(portable(asdict(replace(request, device="any"))))
 
 

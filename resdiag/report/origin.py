@@ -60,7 +60,7 @@ def changed_settings(study: Study) -> list[str]:
 
 
 def _settings(study: Study) -> dict[str, list[Any]]:
-    """Every value of each setting that the file gives, wherever it does."""
+    """Every value of each setting in any table of the file."""
     file = study.file
     found = {name: [value] for name, value in file.fixed.given.items()}
     for table in (file.grid.given, *(more.given for more in file.include)):

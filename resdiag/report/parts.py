@@ -76,10 +76,10 @@ class Code:
 
 @dataclass(frozen=True)
 class Folded:
-    """Parts that are shown when they are asked for.
+    """Parts that the reader can unfold.
 
     Attributes:
-        title: What is asked for.
+        title: The line that is always visible.
         parts: What is shown.
         bulky: Whether a short form of the page leaves them out.
     """

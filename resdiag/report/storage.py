@@ -284,7 +284,7 @@ def unpack(path: Path, data: bytes, cells: int) -> "list[pd.DataFrame]":
     """The frames of `pack`, one per cell; empty ones for cells without rows.
 
     Raises:
-        Damaged: It is no such file.
+        Damaged: Not a file written by `pack`.
     """
     try:
         # ParquetFile, not read_table: no paths, no partitions

@@ -140,7 +140,7 @@ class Settings:
     depth: int = setting(
         "Weighted layers, 6n+2: 20, 32, 44, 56, 110, ...", check=count_blocks, least=1
     )
-    recipe: str = setting("Decides what was not asked for.")
+    recipe: str = setting("Default numbers for settings that are not given.")
     data: str = setting("The images.")
     lr: float | None = setting("Learning rate.", default=None, least=0)
     # batch statistics of one sample have no variance
@@ -238,7 +238,7 @@ class RunConfig(Settings):
 
     @property
     def name(self) -> str:
-        """Name of the run's folder, safe on any file system whatever the variant is called."""
+        """Name of the run's folder, safe on any file system."""
         variant = re.sub(r"[^A-Za-z0-9_]", "_", self.variant)[:64]
         return f"{variant}-d{self.depth}-s{self.seed}-{self.digest()[:8]}"
 

@@ -80,7 +80,7 @@ def _write_synced(path: Path, data: bytes, flags: int = os.O_TRUNC) -> None:
 
 
 def create_file(path: Path, data: bytes) -> bool:
-    """Write a file that nobody else has created; False if it exists.
+    """Create a file exclusively; False if it exists.
 
     Raises:
         StorageError: The disk is full, read-only or failing.

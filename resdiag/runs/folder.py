@@ -28,7 +28,7 @@ class Run:
     """One run as of the moment it was opened; from a folder, or from frames in memory.
 
     Attributes:
-        config: What was asked for.
+        config: The resolved settings.
         blocks: One entry per block: index, name, stage, transition, ...
         path: Its folder.
         environment: Where it ran.

@@ -79,7 +79,7 @@ class Lock:
                 remove_file(path)
 
     def beat(self) -> None:
-        """Show whoever watches that the owner is there; a lock that was lost stays lost."""
+        """Renew the lock's heartbeat; a lock that was lost stays lost."""
         with contextlib.suppress(OSError):
             os.utime(self.path)
 
@@ -130,7 +130,7 @@ class Holder:
 
 
 def find_holder(folder: Path) -> Holder | None:
-    """Who has the newest lock of a folder; None if nobody has."""
+    """The owner of a folder's newest lock; None if it is not locked."""
     path = max(_locks(folder).items(), default=(0, None))[1]
     owner = path and _owner(path)
     if not path or not owner:
@@ -170,7 +170,7 @@ def _refuse_living(path: Path, patience: float | None = None) -> bool:
 
 
 def _is_silent(path: Path, patience: float, is_dead: Callable[[], bool]) -> bool:
-    """Watch a lock for beats; this process's own clock counts, whatever the others' say."""
+    """Watch a lock for beats; only this process's clock is used."""
 
     def last_beat() -> int | None:
         try:

@@ -184,7 +184,7 @@ def merge(
         return {**columns}, ()
     try:
         old = decode(table, [(folder / name, commit.read_file(folder, name)) for name in small])
-    except Damaged:  # whoever reads the run is told; a training does not end for it
+    except Damaged:  # the reader of the run reports it; the training goes on
         return {**columns}, ()
     before = {name: old.column(name).to_numpy() for name in old.column_names}
     return _joined(before, columns), small

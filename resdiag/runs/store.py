@@ -241,7 +241,7 @@ class RunWriter:
     def _publish(self, commit: Commit) -> None:
         """Replace COMMIT.json: from this instant on the run ends at the new commit."""
         if commit.status not in STATUSES:
-            raise ValueError(f"status '{commit.status}' is none of {', '.join(STATUSES)}")
+            raise ValueError(f"status '{commit.status}' is not one of {', '.join(STATUSES)}")
         self._lock.check()
         if self._commit is not None and commit.step > self._commit.step:
             self._previous = self._commit.without_verdict()

@@ -35,7 +35,7 @@ class WatchedConfig:
         optimizer: Name of the optimizer's class, or "".
         lr: Learning rate of the first step; None if it is not known.
         steps: Steps that were planned; 0 if that is not known.
-        seed: Of whatever was drawn.
+        seed: The random seed.
         settings: Anything else that tells it from another run.
     """
 

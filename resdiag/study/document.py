@@ -32,7 +32,7 @@ def read_document(text: str | bytes, name: str) -> dict[str, Any]:
         name: What messages call the file.
 
     Raises:
-        StudyError: It is none, too large or too deep.
+        StudyError: Not TOML, too large or nested too deeply.
     """
     if len(text) > MOST_BYTES:
         raise StudyError([f"{name}: larger than {MOST_BYTES} bytes"])

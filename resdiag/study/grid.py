@@ -63,7 +63,7 @@ def expand(file: StudyFile, name: str) -> tuple[Cell, ...]:
 
 
 def list_cells(file: StudyFile, name: str) -> tuple[Cell, ...]:
-    """The cells of a study, whatever its figures and expected values mean.
+    """The cells of a study, without checking its figures and expected values.
 
     Raises:
         StudyError: There is none, there are too many, or settings contradict each other.
@@ -188,7 +188,7 @@ def _short(settings: Mapping[str, Any]) -> str:
 
 
 def _name(request: Request) -> str:
-    """The id of a cell; equal for equal work, whatever machine it is done on."""
+    """The id of a cell; equal for equal work on any machine."""
     # the numbers of the recipe too: a later version may have changed them under the same name
     # vars, not asdict: both are flat, and ten thousand cells are named in one go
     numbers = vars(RECIPES[request.recipe])

@@ -22,7 +22,7 @@ def find_study(name: str) -> Path:
     """The file of a shipped study.
 
     Raises:
-        UsageError: There is none of this name.
+        UsageError: No shipped study has this name.
     """
     known = shipped_studies()
     if name not in known:

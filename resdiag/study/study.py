@@ -116,7 +116,7 @@ def _read(path: Path) -> bytes:
     """What a file holds; enough of it to see that it is too large.
 
     Raises:
-        UsageError: It cannot be read, or is no file.
+        UsageError: It cannot be read, or is not a file.
     """
     try:
         if path.exists() and not path.is_file():  # reading a pipe or a device may never end
@@ -203,7 +203,7 @@ def _read_plan(path: Path, settings: Sequence[str], mini: bool) -> Study:
 
 
 def check_name(name: str, path: Path) -> None:
-    """Refuse a study's name that a file gives and that is none: folders are named after it.
+    """Refuse an invalid study name in a file: folders are named after it.
 
     Raises:
         UsageError: It is none.

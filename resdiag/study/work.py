@@ -187,7 +187,7 @@ def _run(
 
 
 def _find_device(name: str, folder: Path) -> str:
-    """The device of a cell: that on which it was begun, else the one that is asked for.
+    """The device of a cell: the one it was begun on, else the requested one.
 
     Raises:
         UsageError: It is not here, or the cell was begun on another one.

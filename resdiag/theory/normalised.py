@@ -1,4 +1,4 @@
-"""BatchNorm on the branch: its output has unit variance whatever comes in, so growth is linear.
+"""BatchNorm on the branch: its output has unit variance for any input, so growth is linear.
 
 Backward, BatchNorm divides by the centred standard deviation of its input: a mean that is the same
 for all samples does not count, so bias shift makes the branch's gradient gain larger. Source:

@@ -15,7 +15,7 @@ class WandbTracker:
 
     Args:
         project: Name of the project.
-        folder: Where to write an offline run, whatever the environment says; `wandb sync` sends it.
+        folder: Where to write an offline run, in spite of the environment; `wandb sync` sends it.
     """
 
     def __init__(self, project: str, folder: Path | None = None) -> None:

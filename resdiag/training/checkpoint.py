@@ -77,7 +77,7 @@ class Committer:
     the end.
 
     Args:
-        writer: The run's folder; used by nobody else meanwhile, but for its beats.
+        writer: The run's folder; used by no other thread meanwhile, except for heartbeats.
         on_commit: Called with the rows of both tables after each commit, in the training's thread.
         thread_lock: Released while the training waits for the disk.
     """

@@ -44,7 +44,7 @@ class FairLock:
                 self._taken = False
 
     def pass_on(self) -> None:
-        """Give the lock to the first that waits and wait for it again; at once if nobody waits."""
+        """Give the lock to the first that waits, and wait for it again; return if none waits."""
         with self._guard:
             if not self.waiting:
                 return

@@ -72,7 +72,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 
 @settings
 class Request(Settings):
-    """What a user asked for: None leaves a number to the recipe."""
+    """The settings a user gave: None leaves a number to the recipe."""
 
     recipe: str = setting(
         "short: the first 60 steps; paper: 164 epochs.", default="short", choices=tuple(RECIPES)
@@ -105,7 +105,7 @@ def resolve(request: Request, *, data_name: str, train_size: int) -> RunConfig:
     """Complete a request with its recipe's numbers, everything counted in optimizer steps.
 
     Args:
-        request: What was asked for.
+        request: The settings that were given.
         data_name: Name of the data set that was opened.
         train_size: Its training images.
 

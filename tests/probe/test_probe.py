@@ -306,7 +306,7 @@ def test_a_folder_with_another_run_is_not_written_over(call):
     resdiag.save(monitor, "kept")
     code, _, err = call("probe", "resdiag:d-8", "--out", "kept")
     assert code == 2
-    assert "holds a run that is no probe" in err
+    assert "holds a run that is not a probe" in err
 
 
 def test_the_page_about_any_model_runs(capsys):

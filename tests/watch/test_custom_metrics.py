@@ -158,7 +158,7 @@ def test_what_could_not_be_recorded_is_refused_when_it_is_registered():
         register(torch.mean, id="grad_output")
     with pytest.raises(ValueError, match="'step' is a column of resdiag"):
         register(torch.mean, id="step")
-    with pytest.raises(ValueError, match="'Mean of x' is no name for a column"):
+    with pytest.raises(ValueError, match="'Mean of x' is not a valid column name"):
         register(torch.mean, id="Mean of x")
     with pytest.raises(TypeError, match="must be a function, not int"):
         register(3)

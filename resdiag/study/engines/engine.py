@@ -131,7 +131,7 @@ def find_engine(
         values: By option, of all engines; those that were not given may be missing.
 
     Raises:
-        UsageError: There is none, or an option was given that it does not have.
+        UsageError: Unknown engine, or an option that belongs to another one.
     """
     if name not in ENGINES:
         raise unknown("engine", name, ENGINES)

@@ -120,7 +120,7 @@ class ForkServer:
 
 
 def _kill_group(pid: int) -> None:
-    """Kill a cell and whatever it has started; its group may not be there yet, or any more."""
+    """Kill a cell and its child processes; its group may not be there yet, or any more."""
     os.kill(pid, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)

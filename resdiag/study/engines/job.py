@@ -136,7 +136,7 @@ class Attempts:
     def find_hung(self) -> list[str]:
         """The cells that have just exceeded the study's `patience_s` without a sign of life.
 
-        Time in which nobody looked does not count: after a machine slept, no cell is hung.
+        Time without a check does not count: after the machine slept, no cell counts as hung.
         """
         now = time.monotonic()
         passed, self._looked = min(now - self._looked, _MOST_BETWEEN_LOOKS_S), now

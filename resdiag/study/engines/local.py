@@ -91,7 +91,7 @@ class Local:
         process = self._find_process(cell, slot)
         self._running[cell] = slot, process
         self._attempts.begin(cell)
-        # a slot's process sees its own GPU and no other, whatever number it has here
+        # a slot's process sees its own GPU and no other, which has another number here
         task = {**self._job.task(cell), "device": self._job.device.partition(":")[0]}
         process.start(cell, task, self._job.log(cell), slot)
 

@@ -33,8 +33,8 @@ def run_on_ray(job: Job, address: str) -> int:
         The signal that stopped it, or 0.
 
     Raises:
-        UsageError: Ray is not installed, or `address` is none.
-        ResdiagError: There is no cluster at `address`.
+        UsageError: Ray is not installed, or `address` is not an address.
+        ResdiagError: No cluster answers at `address`.
     """
     if ":" in job.device:
         raise UsageError(f"--device {job.device}: Ray gives each cell its GPU", "--device cuda")
@@ -198,7 +198,7 @@ def _find_cluster(job: Job, address: str) -> dict[str, Any]:
 
 
 def _check_address(address: str) -> None:
-    """Refuse an address where nobody listens, to which Ray would try to connect for ever.
+    """Refuse an address that does not answer: Ray would try to connect for ever.
 
     Raises:
         UsageError: It is neither HOST:PORT nor "auto".

@@ -1,6 +1,6 @@
 """A process whose cells are threads: they share one device, and one of them works at a time.
 
-A thread cannot be killed, so whoever wants that kills the process. What belongs to a process, the
+A thread cannot be killed; to do so, kill the process. What belongs to a process, the
 cells have in common: `training.fair_lock` keeps them apart there, and each has its own CUDA stream
 and its own log.
 """
