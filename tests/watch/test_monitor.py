@@ -343,7 +343,7 @@ def test_listeners_hear_what_is_drained_and_a_failing_one_is_left_out_with_a_not
         for name, values in drained.items():
             parts = np.concatenate([part[at][name] for part in heard])
             assert np.array_equal(parts, values, equal_nan=True)
-    assert len([note for note in monitor.warnings if "no longer told" in note]) == 1
+    assert len([note for note in monitor.warnings if "gets no further records" in note]) == 1
 
 
 def test_a_gradient_that_comes_after_its_step_belongs_to_no_step():

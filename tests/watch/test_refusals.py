@@ -362,7 +362,7 @@ PROVOKED = {
     "it draws random numbers": "it draws random numbers",
     "inside a torch.func transform": "inside a torch.func",
     "autocast to float16 without scaler=": "float16 without scaler=",
-    "{} is no longer told what": "no longer told",
+    "{} failed, and gets no further records": "gets no further records",
     "not in the core set": '"core" in next(e["reason"]',
     "no known activation inside the block": "no known activation inside the block",
     "no linear layer with a gradient ends": "no linear layer with a gradient ends",

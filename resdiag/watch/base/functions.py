@@ -115,7 +115,7 @@ class Call:
         return self.is_normalisation or self.name in _STATISTICS
 
     def is_opaque(self, parents: int) -> bool:
-        """Whether it is no linear map of one tensor; `parents` tensors of the pass went in."""
+        """Whether it is not a linear map of one tensor; `parents` tensors of the pass went in."""
         if self.name in _NONLINEAR:
             return True
         return parents > 1 and (self.name in _PRODUCTS or self.is_transform)

@@ -27,7 +27,7 @@ def tensors_in(values: object) -> Iterator[Tensor]:
 
 
 def first_floating(tensors: Iterable[Tensor]) -> Tensor | None:
-    """The first tensor of a floating type, None if there is none."""
+    """The first tensor of a floating type, or None."""
     return next((x for x in tensors if x.is_floating_point()), None)
 
 

@@ -147,7 +147,7 @@ class Ways:
 
 @dataclass(eq=False, kw_only=True)
 class Addition(Ways):
-    """What is known of one residual addition; its tensors are told beside it."""
+    """The description of one residual addition, without its tensors."""
 
     owner: str  # name of the module whose forward is running ("" is the model itself)
     ordinal: int  # number of residual additions that `owner` has done before in this pass
@@ -156,7 +156,7 @@ class Addition(Ways):
     dtype: torch.dtype  # of the shortcut's elements
     shortcut_scale: float  # factor inside the addition (torch.add's alpha), mostly 1
     branch_scale: float
-    branch_module: str = ""  # the module whose output the branch is, "" if it is none's
+    branch_module: str = ""  # the module whose output is the branch, or ""
     shortcut_module: str = ""
     # one more branch for the unit that the addition before began; `calls` etc. are of both
     extends: bool = False
@@ -204,7 +204,7 @@ class _Product:
 
 
 def read_mix(flow: Dataflow, spelled: Sum, left: int, right: int) -> Mix | None:
-    """The mixture that a sum of two operands is; None if it is none."""
+    """The mixture that a sum of two operands is, or None."""
     if spelled.left.scale != 1 or abs(spelled.right.scale) != 1:
         return None
     if spelled.right.scale > 0:

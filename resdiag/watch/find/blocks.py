@@ -35,11 +35,11 @@ class Block:
             arXiv:1603.05027): "pre" before the branch's first weights, "post" after the addition
             (in a unit without one, after its last weights), "both", or "none".
         branch: The operations on the branch by name, in order; of a unit, all operations.
-        branch_module: The module whose output F(x) is, "" if it is none's.
+        branch_module: The module whose output is F(x), or "".
         shortcut_module: The same for h(x).
         features: Dimension of the channels in the sum, batch dimension counted; None if nothing
             said it and the usual place is assumed.
-        dtype: Of the shortcut's elements; "" where there is none.
+        dtype: Of the shortcut's elements; "" for a unit.
         frozen_norm: Whether a BatchNorm on the branch ran on running statistics in training.
     """
 
@@ -289,7 +289,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 @contextmanager
 def put_back(model: nn.Module, *, evaluate: bool) -> Iterator[None]:
-    """For one pass: evaluation mode if asked for; modes, buffers and random state are put back."""
+    """For one pass: evaluation mode if `evaluate`; modes, buffers and random state are put back."""
     modes = {module: module.training for module in model.modules()}
     buffers = [] if evaluate else [(x, x.clone()) for x in model.buffers()]
     with torch.random.fork_rng():

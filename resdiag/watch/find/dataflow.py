@@ -234,7 +234,7 @@ class Dataflow:
         return features_after(call, result, descent.parameters, shape, first.features)
 
     def _gate(self, parents: tuple[int, ...], call: Call | None) -> Tensor | None:
-        """The factor of a difference: whoever adds the product next may have let go of it."""
+        """The factor of a difference: the model may have freed it before it adds the product."""
         if call is None or not call.is_product or len(parents) != 2:
             return None
         for value, gate in (parents, parents[::-1]):

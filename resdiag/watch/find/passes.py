@@ -1,4 +1,4 @@
-"""What is seen of a forward pass, and those who are told.
+"""The events of a forward pass, and the protocol of observers.
 
 A `TracedPass` follows a pass operation by operation and tells its observers what it finds. In a
 later pass that is expected to be the same, hooks at the places of a plan tell the recorder the
@@ -32,7 +32,7 @@ class Operands:
 
 
 class Observer:
-    """Is told what a forward pass does, while it runs and before a tensor can be overwritten."""
+    """Observes a forward pass while it runs, before a tensor can be overwritten."""
 
     def started(self, inputs: Sequence[Tensor]) -> None:
         """The pass begins with these inputs."""
@@ -101,7 +101,7 @@ class Bus:
 
     def tell(self, event: str, *args: object) -> None:
         """Call the method of that name of each observer."""
-        # what observers compute is no part of the model: their torch functions reach no mode
+        # what observers compute is not part of the model, so no torch function mode sees it
         with torch._C.DisableTorchFunction():
             for observer in self.observers:
                 method: Callable[..., None] = getattr(observer, event)
@@ -118,7 +118,7 @@ class FollowedPass(Protocol):
         """It has ended as it should; includes `stop`."""
 
     def stop(self) -> None:
-        """Let go of the pass, whatever happened; safe to call twice."""
+        """Release everything of the pass, also after an error; safe to call twice."""
 
     def same(self, old: Tensor, new: Tensor) -> None:
         """A wrapper of a module's handed on `old` as another tensor."""

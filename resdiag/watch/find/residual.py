@@ -311,7 +311,7 @@ def is_cut(flow: Dataflow, branch: int, depths: Mapping[int, Depth]) -> bool:
 
 
 def is_inner(flow: Dataflow, origin: int, frames: Sequence[Frame]) -> bool:
-    """Whether a tensor is no stream's, but a layer's own: mapped, or normalised, on its way in.
+    """Whether a tensor is internal to a layer, not a stream: mapped or normalised on its way in.
 
     Either the module that adds has mapped its input to it, as a state-space mixer does before it
     computes C h + D x, or one of those that called it has normalised its input to it, as a pre-norm

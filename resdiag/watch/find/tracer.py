@@ -46,7 +46,7 @@ class Tracing:
         # names of units, and how many activations and normalisations after each belong to it
         self.tails = dict.fromkeys(units or (), 0)
         self.searching = units is None  # units are still to be found
-        self.with_makers = True  # the modules that made tensors are asked for in the first pass
+        self.with_makers = True  # only the first pass needs the modules that made tensors
         self._framed = {module for module in self.names if module is model or _can_add(module)}
 
     def is_framed(self, module: nn.Module) -> bool:

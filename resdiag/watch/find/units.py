@@ -5,7 +5,7 @@ the calls inside it where those form a chain, each made of the one before, and w
 container (`Sequential`, `ModuleList`, `ModuleDict`) or holds more than a quarter of the network; it
 is a unit where it holds a single parameterised layer or is not divided: a convolution of VGG, a
 Fire module of SqueezeNet, an Inception module, a dense layer, an LSTM. What does not lead to the
-network's first output, e.g. an auxiliary classifier, is no unit; nor is a linear map that makes
+network's first output, e.g. an auxiliary classifier, is not a unit; nor is a linear map that makes
 that output: that is the head, as in a residual network.
 """
 
@@ -64,7 +64,7 @@ class Visit:
 class Search:
     """Follows the module calls of one pass and chooses units at its end.
 
-    `gates` are the activations of the pass so far; `passing` is told of every tensor that may
+    `gates` are the activations of the pass so far; `passing` is called with every tensor that may
     become the input or the output of a unit.
     """
 

@@ -62,7 +62,7 @@ def attach(
             step of the optimizer that owns them, given here or not; without one, at `step()`.
         blocks: Names or shell patterns of modules to take as the blocks instead of found additions.
         every: Record every `every`-th step.
-        record_first: Record each of the first steps, whatever `every` says.
+        record_first: Record each of the first steps, in addition to `every`.
         samples: Samples at the head of the batch on which per-unit quantities (P1-P4, slopes,
             saturation) and the gradient's shares are measured; None for the whole batch.
         grad_read_point: Where in the loop parameter gradients are read, one of `catalog.POINTS`;

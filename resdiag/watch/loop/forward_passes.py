@@ -20,7 +20,7 @@ class ForwardPasses:
     `schedule` says whether a step of some number is due; `take_last` that the last pass of a step
     is recorded, not the first. `taps` record compiled passes, if the model was prepared for them;
     `seen` is what was noticed of torch.compile. Where one is `demanded`, the next pass is recorded
-    whatever the schedule says.
+    even if the schedule leaves it out.
     """
 
     def __init__(

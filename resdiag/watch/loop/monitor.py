@@ -98,7 +98,7 @@ class Monitor:
 
     @property
     def has_nonfinite_loss(self) -> bool:
-        """Whether the loop told a loss that is not finite, as of the last flush."""
+        """Whether the loop reported a loss that is not finite, as of the last flush."""
         return self._record.losses.lost
 
     def step(self, loss: float | Tensor | None = None) -> None:
@@ -161,7 +161,7 @@ class Monitor:
         self._record.listeners.append(listener)
 
     def force_record(self) -> None:
-        """Record the next forward pass whatever the schedule says; it belongs to this step.
+        """Record the next forward pass even if it is not due; it belongs to this step.
 
         Raises:
             RuntimeError: Several ranks record together: one that did not force it would be missed.

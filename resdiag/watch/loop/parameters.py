@@ -1,4 +1,4 @@
-"""Sees every step of the optimizers that own a model's parameters, whoever calls them."""
+"""Observes every step of the optimizers that own a model's parameters."""
 
 import functools
 import math
@@ -31,7 +31,7 @@ class OptimizerSteps:
     torch's hooks for all optimizers are used, not those of one: an optimizer inside another (SAM,
     Accelerate, one per parameter) steps by itself, and the outer one's hooks would not be called.
 
-    Those in `given` count whatever they own, e.g. flattened parameters. `before` is called when the
+    Those in `given` always count, e.g. owners of flattened parameters. `before` is called when the
     gradients of a step are there and the parameters still old: right before the step, or after the
     first call of its closure, which does the backward pass.
     """
@@ -106,14 +106,14 @@ def is_sharded(model: nn.Module) -> bool:
 
 def is_sharding(module: nn.Module) -> bool:
     """Whether `fully_shard` was called on a module."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # nobody can have called it before
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported: not used
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 class Shards:
     """Follows tensors and parameters through the sharded modules of a model.
 
-    `same` is told of each input (before, after) that `fully_shard` replaced by an equal one.
+    `same` is called with each input (before, after) that `fully_shard` replaced by an equal one.
     """
 
     def __init__(self, model: nn.Module) -> None:

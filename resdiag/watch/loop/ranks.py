@@ -2,8 +2,8 @@
 
 Ranks talk in `Monitor.step()` only, at the steps that the schedule names and no others: the step
 count is the same on every rank, while what a rank did in that step (an exception, an evaluation)
-need not be. A rank without a record takes part with zeros and says so, so that nobody waits for
-it in vain. Two sums per recorded step, on a process group of our own: whatever happens there leaves
+need not be. A rank without a record takes part with zeros and says so, so that no rank waits
+in vain. Two sums per recorded step, on a process group of our own: a failure there leaves
 the order of the training's own collectives alone.
 """
 
@@ -263,7 +263,7 @@ class RankReduction:
         step, slot, met = self._now.number, self._cells.slot, None
         try:
             met = self._ranks.meet(self._pool, rows, step, slot, norm, self._gradients.weights)
-        except Exception as error:  # training goes on, whatever happened to the record
+        except Exception as error:  # training goes on without the record
             self._guard.failure = str(error) or type(error).__name__
             self._ranks.close()
             self._warnings.say(f"watching stopped at step {step}: {self._guard.failure}")

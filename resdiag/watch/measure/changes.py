@@ -219,7 +219,7 @@ class ShortcutGradient:
     def hold(self, row: int, g: Tensor) -> None:
         """The gradient of a block's sum has come."""
         if row in self._scales:
-            # a copy: autograd adds to a gradient in place as long as nobody else holds it
+            # a copy: autograd adds to a gradient in place while no other reference exists
             self._via[row] = self._head(g) * self._scales[row]
 
     def collect(self, row: int, g: Tensor) -> None:

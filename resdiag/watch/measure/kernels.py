@@ -2,7 +2,7 @@
 
 The plain operations of torch (`moments`, `reductions`, `taps`) are the reference, and what
 everything else uses. No GPU was at hand when these kernels were written: they are tested in
-Triton's interpreter and compiled for one, and serve only where they are asked for, by
+Triton's interpreter and compiled for one, and are used only if requested, by
 RESDIAG_KERNELS=triton.
 """
 

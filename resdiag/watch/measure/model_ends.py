@@ -1,6 +1,6 @@
 """What a batch shows of the data: moments of the input, and labels and loss read off the logits.
 
-The loss is computed outside the model, where nobody watches. But the gradient of a cross-entropy at
+The loss is computed outside the model, where no hook is. But the gradient of a cross-entropy at
 the logits, g = (p - y) / N with p their softmax, tells the labels y, and with them the loss.
 """
 

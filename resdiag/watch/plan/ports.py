@@ -218,13 +218,13 @@ def place_reads(plan: Plan, kept: frozenset[int], *, core: bool) -> Reads:
 
 
 _ORDER = ("input", "branch", "shortcut", OPERANDS, "sum", "activation", "output")
-"""In which order what is at one port is told."""
+"""The order of the events of tensors at one port."""
 
 
 def _why_not(block: BlockPlan, kept: frozenset[int]) -> str:
     """Why a block cannot be seen without following the pass, or ""."""
     if block.extended:
-        return f"block {block.key[0]} has parallel branches, whose sum is no tensor of the pass"
+        return f"block {block.key[0]} has parallel branches, whose sum is not a tensor of the pass"
     calls = [call for call, _ in block.activations]
     if block.addition is not None:
         calls += [*(block.addition.path or ()), *block.after]

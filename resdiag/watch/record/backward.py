@@ -96,7 +96,7 @@ class Backward:
         return x.detach()[: self._unit_samples]
 
     def hook(self, x: Tensor, row: int, column: str) -> None:
-        """Read the gradient of a tensor into a column, or say why there is none."""
+        """Read the gradient of a tensor into a column, or note why it is missing."""
         if not x.requires_grad and not torch.is_grad_enabled():
             self._postponed.add((row, column))  # it may run again in the backward pass
             return

@@ -1,4 +1,4 @@
-"""Measures the tensors of one pass as they are told, and writes them into the buffer.
+"""An observer that measures the tensors of one pass and writes them into the buffer.
 
 Who tells is an observer's affair: a `TracedPass` that follows every operation, or a `TappedPass`
 whose hooks stand at the places of a plan. Gradients are `Backward`'s.

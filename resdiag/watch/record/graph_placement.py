@@ -25,7 +25,7 @@ _LOST = {"input": ("grad_input",), "sum": ("grad_sum",), "output": OUTPUT_GRADIE
 
 
 class Placement:
-    """The taps of one plan; the recorder is told what cannot be tapped.
+    """The taps of one plan; notes in the recorder what cannot be tapped.
 
     `users` says which columns of which row each tap feeds; `gradients` has row, column, tap and the
     factor to apply; `custom` row and id of each metric, where it is written and its index there.

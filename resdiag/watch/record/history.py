@@ -23,7 +23,7 @@ from resdiag.watch.find.blocks import Block
 from resdiag.watch.record.buffer import Buffer
 
 Listener: TypeAlias = Callable[[Columns, Columns], object]
-"""Is told per-block and per-step columns."""
+"""Called with the per-block and per-step columns of each flush."""
 
 _SLOTS = 16
 
@@ -31,7 +31,7 @@ _SLOTS = 16
 class Record:
     """The record of one monitor: `cells` per block, `head` per step, the `losses` the loop tells.
 
-    Each of `listeners` is told what came to the host.
+    Each of `listeners` is called with what came to the host.
     """
 
     def __init__(self, custom: Sequence[str], warnings: Warnings) -> None:
@@ -120,7 +120,7 @@ class Record:
             except Exception as error:
                 self.listeners.remove(listener)
                 name = getattr(listener, "__qualname__", type(listener).__name__)
-                self._warnings.say(f"{name} is no longer told what is recorded: {error!r}")
+                self._warnings.say(f"{name} failed, and gets no further records: {error!r}")
 
 
 class Losses:
@@ -140,7 +140,7 @@ class Losses:
         self._losses.append((step, loss if isinstance(loss, Tensor) else float(loss)))
 
     def flush(self) -> Columns | None:
-        """Columns of what was told since the last flush; None if nothing was."""
+        """Columns of the losses since the last flush, or None."""
         told, self._losses = self._losses, []
         if not told:
             return None

@@ -47,7 +47,7 @@ class _Seen:
 
 
 class TappedPass:
-    """One forward pass that is read at the places of a plan; `ended` is told if it was the one."""
+    """One forward pass that is read at the places of a plan; `ended` is told whether it fitted."""
 
     def __init__(
         self, expected: Expected, recorder: Recorder, ended: Callable[[bool], None]
@@ -299,7 +299,7 @@ def _is_near(expected: Tensor | None, x: Tensor) -> bool:
 
 
 def _at(values: Any, place: int | str | None) -> object:  # noqa: ANN401
-    """What is at a place of what a module takes or returns; None where there is no such place."""
+    """The value at a place of a module's arguments or result, or None."""
     try:
         found: object = values[place]
     except (IndexError, KeyError, TypeError):

@@ -34,7 +34,7 @@ class Sites:
     """The tensors of every block: branch, shortcut, sum, ...
 
     `samples` of the batch are measured, None for all; `pool` is there where several ranks record
-    together; `miss` is told of a block whose columns are NaN, and why.
+    together; `miss` notes a block whose columns are NaN, and why.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Sites:
 
 @dataclass(eq=False)
 class Parts:
-    """What the parts of one recorder share, and where they write what is no moment of a site."""
+    """What the parts of one recorder share, and where they write all but a site's moments."""
 
     cells: Buffer
     sites: Sites
