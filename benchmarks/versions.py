@@ -30,15 +30,20 @@ NETWORKS = {
 TURN = 2
 """Pairs of steps that one checkout runs before the other does."""
 
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+"""glibc keeps freed memory, as after `disable_malloc_trim`, which not every checkout has."""
+
 WORKER = """
 import json, sys, time, warnings
 import torch, torch.nn.functional as F
 import resdiag
 from resdiag.models.resnet import build_model
-from resdiag.training.cpu import disable_malloc_trim
 variant, depth, batch, size, metrics, threads = json.loads(sys.argv[1])
 warnings.simplefilter("ignore")
-disable_malloc_trim()
 torch.set_num_threads(threads)
 torch.manual_seed(0)
 if variant == "resnet18":
@@ -111,7 +116,7 @@ def start(
     return subprocess.Popen(
         [sys.executable, "-c", WORKER, settings],
         cwd=checkout,
-        env={**os.environ, "PYTHONPATH": str(checkout.resolve())},
+        env={**os.environ, **ALLOCATOR, "PYTHONPATH": str(checkout.resolve())},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
