@@ -17,7 +17,7 @@ def pytest_addoption(parser):
 # is enough for them on idle cores, not on cores that others share
 _LONGER_S = 300
 _LONGER = {
-    "benchmarks", "cli", "integrations", "interventions", "probe", "project", "runs", "study",
+    "benchmarks", "cli", "data", "integrations", "interventions", "probe", "project", "runs", "study",
     "trackers", "training", "watch", "test_browser.py", "test_stories.py",
 }  # fmt: skip
 
