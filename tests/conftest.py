@@ -17,8 +17,8 @@ def pytest_addoption(parser):
 # is enough for them on idle cores, not on cores that others share
 _LONGER_S = 300
 _LONGER = {
-    "benchmarks", "cli", "data", "integrations", "interventions", "probe", "project", "runs", "study",
-    "trackers", "training", "watch", "test_browser.py", "test_stories.py",
+    "benchmarks", "cli", "data", "integrations", "interventions", "probe", "project", "runs",
+    "study", "trackers", "training", "watch", "test_browser.py", "test_stories.py",
 }  # fmt: skip
 
 
