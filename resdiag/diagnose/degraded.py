@@ -13,7 +13,7 @@ import numpy as np
 
 from resdiag.diagnose.finding import DEFINITION, Evidence, Finding, Threshold, plain
 from resdiag.runs.folder import Run
-from resdiag.runs.watched import WatchedConfig
+from resdiag.runs.watched_config import WatchedConfig
 
 LEAST_SEEDS = Threshold(3, "Runs per depth; with fewer there is no spread to compare with.")
 LEAST_GAP = Threshold(0.001, "0.1 percentage points of error.")

@@ -10,7 +10,7 @@ import pandas as pd
 
 from resdiag.diagnose.nonfinite import FirstNonfinite, find_first_nonfinite
 from resdiag.runs.folder import Run
-from resdiag.runs.watched import WatchedConfig
+from resdiag.runs.watched_config import WatchedConfig
 from resdiag.theory.prediction import Prediction, predict_run
 
 

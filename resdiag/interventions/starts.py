@@ -25,7 +25,7 @@ from resdiag.probe.batch import Loss, choose_loss
 from resdiag.runs.checkpoint import Checkpoint, unpack
 from resdiag.runs.config import RunConfig
 from resdiag.runs.folder import Run
-from resdiag.runs.watched import WatchedConfig
+from resdiag.runs.watched_config import WatchedConfig
 from resdiag.training import checkpoint as training_checkpoint
 from resdiag.training.recipe import learning_rate
 

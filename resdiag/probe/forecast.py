@@ -17,7 +17,8 @@ from resdiag.errors import UsageError
 from resdiag.models.resnet import ResNet, build_model
 from resdiag.models.variants import find_variant
 from resdiag.probe.critical_rate import RISE, critical_rate, largest_curvature
-from resdiag.runs.watched import WatchedConfig, as_run
+from resdiag.runs.watched import as_run
+from resdiag.runs.watched_config import WatchedConfig
 from resdiag.theory.prediction import CRITICAL, critical_lr, gradient_norm, predict
 from resdiag.watch.loop.attach import attach
 

@@ -18,7 +18,8 @@ from resdiag.probe.critical_rate import Curvature, largest_curvature
 from resdiag.probe.result import ProbeResult
 from resdiag.runs.environment import environment
 from resdiag.runs.folder import load_run
-from resdiag.runs.watched import WatchedConfig, as_run, write_run
+from resdiag.runs.watched import as_run, write_run
+from resdiag.runs.watched_config import WatchedConfig
 from resdiag.watch.base.safety import WatchWarning
 from resdiag.watch.loop.attach import attach
 from resdiag.watch.loop.monitor import Monitor

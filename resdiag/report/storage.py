@@ -17,7 +17,7 @@ from resdiag.errors import UsageError
 from resdiag.report.results import CellResult, Results
 from resdiag.runs.config import from_stored
 from resdiag.runs.files import Damaged, from_json, make_folder, read_file, to_json, write_file
-from resdiag.runs.watched import read_config
+from resdiag.runs.watched_config import read_config
 from resdiag.study.grid import Cell
 from resdiag.study.spec import WORDS, check_document
 from resdiag.study.study import Study, check_name

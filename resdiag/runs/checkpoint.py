@@ -18,7 +18,7 @@ from resdiag.errors import UsageError
 from resdiag.runs.commit import COMMIT, PREVIOUS, RUN, Commit, our_files
 from resdiag.runs.environment import differences
 from resdiag.runs.files import Damaged, from_json, write_file
-from resdiag.runs.watched import Config, read_config
+from resdiag.runs.watched_config import Config, read_config
 
 _log = logging.getLogger(__name__)
 _START_AGAIN = "--force starts this run again and deletes what is there"

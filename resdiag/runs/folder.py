@@ -14,7 +14,7 @@ from resdiag.catalog.table import METRICS, derive, inputs_of
 from resdiag.errors import UsageError
 from resdiag.runs.commit import BLOCKS, COMMIT, PREVIOUS, RUN, VERDICT, Commit
 from resdiag.runs.files import Damaged, from_json, read_file
-from resdiag.runs.watched import Config, WatchedConfig, read_config
+from resdiag.runs.watched_config import Config, WatchedConfig, read_config
 
 if TYPE_CHECKING:
     import numpy as np

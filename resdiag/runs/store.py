@@ -26,7 +26,7 @@ from resdiag.runs.commit import (
 from resdiag.runs.files import from_json, make_folder, remove_file, to_json, write_file
 from resdiag.runs.lock import Lock
 from resdiag.runs.segments import CUSTOM, SCHEMAS, encode, merge
-from resdiag.runs.watched import Config
+from resdiag.runs.watched_config import Config
 
 
 class RunWriter:

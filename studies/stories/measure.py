@@ -24,7 +24,8 @@ from resdiag.models.resnet import build_model
 from resdiag.models.variants import VARIANTS, find_variant
 from resdiag.probe.forecast import stem_variances
 from resdiag.runs.environment import environment
-from resdiag.runs.watched import WatchedConfig, as_run
+from resdiag.runs.watched import as_run
+from resdiag.runs.watched_config import WatchedConfig
 from resdiag.theory.prediction import predict
 from resdiag.training.recipe import Request, resolve
 from resdiag.watch.loop.attach import attach

@@ -14,7 +14,8 @@ import resdiag
 from resdiag.cli.main import app
 from resdiag.errors import UsageError
 from resdiag.plots.kinds import KINDS
-from resdiag.runs.watched import WatchedConfig, as_run, read_config
+from resdiag.runs.watched import as_run
+from resdiag.runs.watched_config import WatchedConfig, read_config
 
 
 class Unit(nn.Module):

@@ -6,7 +6,7 @@ import pandas as pd
 from resdiag.catalog.table import SITES
 from resdiag.runs.config import RunConfig
 from resdiag.runs.folder import Run
-from resdiag.runs.watched import WatchedConfig
+from resdiag.runs.watched_config import WatchedConfig
 from resdiag.theory.prediction import predict
 
 BLOCKS, STEPS = 6, 20

@@ -5,8 +5,10 @@ import re
 import subprocess
 import sys
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,3 +190,12 @@ def test_the_bounds_of_the_matrix_are_those_of_the_project():
         assert f'"{name}=={least}.*"' in text
     (least,) = re.findall(r'requires-python = ">=([\d.]+)"', project)
     assert f'PYTHONS = ["{least}"' in text
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = grimp.build_graph("resdiag", exclude_type_checking_imports=True, cache_dir=None)
+    modules = [name for name in graph.modules if name != "resdiag"]  # it resolves names lazily
+    order = TopologicalSorter(
+        {name: graph.find_modules_directly_imported_by(name) for name in modules}
+    )
+    order.prepare()  # a CycleError names the circle

@@ -16,7 +16,7 @@ from resdiag.report.figures import draw_runs
 from resdiag.report.render import to_html, to_markdown
 from resdiag.report.runpage import write_run_page
 from resdiag.report.words import number
-from resdiag.runs.watched import WatchedConfig
+from resdiag.runs.watched_config import WatchedConfig
 
 
 def test_the_first_words_are_the_verdict_and_its_evidence_has_the_numbers():
