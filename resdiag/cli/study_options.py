@@ -59,9 +59,9 @@ class EngineCommand:
 
     def __call__(self, **given: Any) -> int:  # noqa: ANN401
         """Run the command with what was given on the command line."""
-        name, slots = given.pop("engine"), given.pop("slots")
-        values = {option: given.pop(option) for option in _list_engine_options()}
-        engine, options = find_engine(name, slots, values)
+        chosen, slots = given.pop("engine"), given.pop("slots")
+        values = {name: given.pop(f"engine_{name}") for name in _list_engine_options()}
+        engine, options = find_engine(chosen, slots, values)
         return self._function(**given, start=Start(engine, slots, options))
 
     @property
@@ -90,7 +90,7 @@ def _list_engine_options() -> dict[str, inspect.Parameter]:
             limits: dict[str, Any] = {"min": option.min, "max": option.max} if kind is int else {}
             about = typer.Option(option.written, help=f"{engine.name}: {option.help}", **limits)
             found[option.name] = inspect.Parameter(
-                option.name,
+                f"engine_{option.name}",  # the command may have a parameter of that name
                 inspect.Parameter.KEYWORD_ONLY,
                 default=option.default,
                 annotation=Annotated[kind, about],

@@ -6,15 +6,14 @@
 
 import importlib
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from resdiag.data.places import check_tree, data_roots, find_folder
 from resdiag.errors import UsageError, unknown
+from resdiag.registry import Registry
 
 if TYPE_CHECKING:
     from resdiag.data.dataset import Source
@@ -112,72 +111,69 @@ def _from_torchvision(name: str) -> Callable[[Path], object]:
     return download
 
 
-_ROWS: dict[str, DataSet] = {
-    row.name: row
-    for row in (
-        DataSet(
-            name="digits",
-            description="1,797 handwritten digits; always available",
-            read="resdiag.data.builtin:read_digits",
-            licence="CC BY 4.0; Alpaydin & Kaynak 1998",
-            flip=False,
-            train=1_437,
-            test=360,
-            classes=10,
-            auto=1,
-        ),
-        DataSet(
-            name="cifar10",
-            description="60,000 photographs of 10 kinds of animals and vehicles",
-            read="resdiag.data.builtin:read_cifar10",
-            licence="none stated; Krizhevsky 2009",
-            train=50_000,
-            test=10_000,
-            classes=10,
-            folders=("cifar-10-batches-bin", "cifar-10-batches-py"),
-            download=_from_torchvision("CIFAR10"),
-            auto=2,
-        ),
-        DataSet(
-            name="cifar100",
-            description="60,000 photographs with 100 fine labels",
-            read="resdiag.data.builtin:read_cifar100",
-            licence="none stated; Krizhevsky 2009",
-            train=50_000,
-            test=10_000,
-            classes=100,
-            folders=("cifar-100-binary", "cifar-100-python"),
-            download=_from_torchvision("CIFAR100"),
-        ),
-        DataSet(
-            name="fashion",
-            description="Fashion-MNIST: 70,000 photographs of clothes, padded from 28x28",
-            read="resdiag.data.builtin:read_fashion",
-            licence="MIT; Xiao, Rasul, Vollgraf 2017",
-            train=60_000,
-            test=10_000,
-            classes=10,
-            folders=("FashionMNIST/raw",),
-            elsewhere=Path("/usr/share/datasets/fashion-mnist"),
-            download=_from_torchvision("FashionMNIST"),
-            other_source="`apt-get install dataset-fashion-mnist`",
-        ),
-        DataSet(
-            name="folder",
-            description="train/<class>/*, test/<class>/*, or a tar archive of that tree",
-            read="resdiag.data.tree:read_tree",
-            takes_path=True,
-            check=check_tree,
-        ),
-        DataSet(
-            name="parquet",
-            description="train-*.parquet, test-*.parquet with img and label",
-            read="resdiag.data.parquet:read_parquet",
-            takes_path=True,
-        ),
-    )
-}
-DATASETS: Mapping[str, DataSet] = MappingProxyType(_ROWS)
+_ROWS = (
+    DataSet(
+        name="digits",
+        description="1,797 handwritten digits; always available",
+        read="resdiag.data.builtin:read_digits",
+        licence="CC BY 4.0; Alpaydin & Kaynak 1998",
+        flip=False,
+        train=1_437,
+        test=360,
+        classes=10,
+        auto=1,
+    ),
+    DataSet(
+        name="cifar10",
+        description="60,000 photographs of 10 kinds of animals and vehicles",
+        read="resdiag.data.builtin:read_cifar10",
+        licence="none stated; Krizhevsky 2009",
+        train=50_000,
+        test=10_000,
+        classes=10,
+        folders=("cifar-10-batches-bin", "cifar-10-batches-py"),
+        download=_from_torchvision("CIFAR10"),
+        auto=2,
+    ),
+    DataSet(
+        name="cifar100",
+        description="60,000 photographs with 100 fine labels",
+        read="resdiag.data.builtin:read_cifar100",
+        licence="none stated; Krizhevsky 2009",
+        train=50_000,
+        test=10_000,
+        classes=100,
+        folders=("cifar-100-binary", "cifar-100-python"),
+        download=_from_torchvision("CIFAR100"),
+    ),
+    DataSet(
+        name="fashion",
+        description="Fashion-MNIST: 70,000 photographs of clothes, padded from 28x28",
+        read="resdiag.data.builtin:read_fashion",
+        licence="MIT; Xiao, Rasul, Vollgraf 2017",
+        train=60_000,
+        test=10_000,
+        classes=10,
+        folders=("FashionMNIST/raw",),
+        elsewhere=Path("/usr/share/datasets/fashion-mnist"),
+        download=_from_torchvision("FashionMNIST"),
+        other_source="`apt-get install dataset-fashion-mnist`",
+    ),
+    DataSet(
+        name="folder",
+        description="train/<class>/*, test/<class>/*, or a tar archive of that tree",
+        read="resdiag.data.tree:read_tree",
+        takes_path=True,
+        check=check_tree,
+    ),
+    DataSet(
+        name="parquet",
+        description="train-*.parquet, test-*.parquet with img and label",
+        read="resdiag.data.parquet:read_parquet",
+        takes_path=True,
+    ),
+)
+DATASETS = Registry("data set", _ROWS, letters="a-z0-9_-")
 """Every data set by its name: the built-in ones and those that were registered."""
 
 _RESERVED = ("auto", "text")  # `--data auto`, and `text:FILE` of `resdiag probe`
@@ -187,27 +183,23 @@ def register_dataset(row: DataSet) -> None:
     """Add a data set, which `--data` and `open_data` accept from then on in this process.
 
     Raises:
-        ValueError: The name is taken or not of lower-case letters, digits, `_` and `-`.
+        RegistrationError: The name is taken or not of lower-case letters, digits, `_` and `-`.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_-]*", row.name):
-        raise ValueError(f"data set name {row.name!r} must be of a-z, 0-9, _ and -")
-    if row.name in _ROWS or row.name in _RESERVED:
-        raise ValueError(f"data set name '{row.name}' is taken")
-    _ROWS[row.name] = row
+    DATASETS.add(row, taken=_RESERVED)
 
 
 def unregister_dataset(name: str) -> None:
     """Remove a data set that was registered.
 
     Raises:
-        KeyError: No data set has this name.
+        RegistrationError: No data set has this name, or it is built in.
     """
-    del _ROWS[name]
+    DATASETS.remove(name)
 
 
 def known_specs(*, auto: bool = True) -> tuple[str, ...]:
     """What `--data` accepts, `auto` first where it is wanted."""
-    return (*(["auto"] if auto else []), *(row.spec for row in _ROWS.values()))
+    return (*(["auto"] if auto else []), *(row.spec for row in DATASETS.values()))
 
 
 def find_dataset(spec: str, *, auto: bool = True) -> tuple[DataSet, str]:
@@ -221,7 +213,7 @@ def find_dataset(spec: str, *, auto: bool = True) -> tuple[DataSet, str]:
         UsageError: There is no such set, or a path is missing or not expected.
     """
     name, colon, path = spec.partition(":")
-    row = _ROWS.get(name)
+    row = DATASETS.get(name)
     if row is None or row.takes_path != bool(colon):
         raise unknown("data", spec, known_specs(auto=auto))
     return row, path
@@ -252,7 +244,7 @@ def check_data(spec: str) -> None:
 
 def choose_auto(root: Path | None) -> tuple[DataSet, str]:
     """The set that `--data auto` takes on this disk, and its note, with {} for the set's own."""
-    rows = sorted((row for row in _ROWS.values() if row.auto), key=lambda row: -row.auto)
+    rows = sorted((row for row in DATASETS.values() if row.auto), key=lambda row: -row.auto)
     taken = next(i for i, row in enumerate(rows) if row.state(root) != "missing")
     if taken == 0:
         return rows[0], f"auto: {{}}; `--data {rows[-1].name}` is the small set"
@@ -265,7 +257,7 @@ def choose_auto(root: Path | None) -> tuple[DataSet, str]:
 def list_sets(root: Path | None) -> list[tuple[str, str, str]]:
     """Rows (data, state, place) for `resdiag data list`."""
     return [
-        (row.spec, state := row.state(root), _place(row, state, root)) for row in _ROWS.values()
+        (row.spec, state := row.state(root), _place(row, state, root)) for row in DATASETS.values()
     ]
 
 
@@ -277,5 +269,5 @@ def _place(row: DataSet, state: str, root: Path | None) -> str:
 
 def known_sizes(spec: str) -> tuple[int, int] | None:
     """Training and test images of a set, if they are known without reading it."""
-    row = _ROWS.get(spec)
+    row = DATASETS.get(spec)
     return (row.train, row.test) if row is not None and row.train else None

@@ -3,10 +3,6 @@
 To add a built-in one, write its row in the module of its subject and enter it into `_ORDER`.
 """
 
-import re
-from collections.abc import Mapping
-from types import MappingProxyType
-
 from resdiag.diagnose.breakdown import EXPLODED
 from resdiag.diagnose.dataset import DATA_FAULT, LOSS_FAULT
 from resdiag.diagnose.finding import Rule
@@ -22,7 +18,7 @@ from resdiag.diagnose.structure import (
     SHORTCUT_SCALED,
 )
 from resdiag.diagnose.units import BIAS_SHIFT, DEAD_BLOCK, DRIFT, FP16_OVERFLOW, SATURATED_BLOCK
-from resdiag.errors import unknown
+from resdiag.registry import Registry
 
 HEALTHY = "healthy"
 """The verdict where no rule reports anything."""
@@ -59,8 +55,7 @@ CAUSES_FROM_THE_START = frozenset(
 )
 """Causes only if they were there at step 0; what came with training stands beside `exploded`."""
 
-_RULES: dict[str, Rule] = {row.name: row for row in _ORDER}
-FINDINGS: Mapping[str, Rule] = MappingProxyType(_RULES)
+FINDINGS = Registry("finding", _ORDER)
 """Every rule by the name of its finding, most upstream cause first."""
 
 
@@ -79,22 +74,13 @@ def register_finding(row: Rule, *, before: str = "") -> Rule:
         The rule.
 
     Raises:
-        TypeError: It is no `Rule`.
-        ValueError: Its name is taken or no word of small letters, digits and "_", or `before` is
+        TypeError: It is not a `Rule`.
+        RegistrationError: Its name is taken or not of small letters, digits and "_", or `before` is
             unknown.
     """
     if not isinstance(row, Rule):
         raise TypeError(f"a finding is registered as a Rule, not {type(row).__name__}")
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", row.name):
-        raise ValueError(f"'{row.name}' is no name of a finding: small letters, digits and '_'")
-    if row.name in (*_RULES, HEALTHY):
-        raise ValueError(f"finding '{row.name}' is there already: choose another name")
-    if before and before not in _RULES:
-        raise ValueError(unknown("finding", before, _RULES).message)
-    rows = list(_RULES.values())
-    at = list(_RULES).index(before) if before else len(rows)
-    _RULES.clear()
-    _RULES.update({each.name: each for each in (*rows[:at], row, *rows[at:])})
+    FINDINGS.add(row, before=before, taken=(HEALTHY,))
     return row
 
 
@@ -102,14 +88,11 @@ def unregister_finding(name: str) -> None:
     """Forget a rule that was registered.
 
     Raises:
-        ValueError: It is built in, or not registered.
+        RegistrationError: It is built in, or not registered.
     """
-    added = [known for known, row in _RULES.items() if row not in _ORDER]
-    if name not in added:
-        raise ValueError(unknown("registered finding", name, added).message)
-    del _RULES[name]
+    FINDINGS.remove(name)
 
 
 def is_built_in(row: Rule) -> bool:
     """Whether the rule is resdiag's own, which never raises."""
-    return row in _ORDER
+    return FINDINGS.is_built_in(row.name)

@@ -3,14 +3,13 @@
 No torch is imported here: names are checked and help is printed before anything slow is loaded.
 """
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from resdiag.errors import UsageError, unknown
 from resdiag.models.variants import Variant, find_variant
+from resdiag.registry import RegistrationError, Registry
 from resdiag.runs.config import RunConfig
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def _swap_activation(row: Variant) -> Variant:
 
     return replace(
         row, branch=swap(row.branch), after_add=swap(row.after_add), stem=swap(row.stem),
-        head=swap(row.head),
+        head=swap(row.head), law="",
     )  # fmt: skip
 
 
@@ -262,10 +261,7 @@ _ROWS = (
         source="control", variant=VariantChange(network=_freeze_blocks),
     ),
 )  # fmt: skip
-_BUILT_IN = frozenset(row.name for row in _ROWS)
-_TABLE = {row.name: row for row in _ROWS}
-
-INTERVENTIONS: Mapping[str, Intervention] = MappingProxyType(_TABLE)
+INTERVENTIONS = Registry("intervention", _ROWS)
 """Every intervention by name: the built-in ones, then what was registered."""
 
 
@@ -273,7 +269,7 @@ def register_intervention(row: Intervention) -> None:
     """Add an intervention to the table for this process.
 
     Raises:
-        ValueError: Its name is taken or is no identifier, or it changes nothing.
+        RegistrationError: Its name is taken or cannot be one, or it changes nothing.
 
     >>> register_intervention(Intervention(
     ...     name="third_branch", words="a third of the branch", expects="less growth",
@@ -282,30 +278,23 @@ def register_intervention(row: Intervention) -> None:
     'third_branch'
     >>> unregister_intervention("third_branch")
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", row.name):
-        raise ValueError(f"'{row.name}' must be small letters, digits and '_'")
-    if row.name in _TABLE:
-        raise ValueError(f"there is an intervention '{row.name}': choose another name")
     if row.addition is None and row.variant is None:
-        raise ValueError(f"intervention '{row.name}' must have addition= or variant=")
-    _TABLE[row.name] = row
+        raise RegistrationError(f"intervention '{row.name}' must have addition= or variant=")
+    INTERVENTIONS.add(row)
 
 
 def unregister_intervention(name: str) -> None:
     """Remove a registered intervention from the table.
 
     Raises:
-        ValueError: None of that name was registered.
+        RegistrationError: It is built in, or not registered.
     """
-    registered = [known for known in _TABLE if known not in _BUILT_IN]
-    if name not in registered:
-        raise ValueError(unknown("registered intervention", name, registered).message)
-    del _TABLE[name]
+    INTERVENTIONS.remove(name)
 
 
 def models_interventions() -> list[str]:
     """Names of the interventions that apply to any model."""
-    return [name for name, row in _TABLE.items() if row.addition is not None]
+    return [name for name, row in INTERVENTIONS.items() if row.addition is not None]
 
 
 def find_for_model(name: str) -> Intervention:
@@ -314,7 +303,7 @@ def find_for_model(name: str) -> Intervention:
     Raises:
         UsageError: It is unknown or applies to the variants only.
     """
-    row = _TABLE.get(name)
+    row = INTERVENTIONS.get(name)
     if row is None:
         raise unknown("lesion", name, models_interventions())
     if row.addition is None:
@@ -331,12 +320,12 @@ def find_for_variant(name: str, variant: str) -> Intervention:
     Raises:
         UsageError: It is unknown, or the variant has nothing that it could change.
     """
-    if name not in _TABLE:
-        raise unknown("lesion", name, _TABLE)
+    if name not in INTERVENTIONS:
+        raise unknown("lesion", name, INTERVENTIONS)
     row = find_variant(variant)
-    if _TABLE[name].changed_row(row) is None:
+    if INTERVENTIONS[name].changed_row(row) is None:
         raise UsageError(f"lesion '{name}' has nothing to change in variant {row.id}")
-    return _TABLE[name]
+    return INTERVENTIONS[name]
 
 
 def propose(verdict: str, variant: str) -> list[str]:
@@ -346,5 +335,5 @@ def propose(verdict: str, variant: str) -> list[str]:
     ['bn_before_add', 'skipinit', 'swap_activation', 'lower_lr']
     """
     row = find_variant(variant)
-    remedies = [known for known in _TABLE.values() if verdict in known.remedy_for]
+    remedies = [known for known in INTERVENTIONS.values() if verdict in known.remedy_for]
     return [known.name for known in remedies if known.changed_row(row) is not None]

@@ -3,11 +3,10 @@
 No torch here: names are checked before anything slow is imported.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from resdiag.errors import UsageError, unknown
+from resdiag.registry import RegistrationError, Registry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +97,7 @@ _ROWS = (
     ),
 )  # fmt: skip
 
-_VARIANTS = {row.id: row for row in _ROWS}
-VARIANTS: Mapping[str, Variant] = MappingProxyType(_VARIANTS)
+VARIANTS = Registry("variant", _ROWS, key="id")
 """Every variant by id, in the order of the design's table; registered ones behind."""
 
 _WORDS = ("conv", "bn", "relu", "elu")
@@ -120,15 +118,14 @@ def register_variant(row: Variant) -> None:
     ''
     >>> unregister_variant("elu_tail")
     """
-    for name in filter(None, (row.id, row.alias)):
-        taken = _VARIANTS.get(_find_id(name))
-        if taken is not None and taken != row:
-            raise UsageError(f"there is a variant '{name}' already: {taken.id}")
     after = "" if row.after_add == "none" else row.after_add
     for step in "-".join(filter(None, (row.branch, after, row.stem, row.head))).split("-"):
         if step not in _WORDS:
             raise unknown("operation", step, _WORDS)
-    _VARIANTS[row.id] = row
+    letters = [known.alias for known in VARIANTS.values() if known.alias]
+    if row.alias and _find_id(row.alias) in VARIANTS:
+        raise RegistrationError(f"variant '{row.alias}' exists already: choose another letter")
+    VARIANTS.add(row, taken=letters)
 
 
 def unregister_variant(name: str) -> None:
@@ -137,14 +134,12 @@ def unregister_variant(name: str) -> None:
     Raises:
         UsageError: A built-in variant, or no variant has that id.
     """
-    if name in {row.id for row in _ROWS}:
-        raise UsageError(f"variant '{name}' is part of resdiag and stays")
-    del _VARIANTS[find_variant(name).id]
+    VARIANTS.remove(find_variant(name).id)
 
 
 def _find_id(name: str) -> str:
     """The id that belongs to a letter, or `name` itself."""
-    return next((row.id for row in _VARIANTS.values() if row.alias == name), name)
+    return next((row.id for row in VARIANTS.values() if row.alias == name), name)
 
 
 def find_variant(name: str) -> Variant:

@@ -4,7 +4,6 @@ No matplotlib here: a mistyped kind is refused before anything slow is imported.
 """
 
 from collections.abc import Iterable, Mapping
-from types import MappingProxyType
 
 from resdiag.catalog.custom import known_metrics
 from resdiag.errors import UsageError, unknown
@@ -20,10 +19,10 @@ from resdiag.plots import (
     skip,
 )
 from resdiag.plots.plotkind import PlotKind as PlotKind
+from resdiag.registry import Registry
 
 _MODULES = (gradnorms, biasshift, skip, signal, growth, curves, bydepth, by_metric, nonfinite)
-_KINDS = {module.KIND.name: module.KIND for module in _MODULES}
-KINDS: Mapping[str, PlotKind] = MappingProxyType(_KINDS)
+KINDS: Registry[PlotKind] = Registry("plot", (module.KIND for module in _MODULES))
 """Every kind of plot by name, in the order of the documentation; registered ones behind."""
 
 
@@ -34,24 +33,18 @@ def register_plot(kind: PlotKind) -> None:
     from a script that registers it first.
 
     Raises:
-        UsageError: There is another kind, or a metric, of that name.
+        RegistrationError: There is another kind, or a metric, of that name.
     """
-    if _KINDS.get(kind.name, kind) is not kind or kind.name in known_metrics():
-        raise UsageError(f"there is a plot or metric '{kind.name}' already: choose another name")
-    _KINDS[kind.name] = kind
+    KINDS.add(kind, taken=known_metrics())
 
 
 def unregister_plot(name: str) -> None:
     """Forget a kind of plot that was registered.
 
     Raises:
-        UsageError: It is built in, or not registered.
+        RegistrationError: It is built in, or not registered.
     """
-    if name in {module.KIND.name for module in _MODULES}:
-        raise UsageError(f"plot '{name}' is part of resdiag and stays")
-    if name not in _KINDS:
-        raise unknown("plot", name, _KINDS)
-    del _KINDS[name]
+    KINDS.remove(name)
 
 
 def find_kind(name: str, custom: Iterable[Mapping[str, str]] = ()) -> PlotKind:

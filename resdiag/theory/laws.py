@@ -6,14 +6,13 @@ names no law, or one that is not registered, has no prediction.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 
 import numpy as np
 
-from resdiag.errors import UsageError
+from resdiag.registry import Registry
 from resdiag.theory.geometry import BlockShape
 from resdiag.theory.gradient_recursion import grow_back, parameter_gradient_norm
 from resdiag.theory.growth import columns, grow
@@ -68,35 +67,6 @@ class Law:
     columns: Callable[[Start], dict[str, Array]]
     largest: float = sys.float_info.max
     gradient_norm: Callable[[Sequence[BlockShape], Array, Array, int], float] | None = None
-
-
-_LAWS: dict[str, Law] = {}
-LAWS: Mapping[str, Law] = MappingProxyType(_LAWS)
-"""Every law by name."""
-
-
-def register_law(law: Law) -> None:
-    """Add a law, so that variants can name it.
-
-    Raises:
-        UsageError: There is another law of that name.
-
-    >>> from resdiag.theory.laws import Law, register_law, unregister_law
-    >>> doubling = Law(
-    ...     name="doubling", unit="any", basis="E[H^2] doubles per block",
-    ...     columns=lambda start: {"forward_growth": start.constant(2.0)},
-    ... )
-    >>> register_law(doubling)
-    >>> unregister_law("doubling")
-    """
-    if _LAWS.get(law.name, law) is not law:
-        raise UsageError(f"there is a law '{law.name}' already: unregister_law('{law.name}') first")
-    _LAWS[law.name] = law
-
-
-def unregister_law(name: str) -> None:
-    """Forget a law; variants that name it have no prediction from then on."""
-    _LAWS.pop(name, None)
 
 
 _NOTHING_AFTER = {
@@ -161,7 +131,7 @@ _WALK = (
 _LARGEST_WALK = 1e3  # the grid grows with its root; a stem on normalised images gives .1 ... 1
 _ELU_BRANCH, _FIRST = NormalisedBranch(inner="elu"), NormalisedBranch(first=True)
 
-for _law in (
+_ROWS = (
     _multiplying("elu_sum", "conv-elu-conv-elu, then nothing", pre=False),
     _multiplying("elu_first_sum", "elu-conv-elu-conv, then nothing", pre=True),
     _adding("normalised_elu_sum", "conv-elu-conv-bn, then nothing", _ELU_BRANCH),
@@ -196,5 +166,32 @@ for _law in (
         "and it is less",
         columns=lambda start: stack_plain(start.shapes, start.width_px),
     ),
-):
-    register_law(_law)
+)
+LAWS = Registry("law", _ROWS)
+"""Every law by name."""
+
+
+def register_law(law: Law) -> None:
+    """Add a law, so that variants can name it.
+
+    Raises:
+        RegistrationError: There is another law of that name.
+
+    >>> from resdiag.theory.laws import Law, register_law, unregister_law
+    >>> doubling = Law(
+    ...     name="doubling", unit="any", basis="E[H^2] doubles per block",
+    ...     columns=lambda start: {"forward_growth": start.constant(2.0)},
+    ... )
+    >>> register_law(doubling)
+    >>> unregister_law("doubling")
+    """
+    LAWS.add(law)
+
+
+def unregister_law(name: str) -> None:
+    """Forget a law; variants that name it have no prediction from then on.
+
+    Raises:
+        RegistrationError: It is built in, or not registered.
+    """
+    LAWS.remove(name)

@@ -2,12 +2,12 @@
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 from resdiag.errors import UsageError, unknown
+from resdiag.registry import Registry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,14 +101,14 @@ def _built_in(module: str, place: str, export_place: str, *, exports: bool = Fal
     )
 
 
-TRACKERS = {
-    kind.name: kind
-    for kind in (
+TRACKERS = Registry(
+    "tracker",
+    (
         _built_in("tensorboard", "DIR", "a folder", exports=True),
         _built_in("wandb", "PROJECT", "a folder", exports=True),
         _built_in("mlflow", "DATABASE", "a SQLite file or tracking URI"),
-    )
-}
+    ),
+)
 """The trackers by name; `register_tracker` adds one."""
 
 
@@ -116,21 +116,9 @@ def register_tracker(kind: TrackerKind) -> None:
     """Add a tracker: `--tracker`, `export --to` and the integrations then take its name.
 
     Raises:
-        ValueError: The name is taken.
+        RegistrationError: The name is taken.
     """
-    if kind.name in (*TRACKERS, "csv", "jsonl"):
-        raise ValueError(f"tracker '{kind.name}' exists already")
-    TRACKERS[kind.name] = kind
-
-
-@contextmanager
-def registered(kind: TrackerKind) -> Iterator[None]:
-    """Have a tracker while inside, for tests."""
-    register_tracker(kind)
-    try:
-        yield
-    finally:
-        del TRACKERS[kind.name]
+    TRACKERS.add(kind, taken=("csv", "jsonl"))
 
 
 def parse_tracker(text: str) -> tuple[TrackerKind, str]:

@@ -45,7 +45,7 @@ def _private_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("RESDIAG_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     fashion = replace(registry.DATASETS["fashion"], elsewhere=tmp_path / "debian")
-    monkeypatch.setitem(registry._ROWS, "fashion", fashion)
+    monkeypatch.setitem(registry.DATASETS._rows, "fashion", fashion)
     monkeypatch.chdir(tmp_path)
 
 

@@ -128,7 +128,7 @@ def test_a_registered_set_is_known_everywhere(boxes):
 
 @pytest.mark.parametrize("name", ["digits", "boxes", "auto", "text", "", "Boxes", "a b", "a:b"])
 def test_a_name_that_is_taken_or_cannot_be_written_is_refused(boxes, name):
-    with pytest.raises(ValueError, match="data set name"):
+    with pytest.raises(ValueError, match="data set '"):
         register_dataset(replace(boxes, name=name))
 
 

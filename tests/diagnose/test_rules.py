@@ -270,7 +270,7 @@ def test_a_rule_is_placed_before_its_consequence(row):
     try:
         names = list(FINDINGS)
         assert names.index("mine") + 1 == names.index("exploded")
-        with pytest.raises(ValueError, match="'mine' is there already"):
+        with pytest.raises(ValueError, match="'mine' exists already"):
             register_finding(row)
     finally:
         unregister_finding("mine")

@@ -41,8 +41,9 @@ class DataSetConformance:
         monkeypatch.setenv("HOME", str(tmp_path / "home"))
         monkeypatch.setattr("socket.socket.connect", None)
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setitem(registry._ROWS, self.row.name, self.row)
         (tmp_path / "data").mkdir()
+        with registry.DATASETS.added(self.row):
+            yield
 
     @pytest.fixture
     def root(self, tmp_path) -> Path:

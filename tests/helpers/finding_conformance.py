@@ -10,7 +10,7 @@ import pytest
 
 from resdiag.catalog.table import METRICS
 from resdiag.diagnose.finding import Finding, NotJudged, Rule
-from resdiag.diagnose.registry import FINDINGS, register_finding, unregister_finding
+from resdiag.diagnose.registry import FINDINGS
 from resdiag.diagnose.rundata import RunData
 from resdiag.diagnose.verdict import judge, render
 from resdiag.plots.kinds import KINDS
@@ -80,17 +80,11 @@ class FindingConformance:
         assert not self.findings(self.outcomes(rule, healthy))
 
     def test_the_verdict_has_its_finding(self, rule, ill, healthy):
-        added = rule.name not in FINDINGS
-        if added:
-            register_finding(rule)
-        try:
+        with FINDINGS.added(rule):
             verdict = judge(ill)
             assert rule.name in {finding.name for finding in verdict.findings}
             assert all(len(line) <= 100 for line in render(verdict).splitlines())
             assert rule.name not in {finding.name for finding in judge(healthy).findings}
-        finally:
-            if added:
-                unregister_finding(rule.name)
 
     def test_without_what_it_needs_it_reports_nothing(self, rule, ill):
         assert not self.findings(self.outcomes(rule, _without(ill, rule.needs)))

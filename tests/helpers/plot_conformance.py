@@ -11,7 +11,7 @@ from synthetic_runs import make_run
 
 from resdiag.catalog.custom import known_metrics
 from resdiag.plots.drawing import draw, render
-from resdiag.plots.kinds import KINDS, register_plot, unregister_plot
+from resdiag.plots.kinds import KINDS
 
 NONFINITE = "non-finite"
 FEW = (0, 1, 4, 9)
@@ -111,11 +111,8 @@ class PlotConformance:
 
     @pytest.fixture
     def name(self, kind):
-        known = kind.name in KINDS
-        register_plot(kind)
-        yield kind.name
-        if not known:
-            unregister_plot(kind.name)
+        with KINDS.added(kind):
+            yield kind.name
 
     def test_its_words_are_there(self, kind):
         assert re.fullmatch("[a-z][a-z0-9_]*", kind.name)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from resdiag.models.resnet import build_model
-from resdiag.models.variants import VARIANTS, register_variant, unregister_variant
+from resdiag.models.variants import VARIANTS
 from resdiag.probe.forecast import forecast
 from resdiag.theory.laws import LAWS
 from resdiag.theory.prediction import predict
@@ -32,11 +32,8 @@ class VariantConformance:
 
     @pytest.fixture(autouse=True)
     def _registered(self, row):
-        known = row.id in VARIANTS
-        register_variant(row)
-        yield
-        if not known:
-            unregister_variant(row.id)
+        with VARIANTS.added(row):
+            yield
 
     def test_its_row_is_made_of_known_words_and_says_where_it_comes_from(self, row):
         assert row.branch.split("-").count("conv") == 2

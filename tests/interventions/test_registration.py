@@ -67,11 +67,11 @@ def test_rows_that_cannot_be_used_are_refused_at_registration(registered):
     parts = {"words": "x", "expects": "x", "source": "x"}
     with pytest.raises(ValueError, match="choose another name"):
         register_intervention(QUARTER)
-    with pytest.raises(ValueError, match="small letters"):
+    with pytest.raises(ValueError, match="must begin with a-z"):
         register_intervention(Intervention(name="Half", variant=VariantChange(), **parts))
     with pytest.raises(ValueError, match="addition= or variant="):
         register_intervention(Intervention(name="nothing", **parts))
-    with pytest.raises(ValueError, match="unknown registered intervention 'drop_block'"):
+    with pytest.raises(ValueError, match="'drop_block' is part of resdiag and stays"):
         unregister_intervention("drop_block")
 
 

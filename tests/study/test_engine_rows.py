@@ -11,7 +11,7 @@ from study_runs import HERE
 from studyfiles import TINY, write_study
 
 from resdiag.cli.main import app
-from resdiag.study.engines.engine import ENGINES, Engine, Option, registered
+from resdiag.study.engines.engine import ENGINES, Engine, Option, register_engine
 from resdiag.study.ledger import read_ledger
 from resdiag.study.study import load_study
 
@@ -64,7 +64,7 @@ def test_the_command_line_follows_the_rows(tmp_path, capsys):
             Option(name="hours", flag="--most-hours", default=2, max=9, help="its hours."),
         ),
     )
-    with registered(row):
+    with ENGINES.added(row):
         assert app.run([*words, "--engine", "told", "--slots", "3", "--queue", "q"]) == 0
         assert told == [(3, 4, {"queue": "q", "hours": 2})]
         assert app.run([*words, "--engine", "told", "--most-hours", "10"]) == 2
@@ -74,3 +74,16 @@ def test_the_command_line_follows_the_rows(tmp_path, capsys):
         assert "told: its queue." in " ".join(capsys.readouterr().out.split())
     assert app.run([*words, "--engine", "told"]) == 2
     assert "unknown engine 'told'" in capsys.readouterr().err
+
+
+def test_an_option_may_be_called_like_one_of_the_command_and_must_be_an_argument_s_name(capsys):
+    def row(name):
+        options = (Option(name=name, flag="--its-own", default="", help="x"),)
+        return Engine(name="mine", run=lambda job, **options: 0, options=options)
+
+    with ENGINES.added(row("device")):
+        assert app.run(["study", "run", "--help"]) == 0
+        assert "--its-own" in capsys.readouterr().out
+    for name in ("class", "two words", "1st"):
+        with pytest.raises(ValueError, match="cannot name an argument"):
+            register_engine(row(name))

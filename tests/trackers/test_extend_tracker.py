@@ -9,7 +9,7 @@ from tracker_conformance import TrackerConformance, compare, record_run
 
 from resdiag.cli.main import app
 from resdiag.runs.folder import load_run
-from resdiag.trackers.tracker import register_tracker, registered
+from resdiag.trackers.tracker import TRACKERS, register_tracker
 
 _BLOCKS = (DOCS / "howto" / "extend-tracker.md").read_text().split("```python\n")[1:]
 _PAGE = {"__name__": "jsonfile", "TrackerConformance": TrackerConformance}
@@ -23,7 +23,7 @@ TestJsonFile = _PAGE["TestJsonFile"]
 def test_the_command_line_takes_it(tmp_path, capsys):
     run = ["run", "--variant", "elu", "--depth", "8", "--width", "0.25", "--data", "digits"]
     run += ["--steps", "6", "--runs", str(tmp_path / "runs"), "--json"]
-    with registered(KIND):
+    with TRACKERS.added(KIND):
         assert app.run([*run, "--tracker", f"jsonfile:{tmp_path}/live.jsonl"]) == 0
         document = json.loads(capsys.readouterr().out)
         export = ["export", document["run"], "--to", "jsonfile", f"{tmp_path}/exported.jsonl"]
@@ -38,13 +38,13 @@ def test_the_command_line_takes_it(tmp_path, capsys):
 
 
 def test_a_name_is_taken_once():
-    with registered(KIND), pytest.raises(ValueError, match="tracker 'jsonfile' exists already"):
+    with TRACKERS.added(KIND), pytest.raises(ValueError, match="tracker 'jsonfile' exists already"):
         register_tracker(KIND)
 
 
 def test_its_export_appends_no_second_run(tmp_path):
     run = record_run(tmp_path)
-    with registered(KIND):
+    with TRACKERS.added(KIND):
         for _ in range(2):
             assert app.run(["export", str(run.path), "--to", "jsonfile", f"{tmp_path}/e"]) == 0
     compare(TestJsonFile().read(str(tmp_path / "e"), ""), run)

@@ -1,12 +1,13 @@
 """The table of study engines: their options, `--help` and the docs follow from its rows."""
 
 import importlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
+from keyword import iskeyword
 from typing import TYPE_CHECKING, Any, Protocol
 
 from resdiag.errors import UsageError, unknown
+from resdiag.registry import RegistrationError, Registry
 
 if TYPE_CHECKING:
     from resdiag.study.engines.job import Job
@@ -91,35 +92,6 @@ def _lazy(module: str, name: str) -> Runner:
     return run
 
 
-ENGINES: dict[str, Engine] = {}
-"""The engines by name; `register_engine` adds one."""
-
-
-def register_engine(engine: Engine) -> None:
-    """Add an engine: `resdiag study run --engine <name>` then has it, with its options.
-
-    Raises:
-        ValueError: The name or one of the options is taken.
-    """
-    if engine.name in ENGINES:
-        raise ValueError(f"engine '{engine.name}' exists already")
-    taken = {option.name for other in ENGINES.values() for option in other.options}
-    for option in engine.options:
-        if option.name in taken:
-            raise ValueError(f"option '{option.name}' belongs to another engine")
-    ENGINES[engine.name] = engine
-
-
-@contextmanager
-def registered(engine: Engine) -> Iterator[None]:
-    """Have an engine while inside, for tests."""
-    register_engine(engine)
-    try:
-        yield
-    finally:
-        del ENGINES[engine.name]
-
-
 def find_engine(
     name: str, slots: int | None, values: Mapping[str, Any]
 ) -> tuple[Engine, dict[str, Any]]:
@@ -147,7 +119,7 @@ def find_engine(
     return engine, {option.name: values.get(option.name, option.default) for option in own}
 
 
-for _engine in (
+_ROWS = (
     Engine(
         name="local",
         run=_lazy("local", "run_here"),
@@ -183,5 +155,23 @@ for _engine in (
             Option(name="minutes", flag="--time", default=240, help="minutes per job."),
         ),
     ),
-):
-    register_engine(_engine)
+)
+ENGINES = Registry("engine", _ROWS)
+"""The engines by name; `register_engine` adds one."""
+
+
+def register_engine(engine: Engine) -> None:
+    """Add an engine: `resdiag study run --engine <name>` then has it, with its options.
+
+    Raises:
+        RegistrationError: The name or one of the options is taken, or an option's name cannot be
+            that of an argument.
+    """
+    others = [other for other in ENGINES.values() if other.name != engine.name]
+    taken = {option.name for other in others for option in other.options}
+    for option in engine.options:
+        if not option.name.isidentifier() or iskeyword(option.name):
+            raise RegistrationError(f"option '{option.name}' cannot name an argument")
+        if option.name in taken:
+            raise RegistrationError(f"option '{option.name}' belongs to another engine")
+    ENGINES.add(engine)
