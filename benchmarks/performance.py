@@ -28,7 +28,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "performance.json"
-ENGINES = {
+BACKENDS = {
     "original": "stock,again,eager,recording,bfloat16,compile",
     "elu": "stock,again,eager,fast",
 }
@@ -79,12 +79,12 @@ def overhead(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def engines(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """What `engine.py` prints: images per second beside the usual script."""
+def backends(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What `backend.py` prints: images per second beside the usual script."""
     rows = []
-    for variant, arms in ENGINES.items():
+    for variant, arms in BACKENDS.items():
         words = ["--variant", variant, "--arms", arms, "--threads", str(options.threads)]
-        command = [sys.executable, str(HERE / "engine.py"), *words, "--steps", "5", "--json"]
+        command = [sys.executable, str(HERE / "backend.py"), *words, "--steps", "5", "--json"]
         printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         answer = json.loads(printed)
         setting = {key: answer[key] for key in ("variant", "depth", "batch_size")}
@@ -97,7 +97,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Any]] = {
     "growth": lambda options: growth.measure(options.repetitions),
     "storage": lambda options: storage_forms.measure(4096),
     "steps": lambda options: steps.measure(options.repetitions),
-    "engines": engines,
+    "backends": backends,
     "slices": lambda options: slices.measure(),
 }
 

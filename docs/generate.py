@@ -49,7 +49,7 @@ def cli_page() -> str:
     Made from the parsers and not from the text they print, which differs between releases of Typer.
     """
     parts = [
-        _head("Command line", "resdiag/cli.py"),
+        _head("Command line", "resdiag/cli/"),
         "Data goes to stdout, progress and notices to stderr. With `--json` a command prints one "
         'JSON document on stdout, also when it fails: `{"error": ..., "hint": ...}`.\n',
     ]

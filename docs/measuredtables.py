@@ -143,7 +143,7 @@ def _steps_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return table(header, body) + f"\nThe floors, batch {rows[0]['batch_size']}: {about}.\n\n"
 
 
-def _engines_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def _backends_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A row per network and backend."""
     header = ("network", "batch", "backend", "images/s", "speed by the clock", "by processor", "n")
     cells = [
@@ -179,7 +179,7 @@ _PERFORMANCE: Mapping[str, Any] = {
     "growth": _growth_table,
     "storage": _storage_table,
     "steps": _steps_table,
-    "engines": _engines_table,
+    "backends": _backends_table,
     "slices": _slices_table,
 }
 

@@ -96,12 +96,12 @@ def test_the_error_of_a_slice_is_the_distance_from_the_whole_batch():
     assert few > 0.01 > 1e-4 > many
 
 
-def test_engines_have_a_row_each():
+def test_backends_have_a_row_each():
     speed = {"ratio": 1.5, "q25": 1.4, "q75": 1.6}
     row = {
         "variant": "elu", "depth": 20, "batch_size": 128, "name": "fast", "n": 7,
         "images_per_s": 700.4, "clock": speed, "cpu": {**speed, "ratio": 1.45},
     }  # fmt: skip
-    assert "| elu-20 | 128 | `fast` | 700 | 1.50 [1.40 1.60] | 1.45 | 7 |" in tables._engines_table(
+    assert "| elu-20 | 128 | `fast` | 700 | 1.50 [1.40 1.60] | 1.45 | 7 |" in tables._backends_table(
         [row]
     )

@@ -42,7 +42,8 @@ def _anchors(page):
 def _commands():
     """Every command line in the pages that begins with `resdiag`, comments and prompts removed."""
     for page in PAGES:
-        for body in _blocks(page, "sh"):
+        prompted = re.findall(r"^\$ (resdiag .*)$", page.read_text("utf-8"), re.MULTILINE)
+        for body in (*_blocks(page, "sh"), *prompted):
             for line in body.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
                 words = words[: words.index("|")] if "|" in words else words

@@ -1,13 +1,13 @@
 """Images per second of the training loop beside the recipe that people start from.
 
-    python benchmarks/engine.py                                     # original-20, batch 128
-    python benchmarks/engine.py --variant elu --arms stock,again,eager,fast
-    python benchmarks/engine.py --arms stock,again,eager,bfloat16,compile --threads 2 --json
+    python benchmarks/backend.py                                     # original-20, batch 128
+    python benchmarks/backend.py --variant elu --arms stock,again,eager,fast
+    python benchmarks/backend.py --arms stock,again,eager,bfloat16,compile --threads 2 --json
 
 `stock` is the usual script: torchvision's RandomCrop(32, 4), RandomHorizontalFlip, ToTensor and
 Normalize on PIL images, a DataLoader with two workers, eager NCHW in float32, SGD with Nesterov
 momentum, `loss.item()` each step. `again` is a second one: its distance from 1 is what the numbers
-can carry. `eager`, `fast`, `bfloat16` (autocast) and `compile` are `resdiag run` with that engine
+can carry. `eager`, `fast`, `bfloat16` (autocast) and `compile` are `resdiag run` with that backend
 or dtype, not recording; `recording` is `eager` that records every tenth step.
 
 Each arm is a process of its own, as the allocator's settings are the process's. The arms take
