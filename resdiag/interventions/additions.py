@@ -31,11 +31,13 @@ class Site:
         block: The block that it makes.
         ordinal: Its place among the additions of two floating tensors of equal shapes.
         branch_first: Whether the branch is the left operand.
+        in_place: Whether it writes into its left operand, which then can have no learned factor.
     """
 
     block: Block
     ordinal: int
     branch_first: bool
+    in_place: bool
 
 
 class Lesion:
@@ -141,8 +143,6 @@ class Lesion:
         if func is not Tensor.add_:
             first = first if left == 1 and isinstance(left, float) else first * left
             return torch.add(first, second, alpha=alpha)
-        if isinstance(left, Tensor) or isinstance(right, Tensor):
-            raise UsageError(f"block {site.block.name} adds in place: its factor cannot be learned")
         return first.mul_(left).add_(second, alpha=alpha)
 
 
@@ -207,19 +207,50 @@ def apply(
 ) -> Lesion:
     """As `lesion`, with a row that changes additions and need not be in the table."""
     found, sites = find_sites(model, *inputs, **kwargs)
-    chosen = _choose(found, blocks)
-    able = {site.block.index: site for site in sites}
-    for block in chosen:
-        if block.index not in able:
-            raise UsageError(f"block {block.name} has no addition of two tensors to change")
-        if row.addition and not row.addition.after_add and block.after_add == "none":
-            if blocks is not None:
-                raise UsageError(f"block {block.name} has nothing after its addition")
-            del able[block.index]
-    picked = [able[block.index] for block in chosen if block.index in able]
+    picked = pick_sites(row, found, sites, blocks)
     if not picked:
         raise UsageError(f"lesion '{row.name}' has nothing to change in {type(model).__name__}")
     return Lesion(model, row, picked, len(found))
+
+
+def pick_sites(
+    row: Intervention,
+    found: Sequence[Block],
+    sites: Sequence[Site],
+    blocks: Sequence[int | str] | None,
+) -> list[Site]:
+    """The additions that an intervention changes; without `blocks` all that it can change.
+
+    Args:
+        row: The intervention.
+        found: The model's blocks, see `find_sites`.
+        sites: Their additions.
+        blocks: Indices or names of the blocks to change.
+
+    Raises:
+        UsageError: A block is unknown, adds more than two tensors, or was named and cannot be
+            changed so.
+    """
+    picked, able = list[Site](), {site.block.index: site for site in sites}
+    for block in _choose(found, blocks):
+        if block.index not in able:
+            raise UsageError(f"block {block.name} has no addition of two tensors to change")
+        obstacle = _obstacle(row, able[block.index])
+        if obstacle and blocks is not None:
+            raise UsageError(f"block {block.name} {obstacle}")
+        if not obstacle:
+            picked.append(able[block.index])
+    return picked
+
+
+def _obstacle(row: Intervention, site: Site) -> str:
+    """Why an intervention cannot change an addition, or ""."""
+    change = row.addition
+    if change and not change.after_add and site.block.after_add == "none":
+        return "has nothing after its addition"
+    if change and change.learned and site.in_place:
+        return "adds in place: its factor cannot be learned"
+    return ""
 
 
 def find_sites(
@@ -231,8 +262,8 @@ def find_sites(
         trace_once(model, inputs, kwargs, [finder])
     every = finder.anatomy.blocks
     return [block for block in every if block.shortcut != "none"], [
-        Site(block=every[row], ordinal=ordinal, branch_first=first)
-        for row, (ordinal, first) in sorted(finder.found.items())
+        Site(block=every[row], ordinal=ordinal, branch_first=first, in_place=in_place)
+        for row, (ordinal, first, in_place) in sorted(finder.found.items())
         if row not in finder.parallel
     ]
 
@@ -241,17 +272,17 @@ class _Residual(BlockFinder):
     """Learns from the tracer which addition of the pass is a residual one.
 
     Attributes:
-        found: By the block's row, the place of its residual addition among the additions, and
-            whether the branch is on the left.
+        found: By the block's row, the place of its residual addition among the additions, whether
+            the branch is on the left, and whether the sum is written there.
         parallel: Rows of blocks to which more branches are added.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._next: Operands | None = None  # of a residual addition about to be computed
-        self._place: tuple[int, bool] | None = None  # of that addition, once it is computed
+        self._place: tuple[int, bool, bool] | None = None  # of that addition, once it is computed
         self._count = 0
-        self.found: dict[int, tuple[int, bool]] = {}
+        self.found: dict[int, tuple[int, bool, bool]] = {}
         self.parallel: set[int] = set()
 
     def operands(self, addition: Addition, tensors: Operands) -> None:
@@ -263,7 +294,8 @@ class _Residual(BlockFinder):
         operands = _equal_operands(func, args, kwargs)
         if operands is not None:
             if self._next is not None:
-                self._place = self._count, self._next.branch is operands[0]
+                first = self._next.branch is operands[0]
+                self._place = self._count, first, func is Tensor.add_
             self._count += 1
         return func(*args, **kwargs)
 

@@ -12,11 +12,10 @@ from resdiag.data.dataset import ImageData, open_data
 from resdiag.data.registry import known_specs
 from resdiag.diagnose.registry import FINDINGS, HEALTHY
 from resdiag.errors import UsageError, unknown
-from resdiag.interventions.additions import find_sites
+from resdiag.interventions.additions import Site, find_sites, pick_sites
 from resdiag.interventions.arms import ArmResult, train_arm
 from resdiag.interventions.starts import ModelStart, StartingPoint, VariantStart, last_checkpoint
 from resdiag.interventions.table import (
-    INTERVENTIONS,
     Intervention,
     find_for_model,
     find_for_variant,
@@ -28,6 +27,7 @@ from resdiag.probe.batch import load_weights
 from resdiag.runs.checkpoint import Checkpoint
 from resdiag.runs.config import RunConfig
 from resdiag.runs.folder import Run
+from resdiag.watch.find.blocks import Block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,23 +284,26 @@ def try_on_model(
     # looked up after the model's module was imported, which may register interventions
     rows = [find_for_model(name) for name in names]
     example = first.example(0)
-    if not find_sites(first.built.model, *example.args, **example.kwargs)[0]:
+    found, sites = find_sites(first.built.model, *example.args, **example.kwargs)
+    if not found:
         raise UsageError(f"{model} has no residual addition")
     starts = [first, *map(start_of, range(1, seeds))]
-    return compare_arms(starts, rows or _applicable(first), claim=claim, steps=steps)
+    return compare_arms(starts, rows or _applicable(found, sites, blocks), claim=claim, steps=steps)
 
 
-def _applicable(start: ModelStart) -> list[Intervention]:
+def _applicable(
+    found: Sequence[Block], sites: Sequence[Site], blocks: Sequence[int | str] | None
+) -> list[Intervention]:
     """The interventions that the chosen blocks can have."""
     rows, refusals = list[Intervention](), list[UsageError]()
-    for name in models_interventions():
+    for row in map(find_for_model, models_interventions()):
         try:
-            start.apply(INTERVENTIONS[name], start.built.model).remove()
-            rows.append(INTERVENTIONS[name])
+            if pick_sites(row, found, sites, blocks):
+                rows.append(row)
         except UsageError as error:
             refusals.append(error)
     if not rows:
-        raise refusals[0]
+        raise refusals[0] if refusals else UsageError("no intervention can change these blocks")
     return rows
 
 

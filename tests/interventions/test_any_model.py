@@ -218,3 +218,19 @@ def test_the_command_compares_both_arms_on_the_same_batches(words, capsys):
 def test_the_command_names_its_lesions(capsys):
     assert app.run(["lesion", "torchvision:resnet18", "drop_blok"]) == 2
     assert "drop_block" in capsys.readouterr().err
+
+
+def test_without_names_the_command_tries_what_the_model_can_have(capsys):
+    """The additions of torchvision's ResNets write in place: no factor can be learned there."""
+    words = ["torchvision:resnet18", "--input-shape", "3,32,32", "--batch-size", "2", "--json"]
+    assert app.run(["lesion", *words, "--seeds", "1", "--steps", "1"]) == 0
+    tried = {effect["name"] for effect in json.loads(capsys.readouterr().out)["lesions"]}
+    assert tried == set(models_interventions()) - {"skipinit"}
+
+
+def test_a_learned_factor_is_refused_where_the_addition_writes_in_place(resnet):
+    model, x = resnet
+    with pytest.raises(UsageError, match=r"block layer1\.0 adds in place"):
+        lesion(model, "skipinit", x, blocks=[0])
+    with pytest.raises(UsageError, match="'skipinit' has nothing to change in ResNet"):
+        lesion(model, "skipinit", x)
