@@ -85,6 +85,8 @@ def open_batch(
     if not data:
         example = example_batch(built, batch_size=size, shape=shape, seed=seed)
         return Batch(example, None, "generated")
+    if data.startswith(TEXT):
+        check_text(data)
     form = example_batch(built, batch_size=size, shape=shape)
     if data.startswith(TEXT):
         example = _tokens(built, form, Path(data.removeprefix(TEXT)), size, seed)

@@ -69,31 +69,28 @@ def probe_model(
         load_weights(built.model, weights)
         notes.append(f"weights of {weights}")
     batch = open_batch(built, data, data_root, batch_size, shape, seed)
+    settings = {"weights": str(weights or ""), "loss": loss}
+    settings |= {"blocks": ", ".join(blocks)} if blocks else {}
+    settings |= {key: repr(value) for key, value in (arguments or {}).items()}
     config = WatchedConfig(
         model=name, kind="probe", variant="" if weights else built.variant,
         depth=0 if weights else built.depth, data=batch.source, batch_size=batch_size, steps=1,
-        seed=seed,
-        settings={"weights": str(weights or ""), "loss": loss,
-                  **({"blocks": ", ".join(blocks)} if blocks else {}),
-                  **{key: repr(value) for key, value in (arguments or {}).items()}},
+        seed=seed, settings=settings,
     )  # fmt: skip
     folder = out or root / config.name
     _check_folder(folder)
-    try:
-        monitor = attach(built.model, blocks=blocks)
-    except ValueError as error:
-        raise UsageError(str(error), "a pattern such as layer1.* names modules") from error
-    with monitor:
-        taken = _record(monitor, built.model, batch, loss, seed)
+    monitor, taken = _record(built.model, blocks, batch, loss, seed)
     value = float(taken.value.detach())
     run = as_run(
         monitor, config=config, data=batch.source, classes=taken.classes or None,
         curve={"loss": [value]},
     )  # fmt: skip
     built.model.zero_grad()
-    curve = Curvature(value=math.nan, steps=0, converged=False, reason="not asked for")
-    if curvature:
-        curve = _curvature(built.model, batch, loss, seed)
+    curve = (
+        _curvature(built.model, batch, loss, seed)
+        if curvature
+        else Curvature(value=math.nan, steps=0, converged=False, reason="not asked for")
+    )
     about = environment("cpu", "float32")
     write_run(run, folder, environment=about, verdict=judge(run).to_dict(), overwrite=True)
     written = load_run(folder)
@@ -101,7 +98,7 @@ def probe_model(
         notes.append("no residual addition, and no module with weights: nothing to record")
     return ProbeResult(
         run=written,
-        verdict=judge(written),
+        verdict=judge(written),  # its commands name the folder
         loss=(taken.name, value),
         classes=taken.classes,
         batch=batch.example.describe(),
@@ -160,15 +157,21 @@ def _check_folder(folder: Path) -> None:
             raise UsageError(f"{folder} holds a run that is not a probe", "--out another folder")
 
 
-def _record(monitor: Monitor, model: nn.Module, batch: Batch, loss: str, seed: int) -> Loss:
+def _record(
+    model: nn.Module, blocks: Sequence[str] | None, batch: Batch, loss: str, seed: int
+) -> tuple[Monitor, Loss]:
     """One forward and one backward pass under a monitor."""
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    try:
+        monitor = attach(model, blocks=blocks)
+    except ValueError as error:
+        raise UsageError(str(error), "a pattern such as layer1.* names modules") from error
+    with monitor, torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", WatchWarning)  # they are among the run's notes
         torch.manual_seed(seed)
         taken = batch.loss(model, loss, seed)
         taken.value.backward()
         monitor.step()
-    return taken
+    return monitor, taken
 
 
 def _curvature(model: nn.Module, batch: Batch, loss: str, seed: int) -> Curvature:

@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import resdiag
-from resdiag.cli.main import app
 from resdiag.errors import UsageError
 from resdiag.models.example import Example
 from resdiag.models.source import build_source
@@ -31,16 +30,6 @@ TINY_GPT2 = [
 def _here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RESDIAG_RUNS", raising=False)
-
-
-@pytest.fixture
-def call(capsys):
-    def run(*args):
-        capsys.readouterr()
-        code = app.run([str(arg) for arg in args])
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_curvature_is_the_largest_eigenvalue_of_the_whole_hessian():
@@ -217,6 +206,8 @@ def test_a_text_is_taken_as_bytes_modulo_the_vocabulary(call, tmp_path):
     built = build_source("transformers:gpt2", arguments)
     example, labels, name = open_batch(built, "text:text.txt", None, 3, None, 0)
     assert (labels, name) == (None, "text:text.txt")
+    with pytest.raises(UsageError, match="no such file: none"):
+        open_batch(built, "text:none", None, 3, None, 0)
     folded = [byte % 50 for byte in data]
     windows = {tuple(folded[start : start + 32]) for start in range(len(folded) - 31)}
     assert {tuple(row) for row in example.kwargs["input_ids"].tolist()} <= windows
