@@ -78,3 +78,17 @@ def as_on_an_accelerator(monkeypatch):
                 monkeypatch.setattr(module, "on_host", lambda device: False)
 
     return pretend
+
+
+@pytest.fixture
+def call(capsys):
+    """Run one command line in this process: exit code, stdout, stderr."""
+
+    from resdiag.cli.main import app
+
+    def run(*args):
+        capsys.readouterr()
+        code = app.run([str(arg) for arg in args])
+        return code, *capsys.readouterr()
+
+    return run

@@ -33,18 +33,6 @@ def _here(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def call(capsys):
-    """Run one command line in this process: exit code, stdout, stderr."""
-
-    def run(*args):
-        capsys.readouterr()
-        code = app.run([str(arg) for arg in args])
-        return code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
 def refused(call):
     """Check that a command line is refused: one line, an exit code, and the same as JSON."""
 

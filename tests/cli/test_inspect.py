@@ -4,22 +4,11 @@ import json
 
 import pytest
 
-from resdiag.cli.main import app
 from resdiag.models.example import example_batch
 from resdiag.models.inspection import inspect_model
 from resdiag.models.source import build_source
 from resdiag.plots.anatomy import Row, draw_tree, fold_rows
 from resdiag.watch.find.blocks import Block, find_blocks
-
-
-@pytest.fixture
-def call(capsys):
-    def run(*args):
-        capsys.readouterr()
-        code = app.run([str(arg) for arg in args])
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def lines_of(inspection, **options):

@@ -36,7 +36,7 @@ def expected(run, shown=SHOWN):
     return values
 
 
-def compare(found, run, shown=SHOWN, rel=1e-6, largest=math.inf):
+def assert_run_was_told(found, run, shown=SHOWN, rel=1e-6, largest=math.inf):
     """Every number that is one, and nothing that is not in the run."""
     wanted = expected(run, shown)
     assert set(found) <= set(wanted)
@@ -105,7 +105,7 @@ class TrackerConformance:
     def test_a_run_that_is_told_is_there_as_recorded(self, run, tmp_path):
         place = self.place(tmp_path)
         assert self.tell(place, columns(run.metrics()), columns(run.curve())) == []
-        compare(self.read(place, "told"), run, largest=self.largest)
+        assert_run_was_told(self.read(place, "told"), run, largest=self.largest)
 
     def test_infinities_and_gaps_arrive(self, tmp_path):
         place, inf = self.place(tmp_path), math.inf
@@ -119,4 +119,4 @@ class TrackerConformance:
     def test_an_exported_run_is_there_as_recorded(self, run, tmp_path):
         place = self.export_place(tmp_path)
         assert export_tracker(run, self.kind.name, place)
-        compare(self.read(place, run.path.name), run, largest=self.largest)
+        assert_run_was_told(self.read(place, run.path.name), run, largest=self.largest)

@@ -33,7 +33,7 @@ def plain(model, optimizer, batches, loss_of, accumulate, clip):
     return monitor
 
 
-def same(found, wanted, model, twin, clip):
+def assert_same_record(found, wanted, model, twin, clip):
     """Numbers, points and weights are equal, to the bit; every hook is gone."""
     for per in ("block", "step"):
         a, b = found.to_frame(per), wanted.to_frame(per)
@@ -52,7 +52,7 @@ def same(found, wanted, model, twin, clip):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def saved(folder, wanted, capsys):
+def assert_saved(folder, wanted, capsys):
     """The folder holds what the plain loop recorded, and its verdict was said."""
     run, frame = resdiag.load_run(folder), wanted.to_frame()
     assert np.array_equal(run.metrics().grad_output, frame.grad_output)
@@ -120,8 +120,8 @@ def test_lightning_records_what_the_plain_loop_records(tmp_path, capsys, accumul
     batches = list(DataLoader(Images(4 * STEPS * accumulate), 4))
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
     wanted = plain(twin, optimizer, batches, image_loss, accumulate, clip)
-    same(callback.monitor, wanted, model, twin, clip)
-    saved(tmp_path / "run", wanted, capsys)
+    assert_same_record(callback.monitor, wanted, model, twin, clip)
+    assert_saved(tmp_path / "run", wanted, capsys)
     assert resdiag.load_run(tmp_path / "run").curve().loss.notna().all()
 
 
@@ -145,7 +145,7 @@ def test_lightning_in_mixed_precision_records_what_the_plain_loop_records():
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
     batches = list(DataLoader(Images(4 * STEPS), 4))
     wanted = plain(twin, optimizer, batches, in_bfloat16(image_loss), 1, 0.05)
-    same(callback.monitor, wanted, model, twin, 0.05)
+    assert_same_record(callback.monitor, wanted, model, twin, 0.05)
 
 
 def test_lightning_leaves_nothing_after_an_exception_and_names_a_module():
@@ -243,9 +243,9 @@ def test_the_trainer_records_what_the_plain_loop_records(tmp_path, capsys, accum
     batches = list(DataLoader(Texts(4 * STEPS * accumulate), 4))
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
     wanted = plain(twin, optimizer, batches, text_loss(accumulate), accumulate, clip)
-    same(callback.monitor, wanted, model, twin, clip)
+    assert_same_record(callback.monitor, wanted, model, twin, clip)
     assert Accelerator.unscale_gradients is method
-    saved(tmp_path / "run", wanted, capsys)
+    assert_saved(tmp_path / "run", wanted, capsys)
 
 
 def test_the_trainer_in_mixed_precision_records_what_the_plain_loop_records(tmp_path):
@@ -258,7 +258,7 @@ def test_the_trainer_in_mixed_precision_records_what_the_plain_loop_records(tmp_
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
     batches = list(DataLoader(Texts(4 * STEPS), 4))
     wanted = plain(twin, optimizer, batches, in_bfloat16(text_loss(1)), 1, 0.05)
-    same(callback.monitor, wanted, model, twin, 0.05)
+    assert_same_record(callback.monitor, wanted, model, twin, 0.05)
 
 
 def test_the_trainer_counts_on_from_a_checkpoint(tmp_path):
@@ -316,8 +316,8 @@ def test_accelerate_records_what_the_plain_loop_records(tmp_path, capsys, accumu
                 optimizer.zero_grad()
     plainly = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
     wanted = plain(twin, plainly, list(DataLoader(data, 4)), image_loss, accumulate, clip)
-    same(watch.monitor, wanted, model, twin, clip)
-    saved(tmp_path / "run", wanted, capsys)
+    assert_same_record(watch.monitor, wanted, model, twin, clip)
+    assert_saved(tmp_path / "run", wanted, capsys)
 
 
 def test_a_callback_tells_its_trackers_everything_it_recorded(tmp_path):

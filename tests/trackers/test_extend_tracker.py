@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from pages import DOCS
-from tracker_conformance import TrackerConformance, compare, record_run
+from tracker_conformance import TrackerConformance, assert_run_was_told, record_run
 
 from resdiag.cli.main import app
 from resdiag.runs.folder import load_run
@@ -32,7 +32,7 @@ def test_the_command_line_takes_it(tmp_path, capsys):
     assert document["notes"] == []
     for name in ("live", "exported"):
         found = TestJsonFile().read(str(tmp_path / f"{name}.jsonl"), "")
-        compare(found, load_run(Path(document["run"])))
+        assert_run_was_told(found, load_run(Path(document["run"])))
     assert app.run([*run, "--tracker", f"jsonfile:{tmp_path}/x"]) == 2
     assert "unknown tracker 'jsonfile'" in capsys.readouterr().out
 
@@ -47,5 +47,5 @@ def test_its_export_appends_no_second_run(tmp_path):
     with TRACKERS.added(KIND):
         for _ in range(2):
             assert app.run(["export", str(run.path), "--to", "jsonfile", f"{tmp_path}/e"]) == 0
-    compare(TestJsonFile().read(str(tmp_path / "e"), ""), run)
+    assert_run_was_told(TestJsonFile().read(str(tmp_path / "e"), ""), run)
     assert len((tmp_path / "e").read_text().splitlines()) == run.steps

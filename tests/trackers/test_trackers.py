@@ -14,7 +14,7 @@ import pytest
 import torch
 from events import read_events
 from tiny_training import digest, tiny_config, tiny_data
-from tracker_conformance import TrackerConformance, compare, record_run
+from tracker_conformance import TrackerConformance, assert_run_was_told, record_run
 
 from resdiag.cli.main import app
 from resdiag.errors import UsageError
@@ -255,7 +255,7 @@ def test_a_training_tells_its_trackers_what_it_commits(tmp_path):
     run, status = training(tmp_path, feed.write)
     feed.close(status)
     found = {(tag, s): v for s, values in memory.heard[1:-1] for tag, v in values.items()}
-    compare(found, run, rel=2e-6)
+    assert_run_was_told(found, run, rel=2e-6)
     assert memory.heard[-1] == "done"
 
 
@@ -300,10 +300,10 @@ def test_the_training_is_the_same_with_every_tracker_and_with_broken_ones(tmp_pa
     (note,) = outcomes["with"].notes
     assert note.startswith(f"tracker tensorboard:{tmp_path}/taken/tb failed: ")
     run = outcomes["with"].run
-    compare(read_events(tmp_path / "tb" / run.path.name), run)
-    compare(read_offline(tmp_path), run)
+    assert_run_was_told(read_events(tmp_path / "tb" / run.path.name), run)
+    assert_run_was_told(read_offline(tmp_path), run)
     found, (tracked,) = read_mlflow(tmp_path / "ml.db", run.path.name)
-    compare(found, run, largest=1.8e308)
+    assert_run_was_told(found, run, largest=1.8e308)
     assert tracked.info.status == "FINISHED"
     assert tracked.data.params["variant"] == "elu"
 
@@ -334,7 +334,7 @@ def test_exported_tables_are_the_frames(run, tmp_path):
 def test_exported_events_are_the_run_and_an_export_replaces_the_one_before(run, tmp_path):
     for _ in range(2):
         where = export_tracker(run, "tensorboard", str(tmp_path))
-        compare(read_events(where), run)
+        assert_run_was_told(read_events(where), run)
         assert len(list(tmp_path.glob("*/*"))) == 1
     (tmp_path / run.path.name / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match=r"holds more than event files: notes\.txt"):
@@ -344,20 +344,20 @@ def test_exported_events_are_the_run_and_an_export_replaces_the_one_before(run, 
 
 def test_exported_metrics_can_be_chosen(run, tmp_path):
     where = export_tracker(run, "tensorboard", str(tmp_path), ["output_mean"])
-    compare(read_events(where), run, ["output_mean"])
+    assert_run_was_told(read_events(where), run, ["output_mean"])
 
 
 def test_an_exported_wandb_run_is_offline_and_whole(run, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
     export_tracker(run, "wandb", str(tmp_path))
-    compare(read_offline(tmp_path), run)
+    assert_run_was_told(read_offline(tmp_path), run)
 
 
 def test_an_exported_mlflow_run_is_new_each_time(run, tmp_path):
     for count in (1, 2):
         export_tracker(run, "mlflow", str(tmp_path / "ml.db"))
         found, runs = read_mlflow(tmp_path / "ml.db", run.path.name)
-        compare(found, run)
+        assert_run_was_told(found, run)
         assert len(runs) == count
 
 
@@ -401,7 +401,7 @@ def test_the_command_exports_and_says_where(run, tmp_path, capsys):
     assert code == 0
     assert document["kind"] == "tensorboard"
     assert document["written"] == [str(tmp_path / run.path.name)]
-    compare(read_events(document["written"][0]), run, ["skip_gain"])
+    assert_run_was_told(read_events(document["written"][0]), run, ["skip_gain"])
 
 
 @pytest.mark.parametrize(
