@@ -97,14 +97,20 @@ def value_type(entry: "Field[Any]") -> Any:  # noqa: ANN401
     return next(kind for kind in (*get_args(entry.type), entry.type) if kind is not NoneType)
 
 
-def check_value(name: str, row: Setting, value: Any, lead: str = "") -> None:  # noqa: ANN401
+def check_value(
+    name: str,
+    row: Setting,
+    value: Any,  # noqa: ANN401
+    *,
+    as_option: bool = False,
+) -> None:
     """Refuse a value that a setting cannot have.
 
     Args:
         name: Of the setting.
         row: Of the setting.
         value: A value of the setting's type.
-        lead: Begins the message about a number, for example "--lr -1 ".
+        as_option: Whether the message about a number begins like "--lr -1 ".
 
     Raises:
         UsageError: With the valid values.
@@ -113,17 +119,26 @@ def check_value(name: str, row: Setting, value: Any, lead: str = "") -> None:  #
         raise unknown(name, value, row.choices)
     if row.check:
         row.check(value)
-    if row.least is None and row.above is None and row.most is None:
-        return
+    fault = _find_fault(row, value)
+    if not fault and isinstance(value, int | float) and not value < 2**63:
+        fault = "is too large"
+    if fault:
+        option = f"--{name.replace('_', '-')} {value} " if as_option else ""
+        raise UsageError(option + fault)
+
+
+def _find_fault(row: Setting, value: Any) -> str:  # noqa: ANN401
+    """What of a setting's choices and bounds a value does not keep, or ""."""
+    if row.choices and value not in row.choices:
+        return f"must be one of {', '.join(row.choices)}"
     # "not ... >=": nan fails every comparison
     if row.least is not None and not value >= row.least:
-        raise UsageError(f"{lead}must be at least {row.least:g}")
+        return f"must be at least {row.least:g}"
     if row.above is not None and not value > row.above:
-        raise UsageError(f"{lead}must be more than {row.above:g}")
+        return f"must be more than {row.above:g}"
     if row.most is not None and not value <= row.most:
-        raise UsageError(f"{lead}must be at most {row.most:g}")
-    if not value < 2**63:
-        raise UsageError(f"{lead}is too large")
+        return f"must be at most {row.most:g}"
+    return ""
 
 
 @settings
@@ -176,7 +191,7 @@ class RunConfig(Settings):
     The settings with the recipe's numbers filled in, and what follows from them.
 
     Raises:
-        UsageError: A value is not of its field's type or less than its smallest.
+        UsageError: A value is not of its field's type, or not among its choices or in its bounds.
     """
 
     augment: bool = setting("Whether training images are flipped and shifted.")
@@ -283,13 +298,13 @@ def from_stored(value: Any) -> Any:  # noqa: ANN401
 
 def _checked(entry: "Field[Any]", value: object) -> object:
     """`value` in its field's type, or a UsageError that says what was expected."""
-    name, low = entry.name, row_of(entry).least
     result = _converted(entry.type, value)
     if result is None:
-        expected = next(words for type_, words in _WORDS.items() if type_ == entry.type)
-        raise UsageError(f"config key '{name}' must be {expected}, not {reprlib.repr(value)}")
-    if low is not None and isinstance(result, int | float) and result < low:
-        raise UsageError(f"config key '{name}' must be at least {low:g}, not {result}")
+        fault = "must be " + next(words for kind, words in _WORDS.items() if kind == entry.type)
+    else:
+        fault = _find_fault(row_of(entry), result)
+    if fault:
+        raise UsageError(f"config key '{entry.name}' {fault}, not {reprlib.repr(value)}")
     return result
 
 

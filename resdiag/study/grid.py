@@ -8,7 +8,7 @@ import math
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from resdiag.errors import UsageError
@@ -77,7 +77,7 @@ def list_cells(file: StudyFile, name: str) -> tuple[Cell, ...]:
     for settings in _settings(file):
         request = Request(**settings)
         try:
-            replace(request, device="auto").check()  # the machine's is not known yet
+            request.check_conflicts(device="auto")  # the machine's is not known yet
         except UsageError as error:
             problems.append(f"{name}: {_short(settings)}: {error.message}")
             continue

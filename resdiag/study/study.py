@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from resdiag.errors import UsageError, unknown
+from resdiag.runs.config import from_stored
 from resdiag.runs.files import from_json, list_folder, make_folder, to_json, write_file
 from resdiag.study.document import StudyError, override, read_document
 from resdiag.study.grid import FILTERED, Cell, expand, find_unmatched, list_cells
@@ -44,8 +45,11 @@ class Study:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of what the study says."""
-        text = json.dumps(self.document, sort_keys=True, separators=(",", ":"), default=str)
-        return hashlib.sha256(f"{self.name}\n{text}".encode()).hexdigest()
+        return _hash(self.name, self.document)
+
+    @cached_property
+    def _by_id(self) -> dict[str, Cell]:
+        return {cell.id: cell for cell in self.cells}
 
     def folder(self, runs: Path) -> Path:
         """Where its cells lie."""
@@ -57,7 +61,7 @@ class Study:
         Raises:
             UsageError: It has none of this id.
         """
-        found = {cell.id: cell for cell in self.cells}
+        found = self._by_id
         if id not in found:
             raise unknown("cell", id[:100], [*list(found)[:20], *["..."][: len(found) > 20]])
         return found[id]
@@ -107,6 +111,12 @@ def load_study(where: str, settings: Sequence[str] = (), *, mini: bool = False) 
     if not _NAME.fullmatch(name) or path.suffix != ".toml":
         raise UsageError(f"{str(path)!r} is not a study: letters, digits, - and _, then .toml")
     return build_study(name, read_document(_read(path), str(path)), settings, mini, str(path))
+
+
+def _hash(name: str, document: Mapping[str, Any]) -> str:
+    """SHA-256 of a study's name and of what it says."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(f"{name}\n{text}".encode()).hexdigest()
 
 
 _HINT = "resdiag study list shows the shipped ones; resdiag study init FILE.toml writes a template"
@@ -196,10 +206,9 @@ def _read_plan(path: Path, settings: Sequence[str], mini: bool) -> Study:
     if plan.get("schema") != SCHEMA or not isinstance(name, str) or not isinstance(document, dict):
         raise UsageError(f"{path} is not a plan of this resdiag")
     check_name(name, path)
-    study = build_study(name, document, (), False, str(path))
-    if study.digest != plan.get("digest"):
+    if _hash(name, document) != plan.get("digest"):  # as it was written, in the words of then
         raise UsageError(f"{path} was altered", "give the study file again: it writes a new plan")
-    return study
+    return build_study(name, from_stored(document), (), False, str(path))
 
 
 def check_name(name: str, path: Path) -> None:

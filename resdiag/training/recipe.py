@@ -91,11 +91,21 @@ class Request(Settings):
         for entry in fields(self):
             value = getattr(self, entry.name)
             if value is not None:
-                option = "--" + entry.name.replace("_", "-")
-                check_value(entry.name, row_of(entry), value, f"{option} {value} ")
-        if self.backend == "fast" and not self.device.startswith(("cpu", "auto")):
-            raise UsageError(f"backend 'fast' is for the CPU, not {self.device}", "--backend eager")
-        if self.backend == "graph" and self.device.startswith("cpu"):
+                check_value(entry.name, row_of(entry), value, as_option=True)
+        self.check_conflicts(self.device)
+
+    def check_conflicts(self, device: str) -> None:
+        """Refuse settings that contradict each other.
+
+        Args:
+            device: Where it is to run; "auto" if that is not known yet.
+
+        Raises:
+            UsageError: Two do.
+        """
+        if self.backend == "fast" and not device.startswith(("cpu", "auto")):
+            raise UsageError(f"backend 'fast' is for the CPU, not {device}", "--backend eager")
+        if self.backend == "graph" and device.startswith("cpu"):
             raise UsageError("backend 'graph' replays CUDA graphs, not on cpu", "--backend eager")
         if self.steps is not None and self.epochs is not None:
             raise UsageError("--steps and --epochs exclude each other")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from made_runs import make_config
 
 from resdiag.errors import UsageError
-from resdiag.runs.config import RunConfig
+from resdiag.runs.config import BACKENDS, DTYPES, RunConfig
 
 FINITE = st.floats(min_value=0, max_value=1e300)
 COUNT = st.integers(min_value=1, max_value=2**63 - 1)
@@ -21,7 +21,14 @@ KINDS = {
     float: FINITE | st.integers(min_value=0, max_value=10**6),
     tuple[int, ...]: st.lists(COUNT).map(tuple),
 }
-CONFIGS = st.fixed_dictionaries({f.name: KINDS[f.type] for f in fields(RunConfig)})
+BOUNDED = {
+    "dtype": st.sampled_from(DTYPES),
+    "backend": st.sampled_from(BACKENDS),
+    "width": st.floats(min_value=0, max_value=64, exclude_min=True),
+}
+CONFIGS = st.fixed_dictionaries(
+    {f.name: BOUNDED.get(f.name, KINDS[f.type]) for f in fields(RunConfig)}
+)
 
 
 @given(CONFIGS)
@@ -44,7 +51,7 @@ def test_every_field_changes_the_digest():
     config = make_config()
     other = {str: "x", bool: None, int: 7, float: 0.125, tuple[int, ...]: (3,)}
     for field in fields(RunConfig):
-        value = other[field.type]
+        value = {"dtype": "bfloat16", "backend": "fast"}.get(field.name, other[field.type])
         changed = not getattr(config, field.name) if value is None else value
         assert make_config(**{field.name: changed}).digest() != config.digest(), field.name
 
@@ -69,6 +76,10 @@ def test_an_unknown_key_is_refused_with_its_nearest_match():
         ("steps", 0, "must be at least 1"),
         ("seed", -1, "must be at least 0"),
         ("seed", 2**63, "must be a whole number"),
+        ("width", -1.0, "must be more than 0"),
+        ("width", 65.0, "must be at most 64"),
+        ("dtype", "f8", "must be one of float32, bfloat16"),
+        ("backend", "engine?", "must be one of auto, eager"),
         ("lr", float("nan"), "must be a finite number"),
         ("lr", 10**4000, "must be a finite number"),
         ("lr", None, "must be a finite number"),

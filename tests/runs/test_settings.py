@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from made_runs import make_config
 
-from resdiag.runs.config import RunConfig, Settings, from_stored, row_of, to_stored
+from resdiag.runs.config import RunConfig, from_stored, row_of, to_stored
 from resdiag.study.settings import SETTINGS
 from resdiag.training.recipe import Request, resolve
 
@@ -84,9 +84,3 @@ def test_the_setting_of_the_page_needs_one_field_and_nothing_else(tmp_path):
     )
     same, other = ask("-c", code).split()
     assert same == "elu_pre-d110-s0-2367bcf1" != other
-
-
-def test_settings_are_no_parallel_list():
-    """What follows from the rows has no name of its own for them."""
-    assert {entry.name for entry in fields(Settings)} <= {e.name for e in fields(RunConfig)}
-    assert {entry.name for entry in fields(Settings)} <= {e.name for e in fields(Request)}

@@ -7,6 +7,7 @@ import os
 import pstats
 import string
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -561,6 +562,14 @@ def test_a_plan_is_the_study_and_cannot_be_altered(tmp_path):
         load_study(str(plan))
     with pytest.raises(UsageError, match="is a plan and is not changed"):
         load_study(str(plan), ["fixed.lr=1.0"])
+
+
+def test_a_plan_in_the_words_of_an_older_version_is_read(tmp_path):
+    study = load_study(str(write_study(tmp_path)), ['fixed.recipe="short"'])
+    document = {**study.document, "fixed": {**study.document["fixed"], "recipe": "probe"}}
+    old = replace(study, document=document).write_plan(tmp_path / "runs")
+
+    assert load_study(str(old)) == study
 
 
 def test_two_processes_that_write_one_plan_leave_each_other_alone(tmp_path, monkeypatch):
