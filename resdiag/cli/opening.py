@@ -7,27 +7,22 @@ from typing import TYPE_CHECKING
 
 from resdiag.cli.output import say
 from resdiag.errors import UsageError
+from resdiag.runs.folder import Run, find_runs, latest_run, load_run
 
 if TYPE_CHECKING:
-    from resdiag.runs.folder import Run
     from resdiag.study.study import Study
 
 _FEW = 5
 
 
-def open_runs(paths: Sequence[Path] | None, root: Path) -> "list[Run]":
-    """The runs named, or the latest; a missing one is refused before pandas is imported."""
-    for path in paths or [root]:
-        if next(path.rglob("run.json"), None) is None:
+def open_runs(paths: Sequence[Path] | None, root: Path) -> list[Run]:
+    """The runs named, or the latest."""
+    found = {path: find_runs(path) for path in paths or [root]}
+    for path, folders in found.items():
+        if not folders:
             raise _no_run(path)
-    from resdiag.runs.folder import find_runs, latest_run, load_run
-
     if not paths:
         return [load_run(latest_run(root))]
-    found = {path: find_runs(path) for path in paths}
-    for path, folders in found.items():
-        if not folders:  # what is there is hidden
-            raise _no_run(path)
     return [load_run(run) for run in dict.fromkeys(chain(*found.values()))]
 
 

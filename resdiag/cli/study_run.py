@@ -179,11 +179,9 @@ def _check_data(study: "Study", cells: tuple[str, ...], data_root: Path | None) 
 
     for data in {study.cell(id).request.data: None for id in cells}:
         check_data(data)
-        if find_dataset(data)[0].state(data_root) == "missing":
-            raise UsageError(
-                f"{data} is not on this disk",
-                f"`resdiag data get {data}` downloads it; --set fixed.data=digits needs none",
-            )
+        row, _ = find_dataset(data)
+        if row.state(data_root) == "missing":
+            raise row.missing(data_root)
 
 
 def _print_plan(study: "Study", runs: Path, as_json: bool) -> None:

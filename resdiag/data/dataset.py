@@ -103,8 +103,6 @@ def open_data(spec: str, root: Path | None = None) -> ImageData:
         data = open_data(row.name, root)
         return replace(data, note=note.format(data.note))
     row, path = find_dataset(spec)
-    if row.takes_path and not path:
-        raise UsageError(f"data '{spec}' names no path", hint=f"write {row.spec}")
     place = Path(path).expanduser() if row.takes_path else row.find(root)
     if place is None and row.state(root) == "missing":
         raise row.missing(root)

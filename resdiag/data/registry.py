@@ -214,7 +214,7 @@ def find_dataset(spec: str, *, auto: bool = True) -> tuple[DataSet, str]:
     """
     name, colon, path = spec.partition(":")
     row = DATASETS.get(name)
-    if row is None or row.takes_path != bool(colon):
+    if row is None or row.takes_path != bool(path) or (colon and not path):
         raise unknown("data", spec, known_specs(auto=auto))
     return row, path
 
@@ -232,7 +232,7 @@ def check_data(spec: str) -> None:
         return
     try:
         path = Path(name).expanduser()
-        if not name or not path.exists():
+        if not path.exists():
             raise UsageError(f"{spec}: no such file or folder", f"expected {row.description}")
         if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
             raise UsageError(f"{spec}: not readable by this user")

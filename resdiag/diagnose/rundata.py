@@ -65,12 +65,12 @@ class RunData:
             return "a probe makes no update", "updates"
         return "updates were not recorded: attach(optimizer=...)", ""
 
-    @property
+    @cached_property
     def indices(self) -> list[int]:
         """Block indices of the table, in forward order."""
         return sorted({int(block) for block in self.metrics.get("block", ())})
 
-    @property
+    @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """The descriptions of the blocks that are in the table."""
         known = set(self.indices)
@@ -80,12 +80,16 @@ class RunData:
         """One metric over the blocks at one step, indexed by block; empty if there is none."""
         if metric not in self.metrics:
             return pd.Series(dtype=float)
-        rows = self.metrics[self.metrics["step"] == step]
-        return pd.Series(rows[metric].to_numpy(dtype=float), index=rows["block"].to_numpy())
+        first, last = np.searchsorted(self.metrics["step"].to_numpy(), (step, step + 1))
+        values, blocks = (self.metrics[name].to_numpy() for name in (metric, "block"))
+        return pd.Series(values[first:last], index=blocks[first:last])
 
     def value(self, metric: str, step: int, block: int) -> float:
         """One number of the block table, NaN if it is missing."""
-        return float(self.profile(metric, step).get(block, math.nan))
+        table = self.table(metric)
+        if block not in table.columns or step not in table.index:
+            return math.nan
+        return float(table[block].to_numpy()[table.index.get_loc(step)])
 
     def table(self, metric: str) -> pd.DataFrame:
         """One metric as steps x blocks; empty if there is none. Do not change it."""

@@ -176,10 +176,9 @@ def branch_too_large(seen: RunData) -> Outcome:
         others = float(known.drop(block).median())
         value = float(known[block])
         pairs = ((limit, BESIDE_OTHERS), OUTLIER)
-        shifted = seen.value("branch_bias", int(str(step)), block) >= LARGEST_SHIFT
-        if shifted:
-            continue  # a constant, which is bias_shift's to name
         if any(value > least and value > times * others > 0 for least, times in pairs):
+            if seen.value("branch_bias", int(str(step)), block) >= LARGEST_SHIFT:
+                continue  # a constant, which is bias_shift's to name
             text = f"{what} is {value:.3g} in {seen.name(block)} at step {step}, "
             text += f"the other blocks' median is {others:.3g}"
             item = BRANCH_TOO_LARGE.evidence(

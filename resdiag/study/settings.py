@@ -3,7 +3,6 @@
 No torch here: a study is read, checked, expanded and planned without it.
 """
 
-import reprlib
 from collections.abc import Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
 from pydantic_core import PydanticCustomError
 
-from resdiag.data.registry import find_dataset, known_specs
-from resdiag.errors import UsageError, unknown
+from resdiag.data.registry import find_dataset
+from resdiag.errors import UsageError
 from resdiag.models.variants import count_blocks, find_variant
 from resdiag.runs.config import check_value, row_of, value_type
 from resdiag.training.recipe import Request
@@ -59,12 +58,7 @@ def _check_data(spec: str) -> str:
     """A set's name or a path; whether the path is there is seen where the cell runs."""
     if _check_text(spec) == "auto":
         raise UsageError("a study names its data: 'auto' may mean other data on another machine")
-    try:
-        row, path = find_dataset(spec)
-    except UsageError:
-        row, path = None, ""
-    if row is None or (row.takes_path and not path):
-        raise unknown("data", reprlib.repr(spec)[1:-1], known_specs(auto=False))
+    find_dataset(spec, auto=False)
     return spec
 
 

@@ -102,6 +102,7 @@ def test_backends_have_a_row_each():
         "variant": "elu", "depth": 20, "batch_size": 128, "name": "fast", "n": 7,
         "images_per_s": 700.4, "clock": speed, "cpu": {**speed, "ratio": 1.45},
     }  # fmt: skip
-    assert "| elu-20 | 128 | `fast` | 700 | 1.50 [1.40 1.60] | 1.45 | 7 |" in tables._backends_table(
-        [row]
+    assert (
+        "| elu-20 | 128 | `fast` | 700 | 1.50 [1.40 1.60] | 1.45 | 7 |"
+        in tables._backends_table([row])
     )

@@ -108,7 +108,7 @@ def test_auto_takes_cifar10_where_it_is(tmp_path):
 def test_an_unknown_name_gets_its_nearest_match():
     with pytest.raises(UsageError, match="unknown data 'cifar1'; did you mean 'cifar10'"):
         open_data("cifar1")
-    with pytest.raises(UsageError, match="names no path"):
+    with pytest.raises(UsageError, match="unknown data 'folder:'; did you mean 'folder:PATH'"):
         open_data("folder:")
 
 

@@ -50,7 +50,7 @@ def test_a_tree_and_its_archives_pass(tmp_path):
         ("cifar11", "did you mean 'cifar10'"),
         ("", "unknown data ''"),
         ("folder", "folder:PATH"),
-        ("folder:", "no such file"),
+        ("folder:", "unknown data .folder:.; did you mean .folder:PATH"),
         ("folder:/does/not/exist", "no such file"),
         ("parquet:/does/not/exist", "no such file"),
         ("digits:x", "unknown data"),

@@ -616,6 +616,15 @@ def test_the_eager_backend_leaves_the_ids_that_cells_had_before_there_were_other
     assert other.id != cell.id
 
 
+def test_a_study_whose_data_are_not_here_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    settings = ["--set", 'fixed.data="cifar10"', "--data-root", "none"]
+
+    assert app.run(["study", "run", str(write_study(tmp_path)), *settings]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cifar10 is not on disk; searched none (`resdiag data get cifar10`" in line
+
+
 def test_a_backend_for_some_machines_is_seen_where_the_cell_runs(tmp_path):
     """A plan is made on one machine for others."""
     study = load_study("smoke", ['fixed.backend="graph"'])
