@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from resdiag.data.registry import choose_auto, find_dataset
-from resdiag.errors import UsageError
 
 SIDE = 32
 """Height and width of every image in pixels: the networks are those of CIFAR."""
