@@ -1,13 +1,19 @@
 """One table of rows by name, for everything that a package outside of resdiag can add to."""
 
 import re
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import entry_points
 from typing import TypeVar
 
 from resdiag.errors import UsageError, unknown
 
 Row = TypeVar("Row")
+
+EXTENSIONS = "resdiag.extensions"
+"""Entry points of other packages: modules that register rows when they are imported."""
 
 
 class RegistrationError(UsageError, ValueError):
@@ -92,3 +98,19 @@ class Registry(Mapping[str, Row]):
             yield
         finally:
             self._rows = before
+
+
+@cache
+def load_extensions() -> None:
+    """Import what installed packages add to resdiag, once in a process.
+
+    The commands and the processes of a study do so; a script imports what it needs. An extension
+    that fails is named on stderr, and the others are loaded.
+    """
+    for extension in sorted(entry_points(group=EXTENSIONS), key=lambda point: point.name):
+        try:
+            extension.load()
+        except Exception as error:  # somebody else's package must not end the command
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            owner = extension.dist.name if extension.dist else extension.value
+            print(f"resdiag: extension '{extension.name}' of {owner}: {reason}", file=sys.stderr)

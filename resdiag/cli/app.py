@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from resdiag.errors import ResdiagError
+from resdiag.registry import load_extensions
 
 
 class App(typer.Typer):
@@ -27,6 +28,7 @@ class App(typer.Typer):
         Returns:
             The exit code.
         """
+        load_extensions()
         words = list(sys.argv[1:] if args is None else args)
         as_json = "--json" in words
         command = typer.main.get_command(self)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from resdiag.errors import BusyError, ResdiagError, UsageError
+from resdiag.registry import load_extensions
 from resdiag.runs.files import make_folder, to_json, write_file
 from resdiag.runs.lock import LEASE_S, Lock
 from resdiag.study.failure import clear_failure, write_failure
@@ -65,6 +66,7 @@ def start(plain: dict[str, Any], thread_lock: LockHandle = UNSHARED) -> int:
     Returns:
         The exit code.
     """
+    load_extensions()
     try:
         return work(Task(**plain), thread_lock=thread_lock)
     except ResdiagError as error:
