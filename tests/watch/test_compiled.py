@@ -76,7 +76,6 @@ def per_block(model, monitor):
     [
         "original",
         "elu",
-        "elu_pre",
         "bottleneck",
         pytest.param("resnet50", marks=pytest.mark.slow),
     ],
