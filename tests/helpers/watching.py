@@ -3,6 +3,7 @@
 import random
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -34,6 +35,14 @@ def assert_reasons_are_complete(monitor):
             told[entry["metric"]] |= set(every if entry["blocks"] == "all" else entry["blocks"])
     for name in RECORDED:
         assert set(frame.block[frame[name].isna()]) == told[name], name
+
+
+def assert_parameters_of_block(monitor, row, parameters):
+    """The gradient norm of a block is that of these parameters, none left out and none added."""
+    gradients = [p.grad.double() for p in {id(p): p for p in parameters}.values()]
+    assert all(gradient.any() for gradient in gradients)  # each one makes a difference
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+    assert monitor.to_frame().grad_param[row] == pytest.approx(norm, rel=1e-5)
 
 
 def train(model, steps, *, monitor=None, optimizer=None, images=None, labels=None):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision import models
-from watching import traces
+from watching import assert_parameters_of_block, traces
 
 from resdiag.models.resnet import build_model
 from resdiag.models.variants import VARIANTS
@@ -237,8 +237,8 @@ def test_a_block_s_parameters_are_those_on_the_way_of_its_operands(name):
         monitor.step()
     members = dict(zip("abcd", model.layers, strict=True))
     for row, (_, _, letters) in enumerate(expected):
-        wanted = {id(p) for key in letters for p in _parameters(model, members, key)}
-        assert {id(p) for p in monitor._recorder.anatomy.parameters[row]} == wanted
+        wanted = [p for key in letters for p in _parameters(model, members, key)]
+        assert_parameters_of_block(monitor, row, wanted)
 
 
 def _parameters(model, members, key):
@@ -397,9 +397,8 @@ def test_a_branch_that_begins_outside_of_the_adding_module_belongs_to_the_block(
         monitor.step()
     (block,) = monitor.blocks
     assert (block.owner, block.shortcut) == ("fusion", "identity")
-    parameters = monitor._recorder.anatomy.parameters[0]
     members = [*model.fusion.parameters(), *model.side.parameters()]
-    assert {id(p) for p in parameters} == {id(p) for p in members}
+    assert_parameters_of_block(monitor, 0, members)
     row = monitor.to_frame().iloc[0]
     assert row.skip_gain == 1
     with torch.no_grad():  # y = x + W V x: dL/dx = g + g W V, of which g came by the shortcut
@@ -627,8 +626,7 @@ def test_a_gate_on_the_shortcut_is_a_kind_of_its_own(spelling):
             ratio = ((t * h).norm() / kept.norm()).item()
             assert at.branch_ratio == pytest.approx(ratio, rel=1e-4)
             x = t * h + kept
-    members = {id(p) for p in monitor._recorder.anatomy.parameters[0]}
-    assert members == {id(p) for p in [*model.h[0].parameters(), *model.t[0].parameters()]}
+    assert_parameters_of_block(monitor, 0, [*model.h[0].parameters(), *model.t[0].parameters()])
     assert frame.skip_gain.isna().all()
     assert frame.shortcut_share.isna().all()
     reasons = {entry["reason"] for entry in monitor.unavailable}
@@ -831,7 +829,7 @@ def test_a_weight_that_is_computed_from_parameters_is_a_weight(name):
     class Projected(nn.Module):
         def __init__(self):
             super().__init__()
-            layers = (nn.Conv2d(4, 4, size, padding=size // 2) for size in (3, 3, 1))
+            layers = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
             self.f, self.g, self.h = map(PARAMETRIZED[name], layers)
 
         def forward(self, x):
@@ -844,8 +842,7 @@ def test_a_weight_that_is_computed_from_parameters_is_a_weight(name):
     assert [block.shortcut for block in monitor.blocks] == ["projection"] * 3
     assert {block.branch for block in monitor.blocks} == {("conv2d", "relu", "conv2d")}
     for row, block in enumerate(model):
-        members = {id(p) for p in monitor._recorder.anatomy.parameters[row]}
-        assert members == {id(p) for p in block.parameters()}
+        assert_parameters_of_block(monitor, row, block.parameters())
 
 
 class _Gate(nn.Module):

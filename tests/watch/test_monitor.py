@@ -413,6 +413,7 @@ def test_many_attachments_leave_no_hook_behind():
 
 def test_no_activation_outlives_its_step():
     model, alive = small("original"), []
+    known = {id(tensor) for tensor in activations(model)}
     for module in model.modules():
         module.register_forward_hook(lambda m, i, o: alive.append(weakref.ref(o)))
     with attach(model, samples=2) as monitor:
@@ -423,30 +424,16 @@ def test_no_activation_outlives_its_step():
             assert not [ref for ref in alive if ref() is not None]
         finally:
             gc.enable()
-        held = [t for t in _tensors_of(monitor) if t.numel() > monitor._record.cells._cells.numel()]
-        assert not held
-        kept = list(_tensors_of(monitor._recorder.skip))
-        assert all(len(t) <= 2 for t in kept)  # memory for the samples looked at
-    assert not list(_tensors_of(monitor._recorder.skip))
+        # memory for the samples looked at
+        assert {len(t) for t in activations(model) if id(t) not in known} == {2}
+    assert not [t for t in activations(model) if id(t) not in known]
 
 
-def _tensors_of(thing, seen=None):
-    """Tensors reachable through attributes and containers, not through the model."""
-    seen = set() if seen is None else seen
-    if id(thing) in seen or isinstance(thing, torch.nn.Module):
-        return
-    seen.add(id(thing))
-    if isinstance(thing, torch.Tensor):
-        yield thing
-    elif isinstance(thing, dict):
-        for value in thing.values():
-            yield from _tensors_of(value, seen)
-    elif isinstance(thing, list | tuple | set):
-        for value in thing:
-            yield from _tensors_of(value, seen)
-    elif type(thing).__module__.startswith("resdiag"):
-        for value in vars(thing).values() if hasattr(thing, "__dict__") else ():
-            yield from _tensors_of(value, seen)
+def activations(model):
+    """Every tensor of four dimensions in this process that is not shaped as a weight."""
+    weights = {p.shape for p in model.parameters()}
+    tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
+    return [t for t in tensors if t.dim() == 4 and t.shape not in weights]
 
 
 # -- watching changes nothing ---------------------------------------------------------------------
