@@ -12,7 +12,22 @@ THEIRS = {
     "_optimizer_step_pre_hooks", "_post_accumulate_grad_hooks", "_unsafe_preserve_version_counter",
     "_version",
 }  # fmt: skip
-KNOWN = {}
+REPLACING = ("setattr", "delattr", "getattr", "hasattr")
+KNOWN = {
+    "benchmarks/test_performance_page.py": [
+        "_backends_table",
+        "_deep_peers_table",
+        "_slices_table",
+    ],
+    "data/test_data.py": ["_rows"],
+    "probe/test_probe.py": ["_build", "_build"],
+    "runs/test_reading.py": ["_read_for", "_spread", "_spread"],
+    "runs/test_store.py": ["_GRACE", "_GRACE"],
+    "study/test_study_spec.py": ["_name"],
+    "theory/test_theory.py": ["_back_post", "_back_pre", "_through", "_uncorrected"],
+    "training/test_graphs.py": ["_REPORT_EVERY_S"],
+    "watch/test_refusals.py": ["_headers", "_save"],
+}
 
 
 def is_private(name):
@@ -32,9 +47,6 @@ def private_names(tree):
             yield from (name for name in names if isinstance(name, str) and is_private(name))
 
 
-REPLACING = ("setattr", "delattr", "getattr", "hasattr")
-
-
 def count_by_file():
     found = {}
     for path in sorted(TESTS.rglob("*.py")):
@@ -52,7 +64,7 @@ def test_the_uses_of_private_names_are_these_and_fewer_than_the_limit():
 
 def test_every_way_of_reaching_for_a_private_name_is_seen():
     source = (
-        "from resdiag.plots.heat import _a\\nfrom torch import _d\\n"
-        "run._b\\nself._e\\nrun.__dict__\\nnet._version\\nmonkeypatch.setattr(run, '_c', 1)"
+        "from resdiag.plots.heat import _a\nfrom torch import _d\n"
+        "run._b\nself._e\nrun.__dict__\nnet._version\nmonkeypatch.setattr(run, '_c', 1)"
     )
     assert sorted(private_names(ast.parse(source))) == ["_a", "_b", "_c"]
