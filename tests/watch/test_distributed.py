@@ -15,6 +15,8 @@ from torch import nn
 from resdiag.catalog.table import DATA, HEAD_LOSS
 from resdiag.watch.loop.attach import attach
 
+pytestmark = pytest.mark.timeout(900)  # the first one starts the ranks
+
 HOWTO = Path(__file__).parents[2] / "docs" / "howto" / "distributed.md"
 
 
@@ -262,7 +264,7 @@ def test_the_page_s_script_runs_under_torchrun_as_on_one_rank(tmp_path, monkeypa
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "train.py"]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert [path.name for path in tmp_path.glob("*.parquet")] == ["record.parquet"]

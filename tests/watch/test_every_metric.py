@@ -5,6 +5,8 @@ from metric_tester import METRICS, MODES, MetricTester
 
 from resdiag.catalog.table import METRICS as CATALOGUE
 
+pytestmark = pytest.mark.timeout(900)  # the first one starts the ranks
+
 
 @pytest.fixture(scope="module")
 def tester(request):
