@@ -1,39 +1,29 @@
-"""The monitor against twins written out by hand, and what it must leave alone."""
+"""The monitor against twins written out by hand, and its loop."""
 
-import copy
 import functools
-import gc
-import threading
 import warnings
-import weakref
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 from watching import (
     assert_reasons_are_complete,
-    assert_watching_changes_nothing,
     batch,
+    raising,
     sgd,
-    traces,
+    small,
     train,
+    units_of,
+    watch_once,
 )
 
-from resdiag.catalog.table import CORE, RECORDED
+from resdiag.catalog.table import RECORDED
 from resdiag.models.resnet import build_model
 from resdiag.models.variants import VARIANTS
 from resdiag.watch.base.safety import WatchWarning
 from resdiag.watch.loop.attach import attach
-
-
-def units_of(variant, model):
-    return None if VARIANTS[variant].shortcut else model.unit_names
 
 
 @functools.cache
@@ -96,6 +86,15 @@ def test_every_column_that_is_nan_has_a_reason_and_no_other_has_one(variant):
     )
 
 
+@pytest.mark.parametrize("variant", ["elu_nobn", "elu_after", "original"])
+def test_the_accelerator_path_gives_the_same_numbers(as_on_an_accelerator, variant):
+    fast = watch_and_walk(variant, 8)[0].to_frame()
+    as_on_an_accelerator()
+    exact = watch_and_walk.__wrapped__(variant, 8)[0].to_frame()
+    expected = {name: exact[name].to_numpy(np.float64) for name in RECORDED}
+    reference.assert_columns_agree(fast, expected, rtol=2e-5)
+
+
 def test_reasons_cover_a_frozen_block_a_frozen_stem_and_a_missing_optimizer():
     model = build_model("original", 8, width=0.5, seed=0)
     model.stem.requires_grad_(False)
@@ -110,10 +109,6 @@ def test_reasons_cover_a_frozen_block_a_frozen_stem_and_a_missing_optimizer():
 
 
 # -- the loop -------------------------------------------------------------------------------------
-
-
-def small(variant="elu", **kwargs):
-    return build_model(variant, 8, width=0.25, seed=0, **kwargs)
 
 
 def test_more_recorded_steps_than_the_buffer_holds_lose_nothing():
@@ -327,7 +322,7 @@ def test_a_gradient_that_comes_after_its_step_belongs_to_no_step():
 def test_a_forward_pass_that_failed_can_be_repeated_in_its_step():
     model = small("original")
     images, labels = batch()
-    broken = model.stages[2][0].branch[0].register_forward_pre_hook(_raise(RuntimeError("memory")))
+    broken = model.stages[2][0].branch[0].register_forward_pre_hook(raising(RuntimeError("memory")))
     with attach(model) as monitor:
         with pytest.raises(RuntimeError, match="memory"):
             model(images)
@@ -341,204 +336,6 @@ def test_a_forward_pass_that_failed_can_be_repeated_in_its_step():
     reference.assert_columns_agree(monitor.to_frame(), expected)
     assert len(monitor.to_frame("step")) == 1
     assert not monitor.warnings
-
-
-def _raise(error):
-    def hook(*_):
-        raise error
-
-    return hook
-
-
-# -- it leaves no trace ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt("stop")])
-@pytest.mark.parametrize("where", ["never", "forward", "inner", "backward", "loop"])
-def test_close_leaves_nothing_on_the_model_whatever_happened(where, error):
-    model = small("original")
-    optimizer = sgd(model)
-    before = traces(model)
-    images, labels = batch(4)
-    planted = []
-    inner = model.stages[1][0]
-    if where in ("forward", "inner"):
-        target = model.pool if where == "forward" else inner.branch
-        planted.append(target.register_forward_hook(_raise(error)))
-    elif where == "backward":
-        planted.append(
-            inner.register_forward_hook(lambda m, i, o: o.register_hook(_raise(error)) and None)
-        )
-    monitor = attach(model, optimizer=optimizer)
-    ends = nullcontext() if where == "never" else pytest.raises(type(error), match="stop")
-    with ends, monitor:
-        F.cross_entropy(model(images), labels).backward()
-        if where == "loop":
-            raise error
-    for handle in planted:
-        handle.remove()
-    assert traces(model) == before
-    assert not optimizer._optimizer_step_pre_hooks
-    assert not optimizer._optimizer_step_post_hooks
-    monitor.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        monitor.step()
-    train(model, 1, optimizer=optimizer)
-
-
-@pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt("stop")])
-def test_an_interrupted_forward_pass_does_not_spoil_the_next_step(error):
-    model = small("original")
-    with attach(model) as monitor:
-        planted = model.stages[1][0].branch.register_forward_hook(_raise(error))
-        with pytest.raises(type(error)):
-            model(batch()[0])
-        planted.remove()
-        train(model, 2, monitor=monitor)
-        assert torch._C._len_torch_function_stack() == 0
-    recorded = monitor.to_frame()[[name for name in RECORDED if name != "update_ratio"]]
-    assert not recorded.isna().any(axis=None)
-    assert sorted(set(monitor.to_frame().step)) == [0, 1]
-
-
-def test_many_attachments_leave_no_hook_behind():
-    model = small()
-    before = traces(model)
-    for turn in range(200):
-        with attach(model) as monitor:
-            if turn % 50 == 0:
-                train(model, 1, monitor=monitor)
-    assert traces(model) == before
-
-
-def test_no_activation_outlives_its_step():
-    model, alive = small("original"), []
-    known = {id(tensor) for tensor in activations(model)}
-    for module in model.modules():
-        module.register_forward_hook(lambda m, i, o: alive.append(weakref.ref(o)))
-    with attach(model, samples=2) as monitor:
-        train(model, 2, monitor=monitor)
-        gc.disable()
-        try:
-            assert len(alive) > 40
-            assert not [ref for ref in alive if ref() is not None]
-        finally:
-            gc.enable()
-        # memory for the samples looked at
-        assert {len(t) for t in activations(model) if id(t) not in known} == {2}
-    assert not [t for t in activations(model) if id(t) not in known]
-
-
-def activations(model):
-    """Every tensor of four dimensions in this process that is not shaped as a weight."""
-    weights = {p.shape for p in model.parameters()}
-    tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
-    return [t for t in tensors if t.dim() == 4 and t.shape not in weights]
-
-
-# -- watching changes nothing ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("variant", list(VARIANTS))
-def test_twenty_watched_steps_end_in_the_same_bits(variant, every):
-    model = small(variant)
-    units = units_of(variant, model)
-    images, labels = batch(8)
-    assert_watching_changes_nothing(
-        lambda: small(variant), 20, images, labels, every=every, blocks=units
-    )
-
-
-class Dropping(torch.nn.Module):
-    """Two units with dropout in the branch: the random state matters."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = torch.nn.ModuleList(torch.nn.Linear(12, 12) for _ in range(2))
-        self.head = torch.nn.Linear(12, 10)
-
-    def forward(self, x):
-        x = x.mean((2, 3)).repeat(1, 4)
-        for layer in self.inner:
-            x = F.relu(x + F.dropout(F.elu(layer(x)), 0.3))
-        return self.head(x)
-
-
-def test_dropout_draws_the_same_numbers_under_watch():
-    assert_watching_changes_nothing(Dropping, 20, *batch(8))
-
-
-# -- it does not make the host wait ----------------------------------------------------------------
-
-
-class HostReads(TorchDispatchMode):
-    """Counts the operations by which the host waits for a device."""
-
-    NAMES = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "item", "_to_copy", "unique")
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        copies = name == "_to_copy" and "device" not in (kwargs or {})
-        masks = [t for t in tree_leaves(args[1:]) if getattr(t, "dtype", None) == torch.bool]
-        picks = name.startswith(("index", "masked_select")) and masks
-        sends = name == "lift_fresh"  # torch.tensor([...]): numbers of the host sent to the device
-        if sends or picks or (name.startswith(self.NAMES) and not copies):
-            self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("variant", ["original", "elu_after", "plain", "elu_nobn"])
-def test_no_operation_of_a_recorded_step_makes_the_host_wait(as_on_an_accelerator, variant):
-    # as on an accelerator: the numbers of a CPU tensor are the host's own
-    as_on_an_accelerator()
-    model = small(variant)
-    optimizer = sgd(model)
-    images, labels = batch(4)
-    with attach(model, optimizer=optimizer, blocks=units_of(variant, model)) as monitor:
-        # the first step finds the blocks and sends where their numbers go
-        train(model, 1, monitor=monitor, optimizer=optimizer, images=images, labels=labels)
-        for _ in range(5):
-            with HostReads() as counter:
-                train(model, 1, monitor=monitor, optimizer=optimizer, images=images, labels=labels)
-            assert counter.seen == []
-
-
-def test_host_reads_are_seen_by_the_counter():
-    with HostReads() as counter:
-        torch.ones(3).sum().item()
-        torch.ones(3)[torch.ones(3) > 0]
-        torch.tensor([1.0, 2.0])
-    assert len(counter.seen) == 3
-
-
-@pytest.mark.parametrize("variant", ["elu_nobn", "elu_after", "original"])
-def test_the_accelerator_path_gives_the_same_numbers(as_on_an_accelerator, variant):
-    fast = watch_and_walk(variant, 8)[0].to_frame()
-    as_on_an_accelerator()
-    exact = watch_and_walk.__wrapped__(variant, 8)[0].to_frame()
-    expected = {name: exact[name].to_numpy(np.float64) for name in RECORDED}
-    reference.assert_columns_agree(fast, expected, rtol=2e-5)
-
-
-def test_an_accelerator_is_never_waited_for_between_flushes(device):
-    if device.type != "cuda":
-        pytest.skip("needs --device cuda")
-    model = small("elu_after").to(device)
-    optimizer = sgd(model)
-    images, labels = batch(device=device)
-    with attach(model, optimizer=optimizer) as monitor:
-        train(model, 2, monitor=monitor, optimizer=optimizer, images=images, labels=labels)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            train(model, 5, monitor=monitor, optimizer=optimizer, images=images, labels=labels)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    assert len(monitor.to_frame()) == 7 * 3
 
 
 # -- it never goes silent --------------------------------------------------------------------------
@@ -684,159 +481,3 @@ def test_an_explosion_stays_visible_in_the_frame():
     assert np.isfinite(first.output_channel_std[1])
     assert first.output_channel_std[1] > 1e20
     assert (monitor.to_frame().query("step == 1").output_nonfinite == 1).any()
-
-
-# -- other ways to train ---------------------------------------------------------------------------
-
-
-class Checkpointed(torch.nn.Module):
-    """The stages of a network, recomputed in the backward pass."""
-
-    def __init__(self, variant, reentrant):
-        super().__init__()
-        self.net, self.reentrant = small(variant), reentrant
-
-    def forward(self, x):
-        x = self.net.stem(x)
-        for stage in self.net.stages:
-            x = checkpoint(stage, x, use_reentrant=self.reentrant)
-        return self.net.classifier(self.net.pool(self.net.head(x)).flatten(1))
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("variant", ["original", "elu_after", "elu"])
-def test_activation_checkpointing_gives_the_numbers_of_the_plain_pass(variant, reentrant):
-    plain, recomputed = small(variant), Checkpointed(variant, reentrant)
-    frames = []
-    for model in (plain, recomputed):
-        with attach(model) as monitor:
-            train(model, 2, monitor=monitor)
-        frames.append(monitor.to_frame().drop(columns=["point", "step", "block"]))
-    # the plain pass reads a BatchNorm's moments off the layer; under checkpointing it must not
-    np.testing.assert_allclose(*frames, rtol=2e-5, atol=1e-6)
-
-
-def test_two_monitors_on_one_model_see_the_same():
-    model = small("elu_after")
-    with attach(model) as first, attach(model) as second:
-        F.cross_entropy(model(batch()[0]), batch()[1]).backward()
-        first.step()
-        second.step()
-    assert torch._C._len_torch_function_stack() == 0
-    one, two = (m.to_frame().drop(columns="point") for m in (first, second))
-    np.testing.assert_array_equal(one, two)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_precisions_are_recorded_in_full(dtype):
-    model = small("elu_after").to(dtype)
-    images, labels = batch()
-    optimizer = sgd(model)
-    with attach(model, optimizer=optimizer) as monitor:
-        train(
-            model, 1, monitor=monitor, optimizer=optimizer, images=images.to(dtype), labels=labels
-        )
-    assert not monitor.unavailable
-    assert not monitor.to_frame().isna().any(axis=None)
-
-
-def test_autocast_is_watched_as_it_runs():
-    model = small("elu_after")
-    with attach(model) as monitor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = F.cross_entropy(model(batch()[0]), batch()[1])
-        loss.backward()
-        monitor.step()
-    frame = monitor.to_frame()
-    exact = watch_once(small("elu_after"))
-    columns = ["branch_channel_std", "output_channel_std", "grad_output", "skip_gain"]
-    np.testing.assert_allclose(frame[columns], exact[columns], rtol=0.05)
-
-
-def watch_once(model):
-    with attach(model) as monitor:
-        F.cross_entropy(model(batch()[0]), batch()[1]).backward()
-        monitor.step()
-    return monitor.to_frame()
-
-
-def test_a_model_that_runs_in_another_thread_is_not_mixed_into_the_pass():
-    model = small("elu")
-    alone = watch_once(small("elu")).drop(columns="point")
-
-    def elsewhere(*_):
-        thread = threading.Thread(target=model.stages[0], args=(torch.randn(2, 4, 8, 8),))
-        thread.start()
-        thread.join()
-
-    model.stages[1].register_forward_pre_hook(elsewhere)
-    np.testing.assert_array_equal(watch_once(model).drop(columns="point"), alone)
-
-
-def test_a_slot_used_again_keeps_nothing_of_the_step_before():
-    model = small("no_relu")
-    with attach(model) as monitor:
-        train(model, 16, monitor=monitor)
-        model(batch()[0])
-        with pytest.warns(WatchWarning, match="no backward pass"):
-            monitor.step()
-    frame = monitor.to_frame()
-    assert frame[frame.step < 16].grad_output.notna().all()
-    assert frame[frame.step == 16][["grad_output", "grad_input", "grad_sum"]].isna().all(axis=None)
-
-
-@pytest.mark.parametrize("where", ["moments.reduce", "moments.combine", "reductions.gradient"])
-def test_an_error_of_ours_ends_the_watching_and_not_the_training(monkeypatch, where):
-    def broken(*_):
-        raise ZeroDivisionError("planted")
-
-    model, images = build_model("elu_after", 8, width=0.5, seed=0), torch.randn(4, 3, 16, 16)
-    twin = copy.deepcopy(model)
-    with attach(model) as monitor:
-        for step in range(3):
-            if step == 1:
-                monkeypatch.setattr(f"resdiag.watch.measure.{where}", broken)
-            for net in (model, twin):
-                net.zero_grad()
-                net(images).square().sum().backward()
-            if step == 1:
-                with pytest.warns(
-                    WatchWarning, match="stopped at step 1 .*ZeroDivisionError: plan"
-                ):
-                    monitor.step()
-            else:
-                monitor.step()
-    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(ours.grad, theirs.grad)
-    frame = monitor.to_frame()
-    assert frame[frame.step == 0].output_mean.notna().all()
-    assert set(frame.step) == {0, 1}
-
-
-# -- the core set ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("variant", ["original", "elu", "elu_after", "elu_nobn", "plain"])
-def test_the_core_set_is_the_full_one_where_it_records(variant):
-    frames, missing = [], []
-    for metrics_set in ("full", "core"):
-        model = small(variant)
-        optimizer = sgd(model)
-        units = units_of(variant, model)
-        with attach(model, optimizer=optimizer, blocks=units, metrics=metrics_set) as monitor:
-            train(model, 2, monitor=monitor, optimizer=optimizer)
-        frames.append(monitor.to_frame())
-        missing.append({entry["metric"] for entry in monitor.unavailable})
-    full, core = frames
-    for name in CORE:
-        # a sum is read in the one, put together from F and h in the other
-        np.testing.assert_allclose(core[name], full[name], rtol=1e-5, atol=1e-6, err_msg=name)
-    others = set(RECORDED) - set(CORE)
-    assert core[list(others)].isna().all(axis=None)
-    assert others <= missing[1]
-    assert full["perturbation"].notna().any() or variant == "plain"
-
-
-def test_an_unknown_set_of_metrics_is_refused():
-    with pytest.raises(ValueError, match="unknown set of metrics 'most'"):
-        attach(small(), metrics="most")
