@@ -20,7 +20,7 @@ from resdiag.runs.commit import COMMIT, Commit
 pytestmark = pytest.mark.timeout(600)  # dozens of processes
 
 ROOT = Path(__file__).resolve().parents[2]
-PLAIN = {"steps": 30, "commit_every": 4, "record_first": 5, "every": 3}
+PLAIN = {"steps": 18, "commit_every": 4, "record_first": 5, "every": 3}
 KINDS = (
     {"variant": "elu", "width": 0.25},
     {"variant": "original", "width": 0.5, "recipe": "paper"},
@@ -112,7 +112,7 @@ def test_the_reference_runs_end_as_they_are_meant_to(tmp_path):
     name, first, _ = straight(tmp_path / "a", {**PLAIN, **KINDS[4]})
     assert straight(tmp_path / "b", {**PLAIN, **KINDS[4]})[:2] == (name, first)
     assert first.startswith("diverged")
-    assert 4 < committed(tmp_path / "a" / name) < 30
+    assert 4 < committed(tmp_path / "a" / name) < PLAIN["steps"]
 
 
 COMMAND = [
@@ -230,7 +230,7 @@ def stop_again_and_again(tmp_path, tries, seed):
 
 
 def test_sigterm_at_any_instant_ends_in_a_commit_and_exit_code_75(tmp_path):
-    stop_again_and_again(tmp_path, tries=15, seed=5)
+    stop_again_and_again(tmp_path, tries=9, seed=5)
 
 
 @pytest.mark.slow
