@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+# each worker begins with a stretch of its own, so that what a file prepares is prepared once
+PARALLEL := -n $(WORKERS) --dist worksteal
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
@@ -20,7 +22,7 @@ demo: $(VENV)/.installed  ## install, explode a 110-layer network, draw where
 
 test: $(VENV)/.installed-dev  ## install, then everything that CI runs
 	@$(MAKE) --no-print-directory static docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --durations=20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) --durations=20
 
 check: static  ## the fast part: style, types, doors, documentation tests; installs nothing
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/project/test_docs.py
@@ -42,7 +44,7 @@ matrix: $(VENV)/.installed-dev  ## the tests on the oldest and newest Python and
 	$(BIN)/python -m nox
 
 coverage: $(VENV)/.installed-dev  ## which share of the package the tests run; lines in build/coverage
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(PARALLEL) \
 		--cov --cov-report=term --cov-report=html:build/coverage
 
 clean:  ## remove the environment and everything that was built or drawn

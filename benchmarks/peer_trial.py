@@ -242,7 +242,7 @@ def find_planted(kind: type[Tool], make: Make, factor: float) -> dict[str, Any]:
     return {
         "points_to": first_moved(healthy.values(), sick.values()),
         "names": None if not kind.speaks else names(healthy.says(), sick.says()),
-        "said": [_short(text) for text in sick.says()][:3],
+        "said": [shortened(text) for text in sick.says()][:3],
     }
 
 
@@ -285,16 +285,16 @@ def judge_depth(kind: type[Tool]) -> dict[str, Any]:
     alarms = [text for text in sick if _BREAKS.search(text)]
     return {
         "says": bool(alarms),
-        "said": [_short(text) for text in alarms][:3],
+        "said": [shortened(text) for text in alarms][:3],
         "healthy_findings": len(sound),
-        "healthy_said": [_short(text) for text in sound][:3],
+        "healthy_said": [shortened(text) for text in sound][:3],
     }
 
 
 def count_alarms(kind: type[Tool], make: Make) -> dict[str, Any]:
     """Findings in words on resnet18, which has nothing wrong: 8 steps on one batch."""
     said = train(kind, make, 8, lr=0.01, size=16).tool.says()
-    return {"count": len(said), "said": [_short(text) for text in said][:3]}
+    return {"count": len(said), "said": [shortened(text) for text in said][:3]}
 
 
 def checks(kind: type[Tool]) -> dict[str, Any]:
@@ -327,7 +327,7 @@ def _ask(question: Callable[[], Any]) -> object:
     except ImportError:
         raise
     except Exception as error:
-        return {"error": _short(f"{type(error).__name__}: {error}")}
+        return {"error": shortened(f"{type(error).__name__}: {error}")}
 
 
 def time_it(kind: type[Tool], repetitions: int, size: int) -> dict[str, Any]:
@@ -388,7 +388,7 @@ def quartiles(arm: list[float], plain: list[float]) -> list[float]:
     return [round(value, 4) for value in statistics.quantiles(ratios, n=4)]
 
 
-def _short(text: str) -> str:
+def shortened(text: str) -> str:
     """One line without a path of this machine."""
     line = re.sub(r"\s+", " ", text).strip()
     return re.sub(r"(?<![\w.~])/(?:[\w.+-]+/)+", "", line)[:200]
@@ -409,7 +409,7 @@ def main() -> None:
             answers = checks(kind)
         answers["version"] = version(kind.package) if kind.package else None
     except ImportError as error:
-        answers = {"missing": _short(str(error))}
+        answers = {"missing": shortened(str(error))}
     answers["torch"] = torch.__version__
     print("\n" + json.dumps(answers))
 

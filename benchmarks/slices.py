@@ -36,7 +36,7 @@ def measure(batches: int = 6, steps: int = 20) -> dict[str, Any]:
         for begun in (0, steps):
             _train(model, stream, begun)
             for _ in range(batches):
-                for key, values in _errors(model, *next(stream)).items():
+                for key, values in errors_of(model, *next(stream)).items():
                     errors[key].extend(values)
     rows = [
         {
@@ -71,7 +71,7 @@ def _train(
         optimizer.step()
 
 
-def _errors(
+def errors_of(
     model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor
 ) -> dict[tuple[int, str], list[float]]:
     """The distances of one batch's slices from the whole."""

@@ -13,19 +13,7 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 
-# where tests train, compile or start processes that import PyTorch: the default of pyproject.toml
-# is enough for them on idle cores, not on cores that others share
-_LONGER_S = 300
-_LONGER = {
-    "benchmarks", "cli", "data", "integrations", "interventions", "probe", "project", "runs",
-    "study", "trackers", "training", "watch", "test_browser.py", "test_stories.py",
-}  # fmt: skip
-
-
 def pytest_collection_modifyitems(config, items):
-    for item in items:
-        if _LONGER & set(item.path.parts) and not item.get_closest_marker("timeout"):
-            item.add_marker(pytest.mark.timeout(_LONGER_S))
     if config.getoption("--slow"):
         return
     skip = pytest.mark.skip(reason="minutes long; run with --slow")

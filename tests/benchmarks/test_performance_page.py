@@ -66,12 +66,13 @@ def test_tools_on_the_deep_network_have_a_row_with_version_and_quartiles():
     timed = {"label": "a tool", "version": "1.2", "records": "means", "deep": deep}
     control = {"label": "no tool", "records": "", "deep": {**deep, "ratio": [0.99, 1, 1.01]}}
     answers = {"date": "2026-01-02", "tools": [control, timed, {"label": "not timed"}]}
-    table = tables._deep_peers_table(answers)
+    make = tables._deep_peers_table
+    table = make(answers)
     assert "| a tool 1.2 | means | 1.025 [1.010 1.040] | 5 |" in table
     assert "| no tool | nothing: a second network | 1.000 [0.990 1.010] | 5 |" in table
     assert "original-110, batch 128, 2 threads" in table
     assert "not timed" not in table
-    assert "Not measured yet" in tables._deep_peers_table({"tools": [{"label": "b"}]})
+    assert "Not measured yet" in make({"tools": [{"label": "b"}]})
 
 
 def test_errors_of_slices_stand_in_per_cent_by_samples_and_metric():
@@ -89,7 +90,7 @@ def test_the_error_of_a_slice_is_the_distance_from_the_whole_batch():
     torch.manual_seed(0)
     model = slices.build_model("elu", 8, width=0.25, seed=0)
     images, labels = torch.randn(64, 3, 8, 8), torch.randint(0, 10, (64,))
-    errors = slices._errors(model, images, labels)
+    errors = slices.errors_of(model, images, labels)
     assert {samples for samples, _ in errors} == set(slices.COUNTS)
     assert all(value == pytest.approx(0, abs=1e-5) for value in errors[64, "output_channel_std"])
     few, many = (max(errors[samples, "grad_output"]) for samples in (4, 64))

@@ -170,8 +170,8 @@ def test_the_head_kick_is_how_far_one_step_moves_a_mean_logit():
     features = torch.randn(1, 5).repeat(8, 1)
     labels = torch.randint(3, (8,))
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, nesterov=True)
-    with attach(torch.nn.Sequential(model), optimizer=optimizer) as monitor:
-        watched = monitor._model
+    watched = torch.nn.Sequential(model)
+    with attach(watched, optimizer=optimizer) as monitor:
         before = watched(features)
         F.cross_entropy(before, labels).backward()
         optimizer.step()

@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import pickle  # noqa: TID251  the published CIFAR archives are pickles
+import re
 import socket
 import tarfile
 import urllib.request
@@ -30,7 +31,7 @@ from made_data import (
 )  # fmt: skip
 from PIL import Image
 
-from resdiag.data import cache, download, pictures, registry
+from resdiag.data import download, pictures, registry
 from resdiag.data.builtin import enlarge
 from resdiag.data.dataset import ImageData, measure_moments, open_data
 from resdiag.data.tree import read_tree
@@ -306,8 +307,15 @@ def test_unreadable_images_are_counted_and_the_first_is_named(tmp_path, content)
 )
 @settings(max_examples=60, deadline=None)
 def test_any_bytes_give_an_image_or_a_reason(content, kind):
-    result = pictures._attempt(pictures.Picture(("x",), kind + content))
-    assert (isinstance(result, str) and result) or result[0].shape == (3, 32, 32)
+    picture = pictures.Picture(("x",), kind + content)
+    shape, reason = (), ""
+    try:
+        (image,) = pictures.decode_all([picture], Path("here")).images.values()
+        shape = image.shape
+    except UsageError as error:
+        reason = error.message
+    told = re.fullmatch(r"here: 1 of 1 image .* the first is x \(.+\)", reason)
+    assert told or shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 20), (7, 7)])
@@ -380,8 +388,8 @@ def test_a_cut_archive_is_refused(tmp_path, suffix):
 
 def count_decodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
-    original = pictures._attempt
-    monkeypatch.setattr(pictures, "_attempt", lambda item: (calls.append(1), original(item))[1])
+    original = pictures.decode
+    monkeypatch.setattr(pictures, "decode", lambda file: (calls.append(1), original(file))[1])
     return calls
 
 
@@ -422,7 +430,13 @@ def test_a_changed_source_is_read_again(tmp_path, monkeypatch):
     entry(tmp_path)
 
 
-FILES = [*(f"{name}.npy" for name in cache._ARRAYS), cache._META]
+SPLITS = ("train_images", "train_labels", "test_images", "test_labels")
+FILES = [*(f"{name}.npy" for name in SPLITS), "meta.json"]
+
+
+def test_these_are_the_files_of_the_cache(tmp_path):
+    open_data(f"folder:{write_tar(tmp_path / 'pets.tar.gz')}")
+    assert {path.name for path in entry(tmp_path).iterdir()} == set(FILES)
 
 
 @pytest.mark.parametrize("name", FILES)

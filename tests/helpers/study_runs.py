@@ -52,7 +52,11 @@ def driver(root, path, *more):
         return subprocess.Popen([*command, *options], stdout=said, stderr=said)
 
 
-def wait_for(condition, seconds=60):
+PATIENCE_S = 250
+"""How long tests wait for other processes: less than a test has, more than a busy machine needs."""
+
+
+def wait_for(condition, seconds=PATIENCE_S):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"

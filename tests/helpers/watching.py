@@ -3,10 +3,13 @@
 import random
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
 from resdiag.catalog.table import RECORDED
+from resdiag.models.resnet import build_model
+from resdiag.models.variants import VARIANTS
 from resdiag.watch.loop.attach import attach
 
 
@@ -36,6 +39,14 @@ def assert_reasons_are_complete(monitor):
         assert set(frame.block[frame[name].isna()]) == told[name], name
 
 
+def assert_parameters_of_block(monitor, row, parameters):
+    """The gradient norm of a block is that of these parameters, none left out and none added."""
+    gradients = [p.grad.double() for p in {id(p): p for p in parameters}.values()]
+    assert all(gradient.any() for gradient in gradients)  # each one makes a difference
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+    assert monitor.to_frame().grad_param[row] == pytest.approx(norm, rel=1e-5)
+
+
 def train(model, steps, *, monitor=None, optimizer=None, images=None, labels=None):
     """Ordinary training steps; returns the optimizer."""
     if images is None:
@@ -48,6 +59,33 @@ def train(model, steps, *, monitor=None, optimizer=None, images=None, labels=Non
         if monitor is not None:
             monitor.step()
     return optimizer
+
+
+def units_of(variant, model):
+    """The blocks to name: a variant without shortcuts has no addition to be found."""
+    return None if VARIANTS[variant].shortcut else model.unit_names
+
+
+def small(variant="elu", **kwargs):
+    """A network of three blocks, a quarter as wide as the published one."""
+    return build_model(variant, 8, width=0.25, seed=0, **kwargs)
+
+
+def raising(error):
+    """A hook that raises `error`."""
+
+    def hook(*_):
+        raise error
+
+    return hook
+
+
+def watch_once(model):
+    """What is recorded of one ordinary step."""
+    with attach(model) as monitor:
+        F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+        monitor.step()
+    return monitor.to_frame()
 
 
 def traces(model):

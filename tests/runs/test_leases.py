@@ -45,7 +45,7 @@ def test_a_stopped_process_loses_its_cell_and_commits_no_more(tmp_path):
         process.send_signal(signal.SIGSTOP)
         Lock.take(tmp_path, patience=0.5).check()
         process.send_signal(signal.SIGCONT)
-        out, _ = process.communicate("go\n", timeout=20)
+        out, _ = process.communicate("go\n", timeout=280)
     assert out == "fenced\n"
 
 

@@ -21,7 +21,7 @@ from synthetic_runs import make_run
 
 from resdiag.catalog.table import RECORDED, inputs_of
 from resdiag.plots.grouping import _read_for, open_view
-from resdiag.plots.heat import _COLUMNS, draw_heat
+from resdiag.plots.heat import draw_heat
 from resdiag.plots.kinds import KINDS
 from resdiag.plots.style import look
 from resdiag.plots.view import Record
@@ -94,9 +94,6 @@ def test_rows_in_any_order_make_the_same_grid():
     ordered = Record(run, frame, run.curve())
     mixed = Record(run, frame.sample(frac=1, random_state=0), run.curve())
     gap = Record(run, frame.drop(index=[3]), run.curve())
-    assert ordered._whole
-    assert not mixed._whole
-    assert not gap._whole
     for record in (ordered, mixed, gap):
         np.testing.assert_array_equal(record.steps, [0, 1, 2, 40])
     np.testing.assert_array_equal(mixed.grid("grad_output"), ordered.grid("grad_output"))
@@ -105,7 +102,8 @@ def test_rows_in_any_order_make_the_same_grid():
 
 
 def test_of_many_steps_a_map_draws_some_and_every_broken_cell():
-    count = 3 * _COLUMNS + 1
+    most = 700
+    count = 3 * most + 1
     run = make_run("elu", depth=20, steps=(0,))
     frame = run.metrics()
     blocks = len(frame)
@@ -118,7 +116,7 @@ def test_of_many_steps_a_map_draws_some_and_every_broken_cell():
     axes = Figure().subplots()
     draw_heat(axes, record, values, broken, "x")
     shown = axes.collections[-1].get_array().reshape(blocks, -1)
-    assert shown.shape[1] <= _COLUMNS
+    assert shown.shape[1] <= most
     assert np.argwhere(shown.mask).tolist() == [[4, 1001 // 4]]
     assert "one in 4 drawn" in axes.get_xlabel()
     label = int(axes.get_xticklabels()[3].get_text())

@@ -12,6 +12,7 @@ import psutil
 import pytest
 from study_runs import (
     HERE,
+    PATIENCE_S,
     digests,
     driver,
     ended_once,
@@ -211,7 +212,7 @@ def disturb(root, text, kills, seed=0):
         )
         process.kill()
         process.wait()
-        _, alive = psutil.wait_procs(family, timeout=5)
+        _, alive = psutil.wait_procs(family, timeout=60)
         assert not [one for one in alive if one.is_running() and one.status() != "zombie"]
     assert driver(root, path).wait(900) == 0
     return study, runs, kills
@@ -259,7 +260,7 @@ def test_a_signal_stops_the_cells_after_a_commit_and_the_same_command_goes_on(
     process = driver(tmp_path, path)
     wait_for(lambda: any(entry.step > 4 for entry in read_ledger(study, runs)))
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 75
+    assert process.wait(PATIENCE_S) == 75
     entries = [entry for entry in read_ledger(study, runs) if entry.run]
     assert entries
     assert {entry.state for entry in entries} == {"stale"}

@@ -185,8 +185,8 @@ def test_derived_metrics_are_computed_for_recorded_columns(run):
 # -- the feed ---------------------------------------------------------------------------------
 
 
-def feed_of(run, **trackers):
-    feed = Feed(trackers, RunInfo(name="r"), patience=0.2)
+def feed_of(run, patience=60, **trackers):
+    feed = Feed(trackers, RunInfo(name="r"), patience=patience)
     curve = run.curve()
     feed.write({}, {name: curve[name].to_numpy() for name in curve})
     return feed
@@ -218,7 +218,7 @@ def test_a_tracker_that_fails_gets_one_note_and_the_others_go_on(run, where):
 @pytest.mark.parametrize("where", ["start", "write", "finish"])
 def test_a_tracker_that_hangs_is_not_waited_for(run, where):
     stuck = Memory(wait_at=[where])
-    feed = feed_of(run, stuck=stuck)
+    feed = feed_of(run, patience=0.2, stuck=stuck)
     feed.close("done")
     stuck.go_on.set()
     assert feed.notes == ["tracker stuck did not finish within 0.2 s"]
@@ -226,7 +226,7 @@ def test_a_tracker_that_hangs_is_not_waited_for(run, where):
 
 def test_a_tracker_that_is_too_slow_does_not_pile_up_memory():
     stuck = Memory(wait_at=["write"])
-    feed = Feed({"stuck": stuck}, RunInfo(name="r"), patience=5)
+    feed = Feed({"stuck": stuck}, RunInfo(name="r"), patience=60)
     for step in range(400):
         feed.write({}, {"step": np.array([step]), "loss": np.array([0.0])})
     assert feed.notes == ["tracker stuck is too slow: it gets nothing more"]

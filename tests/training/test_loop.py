@@ -2,6 +2,7 @@ import os
 import signal
 import threading
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -197,6 +198,17 @@ def test_recording_the_explosion_again_changes_no_bit(tmp_path):
     np.testing.assert_array_equal(both[0]["branch_mean"], both[1]["branch_mean"])
 
 
+def before_batches(call):
+    """Have `call(step)` called before each training batch is made."""
+    batch = Augmenter.batch
+
+    def told(self, step):
+        call(step)
+        return batch(self, step)
+
+    return mock.patch.object(Augmenter, "batch", told)
+
+
 def test_an_exploding_batch_counts_once_in_the_running_statistics(tmp_path, monkeypatch):
     """An infinite loss over finite activations: BatchNorm must not see the batch twice."""
 
@@ -207,15 +219,8 @@ def test_an_exploding_batch_counts_once_in_the_running_statistics(tmp_path, monk
     cross_entropy, ends, counter = F.cross_entropy, [], {"steps": 0}
     for first in (0, 12):
         training, writer = open_training(tmp_path, record_first=first, every=50, variant="elu")
-        batch = training._batches.batch
-
-        def counted(step, batch=batch):
-            counter["steps"] = step
-            return batch(step)
-
-        monkeypatch.setattr(training._batches, "batch", counted)
         monkeypatch.setattr(F, "cross_entropy", unbounded)
-        with writer:
+        with writer, before_batches(lambda step: counter.update(steps=step)):
             assert training.run(Silent(), Interrupt()) == "diverged"
         state = training.model.state_dict()
         ends.append({k: v for k, v in weights(training.model).items() if "running" in k})
@@ -246,17 +251,15 @@ def test_a_diverged_run_is_final(tmp_path):
 # -- stopping and continuing --------------------------------------------------------------------
 
 
-def signal_at(training, step, *numbers):
+def signal_at(step, *numbers):
     """Send signals to this process while the batch of `step` is made."""
-    batch = training._batches.batch
 
     def send(at):
         if at == step:
             for number in numbers:
                 os.kill(os.getpid(), number)
-        return batch(at)
 
-    training._batches.batch = send
+    return before_batches(send)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -264,8 +267,7 @@ def signal_at(training, step, *numbers):
 def test_a_signal_stops_at_the_steps_end_with_a_commit_and_nothing_is_lost(tmp_path, number, step):
     _, _, straight = train(tmp_path / "straight")
     training, writer = open_training(tmp_path / "stopped")
-    signal_at(training, step, number)
-    with writer, Interrupt() as interrupt:
+    with writer, Interrupt() as interrupt, signal_at(step, number):
         assert training.run(Silent(), interrupt) == "stopped"
     assert interrupt.signal == number
     assert (writer.status, writer.committed_step) == ("stopped", step + 1)
@@ -276,8 +278,7 @@ def test_a_signal_stops_at_the_steps_end_with_a_commit_and_nothing_is_lost(tmp_p
 
 def test_a_signal_in_the_last_step_does_not_undo_the_end(tmp_path):
     training, writer = open_training(tmp_path)
-    signal_at(training, 11, signal.SIGTERM)
-    with writer, Interrupt() as interrupt:
+    with writer, Interrupt() as interrupt, signal_at(11, signal.SIGTERM):
         assert training.run(Silent(), interrupt) == "done"
 
 
@@ -286,8 +287,7 @@ def test_an_explosion_after_a_stop_ends_at_the_same_step(tmp_path):
     for step in (6, 7, 8):
         root = tmp_path / f"at{step}"
         training, writer = open_training(root, **BANG)
-        signal_at(training, step, signal.SIGTERM)
-        with writer, Interrupt() as interrupt:
+        with writer, Interrupt() as interrupt, signal_at(step, signal.SIGTERM):
             training.run(Silent(), interrupt)
         _, status, run = train(root, **BANG)
         assert status == "diverged"

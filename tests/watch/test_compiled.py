@@ -8,6 +8,7 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from compiling import _fresh_compiler, assert_same, sgd  # noqa: F401
+from small_nets import WIDTH, Block
 from torch import nn
 from torch._dynamo.utils import counters
 from torchvision import models
@@ -20,8 +21,22 @@ from resdiag.watch.record import graph_placement
 from resdiag.watch.record.graph_placement import UNKNOWN
 
 
+class Tiny(nn.Module):
+    """Two blocks between two linear layers: what is said of any model is soon compiled with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(3, WIDTH), nn.Linear(WIDTH, 10)
+        self.blocks = nn.Sequential(Block(), Block())
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x.mean((2, 3)))))
+
+
 def build(name):
     torch.manual_seed(0)
+    if name == "tiny":
+        return Tiny()
     if name in ("original", "elu", "elu_pre"):
         return build_model(name, 8, seed=0)
     if name == "vit":
@@ -31,6 +46,8 @@ def build(name):
         )  # fmt: skip
         nn.init.normal_(model.heads.head.weight, std=0.1)
         return model
+    if name == "basic":  # ResNet-18's block, a second one in the first stage
+        return models.ResNet(models.resnet.BasicBlock, [2, 1, 1, 1], num_classes=10)
     if name == "bottleneck":  # ResNet-50's block, one of each stage
         return models.ResNet(models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=10)
     return getattr(models, name)(num_classes=10)
@@ -76,7 +93,6 @@ def per_block(model, monitor):
     [
         "original",
         "elu",
-        "elu_pre",
         "bottleneck",
         pytest.param("resnet50", marks=pytest.mark.slow),
     ],
@@ -91,7 +107,7 @@ def test_a_compiled_model_is_one_graph_with_the_numbers_of_eager(name):
     assert_same(seen, wanted, rtol=1e-3 if name == "resnet50" else 1e-4)
 
 
-@pytest.mark.parametrize("name", ["original", "elu_pre", "resnet18"])
+@pytest.mark.parametrize("name", ["elu_pre", "basic"])
 def test_compiled_blocks_have_no_break_and_the_numbers_of_eager(name):
     seen = record(build(name), per_block)
     assert not counters["graph_break"]
@@ -153,7 +169,7 @@ def test_a_language_model_is_one_graph_with_the_numbers_of_eager():
 
 
 def test_a_schedule_makes_two_graphs_and_never_another():
-    model = build("elu")
+    model = build("tiny")
     optimizer = sgd(model)
     with attach(model, optimizer=optimizer, every=10, example_inputs=(batch()[0],)) as monitor:
         call = whole(model, monitor)
@@ -165,7 +181,7 @@ def test_a_schedule_makes_two_graphs_and_never_another():
     assert monitor.to_frame()[["output_mean", "grad_output", "update_ratio"]].notna().all(axis=None)
 
 
-@pytest.mark.parametrize("name", ["original", "resnet18"])
+@pytest.mark.parametrize("name", ["original", "basic"])
 def test_tapped_training_ends_in_the_bits_of_compiled_training(name):
     plain, watched = build(name), build(name)
     train(plain, whole(plain, None), sgd(plain), None, steps=3)
@@ -178,7 +194,7 @@ def test_tapped_training_ends_in_the_bits_of_compiled_training(name):
 
 
 def test_after_close_the_compiled_model_trains_on_untapped():
-    model = build("elu")
+    model = build("tiny")
     optimizer = sgd(model)
     monitor = attach(model, optimizer=optimizer, example_inputs=(batch()[0],))
     call = whole(model, monitor)
@@ -202,11 +218,11 @@ def test_finding_ports_changes_nothing_in_the_model():
 
 
 def test_without_example_inputs_a_compiled_pass_is_named_with_the_remedy():
-    model = build("elu")
+    model = build("tiny")
     optimizer = sgd(model)
     for compile_it in (whole, per_block):
         torch._dynamo.reset()
-        with attach(build("elu"), example_inputs=(batch()[0],)) as found:
+        with attach(build("tiny"), example_inputs=(batch()[0],)) as found:
             pass
         with attach(model, optimizer=optimizer) as monitor:
             call = compile_it(model, found)

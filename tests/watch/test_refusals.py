@@ -24,7 +24,6 @@ from resdiag.probe.critical_rate import largest_curvature
 from resdiag.watch.base.safety import WatchWarning
 from resdiag.watch.loop import ranks as distributed
 from resdiag.watch.loop.attach import attach
-from resdiag.watch.loop.ranks import RankReduction
 from resdiag.watch.measure import skip_path
 from resdiag.watch.record.graph_placement import CUSTOM, HIDDEN, SPLIT
 
@@ -265,12 +264,16 @@ def test_why_a_curvature_is_not_a_number():
 # -- ranks -----------------------------------------------------------------------------------------
 
 
-def test_a_first_step_that_not_every_rank_recorded_is_nan_and_said():
+def test_a_first_step_that_not_every_rank_recorded_is_nan_and_said(monkeypatch):
     """Shown without other ranks: their meeting answers that not all have recorded yet."""
-    ranks = SimpleNamespace(is_open=True, meet=lambda *args: None, check=list, close=lambda: None)
-    with attach(Net()) as watched:
-        watched._reduction = RankReduction(ranks, None, watched._state, watched._gradients)
-        F.cross_entropy(watched._model(data()[0]), data()[1]).backward()
+    ranks = SimpleNamespace(
+        size=2, rank=0, sharded=False, is_open=True,
+        meet=lambda *args: None, check=list, close=lambda: None,
+    )  # fmt: skip
+    monkeypatch.setattr("resdiag.watch.loop.attach.find_ranks", lambda model: ranks)
+    net = Net()
+    with attach(net) as watched:
+        F.cross_entropy(net(data()[0]), data()[1]).backward()
         with pytest.warns(WatchWarning, match="not recorded by every rank"):
             watched.step()
         frame = watched.to_frame()
@@ -316,9 +319,10 @@ def test_ranks_that_count_different_steps_are_named():
 def test_a_mesh_of_two_dimensions_that_leaves_ranks_out_is_refused(monkeypatch):
     mesh = SimpleNamespace(size=lambda: 4, ndim=2)
     monkeypatch.setattr(distributed, "mesh_of", lambda parameter: mesh)
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 8)
     with pytest.raises(ValueError, match="mesh has two dimensions and leaves ranks out"):
-        distributed._group_of(nn.Linear(2, 2))
+        distributed.find_ranks(nn.Linear(2, 2))
 
 
 # -- the guard -------------------------------------------------------------------------------------

@@ -3,7 +3,11 @@
 A few run always, the rest with --slow.
 """
 
+import re
+from pathlib import Path
+
 import pytest
+import test_zoo
 import torch
 
 from resdiag.models.inspection import inspect_model
@@ -320,3 +324,14 @@ def test_the_blocks_of_diffusion_models_are_their_own_block_classes():
         expected = sum(each.get(type(module).__name__, 0) for module in model.modules())
         assert expected > 10
         assert len(find_blocks(model, *inputs)) == expected
+
+
+@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", "docs/explanation/watching.md"])
+def test_the_pages_state_how_many_architectures_were_counted(page):
+    text = (Path(__file__).parents[2] / page).read_text("utf-8")
+    told = re.findall(r"(\d+) (?:published architectures|networks of torchvision, timm)", text)
+    tables = [
+        *(test_zoo.TIMM, test_zoo.TORCHVISION, test_zoo.TRANSFORMERS),
+        *(TIMM, TORCHVISION, TRANSFORMERS),
+    ]
+    assert told == [str(sum(map(len, tables)))]
