@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from resdiag.cli.models import Argument, InputShape, Model, parse_shape
-from resdiag.cli.options import Json
+from resdiag.cli.options import Argument, InputShape, Json, Model, parse_shape
+from resdiag.cli.output import open_console
 
 
 def inspect(
@@ -34,11 +34,6 @@ def inspect(
     if as_json:
         print(json.dumps(found.to_dict()))
         return
-    from rich.console import Console
-
     from resdiag.plots.anatomy import draw_tree
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 250
-    console.print(draw_tree(found, fold=not show_all), markup=False)
+    open_console().print(draw_tree(found, fold=not show_all), markup=False)

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resdiag.cli.models import Argument, InputShape, Model, parse_shape
-from resdiag.cli.options import DataRoot, Json, RunsRoot
+from resdiag.cli.options import Argument, DataRoot, InputShape, Json, Model, RunsRoot, parse_shape
 from resdiag.cli.output import say
 from resdiag.errors import unknown
 

@@ -2,24 +2,18 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from resdiag.cli.opening import open_study
-from resdiag.cli.options import DataRoot, Json, RunsRoot, check_device
+from resdiag.cli.options import DataRoot, Device, Json, RunsRoot
 from resdiag.cli.output import keep_quiet, print_table, say
-from resdiag.cli.study_options import (
-    Device,
-    Drift,
-    Mini,
-    Quiet,
-    Sets,
-    Start,
-    Where,
-)
+from resdiag.cli.study_options import Drift, Mini, Quiet, Sets, Start, Where
 from resdiag.errors import UsageError
+from resdiag.training.device import check_device
 from resdiag.training.interrupt import EXIT_CODES
 
 if TYPE_CHECKING:
@@ -193,7 +187,7 @@ def _print_plan(study: "Study", runs: Path, as_json: bool) -> None:
     entries = read_ledger(study, runs)
     left = estimate(study.cells, entries)
     if as_json:
-        document: dict[str, Any] = {"schema": 1, "study": study.name, "left": left.to_dict()}
+        document: dict[str, Any] = {"schema": 1, "study": study.name, "left": asdict(left)}
         cells = [{"id": entry.id, "state": entry.state} for entry in entries]
         print(json.dumps({**document, "cells": cells}))
         return
