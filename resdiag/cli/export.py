@@ -7,15 +7,13 @@ from typing import Annotated
 import typer
 
 from resdiag.cli.opening import open_runs
-from resdiag.cli.options import Json, RunsRoot
+from resdiag.cli.options import Json, RunPaths, RunsRoot
 from resdiag.errors import UsageError, unknown
 from resdiag.trackers.tracker import TABLES, TRACKERS
 
 
 def export(
-    paths: Annotated[
-        list[Path] | None, typer.Argument(metavar="[RUN]...", help="Runs; the latest if none.")
-    ] = None,
+    paths: RunPaths = None,
     to: Annotated[
         tuple[str, str] | None,
         typer.Option(

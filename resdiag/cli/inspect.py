@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from resdiag.cli.options import Argument, InputShape, Json, Model, parse_shape
+from resdiag.cli.options import Argument, Blocks, InputShape, Json, Model, parse_shape
 from resdiag.cli.output import open_console
 
 
@@ -14,10 +14,7 @@ def inspect(
     arg: Argument = None,
     input_shape: InputShape = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples of the example batch.")] = 1,
-    blocks: Annotated[
-        list[str] | None,
-        typer.Option(help="Pattern of modules to take as the blocks; several times."),
-    ] = None,
+    blocks: Blocks = None,
     show_all: Annotated[
         bool, typer.Option("--all", help="Show every block, also where they repeat.")
     ] = False,

@@ -11,10 +11,14 @@ import typer
 
 from resdiag.errors import UsageError
 from resdiag.runs.config import row_of
+from resdiag.training.device import check_device
 from resdiag.training.recipe import Request
 
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", callback=check_device)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+RunPaths = Annotated[
+    list[Path] | None, typer.Argument(metavar="[RUN]...", help="Runs; the latest if none.")
+]
 RunsRoot = Annotated[
     Path, typer.Option("--runs", envvar="RESDIAG_RUNS", help="Folder that holds the runs.")
 ]
@@ -33,6 +37,10 @@ Model = Annotated[
 Argument = Annotated[
     list[str] | None,
     typer.Option("--arg", help="key=value for the factory or configuration; several times."),
+]
+Blocks = Annotated[
+    list[str] | None,
+    typer.Option(help="Pattern of modules to take as the blocks; several times."),
 ]
 InputShape = Annotated[
     str | None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from resdiag.cli.opening import open_runs
-from resdiag.cli.options import Json, RunsRoot
+from resdiag.cli.options import Json, RunPaths, RunsRoot
 from resdiag.cli.output import print_files, print_table
 from resdiag.errors import UsageError, unknown
 
@@ -20,9 +20,7 @@ def plot(
     kind: Annotated[
         str, typer.Argument(help="What to draw: a kind that `--list` names, or any metric.")
     ] = "",
-    paths: Annotated[
-        list[Path] | None, typer.Argument(metavar="[RUN]...", help="Runs; the latest if none.")
-    ] = None,
+    paths: RunPaths = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File without ending, or with one.")
     ] = None,

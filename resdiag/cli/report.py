@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from resdiag.cli.opening import open_runs, open_study
-from resdiag.cli.options import Json, RunsRoot
+from resdiag.cli.options import Json, RunPaths, RunsRoot
 from resdiag.cli.output import print_files, say
 from resdiag.errors import UsageError
 
@@ -31,9 +31,7 @@ MOST_RUNS = 12
 
 
 def report(
-    paths: Annotated[
-        list[Path] | None, typer.Argument(metavar="[RUN]...", help="Runs; the latest if none.")
-    ] = None,
+    paths: RunPaths = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Folder; `report` in the run's folder if not given."),

@@ -11,7 +11,7 @@ from resdiag.cli.options import DataRoot, Device, Json, RunsRoot, with_settings
 from resdiag.cli.output import keep_quiet, say
 from resdiag.data.registry import check_data
 from resdiag.trackers.tracker import TRACKERS, parse_tracker
-from resdiag.training.device import check_device, find_device
+from resdiag.training.device import find_device
 from resdiag.training.interrupt import EXIT_CODES
 from resdiag.training.recipe import Request
 
@@ -48,7 +48,6 @@ def run(
     """Train one variant, or just start to train it, while recording; ends with the verdict."""
     request.check()
     check_data(request.data)
-    check_device(device)
     for text in tracker or ():
         parse_tracker(text)
     # every mistake that can be seen without torch has been answered by now
@@ -112,7 +111,6 @@ def _summarise(outcome: "Outcome") -> dict[str, Any]:
 
 
 def _describe(summary: dict[str, Any]) -> str:
-    """One paragraph of facts before the verdict."""
     test = summary["test_error"]
     words = {"final": "at the end", "best": "at best"}
     measured = [f"{test[key]:.2%} {words[key]}" for key in words if test[key] is not None]

@@ -15,7 +15,6 @@ from resdiag.cli.output import open_console, print_table
 from resdiag.cli.study_options import Mini, Sets, Where, with_engine
 from resdiag.cli.study_run import print_status, retry, run, run_cell
 from resdiag.errors import UsageError, unknown
-from resdiag.training.device import check_device
 
 study_app = group("Studies: one question, a grid of runs, any engine.")
 
@@ -75,7 +74,6 @@ def plan(
     """Print the command of each missing cell, for any other scheduler: xargs, sbatch, ..."""
     if form not in FORMATS:
         raise unknown("format", form, FORMATS)
-    check_device(device)
     study = open_study(where, settings, mini)
     from resdiag.study.ledger import ENDED, read_ledger
 

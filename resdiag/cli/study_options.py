@@ -72,7 +72,6 @@ def _list_options() -> list[inspect.Parameter]:
 
 
 def _list_engine_options() -> dict[str, inspect.Parameter]:
-    """The parameters that stand for the engines' own options, by name."""
     found = {}
     for engine in ENGINES.values():
         for option in engine.options:

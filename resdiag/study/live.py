@@ -28,10 +28,10 @@ _BROKEN = "×"
 _UNKNOWN = "·"
 _WIDEST = 27  # a third of 110 layers' blocks, half an 80-column terminal
 _STYLES = {
-    "done": "green", "running": "cyan", "stale": "yellow", "failed": "red",
-    "diverged": "magenta", "missing": "dim",
+    "running": "cyan", "failed": "red", "stale": "yellow", "diverged": "magenta", "done": "green",
+    "missing": "dim",
 }  # fmt: skip
-_ORDER = ("running", "failed", "stale", "diverged", "done", "missing")
+_ORDER = tuple(_STYLES)
 
 
 @contextlib.contextmanager
@@ -190,10 +190,8 @@ def _strip_of(entry: Entry) -> str:
         return ""
     try:
         commit = Commit.read(entry.run / COMMIT)
-        parts = commit.parts("metrics")
-        return (
-            draw_strip(_last_norms(entry.run, parts[-1], commit.files[parts[-1]])) if parts else ""
-        )
+        *_, part = commit.parts("metrics") or [""]
+        return draw_strip(_last_norms(entry.run, part, commit.files[part])) if part else ""
     except (ResdiagError, OSError, ValueError, KeyError):  # replaced while we read: the next frame
         return ""
 

@@ -119,11 +119,7 @@ _HINT = "resdiag study list shows the shipped ones; resdiag study init FILE.toml
 
 
 def _read(path: Path) -> bytes:
-    """What a file holds; enough of it to see that it is too large.
-
-    Raises:
-        UsageError: It cannot be read, or is not a file.
-    """
+    """What a file holds; enough of it to see that it is too large."""
     try:
         if path.exists() and not path.is_file():  # reading a pipe or a device may never end
             raise UsageError(f"{path} is not a file", _HINT)
@@ -164,11 +160,7 @@ def build_study(
 
 
 def _left_over(written: Mapping[str, Any], file: StudyFile, shown: str) -> list[tuple[str, int]]:
-    """Figures and expected values with cells in the file as it was written, and with none now.
-
-    Raises:
-        StudyError: The study as it was changed has no cells.
-    """
+    """Figures and expected values with cells in the file as it was written, and with none now."""
     missing = find_unmatched(file, list_cells(file, shown))
     if not missing:
         return []
@@ -184,7 +176,6 @@ def _left_over(written: Mapping[str, Any], file: StudyFile, shown: str) -> list[
 
 
 def _without(document: Mapping[str, Any], dropped: Sequence[tuple[str, int]]) -> dict[str, Any]:
-    """A document without some entries of its tables."""
     gone = set(dropped)
     kept = {
         table: [item for index, item in enumerate(document[table]) if (table, index) not in gone]

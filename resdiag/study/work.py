@@ -145,7 +145,6 @@ def _has_ended(folder: Path, say: Callable[[str], None]) -> bool:
 def _work_alone(
     study: Study, task: Task, lock: Lock, say: Callable[[str], None], thread_lock: LockHandle
 ) -> int:
-    """Work on a cell whose lock we hold."""
     folder = lock.path.parent
     clear_failure(folder)
     try:
@@ -187,11 +186,7 @@ def _run(
 
 
 def _device_of(name: str, folder: Path) -> str:
-    """The device of a cell: the one it was begun on, else the requested one.
-
-    Raises:
-        UsageError: It is not here, or the cell was begun on another one.
-    """
+    """The device of a cell: the one it was begun on, else the requested one."""
     run, commit = find_run(folder)
     begun = getattr(load_run(run).config, "device", None) if run and commit else None
     if begun is not None and name not in ("auto", begun):

@@ -70,21 +70,32 @@ class Committer:
         self._thread = ThreadPoolExecutor(1, "resdiag-commit")
         self._running: tuple[Table, Table, Future[None]] | None = None
 
-    def commit(self, step: int, metrics: Table, curve: Table, **rest: Any) -> None:  # noqa: ANN401
+    def commit(
+        self,
+        step: int,
+        metrics: Table,
+        curve: Table,
+        tensors: bytes,
+        state: Mapping[str, Any],
+        status: str,
+    ) -> None:
         """Write a commit as soon as the one before is written.
 
         Args:
             step: Optimizer steps done.
             metrics: Rows since the commit before; they do not change any more.
             curve: Likewise.
-            rest: See `RunWriter.commit`; the tensors are packed.
+            tensors: The checkpoint, packed.
+            state: What else the loop must remember.
+            status: Of the run.
 
         Raises:
             StorageError: The commit before could not be written.
             BusyError: The run's lock was taken over.
         """
         self.wait()
-        written = self._thread.submit(self._writer.commit, step, metrics, curve, **rest)
+        write = self._writer.commit
+        written = self._thread.submit(write, step, metrics, curve, tensors, state, status)
         self._running = metrics, curve, written
 
     def wait(self) -> None:

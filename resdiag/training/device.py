@@ -5,14 +5,15 @@ import re
 from resdiag.errors import UsageError, unknown
 
 
-def check_device(name: str) -> None:
-    """Refuse a device that no machine has; without importing torch.
+def check_device(name: str) -> str:
+    """A name as it is, if some machine has such a device; without importing torch.
 
     Raises:
         UsageError: Naming the valid ones.
     """
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
         raise unknown("device", name, ["auto", "cpu", "cuda", "cuda:N"])
+    return name
 
 
 def find_device(name: str) -> str:

@@ -76,7 +76,6 @@ class Local:
         return interrupt.signal
 
     def _fill(self) -> None:
-        """Start cells where there is room."""
         due = [] if self._stopping else self._attempts.due()
         for cell in due[: len(self._free)]:
             make_folder(self._job.folder(cell))
@@ -102,7 +101,6 @@ class Local:
         return self._processes[key]
 
     def _listen(self) -> None:
-        """Wait a moment for events of the cells."""
         # without any process, nothing runs here: other drivers have what is left
         for process in select.select(list(self._processes.values()), [], [], 0.2)[0]:
             events = process.events()

@@ -94,7 +94,6 @@ class _Tasks:
             self._running[task] = cell
 
     def _collect(self) -> None:
-        """Take note of the tasks that have ended."""
         if not self._running:
             time.sleep(0.2)
             return
@@ -194,12 +193,7 @@ def _find_cluster(job: Job, address: str) -> dict[str, Any]:
 
 
 def _check_address(address: str) -> None:
-    """Refuse an address that does not answer: Ray would try to connect for ever.
-
-    Raises:
-        UsageError: It is neither HOST:PORT nor "auto".
-        ResdiagError: Nobody listens there.
-    """
+    """Refuse an address that does not answer: Ray would try to connect for ever."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")

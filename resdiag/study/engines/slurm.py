@@ -243,7 +243,6 @@ class SlurmJobs:
         return found
 
     def _collect(self, states: Mapping[str, str]) -> None:
-        """Take note of the jobs that are over."""
         for cell, id in list(self._jobs.items()):
             state = states.get(id, "")
             if state in _OVER or state == "GONE":
