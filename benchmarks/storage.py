@@ -29,7 +29,7 @@ import numpy as np
 from resdiag.catalog.table import RECORDED
 from resdiag.runs.config import RunConfig
 from resdiag.runs.store import RunWriter
-from resdiag.training.checkpoint import Committer, PendingCommit
+from resdiag.training.checkpoint import Committer
 
 COMMIT_EVERY = 100
 CURVE = ("epoch", "loss", "error", "lr", "images_per_s", "grad_norm", "head_mean", "head_bias")
@@ -75,7 +75,7 @@ def write(root: Path, steps: int, blocks: int, every: int) -> dict[str, Any]:
         with Committer(writer, None) as committer:
             for piece in pieces(steps, blocks, every):
                 before, mine = time.process_time(), time.thread_time()
-                committer.commit(piece)
+                committer.commit(**piece)
                 own += time.thread_time() - mine
                 committer.wait()
                 spent += time.process_time() - before
@@ -106,7 +106,7 @@ def describe(blocks: int) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def pieces(steps: int, blocks: int, every: int) -> Iterator[PendingCommit]:
+def pieces(steps: int, blocks: int, every: int) -> Iterator[dict[str, Any]]:
     """The commits of a run."""
     dice = np.random.default_rng(0)
     for first in range(0, steps, COMMIT_EVERY):
@@ -114,10 +114,10 @@ def pieces(steps: int, blocks: int, every: int) -> Iterator[PendingCommit]:
         seen = np.arange(first, last, dtype=np.int32)
         metrics = rows(seen[seen % every == 0], blocks, dice)
         curve = {name: 1 + dice.random(last - first) for name in CURVE}
-        yield PendingCommit(
-            step=last, metrics=metrics, curve={"step": seen, **curve}, tensors=b"", state={},
-            status="running",
-        )  # fmt: skip
+        yield {
+            "step": last, "metrics": metrics, "curve": {"step": seen, **curve}, "tensors": b"",
+            "state": {}, "status": "running",
+        }  # fmt: skip
 
 
 def rows(steps: np.ndarray, blocks: int, dice: np.random.Generator) -> dict[str, np.ndarray]:

@@ -70,7 +70,6 @@ def _fail_all(error: ResdiagError, as_json: bool) -> int:
 
 
 def _fail(message: str, hint: str, code: int, as_json: bool) -> int:
-    """Report an error and pass its exit code on."""
     if as_json:
         print(json.dumps({"error": message, "hint": hint}))
     else:

@@ -7,22 +7,18 @@ from typing import Annotated
 import typer
 
 from resdiag.cli.opening import open_runs
-from resdiag.cli.options import Json, RunsRoot
+from resdiag.cli.options import Json, RunPaths, RunsRoot
 from resdiag.errors import UsageError, unknown
-from resdiag.trackers.tracker import TRACKERS
-
-_TABLES = ("csv", "jsonl")
+from resdiag.trackers.tracker import TABLES, TRACKERS
 
 
 def export(
-    paths: Annotated[
-        list[Path] | None, typer.Argument(metavar="[RUN]...", help="Runs; the latest if none.")
-    ] = None,
+    paths: RunPaths = None,
     to: Annotated[
         tuple[str, str] | None,
         typer.Option(
             metavar="KIND PATH",
-            help="csv or jsonl and a folder; "
+            help=f"{' or '.join(TABLES)} and a folder; "
             + "; ".join(f"{k.name} and {k.export_place or k.place}" for k in TRACKERS.values())
             + ".",
         ),
@@ -40,17 +36,17 @@ def export(
     if to is None:
         raise UsageError("--to says what to write and where", "resdiag export --to csv tables")
     kind, place = to
-    if kind not in (*_TABLES, *TRACKERS):
-        raise unknown("kind of export", kind, (*_TABLES, *TRACKERS))
+    if kind not in (*TABLES, *TRACKERS):
+        raise unknown("kind of export", kind, (*TABLES, *TRACKERS))
     if kind in TRACKERS:
         TRACKERS[kind].check_installed()
     check_metrics(metric or ())
-    if metric and kind in _TABLES:
+    if metric and kind in TABLES:
         raise UsageError(f"--metric is for trackers: a {kind} table has every metric")
     opened = open_runs(paths, runs)
     from resdiag.trackers.export import export_tables, export_tracker
 
-    if kind in _TABLES:
+    if kind in TABLES:
         written = [str(file) for file in export_tables(opened, kind, Path(place))]
     else:
         written = [export_tracker(run, kind, place, metric or SHOWN) for run in opened]

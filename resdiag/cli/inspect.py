@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from resdiag.cli.models import Argument, InputShape, Model, parse_shape
-from resdiag.cli.options import Json
+from resdiag.cli.options import Argument, Blocks, InputShape, Json, Model, parse_shape
+from resdiag.cli.output import open_console
 
 
 def inspect(
@@ -14,10 +14,7 @@ def inspect(
     arg: Argument = None,
     input_shape: InputShape = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples of the example batch.")] = 1,
-    blocks: Annotated[
-        list[str] | None,
-        typer.Option(help="Pattern of modules to take as the blocks; several times."),
-    ] = None,
+    blocks: Blocks = None,
     show_all: Annotated[
         bool, typer.Option("--all", help="Show every block, also where they repeat.")
     ] = False,
@@ -34,11 +31,6 @@ def inspect(
     if as_json:
         print(json.dumps(found.to_dict()))
         return
-    from rich.console import Console
-
     from resdiag.plots.anatomy import draw_tree
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 250
-    console.print(draw_tree(found, fold=not show_all), markup=False)
+    open_console().print(draw_tree(found, fold=not show_all), markup=False)

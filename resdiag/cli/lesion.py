@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from resdiag.cli.models import Argument, InputShape, Model, parse_shape
-from resdiag.cli.options import Json
+from resdiag.cli.options import Argument, InputShape, Json, Model, parse_shape
 from resdiag.interventions.table import models_interventions
 
 

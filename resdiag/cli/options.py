@@ -2,19 +2,23 @@
 
 import functools
 import inspect
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from resdiag.errors import unknown
+from resdiag.errors import UsageError
 from resdiag.runs.config import row_of
+from resdiag.training.device import check_device
 from resdiag.training.recipe import Request
 
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", callback=check_device)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+RunPaths = Annotated[
+    list[Path] | None, typer.Argument(metavar="[RUN]...", help="Runs; the latest if none.")
+]
 RunsRoot = Annotated[
     Path, typer.Option("--runs", envvar="RESDIAG_RUNS", help="Folder that holds the runs.")
 ]
@@ -22,30 +26,79 @@ DataRoot = Annotated[
     Path | None,
     typer.Option("--data-root", envvar="RESDIAG_DATA", help="Folder of downloaded data sets."),
 ]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="torchvision:NAME, timm:NAME, transformers:NAME, resdiag:VARIANT-DEPTH or "
+        "package.module:factory.",
+    ),
+]
+Argument = Annotated[
+    list[str] | None,
+    typer.Option("--arg", help="key=value for the factory or configuration; several times."),
+]
+Blocks = Annotated[
+    list[str] | None,
+    typer.Option(help="Pattern of modules to take as the blocks; several times."),
+]
+InputShape = Annotated[
+    str | None,
+    typer.Option(help="Shape of one sample, e.g. 3,64,64, or the number of tokens."),
+]
 
 
-def with_settings(command: Callable[..., int]) -> Callable[..., int]:
+class Command:
+    """A command one of whose parameters stands for options that follow from a table.
+
+    Args:
+        function: The command.
+        parameter: The name of that parameter.
+        options: The options. It is called whenever Typer reads them: tables can grow.
+        gather: Takes what was given; takes the options out of it and returns the argument.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., int],
+        parameter: str,
+        options: Callable[[], Iterable[inspect.Parameter]],
+        gather: Callable[[dict[str, Any]], object],
+    ) -> None:
+        functools.update_wrapper(self, function)
+        self._function, self._parameter = function, parameter
+        self._options, self._gather = options, gather
+
+    def __call__(self, **given: Any) -> int:  # noqa: ANN401
+        """Run the command with what was given on the command line."""
+        argument = self._gather(given)
+        return self._function(**given, **{self._parameter: argument})
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        listed: list[inspect.Parameter] = []
+        for own in inspect.signature(self._function, eval_str=True).parameters.values():
+            replaced = own.name == self._parameter
+            listed += self._options() if replaced else [own.replace(kind=own.KEYWORD_ONLY)]
+        return inspect.Signature(listed)
+
+
+def with_settings(command: Callable[..., int]) -> Command:
     """Give a command an option for each run setting that it does not define itself.
 
     Args:
-        command: Takes what was given as a `Request`, first, and its own options.
-
-    Returns:
-        The command with all options, as Typer reads them from its signature.
+        command: Its parameter `request`, which gets all of them, stands for those options.
     """
-    own = dict(list(inspect.signature(command, eval_str=True).parameters.items())[1:])
-    options = {e.name: _option(e) for e in fields(Request) if e.name not in own}
+    own = inspect.signature(command).parameters
+    options = {entry.name: _option(entry) for entry in fields(Request) if entry.name not in own}
 
-    @functools.wraps(command)
-    def run(**given: Any) -> int:  # noqa: ANN401
+    def gather(given: dict[str, Any]) -> Request:
         asked = {entry.name: given[entry.name] for entry in fields(Request)}
-        rest = {name: value for name, value in given.items() if name not in options}
-        return command(Request(**asked), **rest)
+        for name in options:
+            del given[name]
+        return Request(**asked)
 
-    parameters = [*options.values(), *own.values()]
-    run.__signature__ = inspect.Signature(parameters, return_annotation=int)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run
+    return Command(command, "request", options.values, gather)
 
 
 def _option(entry: "Field[Any]") -> inspect.Parameter:
@@ -59,11 +112,18 @@ def _option(entry: "Field[Any]") -> inspect.Parameter:
     )
 
 
-def check_device(device: str) -> None:
-    """Refuse a `--device` that no machine has.
+def parse_shape(text: str | None) -> tuple[int, ...] | None:
+    """The numbers of `--input-shape`; 3,64,64 or 3x64x64.
 
     Raises:
-        UsageError: Naming the valid ones.
+        UsageError: It is not a list of positive numbers.
+
+    >>> parse_shape("3,64,64")
+    (3, 64, 64)
     """
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
-        raise unknown("device", device, ["auto", "cpu", "cuda", "cuda:N"])
+    if text is None:
+        return None
+    words = text.lower().replace("x", ",").strip("() ").split(",")
+    if not all(word.strip().isdigit() and int(word) > 0 for word in words):
+        raise UsageError(f"--input-shape '{text}' is not a list of positive numbers", "3,64,64")
+    return tuple(int(word) for word in words)

@@ -3,6 +3,11 @@
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], as_json: bool) -> None:
@@ -12,16 +17,31 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]], as_json: b
         print(json.dumps([dict(zip(header, row, strict=True)) for row in listed]))
         return
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
     table = Table(*header, box=SIMPLE_HEAD, expand=False)
     for row in listed:
         table.add_row(*row)
+    open_console().print(table, markup=False)
+
+
+def open_console(width: int = 250) -> "Console":
+    """Standard output for what is drawn; `width` columns where it is no terminal."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
     if not console.is_terminal:
-        console.width = 250
-    console.print(table, markup=False)
+        console.width = width
+    return console
+
+
+def print_files(files: Sequence[Path], as_json: bool, **about: str) -> None:
+    """The files one a line; with `--json` one document, which says `about`, too."""
+    if as_json:
+        print(json.dumps({"schema": 1, **about, "files": [str(path) for path in files]}))
+        return
+    for path in files:
+        print(path)
 
 
 def say(line: str) -> None:

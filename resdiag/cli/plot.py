@@ -1,6 +1,5 @@
 """`resdiag plot`: draw runs."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from resdiag.cli.opening import open_runs
-from resdiag.cli.options import Json, RunsRoot
-from resdiag.cli.output import print_table
+from resdiag.cli.options import Json, RunPaths, RunsRoot
+from resdiag.cli.output import print_files, print_table
 from resdiag.errors import UsageError, unknown
 
 if TYPE_CHECKING:
@@ -21,9 +20,7 @@ def plot(
     kind: Annotated[
         str, typer.Argument(help="What to draw: a kind that `--list` names, or any metric.")
     ] = "",
-    paths: Annotated[
-        list[Path] | None, typer.Argument(metavar="[RUN]...", help="Runs; the latest if none.")
-    ] = None,
+    paths: RunPaths = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File without ending, or with one.")
     ] = None,
@@ -59,11 +56,7 @@ def plot(
 
     figure = draw(entry.name, opened, step=step, theory=theory)
     files = save(figure, stem or _default_stem(entry.name, opened), endings)
-    if as_json:
-        print(json.dumps({"schema": 1, "kind": entry.name, "files": [str(f) for f in files]}))
-        return
-    for file in files:
-        print(file)
+    print_files(files, as_json, kind=entry.name)
 
 
 def _plan_files(out: Path | None, formats: str) -> tuple[Path | None, list[str]]:

@@ -6,8 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resdiag.cli.models import Argument, InputShape, Model, parse_shape
-from resdiag.cli.options import DataRoot, Json, RunsRoot
+from resdiag.cli.options import (
+    Argument,
+    Blocks,
+    DataRoot,
+    InputShape,
+    Json,
+    Model,
+    RunsRoot,
+    parse_shape,
+)
 from resdiag.cli.output import say
 from resdiag.errors import unknown
 
@@ -28,10 +36,7 @@ def probe(
     input_shape: InputShape = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples of the batch.")] = 8,
     loss: Annotated[str, typer.Option(help="auto, cross-entropy or mean-square.")] = "auto",
-    blocks: Annotated[
-        list[str] | None,
-        typer.Option(help="Pattern of modules to take as the blocks; several times."),
-    ] = None,
+    blocks: Blocks = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights, batch and labels.")] = 0,
     curvature: Annotated[
         bool, typer.Option(help="Measure the critical learning rate; the slow part.")
@@ -86,7 +91,6 @@ def probe(
 
 
 def _describe(found: "ProbeResult") -> str:
-    """The numbers in one paragraph."""
     numbers, curve = found.summary(), found.curvature
     signal, gradient = numbers["signal"], numbers["gradient"]
     lines = [

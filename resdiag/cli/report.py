@@ -1,15 +1,13 @@
 """Reports of runs and of studies, for people; frozen results, for the repository."""
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from resdiag.cli.opening import open_runs, open_study
-from resdiag.cli.options import Json, RunsRoot
-from resdiag.cli.output import say
+from resdiag.cli.options import Json, RunPaths, RunsRoot
+from resdiag.cli.output import print_files, say
 from resdiag.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,9 +31,7 @@ MOST_RUNS = 12
 
 
 def report(
-    paths: Annotated[
-        list[Path] | None, typer.Argument(metavar="[RUN]...", help="Runs; the latest if none.")
-    ] = None,
+    paths: RunPaths = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Folder; `report` in the run's folder if not given."),
@@ -60,7 +56,8 @@ def report(
 
     one = opened[0].path / "report"
     folder = out or (one if len(opened) == 1 else Path("reports") / f"{len(opened)}-runs")
-    _print_files(write_run_report(opened, folder), as_json)
+    files = write_run_report(opened, folder)
+    print_files(files if as_json else files[:1], as_json)
 
 
 def _refuse_study(path: Path) -> None:
@@ -110,11 +107,7 @@ def freeze_study(
     left = [item.cell.id for item in results.cells if not item.ended]
     if left:
         say(f"{len(left)} of {len(results.cells)} cells have not ended: {', '.join(left[:5])}")
-    if as_json:
-        print(json.dumps({"schema": 1, "files": [str(path) for path in files]}))
-        return
-    for path in files:
-        print(path)
+    print_files(files, as_json)
 
 
 def report_study(
@@ -139,15 +132,7 @@ def report_study(
     frozen = results.source == where
     folder = out or (Path("reports") / results.study.name if frozen else Path(results.source))
     files = write_report(results, folder if out or frozen else folder / "report")
-    _print_files(files, as_json)
-
-
-def _print_files(files: Sequence[Path], as_json: bool) -> None:
-    """The page, or the document with all files."""
-    if as_json:
-        print(json.dumps({"schema": 1, "files": [str(path) for path in files]}))
-        return
-    print(files[0])
+    print_files(files if as_json else files[:1], as_json)
 
 
 def _read(

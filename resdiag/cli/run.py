@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resdiag.cli.options import DataRoot, Json, RunsRoot, check_device, with_settings
+from resdiag.cli.options import DataRoot, Device, Json, RunsRoot, with_settings
 from resdiag.cli.output import keep_quiet, say
 from resdiag.data.registry import check_data
-from resdiag.errors import UsageError
 from resdiag.trackers.tracker import TRACKERS, parse_tracker
+from resdiag.training.device import find_device
 from resdiag.training.interrupt import EXIT_CODES
 from resdiag.training.recipe import Request
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def run(
     request: Request,
     *,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="CPU threads of PyTorch.")
     ] = None,
@@ -48,13 +48,16 @@ def run(
     """Train one variant, or just start to train it, while recording; ends with the verdict."""
     request.check()
     check_data(request.data)
-    check_device(device)
     for text in tracker or ():
         parse_tracker(text)
     # every mistake that can be seen without torch has been answered by now
+    import torch
+
     from resdiag.study.cell import Options, run_cell
 
-    request = replace(request, device=_find_device(device, threads))
+    if threads is not None:
+        torch.set_num_threads(threads)
+    request = replace(request, device=find_device(device))
     options = Options(
         root=runs,
         data_root=data_root,
@@ -68,25 +71,10 @@ def run(
     return EXIT_CODES[outcome.signal] if outcome.run.status == "stopped" else 0
 
 
-def _find_device(name: str, threads: int | None) -> str:
-    """The device that `--device` means on this machine; sets the number of CPU threads."""
-    import torch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if kind == "cuda" and not int(index or 0) < torch.cuda.device_count():
-        raise UsageError(f"device '{name}' is not here", f"{torch.cuda.device_count()} GPUs found")
-    return name
-
-
 def _print_outcome(outcome: "Outcome", as_json: bool) -> None:
     from resdiag.diagnose.verdict import render
-    from resdiag.study.cell import summarise
 
-    summary = summarise(outcome)
+    summary = _summarise(outcome)
     if as_json:
         print(json.dumps(summary))
         return
@@ -96,8 +84,33 @@ def _print_outcome(outcome: "Outcome", as_json: bool) -> None:
     print(render(outcome.verdict))
 
 
+def _summarise(outcome: "Outcome") -> dict[str, Any]:
+    """The document of `resdiag run --json`."""
+    run, verdict = outcome.run, outcome.verdict
+    curve = run.curve()
+    tested = curve["test_error"].dropna()
+    trained = curve["train_error"].dropna()
+    return {
+        "schema": 1,
+        "run": str(run.path),
+        "status": run.status,
+        "steps": run.steps,
+        "resumed_at": outcome.resumed_at,
+        "data": run.data.get("name", ""),
+        "variant": run.config.variant,
+        "depth": run.config.depth,
+        "seed": run.config.seed,
+        "test_error": {
+            "final": float(tested.iloc[-1]) if len(tested) and run.status == "done" else None,
+            "best": float(tested.min()) if len(tested) else None,
+        },
+        "train_error": float(trained.iloc[-1]) if len(trained) else None,
+        "verdict": verdict.to_dict(),
+        "notes": list(outcome.notes),
+    }
+
+
 def _describe(summary: dict[str, Any]) -> str:
-    """One paragraph of facts before the verdict."""
     test = summary["test_error"]
     words = {"final": "at the end", "best": "at best"}
     measured = [f"{test[key]:.2%} {words[key]}" for key in words if test[key] is not None]

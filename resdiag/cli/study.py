@@ -4,20 +4,17 @@ import json
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from resdiag.cli.app import group
 from resdiag.cli.opening import open_study
-from resdiag.cli.options import DataRoot, Json, RunsRoot, check_device
-from resdiag.cli.output import print_table
-from resdiag.cli.study_options import Device, EngineCommand, Mini, Sets, Where
+from resdiag.cli.options import DataRoot, Device, Json, RunsRoot
+from resdiag.cli.output import open_console, print_table
+from resdiag.cli.study_options import Mini, Sets, Where, with_engine
 from resdiag.cli.study_run import print_status, retry, run, run_cell
 from resdiag.errors import UsageError, unknown
-
-if TYPE_CHECKING:
-    pass
 
 study_app = group("Studies: one question, a grid of runs, any engine.")
 
@@ -50,17 +47,17 @@ def init(
 ) -> None:
     """Write a commented study file to begin with."""
     from resdiag.runs.files import create_file
-    from resdiag.study.shipped import TEMPLATE
+    from resdiag.study.shipped import study_template
 
     if path.suffix != ".toml":
         raise UsageError(f"{path} must end with .toml")
-    if not create_file(path, TEMPLATE.format(name=shlex.quote(str(path))).encode()):
+    if not create_file(path, study_template(shlex.quote(str(path))).encode()):
         raise UsageError(f"{path} exists already")
     print(path)
 
 
-study_app.command("run")(EngineCommand(run))
-study_app.command("retry")(EngineCommand(retry))
+study_app.command("run")(with_engine(run))
+study_app.command("retry")(with_engine(retry))
 study_app.command("cell")(run_cell)
 
 
@@ -77,7 +74,6 @@ def plan(
     """Print the command of each missing cell, for any other scheduler: xargs, sbatch, ..."""
     if form not in FORMATS:
         raise unknown("format", form, FORMATS)
-    check_device(device)
     study = open_study(where, settings, mini)
     from resdiag.study.ledger import ENDED, read_ledger
 
@@ -124,24 +120,21 @@ def watch(
 ) -> None:
     """Watch a study run: progress, time left, errors, gradient norm by block of each cell."""
     study = open_study(where, settings, mini)
-    from rich.console import Console
     from rich.live import Live
 
     from resdiag.study.ledger import read_ledger
     from resdiag.study.live import draw_study
 
-    console = Console()
+    console = open_console(width=200)
     if once or not console.is_terminal:
-        if not console.is_terminal:
-            console.width = 200
-        console.print(draw_study(study, runs, 10_000))
+        console.print(draw_study(study, read_ledger(study, runs), 10_000))
         return
     try:
         with Live(console=console, auto_refresh=False) as live:
             while True:
-                live.update(draw_study(study, runs, console.height), refresh=True)
-                states = {entry.state for entry in read_ledger(study, runs)}
-                if not states & {"running", "stale", "missing"}:
+                entries = read_ledger(study, runs)
+                live.update(draw_study(study, entries, console.height), refresh=True)
+                if not {entry.state for entry in entries} & {"running", "stale", "missing"}:
                     return
                 time.sleep(1)
     except KeyboardInterrupt:  # the way to leave

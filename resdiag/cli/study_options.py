@@ -3,11 +3,11 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import update_wrapper
 from typing import Annotated, Any
 
 import typer
 
+from resdiag.cli.options import Command
 from resdiag.study.engines.engine import ENGINES, Engine, find_engine
 
 Where = Annotated[
@@ -20,7 +20,6 @@ Sets = Annotated[
 Mini = Annotated[
     bool, typer.Option("--mini", help="Shrink the study to seconds on a CPU, to see that it works.")
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Drift = Annotated[
     bool, typer.Option("--allow-drift", help="Continue cells although versions or machine changed.")
 ]
@@ -46,43 +45,33 @@ class Start:
     options: dict[str, Any]
 
 
-class EngineCommand:
-    """A command with `--engine`, `--slots` and the options of all engines that are registered.
+def with_engine(command: Callable[..., int]) -> Command:
+    """Give a command `--engine`, `--slots` and the options of all engines that are registered.
 
     Args:
-        function: It has a parameter `start`, which gets a `Start` and stands for those options.
+        command: Its parameter `start`, which gets a `Start`, stands for those options.
     """
 
-    def __init__(self, function: Callable[..., int]) -> None:
-        update_wrapper(self, function)
-        self._function = function
-
-    def __call__(self, **given: Any) -> int:  # noqa: ANN401
-        """Run the command with what was given on the command line."""
+    def gather(given: dict[str, Any]) -> Start:
         chosen, slots = given.pop("engine"), given.pop("slots")
         values = {name: given.pop(f"engine_{name}") for name in _list_engine_options()}
         engine, options = find_engine(chosen, slots, values)
-        return self._function(**given, start=Start(engine, slots, options))
+        return Start(engine, slots, options)
 
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """What Typer reads whenever a command line is run: engines may have been registered."""
-        kind = inspect.Parameter.KEYWORD_ONLY
-        names = ", ".join(ENGINES)
-        choice = Annotated[str, typer.Option(help=f"What starts the cells: {names}.")]
-        parameters = [
-            inspect.Parameter("engine", kind, default="local", annotation=choice),
-            inspect.Parameter("slots", kind, default=None, annotation=_Slots),
-            *_list_engine_options().values(),
-        ]
-        listed: list[inspect.Parameter] = []
-        for parameter in inspect.signature(self._function, eval_str=True).parameters.values():
-            listed += parameters if parameter.name == "start" else [parameter.replace(kind=kind)]
-        return inspect.Signature(listed)
+    return Command(command, "start", _list_options, gather)
+
+
+def _list_options() -> list[inspect.Parameter]:
+    kind = inspect.Parameter.KEYWORD_ONLY
+    choice = Annotated[str, typer.Option(help=f"What starts the cells: {', '.join(ENGINES)}.")]
+    return [
+        inspect.Parameter("engine", kind, default="local", annotation=choice),
+        inspect.Parameter("slots", kind, default=None, annotation=_Slots),
+        *_list_engine_options().values(),
+    ]
 
 
 def _list_engine_options() -> dict[str, inspect.Parameter]:
-    """The parameters that stand for the engines' own options, by name."""
     found = {}
     for engine in ENGINES.values():
         for option in engine.options:

@@ -2,23 +2,16 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from resdiag.cli.opening import open_study
-from resdiag.cli.options import DataRoot, Json, RunsRoot, check_device
+from resdiag.cli.options import DataRoot, Device, Json, RunsRoot
 from resdiag.cli.output import keep_quiet, print_table, say
-from resdiag.cli.study_options import (
-    Device,
-    Drift,
-    Mini,
-    Quiet,
-    Sets,
-    Start,
-    Where,
-)
+from resdiag.cli.study_options import Drift, Mini, Quiet, Sets, Start, Where
 from resdiag.errors import UsageError
 from resdiag.training.interrupt import EXIT_CODES
 
@@ -46,7 +39,6 @@ def run(
     as_json: Json = False,
 ) -> int:
     """Run the missing cells of a study. The same command continues an interrupted study."""
-    check_device(device)
     study = open_study(where, settings, mini)
     if dry_run:
         _print_plan(study, runs, as_json)
@@ -72,7 +64,6 @@ def retry(
     as_json: Json = False,
 ) -> int:
     """Run failed cells again, from their last commits, with all else that is missing."""
-    check_device(device)
     study = open_study(where, settings, mini)
     from resdiag.study.failure import clear_failure
     from resdiag.study.ledger import read_entry
@@ -99,7 +90,6 @@ def run_cell(
     allow_drift: Drift = False,
 ) -> int:
     """Bring one cell to its end, from its last commit; done already is fine. Engines call this."""
-    check_device(device)
     study = open_study(where, settings, mini)
     study.cell(id)
     plan = study.write_plan(runs)
@@ -116,23 +106,11 @@ def run_cell(
     return work(task, say)
 
 
-def _run(
-    study: "Study",
-    start: Start,
-    about: dict[str, Any],
-    quiet: bool,
-    as_json: bool,
-) -> int:
-    """Start what is missing, wait, and say how it ended.
-
-    Args:
-        study: The study.
-        start: What starts its cells.
-        about: Attributes of the job: device, runs, data_root, allow_drift.
-        quiet: Show no progress.
-        as_json: Print one document.
-    """
+def _run(study: "Study", start: Start, about: dict[str, Any], quiet: bool, as_json: bool) -> int:
+    """Start what is missing, wait, and say how it ended; `about` has attributes of the job."""
+    from resdiag.study.engines.job import Job
     from resdiag.study.ledger import ENDED, read_ledger
+    from resdiag.study.live import showing_progress
 
     runs, quiet = about["runs"], quiet or as_json
     entries = read_ledger(study, runs)
@@ -141,7 +119,15 @@ def _run(
     tell = keep_quiet if quiet else say
     if before:
         tell(f"{len(before)} cells failed before; `resdiag study retry` tries them again")
-    stopped = _start(study, start, cells, about, quiet) if cells else 0
+    stopped = 0
+    if cells:
+        if start.engine.is_local:
+            _check_data(study, cells, about["data_root"])
+        about = {**about, "data_root": str(about["data_root"] or "")}
+        plan = study.write_plan(runs)
+        job = Job(study=study, plan=plan, cells=cells, say=tell, slots=start.slots, **about)
+        with showing_progress(job, quiet=quiet) as shown:
+            stopped = start.engine.run(shown, **start.options)
     entries = read_ledger(study, runs)
     if as_json or not quiet:
         print_status(study, entries, as_json)
@@ -149,28 +135,6 @@ def _run(
         tell("stopped; the same command goes on")
         return EXIT_CODES[stopped]
     return _FAILED if any(entry.state == "failed" for entry in entries) else 0
-
-
-def _start(
-    study: "Study", start: Start, cells: tuple[str, ...], about: dict[str, Any], quiet: bool
-) -> int:
-    """Run cells under the chosen engine; returns the signal that stopped it, or 0."""
-    from resdiag.study.engines.job import Job
-    from resdiag.study.live import showing_progress
-
-    data_root = about["data_root"]
-    if start.engine.is_local:
-        _check_data(study, cells, data_root)
-    job = Job(
-        **{**about, "data_root": str(data_root or "")},
-        study=study,
-        plan=study.write_plan(about["runs"]),
-        cells=cells,
-        say=keep_quiet if quiet else say,
-        slots=start.slots,
-    )
-    with showing_progress(job, quiet=quiet) as shown:
-        return start.engine.run(shown, **start.options)
 
 
 def _check_data(study: "Study", cells: tuple[str, ...], data_root: Path | None) -> None:
@@ -193,7 +157,7 @@ def _print_plan(study: "Study", runs: Path, as_json: bool) -> None:
     entries = read_ledger(study, runs)
     left = estimate(study.cells, entries)
     if as_json:
-        document: dict[str, Any] = {"schema": 1, "study": study.name, "left": left.to_dict()}
+        document: dict[str, Any] = {"schema": 1, "study": study.name, "left": asdict(left)}
         cells = [{"id": entry.id, "state": entry.state} for entry in entries]
         print(json.dumps({**document, "cells": cells}))
         return

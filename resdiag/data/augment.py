@@ -92,17 +92,8 @@ class Augmenter:
 
     def test_batches(self, size: int) -> Iterator[Batch]:
         """The test images in order, normalised only, `size` at a time."""
-        return self._in_order(self._test, size)
-
-    def train_eval_batches(self, size: int) -> Iterator[Batch]:
-        """The training images in order, normalised only, `size` at a time."""
-        return self._in_order(self._train, size)
-
-    def _in_order(self, pair: Batch, size: int) -> Iterator[Batch]:
-        for start in range(0, len(pair[0]), size):
-            part = slice(start, start + size)
-            images = self._normalise(pair[0][part])
-            yield images.contiguous(memory_format=self._format), pair[1][part]
+        for images, labels in zip(*(part.split(size) for part in self._test), strict=True):
+            yield self._normalise(images).contiguous(memory_format=self._format), labels
 
     def _normalise(self, images: Tensor) -> Tensor:
         return images.float().sub_(self._mean).div_(self._std)

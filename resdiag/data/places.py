@@ -1,7 +1,9 @@
 """Where data lie on this computer, and a quick look at a path. No torch here."""
 
+import io
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +52,7 @@ def check_tree(spec: str, path: Path) -> None:
         UsageError: It is not, or a split holds no file.
     """
     if path.is_file():
-        if not _is_archive(path):
-            raise UsageError(f"{spec}: neither a folder nor a tar archive", TREE)
+        _check_archive(spec, path)
         return
     for split in ("train", "test"):
         folder = path / split
@@ -61,27 +62,44 @@ def check_tree(spec: str, path: Path) -> None:
             raise UsageError(f"{spec}: {split} holds no file", TREE)
 
 
-def _is_archive(path: Path) -> bool:
-    """Whether a file begins as a tar archive, packed or not; just one header is unpacked.
+def _check_archive(spec: str, path: Path) -> None:
+    """Refuse a file that does not begin as a tar archive; just one header is unpacked.
 
     Not `tarfile.is_tarfile`: that reads extended headers of any length that the file claims.
+    """
+    import tarfile
+
+    try:
+        with open_archive(path) as file:
+            tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
+    except UsageError:
+        raise UsageError(f"{spec}: neither a folder nor a tar archive", TREE) from None
+
+
+@contextmanager
+def open_archive(path: Path) -> Iterator[io.BufferedIOBase]:
+    """The unpacked bytes of a tar archive: packed by gzip, bzip2 or xz, or not.
+
+    Raises:
+        UsageError: What is done with them finds that they are not an archive, or not a whole one.
     """
     import bz2  # here: `--help` and most mistakes need no archive
     import gzip
     import lzma
-
-    openers = (gzip.open, bz2.open, lzma.open, Path.open)
-    return any(_begins_as_tar(path, opener) for opener in openers)
-
-
-def _begins_as_tar(path: Path, opener: Callable[..., Any]) -> bool:
     import tarfile
-    from lzma import LZMAError
-    from zlib import error as ZlibError
+    import zlib
 
+    openers: dict[bytes, Callable[..., Any]] = {
+        b"\x1f\x8b": gzip.open,
+        b"BZh": bz2.open,
+        b"\xfd7zXZ\0": lzma.open,
+    }
     try:
-        with opener(path, "rb") as file:
-            tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
-    except (tarfile.TarError, EOFError, ZlibError, LZMAError, OSError):
-        return False
-    return True
+        with path.open("rb") as file:
+            start = file.read(6)
+            file.seek(0)
+            opener = next((openers[magic] for magic in openers if start.startswith(magic)), None)
+            with opener(file) if opener else file as unpacked:
+                yield unpacked
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        raise UsageError(f"{path}: not a complete tar archive: {error}", f"{TREE} in it") from error

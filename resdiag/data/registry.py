@@ -4,8 +4,8 @@
 `auto` and the reference page follow from the rows. No torch here: a wrong name is answered at once.
 """
 
-import importlib
 import os
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,11 +93,9 @@ class DataSet:
 
     def load(self, place: Path | None) -> "Source":
         """Read the set from a place on disk; None for embedded data."""
-        if not isinstance(self.read, str):
-            return self.read(place)
-        module, _, name = self.read.partition(":")
-        read: Callable[..., Source] = getattr(importlib.import_module(module), name)
-        return read(place)
+        read = pkgutil.resolve_name(self.read) if isinstance(self.read, str) else self.read
+        source: Source = read(place)
+        return source
 
 
 def _from_torchvision(name: str) -> Callable[[Path], object]:

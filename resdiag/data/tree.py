@@ -1,12 +1,8 @@
 """`--data folder:PATH`: a tree `train/<class>/*`, `test/<class>/*`, or a tar archive of one."""
 
-import bz2
-import gzip
 import io
-import lzma
 import os
 import tarfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
@@ -16,7 +12,7 @@ from numpy.typing import NDArray
 from resdiag.data.cache import cached
 from resdiag.data.dataset import Source
 from resdiag.data.pictures import MAX_BYTES, MAX_COUNT, SUFFIXES, Decoded, Picture, decode_all
-from resdiag.data.places import TREE
+from resdiag.data.places import TREE, open_archive
 from resdiag.errors import UsageError
 
 _SPLITS = ("train", "test")
@@ -75,24 +71,8 @@ def _split_name(name: Path | PurePosixPath) -> tuple[str, tuple[str, str, str]]:
 
 
 def _decode_archive(path: Path) -> Decoded:
-    try:
-        with _open_packed(path) as file, tarfile.open(fileobj=_Bounded(file, path)) as archive:
-            return decode_all(_read_members(archive, path), path)
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        raise UsageError(
-            f"{path}: not a complete tar archive: {error}", hint=f"{TREE} in it"
-        ) from error
-
-
-def _open_packed(path: Path) -> io.BufferedIOBase:
-    """The unpacked bytes of the archive, by what it begins with."""
-    with path.open("rb") as file:
-        start = file.read(6)
-    if start.startswith(b"\x1f\x8b"):
-        return gzip.open(path)
-    if start.startswith(b"BZh"):
-        return bz2.open(path)
-    return lzma.open(path) if start == b"\xfd7zXZ\0" else path.open("rb")
+    with open_archive(path) as file, tarfile.open(fileobj=_Bounded(file, path)) as archive:
+        return decode_all(_read_members(archive, path), path)
 
 
 class _Bounded(io.RawIOBase):

@@ -3,9 +3,9 @@
 No torch is imported here: names are checked and help is printed before anything slow is loaded.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from resdiag.errors import UsageError, unknown
 from resdiag.models.variants import Variant, find_variant
@@ -125,9 +125,9 @@ def _delete_shortcut(row: Variant) -> Variant | None:
 
 def _drop_one_block(network: "ResNet") -> None:
     """Drop the last block of a stage that has one without a transition."""
-    middle = network.stages[1]
+    first, middle, _ = cast("Iterable[nn.Sequential]", network.stages)
     # depth 8 has one block a stage: only the first stage's keeps the shape
-    del (middle if len(middle) > 1 else network.stages[0])[-1]  # type: ignore[arg-type, operator]
+    del (middle if len(middle) > 1 else first)[-1]
 
 
 def _units(network: "ResNet") -> "list[nn.Module]":

@@ -120,7 +120,6 @@ class Commit:
 
 
 def _drift(value: object, path: Path) -> tuple[dict[str, Any], ...]:
-    """The list of drifts, each with its environment."""
     if not isinstance(value, list) or not all(
         isinstance(item, dict) and isinstance(item.get("environment"), dict) for item in value
     ):

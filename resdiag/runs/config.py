@@ -4,8 +4,6 @@ A setting is a field of `Settings` with a row of facts. The options of `resdiag 
 study files, `--set`, all checks, the digest and the reference page follow from it.
 """
 
-import hashlib
-import json
 import math
 import re
 import reprlib
@@ -16,6 +14,7 @@ from typing import Any, TypeVar, dataclass_transform, get_args
 
 from resdiag.errors import UsageError, unknown
 from resdiag.models.variants import count_blocks, find_variant
+from resdiag.runs.files import hash_json
 
 BACKENDS = ("auto", "eager", "fast", "compile", "graph")
 """How passes are executed.
@@ -221,15 +220,15 @@ class RunConfig(Settings):
         return {**asdict(self), "milestones": list(self.milestones)}
 
     @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> "RunConfig":
+    def from_dict(cls, document: object) -> "RunConfig":
         """Build a config from plain data, as read from JSON.
 
         Raises:
-            UsageError: A key is unknown (with the nearest match), missing, or mistyped.
+            UsageError: It is not an object, or a key is unknown, missing or mistyped.
         """
         if not isinstance(document, Mapping):
             raise UsageError(f"a config is an object of keys, not {reprlib.repr(document)}")
-        document = from_stored(document)
+        document = dict(from_stored(document))
         names = [entry.name for entry in fields(cls)]
         for key in document:
             if key not in names:
@@ -240,11 +239,8 @@ class RunConfig(Settings):
         return cls(**document)
 
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON: equal configs have equal digests."""
-        text = json.dumps(
-            to_stored(self.to_dict()), sort_keys=True, separators=(",", ":"), allow_nan=False
-        )
-        return hashlib.sha256(text.encode()).hexdigest()
+        """SHA-256 of what decides it: equal configs have equal digests."""
+        return hash_json(to_stored(self.to_dict()))
 
     @property
     def model(self) -> str:

@@ -180,6 +180,12 @@ def from_json(data: bytes, path: Path) -> dict[str, Any]:
     return document
 
 
+def hash_json(document: object, before: str = "") -> str:
+    """SHA-256 of `before` and of canonical JSON: equal documents have equal hashes."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(f"{before}{text}".encode()).hexdigest()
+
+
 def seal(document: Mapping[str, Any]) -> bytes:
     """JSON that carries the SHA-256 of itself."""
     return to_json({**document, "sha256": hashlib.sha256(to_json(document)).hexdigest()})

@@ -77,7 +77,7 @@ class Run:
 
         recorded = None if names is None else set().union(*map(inputs_of, names))
         frame = self.metrics_frame
-        columns = _columns(self._read("metrics", recorded) if frame is None else frame)
+        columns = columns_of(self._read("metrics", recorded) if frame is None else frame)
         columns |= derive(columns, names=names)
         if names is not None:
             kept = {"step", "block", *names}
@@ -94,7 +94,7 @@ class Run:
         import pandas as pd
 
         frame = self._read("curve") if self.curve_frame is None else self.curve_frame
-        columns = _columns(frame)
+        columns = columns_of(frame)
         return pd.DataFrame({**columns, **derive(columns, per_step=True)})
 
     @property
@@ -271,8 +271,8 @@ def _entries(
     return entries
 
 
-def _columns(frame: "pd.DataFrame") -> "dict[str, np.ndarray]":
-    """A frame's columns by name."""
+def columns_of(frame: "pd.DataFrame") -> "dict[str, np.ndarray]":
+    """A frame's columns by name, as arrays."""
     return {str(name): frame[name].to_numpy() for name in frame.columns}
 
 

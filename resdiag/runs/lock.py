@@ -6,10 +6,12 @@ import os
 import re
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from resdiag.errors import BusyError
 from resdiag.runs.files import create_file, list_folder, remove_file
@@ -104,6 +106,34 @@ class Lock:
             return self.path.read_bytes() == self.owner
         except OSError:
             return False
+
+
+class Heartbeat:
+    """Calls `beat` every few seconds from a thread while entered; a context manager.
+
+    So that other processes can tell a lock's living owner from one that is gone.
+
+    Args:
+        beat: A lock's.
+        every: Seconds.
+    """
+
+    def __init__(self, beat: Callable[[], None], every: float = BEAT_S) -> None:
+        self._beat, self._every = beat, every
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="resdiag-heartbeat", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._over.wait(self._every):
+            self._beat()
 
 
 def _locks(folder: Path) -> dict[int, Path]:

@@ -126,7 +126,6 @@ def decode(
 
 
 def _open(path: Path, data: bytes) -> pq.ParquetFile:
-    """A segment, its footer read."""
     try:
         # ParquetFile, not read_table: no pandas metadata, no paths, no partitions
         return pq.ParquetFile(pa.BufferReader(data))

@@ -235,7 +235,6 @@ class RunWriter:
         return encode(table, rows, {**self._keys, CUSTOM: ",".join(custom)})
 
     def _write(self, files: dict[str, str], name: str, data: bytes) -> None:
-        """Write one file and note its hash."""
         files[name] = write_file(self.folder / name, data)
 
     def _publish(self, commit: Commit) -> None:

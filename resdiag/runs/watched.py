@@ -94,6 +94,7 @@ def write_run(
         StorageError: It cannot be written.
     """
     from resdiag.runs.commit import RUN
+    from resdiag.runs.folder import columns_of
     from resdiag.runs.store import RunWriter
 
     folder = Path(path)
@@ -111,11 +112,8 @@ def write_run(
     )
     with writer:
         writer.describe(run.blocks, run.unavailable, run.point, run.notes, run.custom_metrics)
-        tables = [
-            {str(name): frame[name].to_numpy() for name in frame.columns}
-            for frame in (run.metrics_frame, run.curve_frame)
-        ]
-        writer.commit(run.steps, tables[0], tables[1], None, None, run.status)
+        metrics, curve = columns_of(run.metrics_frame), columns_of(run.curve_frame)
+        writer.commit(run.steps, metrics, curve, None, None, run.status)
         writer.finish(run.status, verdict)
     return folder
 

@@ -1,7 +1,5 @@
 """The configuration of a run that resdiag did not train, and reading either kind."""
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -9,6 +7,7 @@ from typing import Any, TypeAlias
 
 from resdiag.errors import UsageError, unknown
 from resdiag.runs.config import RunConfig
+from resdiag.runs.files import hash_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +66,13 @@ class WatchedConfig:
         for key in document:
             if key not in names:
                 raise unknown("config key", str(key)[:80], names)
+        if "model" not in document:
+            raise UsageError("config key 'model' is missing")
         return cls(**document)
 
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        """SHA-256 of what decides it: equal configs have equal digests."""
+        return hash_json(self.to_dict())
 
     @property
     def name(self) -> str:
@@ -89,8 +89,8 @@ def read_config(document: object) -> Config:
     """The config of a `run.json`, of either kind.
 
     Raises:
-        UsageError: A key is unknown, missing or mistyped.
+        UsageError: It is not an object, or a key is unknown, missing or mistyped.
     """
     if isinstance(document, Mapping) and "model" in document:
         return WatchedConfig.from_dict(document)
-    return RunConfig.from_dict(document)  # type: ignore[arg-type]  # it checks that itself
+    return RunConfig.from_dict(document)

@@ -3,16 +3,16 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from resdiag.data.dataset import ImageData, open_data
 from resdiag.diagnose.verdict import Verdict, judge
 from resdiag.runs.config import RunConfig
 from resdiag.runs.environment import environment
 from resdiag.runs.folder import Run, load_run
+from resdiag.runs.lock import Heartbeat
 from resdiag.runs.store import RunWriter
-from resdiag.study.progress import Heartbeat
 from resdiag.trackers.feed import open_feed
 from resdiag.trackers.tracker import RunInfo
 from resdiag.training.display import Display, open_display
@@ -99,31 +99,18 @@ def run_cell(request: Request, options: Options, say: Callable[[str], None]) -> 
             patience=options.patience,
         )
         with writer, Heartbeat(writer.beat):
-            return _continue(writer, config, data, options, say, interrupt)
-
-
-def _continue(
-    writer: RunWriter,
-    config: RunConfig,
-    data: ImageData,
-    options: Options,
-    say: Callable[[str], None],
-    interrupt: Interrupt,
-) -> Outcome:
-    """Bring an open run to its end."""
-    begun = writer.committed_step
-    status = writer.status
-    notes: tuple[str, ...] = ()
-    if status in ("done", "diverged"):
-        say(f"{writer.folder} is {status} already; --force starts over")
-    else:
-        say(f"{writer.folder}" + (f" continues at step {begun}" if begun else ""))
-        status, notes = _train(writer, config, data, options, interrupt)
-    run = load_run(writer.folder)
-    verdict = judge(run)
-    if run.verdict is None or run.status != status:
-        writer.finish(status, verdict.to_dict())
-        run = load_run(writer.folder)
+            begun, status = writer.committed_step, writer.status
+            notes: tuple[str, ...] = ()
+            if status in ("done", "diverged"):
+                say(f"{writer.folder} is {status} already; --force starts over")
+            else:
+                say(f"{writer.folder}" + (f" continues at step {begun}" if begun else ""))
+                status, notes = _train(writer, config, data, options, interrupt)
+            run = load_run(writer.folder)
+            verdict = judge(run)
+            if run.verdict is None or run.status != status:
+                writer.finish(status, verdict.to_dict())
+                run = load_run(writer.folder)
     return Outcome(run=run, verdict=verdict, resumed_at=begun, signal=interrupt.signal, notes=notes)
 
 
@@ -132,8 +119,7 @@ def _train(
 ) -> tuple[str, tuple[str, ...]]:
     title = f"{config.variant} d{config.depth}"
     feed = open_feed(options.trackers, RunInfo(name=config.name, config=config.to_dict()))
-    quiet = options.quiet
-    open_ = options.display or (lambda *about: open_display(*about, quiet=quiet))
+    open_ = options.display or partial(open_display, quiet=options.quiet)
     display = open_(title, config.steps, writer.committed_step)
     status = "stopped"
     try:
@@ -145,29 +131,3 @@ def _train(
         display.close()
         feed.close(status)
     return status, (*training.monitor.warnings, *feed.notes)
-
-
-def summarise(outcome: Outcome) -> dict[str, Any]:
-    """The document of `resdiag run --json`."""
-    run, verdict = outcome.run, outcome.verdict
-    curve = run.curve()
-    tested = curve["test_error"].dropna()
-    trained = curve["train_error"].dropna()
-    return {
-        "schema": 1,
-        "run": str(run.path),
-        "status": run.status,
-        "steps": run.steps,
-        "resumed_at": outcome.resumed_at,
-        "data": run.data.get("name", ""),
-        "variant": run.config.variant,
-        "depth": run.config.depth,
-        "seed": run.config.seed,
-        "test_error": {
-            "final": float(tested.iloc[-1]) if len(tested) and run.status == "done" else None,
-            "best": float(tested.min()) if len(tested) else None,
-        },
-        "train_error": float(trained.iloc[-1]) if len(trained) else None,
-        "verdict": verdict.to_dict(),
-        "notes": list(outcome.notes),
-    }

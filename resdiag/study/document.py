@@ -57,11 +57,7 @@ _DEEP_KEY = re.compile(r"""(?<![\w"'-])(?:[\w"'-]++[ \t]*+\.[ \t]*+){33}""")
 
 
 def _refuse_huge(document: Mapping[str, Any], name: str) -> None:
-    """Refuse integers that TOML has no room for, which Python reads but cannot even print.
-
-    Raises:
-        StudyError: There is one.
-    """
+    """Refuse integers that TOML has no room for, which Python reads but cannot even print."""
     left: list[tuple[str, Any]] = [(key, value) for key, value in document.items()]
     while left:
         key, value = left.pop()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
 
 from resdiag.catalog.table import RECORDED
 from resdiag.data.registry import known_sizes
@@ -40,13 +40,6 @@ class Estimate:
     basis: str
     unknown: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """The estimate for JSON."""
-        return {
-            "seconds": self.seconds, "bytes": self.bytes,
-            "basis": self.basis, "unknown": self.unknown,
-        }  # fmt: skip
-
 
 def estimate(cells: Sequence[Cell], entries: Sequence[Entry]) -> Estimate:
     """Estimate what the cells that have not ended will cost.
@@ -56,15 +49,16 @@ def estimate(cells: Sequence[Cell], entries: Sequence[Entry]) -> Estimate:
         entries: The ledger, in the same order.
     """
     missing = [cell for cell, entry in zip(cells, entries, strict=True) if entry.state not in ENDED]
-    known = [cell for cell in missing if known_sizes(cell.request.data)]
+    sizes = [(cell.request, known_sizes(cell.request.data)) for cell in missing]
+    costs = [_cost(request, *size) for request, size in sizes if size]
     speeds = list(_measured(cells, entries))
     speed = sum(speeds) / len(speeds) if speeds else _IMAGES_PER_S
     basis = f"measured on {len(speeds)} cells of this study" if speeds else _SOURCE
-    unknown = len(missing) - len(known)
-    if not known:
-        return Estimate(0.0 if not missing else None, 0.0 if not missing else None, basis, unknown)
-    seconds = sum(_work(cell.request) / speed + _start(cell.request) for cell in known)
-    return Estimate(seconds, sum(_bytes(cell.request) for cell in known), basis, unknown)
+    if missing and not costs:
+        return Estimate(None, None, basis, len(missing))
+    seconds = sum(work / speed + start for work, start, _ in costs)
+    size = sum(size for _, _, size in costs)
+    return Estimate(float(seconds), float(size), basis, len(missing) - len(costs))
 
 
 def _measured(cells: Sequence[Cell], entries: Sequence[Entry]) -> Iterable[float]:
@@ -80,33 +74,25 @@ def _weight(request: Request) -> float:
     return (request.depth - 2) / 18 * request.width**2
 
 
-def _start(request: Request) -> float:
-    """Seconds before and after the steps: the network is traced, judged and written by block."""
-    return _START_S * max(1.0, (request.depth - 2) / 18 * 0.75)
+@cache
+def _cost(request: Request, train: int, test: int) -> tuple[float, float, float]:
+    """What a cell takes: images of depth 20 at full width, other seconds, bytes.
 
-
-def _resolved(request: Request) -> tuple[RunConfig, int]:
-    """The configuration of a cell, and the number of test images of its data."""
-    sizes = known_sizes(request.data)
-    assert sizes is not None  # cells of other data are counted as unknown
-    return resolve(request, data_name=request.data, train_size=sizes[0]), sizes[1]
-
-
-def _work(request: Request) -> float:
-    """Images of depth 20 at full width that a cell amounts to."""
-    config, test = _resolved(request)
+    The seconds are before and after the steps: the network is traced, judged and written by block.
+    """
+    config = resolve(request, data_name=request.data, train_size=train)
     tests = 1 + (config.steps // config.eval_every if config.eval_every else 0)
     images = config.steps * config.batch_size + tests * test * _TEST_SHARE
-    return images * _weight(request)
+    start = _START_S * max(1.0, (request.depth - 2) / 18 * 0.75)
+    return images * _weight(request), start, _bytes(config)
 
 
-def _bytes(request: Request) -> float:
+def _bytes(config: RunConfig) -> float:
     """Recorded numbers, the curve, and the last two checkpoints of weights and momenta."""
-    config, _ = _resolved(request)
     first = min(config.record_first, config.steps)
     steps = first + (config.steps - first) // config.every if config.every else first
-    blocks = 3 * count_blocks(request.depth)
-    parameters = blocks / 9 * 270_000 * request.width**2  # 0.27 M at depth 20, He et al. 2015
+    blocks = 3 * count_blocks(config.depth)
+    parameters = blocks / 9 * 270_000 * config.width**2  # 0.27 M at depth 20, He et al. 2015
     rows = steps * blocks * len(RECORDED) * 4 * _PACKED
     kept = min(2, -(-config.steps // config.commit_every))
     return rows + config.steps * 14 * 8 * _PACKED + kept * 2 * 4 * parameters + 20_000

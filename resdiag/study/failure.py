@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -63,15 +62,3 @@ def read_log(folder: Path) -> str:
             return file.read().decode(errors="replace")
     except OSError:
         return ""
-
-
-def name_signal(number: int) -> str:
-    """SIGSEGV for 11.
-
-    >>> name_signal(11)
-    'SIGSEGV'
-    """
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

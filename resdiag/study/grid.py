@@ -1,9 +1,7 @@
 """From a study file to its cells: products, more cells, fewer cells, each with its id."""
 
 import functools
-import hashlib
 import itertools
-import json
 import math
 import operator
 import re
@@ -13,6 +11,7 @@ from typing import Any
 
 from resdiag.errors import UsageError
 from resdiag.runs.config import to_stored
+from resdiag.runs.files import hash_json
 from resdiag.study.document import StudyError
 from resdiag.study.spec import MOST_MISTAKES, StudyFile
 from resdiag.training.recipe import RECIPES, Request
@@ -69,7 +68,7 @@ def list_cells(file: StudyFile, name: str) -> tuple[Cell, ...]:
         StudyError: There is none, there are too many, or settings contradict each other.
     """
     _refuse_conflicts(file, name)
-    asked = sum(_size(product) for product in _products(file))
+    asked = sum(math.prod(map(len, product.values())) for product in _products(file))
     if asked > MOST_CELLS:
         raise StudyError([f"{name}: {asked} cells; a study has at most {MOST_CELLS}"])
     cells: dict[str, Cell] = {}
@@ -132,12 +131,7 @@ def _ordered(lists: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     return {key: lists[key] for key in (*first, *sorted(set(lists) - set(first)))}
 
 
-def _size(product: Mapping[str, list[Any]]) -> int:
-    return math.prod(len(values) for values in product.values())
-
-
 def _settings(file: StudyFile) -> Iterator[dict[str, Any]]:
-    """The settings of each cell."""
     for number, product in enumerate(_products(file)):
         of_grid = number == 0 and bool(file.grid.given)
         for values in itertools.product(*product.values()):
@@ -193,7 +187,5 @@ def _name(request: Request) -> str:
     # vars, not asdict: both are flat, and ten thousand cells are named in one go
     numbers = vars(RECIPES[request.recipe])
     what = {**to_stored(vars(request)), "device": "any", "numbers": numbers}
-    text = json.dumps(what, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    digest = hashlib.sha256(text.encode()).hexdigest()
     variant = re.sub(r"\W", "_", request.variant, flags=re.ASCII)
-    return f"{variant}-d{request.depth}-s{request.seed}-{digest[:8]}"
+    return f"{variant}-d{request.depth}-s{request.seed}-{hash_json(what)[:8]}"

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,10 +28,10 @@ _BROKEN = "×"
 _UNKNOWN = "·"
 _WIDEST = 27  # a third of 110 layers' blocks, half an 80-column terminal
 _STYLES = {
-    "done": "green", "running": "cyan", "stale": "yellow", "failed": "red",
-    "diverged": "magenta", "missing": "dim",
+    "running": "cyan", "failed": "red", "stale": "yellow", "diverged": "magenta", "done": "green",
+    "missing": "dim",
 }  # fmt: skip
-_ORDER = ("running", "failed", "stale", "diverged", "done", "missing")
+_ORDER = tuple(_STYLES)
 
 
 @contextlib.contextmanager
@@ -47,32 +47,37 @@ def showing_progress(job: "Job", *, quiet: bool) -> "Iterator[Job]":
         with Live(console=console, auto_refresh=False, transient=True) as live:
 
             def draw() -> None:
-                live.update(draw_study(job.study, job.runs, console.height), refresh=True)
+                entries = read_ledger(job.study, job.runs)
+                live.update(draw_study(job.study, entries, console.height), refresh=True)
 
-            yield replace(job, look=draw, say=lambda line: console.print(line, markup=False))
+            say = partial(console.print, markup=False)
+            yield replace(job, look=_at_most_every(1.0, draw), say=say)
     else:
-        yield replace(job, look=_lines(job))
+
+        def tell() -> None:
+            job.say(sum_up(job.study, read_ledger(job.study, job.runs)))
+
+        yield replace(job, look=_at_most_every(_LINE_EVERY_S, tell))
 
 
-def _lines(job: "Job") -> Callable[[], None]:
-    """A line every half minute, for logs."""
+def _at_most_every(seconds: float, show: Callable[[], None]) -> Callable[[], None]:
+    """What calls `show` if its last call is so long ago."""
     last = -math.inf
 
     def look() -> None:
         nonlocal last
-        if time.monotonic() - last >= _LINE_EVERY_S:
+        if time.monotonic() - last >= seconds:
             last = time.monotonic()
-            job.say(sum_up(job.study, read_ledger(job.study, job.runs)))
+            show()
 
     return look
 
 
-def draw_study(study: Study, runs: Path, height: int) -> "Group":
+def draw_study(study: Study, entries: Sequence[Entry], height: int) -> "Group":
     """One frame: what is asked, where it stands, and as many cells as `height` lines hold."""
     from rich.console import Group
     from rich.text import Text
 
-    entries = read_ledger(study, runs)
     shown = sorted(entries, key=lambda entry: _ORDER.index(entry.state))[: max(3, height - 7)]
     hidden = len(entries) - len(shown)
     parts = [Text(study.file.question, style="bold"), Text(sum_up(study, entries))]
@@ -185,10 +190,8 @@ def _strip_of(entry: Entry) -> str:
         return ""
     try:
         commit = Commit.read(entry.run / COMMIT)
-        parts = commit.parts("metrics")
-        return (
-            draw_strip(_last_norms(entry.run, parts[-1], commit.files[parts[-1]])) if parts else ""
-        )
+        *_, part = commit.parts("metrics") or [""]
+        return draw_strip(_last_norms(entry.run, part, commit.files[part])) if part else ""
     except (ResdiagError, OSError, ValueError, KeyError):  # replaced while we read: the next frame
         return ""
 

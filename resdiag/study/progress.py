@@ -1,17 +1,14 @@
-"""Signs of life of a running cell: its lock's beats, and a small file replaced once a second."""
+"""What a running cell says of its progress: a small file, replaced once a second."""
 
 import json
 import math
 import os
-import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from resdiag.diagnose.finding import plain
 from resdiag.runs.files import to_json
-from resdiag.runs.lock import BEAT_S
 from resdiag.training.display import Progress
 
 PROGRESS = "progress.json"
@@ -71,31 +68,3 @@ def read_progress(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}
-
-
-class Heartbeat:
-    """Calls `beat` every few seconds from a thread while entered; a context manager.
-
-    So that other processes can tell a lock's living owner from one that is gone.
-
-    Args:
-        beat: A lock's.
-        every: Seconds.
-    """
-
-    def __init__(self, beat: Callable[[], None], every: float = BEAT_S) -> None:
-        self._beat, self._every = beat, every
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="resdiag-heartbeat", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._over.wait(self._every):
-            self._beat()

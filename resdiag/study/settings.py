@@ -5,6 +5,7 @@ No torch here: a study is read, checked, expanded and planned without it.
 
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, create_model
@@ -72,25 +73,21 @@ def _check_depth(depth: int) -> int:
 _DEEPEST = 9998  # 6n+2; tens of thousands of layers are a slip of the finger
 
 
-def _check_setting(name: str) -> Callable[[Any], Any]:
+def _check_setting(name: str, value: Any) -> Any:  # noqa: ANN401
     """The check of one setting; whether it fits the device is seen where the cell runs."""
-
-    def check(value: Any) -> Any:  # noqa: ANN401
-        check_value(name, row_of(_FIELDS[name]), value)
-        return value
-
-    return check
+    check_value(name, row_of(_FIELDS[name]), value)
+    return value
 
 
 def _one(name: str) -> Any:  # noqa: ANN401
-    """The annotated type of one setting; None cannot be written in TOML."""
+    # no `| None`: it cannot be written in TOML
     checks: dict[str, Callable[[Any], Any]] = {
         "variant": lambda name: find_variant(_check_text(name)).id,
         "depth": _check_depth,
         "data": _check_data,
     }
     kind = value_type(_FIELDS[name])
-    return Annotated[kind, passing(checks.get(name) or _check_setting(name))]
+    return Annotated[kind, passing(checks.get(name, partial(_check_setting, name)))]
 
 
 def check_distinct(values: list[Any]) -> list[Any]:

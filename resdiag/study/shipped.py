@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import resdiag
-from resdiag.errors import unknown
 
 _PACKAGE = Path(resdiag.__file__).parent
 
@@ -18,62 +17,6 @@ def shipped_studies() -> Mapping[str, Path]:
     return {}
 
 
-def find_study(name: str) -> Path:
-    """The file of a shipped study.
-
-    Raises:
-        UsageError: No shipped study has this name.
-    """
-    known = shipped_studies()
-    if name not in known:
-        raise unknown("study", name, [*known, "or a path: FILE.toml"])
-    return known[name]
-
-
-TEMPLATE = """\
-# A study is one question and a grid of runs. `resdiag study run {name}` trains what is missing;
-# `resdiag study run {name} --dry-run` says before what that will be.
-
-question = "Does the gradient reach the first block, whatever the depth?"
-expects = "elu keeps it; elu_pre explodes with depth"
-source = "who asks or claims this, and where"
-cost = "minutes on which machine: write it here after the first time"
-seeds = [0, 1]                    # every cell of the grid is run with each of them
-
-[fixed]                           # the same in every cell; what `resdiag run` has as options
-data = "digits"                   # `resdiag data list` says what there is
-recipe = "short"                  # short: the first 60 steps; paper: 164 epochs
-steps = 30
-batch_size = 32
-
-[grid]                            # the product of these lists
-variant = ["elu", "elu_pre"]      # `resdiag variants` lists them
-depth = [8, 20]
-
-# [[include]]                     # more cells, over [fixed]: values or lists
-# variant = "original"
-# depth = 20
-# lr = 0.01
-# seed = 0
-
-# [[exclude]]                     # cells of the grid to leave out
-# variant = "elu_pre"
-# depth = 20
-
-[resources]                       # of one cell
-threads = 1                       # another number gives other bits
-gpus = 1.0                        # where there are GPUs: 0.25 packs four cells on one
-patience_s = 900                  # without progress for so long, a cell counts as hung
-restarts = 2                      # starts without progress after the first
-
-[[figure]]                        # figures of the report; `resdiag plot --list` has the kinds
-plot = "gradnorms"
-title = "Gradient by block"
-
-# [[expected]]                    # published values, to stand beside what comes out
-# cells = {{ variant = "elu", depth = 20 }}
-# measure = "test_error"          # status, verdict, best_test_error, ... or a metric's id
-# value = 0.08
-# tolerance = 0.01
-# source = "Table 1 of ..."
-"""
+def study_template(name: str) -> str:
+    """A commented study file to begin with, for a file of that name, quoted for a shell."""
+    return (_PACKAGE / "study" / "template.toml").read_text("utf-8").format(name=name)

@@ -206,14 +206,13 @@ def _describe_unknown(loc: tuple[str | int, ...]) -> str:
         return f"{words}; did you mean '{near[0]}'?"
     if name == "seed" and "seeds" not in known:
         return f"{words}; seeds stand at the top of the file: seeds = [0, 1, 2]"
-    if name in _OF_MACHINE:
+    if name == "device":
         return f"{words}; the device is the machine's: --device"
     if not where and name in Fixed.model_fields:
         return f"{words}; did you mean 'fixed.{name}' or 'grid.{name}'?"
     return f"{words}; known: {', '.join(known)}"
 
 
-_OF_MACHINE = ("device",)
 _TABLES: Mapping[tuple[str, ...], type[BaseModel]] = {
     (): StudyFile,
     ("fixed",): Fixed,

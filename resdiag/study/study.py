@@ -1,6 +1,5 @@
 """A study that was read: its file, its cells, its folder, and the plan that engines work by."""
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -11,11 +10,11 @@ from typing import Any
 
 from resdiag.errors import UsageError, unknown
 from resdiag.runs.config import from_stored
-from resdiag.runs.files import from_json, list_folder, make_folder, to_json, write_file
+from resdiag.runs.files import from_json, hash_json, list_folder, make_folder, to_json, write_file
 from resdiag.study.document import StudyError, override, read_document
 from resdiag.study.grid import FILTERED, Cell, expand, find_unmatched, list_cells
 from resdiag.study.mini import shrink
-from resdiag.study.shipped import find_study, shipped_studies
+from resdiag.study.shipped import shipped_studies
 from resdiag.study.spec import StudyFile, check_document
 
 SCHEMA = 1
@@ -45,7 +44,7 @@ class Study:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of what the study says."""
-        return _hash(self.name, self.document)
+        return hash_json(self.document, before=f"{self.name}\n")
 
     @cached_property
     def _by_id(self) -> dict[str, Cell]:
@@ -97,14 +96,17 @@ def load_study(where: str, settings: Sequence[str] = (), *, mini: bool = False) 
         StudyError: The file has mistakes; all are named.
         UsageError: There is no such file.
     """
-    path = Path(where)
-    plans = _plans(path) if path.is_dir() else []
+    path, shipped = Path(where), shipped_studies()
+    names = list_folder(path) if path.is_dir() else []
+    plans = [path / name for name in names if _PLAN.fullmatch(name)]
     if plans:
         path = max(plans, key=lambda plan: plan.stat().st_mtime_ns)
-    elif path.is_dir() and where not in shipped_studies():
+    elif path.is_dir() and where not in shipped:
         raise UsageError(f"no study in {path}", _HINT)
     elif not path.suffix and len(path.parts) == 1:
-        path = find_study(where)  # also where `--runs` left a folder of the study's name
+        if where not in shipped:
+            raise unknown("study", where, [*shipped, "or a path: FILE.toml"])
+        path = shipped[where]  # also where `--runs` left a folder of the study's name
     if path.suffix == ".json":
         return _read_plan(path, settings, mini)
     name = path.stem
@@ -113,21 +115,11 @@ def load_study(where: str, settings: Sequence[str] = (), *, mini: bool = False) 
     return build_study(name, read_document(_read(path), str(path)), settings, mini, str(path))
 
 
-def _hash(name: str, document: Mapping[str, Any]) -> str:
-    """SHA-256 of a study's name and of what it says."""
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(f"{name}\n{text}".encode()).hexdigest()
-
-
 _HINT = "resdiag study list shows the shipped ones; resdiag study init FILE.toml writes a template"
 
 
 def _read(path: Path) -> bytes:
-    """What a file holds; enough of it to see that it is too large.
-
-    Raises:
-        UsageError: It cannot be read, or is not a file.
-    """
+    """What a file holds; enough of it to see that it is too large."""
     try:
         if path.exists() and not path.is_file():  # reading a pipe or a device may never end
             raise UsageError(f"{path} is not a file", _HINT)
@@ -168,11 +160,7 @@ def build_study(
 
 
 def _left_over(written: Mapping[str, Any], file: StudyFile, shown: str) -> list[tuple[str, int]]:
-    """Figures and expected values with cells in the file as it was written, and with none now.
-
-    Raises:
-        StudyError: The study as it was changed has no cells.
-    """
+    """Figures and expected values with cells in the file as it was written, and with none now."""
     missing = find_unmatched(file, list_cells(file, shown))
     if not missing:
         return []
@@ -188,7 +176,6 @@ def _left_over(written: Mapping[str, Any], file: StudyFile, shown: str) -> list[
 
 
 def _without(document: Mapping[str, Any], dropped: Sequence[tuple[str, int]]) -> dict[str, Any]:
-    """A document without some entries of its tables."""
     gone = set(dropped)
     kept = {
         table: [item for index, item in enumerate(document[table]) if (table, index) not in gone]
@@ -206,7 +193,8 @@ def _read_plan(path: Path, settings: Sequence[str], mini: bool) -> Study:
     if plan.get("schema") != SCHEMA or not isinstance(name, str) or not isinstance(document, dict):
         raise UsageError(f"{path} is not a plan of this resdiag")
     check_name(name, path)
-    if _hash(name, document) != plan.get("digest"):  # as it was written, in the words of then
+    digest = hash_json(document, before=f"{name}\n")
+    if digest != plan.get("digest"):  # as it was written, in the words of then
         raise UsageError(f"{path} was altered", "give the study file again: it writes a new plan")
     return build_study(name, from_stored(document), (), False, str(path))
 
@@ -219,11 +207,6 @@ def check_name(name: str, path: Path) -> None:
     """
     if not _NAME.fullmatch(name.removesuffix("-mini")):
         raise UsageError(f"{path} names no study")
-
-
-def _plans(folder: Path) -> list[Path]:
-    """The plans in a study's folder."""
-    return [folder / name for name in list_folder(folder) if _PLAN.fullmatch(name)]
 
 
 __all__ = ["Study", "StudyError", "build_study", "check_name", "load_study"]

@@ -12,18 +12,21 @@ from typing import TYPE_CHECKING, Any
 from resdiag.errors import BusyError, ResdiagError, UsageError
 from resdiag.registry import load_extensions
 from resdiag.runs.files import make_folder, to_json, write_file
-from resdiag.runs.lock import LEASE_S, Lock
+from resdiag.runs.folder import load_run
+from resdiag.runs.lock import LEASE_S, Heartbeat, Lock
 from resdiag.study.failure import clear_failure, write_failure
 from resdiag.study.ledger import ENDED, find_run, read_entry
-from resdiag.study.progress import Heartbeat
+from resdiag.study.progress import ProgressFile
 from resdiag.study.study import Study, load_study
+from resdiag.training.device import find_device
 from resdiag.training.fair_lock import UNSHARED, LockHandle
+from resdiag.training.interrupt import EXIT_CODES
 
 if TYPE_CHECKING:
     from resdiag.study.cell import Outcome
 
-STOPPED = 75
-"""Exit code: stopped after a commit, or another process has the cell; the same task continues."""
+STOPPED = tuple(EXIT_CODES.values())
+"""Exit codes of a cell that stopped after a commit, or that another process has: it can go on."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def work(task: Task, say: Callable[[str], None] = print, thread_lock: LockHandle
         thread_lock: Held while it trains, where cells share a process; not held now.
 
     Returns:
-        0 if the cell is done or has diverged; 75 or 130 if a signal stopped it after a commit.
+        0 if the cell is done or has diverged; one of STOPPED if a signal ended it after a commit.
 
     Raises:
         BusyError: Another process works on it.
@@ -144,7 +147,6 @@ def _has_ended(folder: Path, say: Callable[[str], None]) -> bool:
 def _work_alone(
     study: Study, task: Task, lock: Lock, say: Callable[[str], None], thread_lock: LockHandle
 ) -> int:
-    """Work on a cell whose lock we hold."""
     folder = lock.path.parent
     clear_failure(folder)
     try:
@@ -159,9 +161,7 @@ def _work_alone(
         raise
     lock.check()
     say(f"{task.cell}: {outcome.run.status} after {outcome.run.steps} steps")
-    if outcome.run.status in ENDED:
-        return 0
-    return 130 if outcome.signal == 2 else STOPPED
+    return 0 if outcome.run.status in ENDED else EXIT_CODES[outcome.signal]
 
 
 def _run(
@@ -170,10 +170,9 @@ def _run(
     import torch
 
     from resdiag.study.cell import Options, run_cell
-    from resdiag.study.progress import ProgressFile
 
     torch.set_num_threads(study.file.resources.threads)
-    device = _find_device(task.device, folder)
+    device = _device_of(task.device, folder)
     request = replace(study.cell(task.cell).request, device=device)
     about = {"schema": 1, "id": task.cell, "study": study.name, "plan": study.digest}
     write_file(folder / "cell.json", to_json(about))
@@ -188,26 +187,11 @@ def _run(
     return run_cell(request, options, say)
 
 
-def _find_device(name: str, folder: Path) -> str:
-    """The device of a cell: the one it was begun on, else the requested one.
-
-    Raises:
-        UsageError: It is not here, or the cell was begun on another one.
-    """
-    import torch
-
-    from resdiag.runs.folder import load_run
-
+def _device_of(name: str, folder: Path) -> str:
+    """The device of a cell: the one it was begun on, else the requested one."""
     run, commit = find_run(folder)
     begun = getattr(load_run(run).config, "device", None) if run and commit else None
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    wanted = (begun or here) if name == "auto" else name
-    if begun is not None and wanted != begun:
+    if begun is not None and name not in ("auto", begun):
         hint = f"--device {begun} continues it; without the folder {run} it starts again"
-        raise UsageError(f"{folder.name} was begun on {begun}, not on {wanted}", hint)
-    kind, _, index = wanted.partition(":")
-    if kind == "cuda" and not int(index or 0) < torch.cuda.device_count():
-        raise UsageError(
-            f"device '{wanted}' is not here", f"{torch.cuda.device_count()} GPUs found"
-        )
-    return wanted
+        raise UsageError(f"{folder.name} was begun on {begun}, not on {name}", hint)
+    return find_device(begun or name)

@@ -2,17 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from resdiag.errors import ResdiagError, UsageError
 from resdiag.runs.files import make_folder, write_file
-from resdiag.runs.folder import Run, load_frame
+from resdiag.runs.folder import Run, columns_of, load_frame
 from resdiag.trackers.tags import SHOWN, by_step
 from resdiag.trackers.tracker import TRACKERS, RunInfo, Tracker
 
 if TYPE_CHECKING:
     import pandas as pd
-    from numpy.typing import NDArray
 
 
 def export_tables(runs: Sequence[Run], kind: str, folder: Path) -> list[Path]:
@@ -20,7 +19,7 @@ def export_tables(runs: Sequence[Run], kind: str, folder: Path) -> list[Path]:
 
     Args:
         runs: Runs from folders.
-        kind: "csv" or "jsonl"; NaN is empty or null there, infinities are inf or null.
+        kind: One of TABLES; NaN is empty or null there, infinities are inf or null.
         folder: Where to write; files of an earlier export are replaced, each whole or not at all.
 
     Returns:
@@ -58,7 +57,7 @@ def export_tracker(run: Run, kind: str, place: str, shown: Sequence[str] = SHOWN
 
     def play(tracker: Tracker) -> None:
         tracker.start(RunInfo(name=name, config=run.config.to_dict(), is_new=True))
-        for step, values in by_step(_columns(run.metrics()), _columns(run.curve()), shown):
+        for step, values in by_step(columns_of(run.metrics()), columns_of(run.curve()), shown):
             tracker.write(step, values)
         tracker.finish(run.status)
 
@@ -72,10 +71,6 @@ def export_tracker(run: Run, kind: str, place: str, shown: Sequence[str] = SHOWN
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"{kind} at {place} refused {name}: {reason}") from error
     return place
-
-
-def _columns(frame: "pd.DataFrame") -> "dict[str, NDArray[Any]]":
-    return {str(name): frame[name].to_numpy() for name in frame}
 
 
 def _encode(frame: "pd.DataFrame", kind: str) -> bytes:

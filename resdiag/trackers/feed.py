@@ -71,8 +71,6 @@ def open_feed(trackers: Sequence[str], run: RunInfo, shown: Sequence[str] = SHOW
 
 
 class _Worker:
-    """One tracker, its queue and its thread."""
-
     def __init__(self, name: str, tracker: Tracker, run: RunInfo, shown: Sequence[str]) -> None:
         self.note, self._is_open = "", True
         self._name, self._tracker, self._run, self._shown = name, tracker, run, shown

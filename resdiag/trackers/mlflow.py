@@ -62,6 +62,4 @@ class MlflowTracker:
         self._client.set_terminated(self._run, _ENDINGS.get(status, "FINISHED"))
 
 
-def open_tracker(store: str) -> MlflowTracker:
-    """The tracker for `--tracker mlflow:DATABASE`."""
-    return MlflowTracker(store)
+open_tracker = MlflowTracker

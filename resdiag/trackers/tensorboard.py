@@ -17,8 +17,8 @@ class TensorBoardTracker:
         folder: Where TensorBoard is started; each run is a folder in it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
 
     def start(self, run: RunInfo) -> None:
         """Open an event file; a run that continues adds one."""
@@ -37,9 +37,7 @@ class TensorBoardTracker:
         self._writer.close()
 
 
-def open_tracker(folder: str) -> TensorBoardTracker:
-    """The tracker for `--tracker tensorboard:DIR`."""
-    return TensorBoardTracker(Path(folder))
+open_tracker = TensorBoardTracker
 
 
 def export_run(name: str, place: str, play: Play) -> str:

@@ -101,6 +101,8 @@ def _built_in(module: str, place: str, export_place: str, *, exports: bool = Fal
     )
 
 
+TABLES = ("csv", "jsonl")
+"""What `export --to` writes besides: tables as files."""
 TRACKERS = Registry(
     "tracker",
     (
@@ -118,7 +120,7 @@ def register_tracker(kind: TrackerKind) -> None:
     Raises:
         RegistrationError: The name is taken.
     """
-    TRACKERS.add(kind, taken=("csv", "jsonl"))
+    TRACKERS.add(kind, taken=TABLES)
 
 
 def parse_tracker(text: str) -> tuple[TrackerKind, str]:

@@ -5,7 +5,6 @@ Encoding, hashing and waiting for the disk cost the training no time.
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Self, TypeAlias
 
 import torch
@@ -49,27 +48,6 @@ def unpack(model: nn.Module, optimizer: SGD, tensors: Mapping[str, Tensor]) -> N
             )
 
 
-@dataclass(frozen=True, kw_only=True)
-class PendingCommit:
-    """What one commit writes; nothing in it changes any more.
-
-    Attributes:
-        step: Optimizer steps done.
-        metrics: Rows since the commit before.
-        curve: Likewise.
-        tensors: The checkpoint, packed.
-        state: What else the loop must remember.
-        status: Of the run.
-    """
-
-    step: int
-    metrics: Table
-    curve: Table
-    tensors: bytes
-    state: Mapping[str, Any]
-    status: str
-
-
 class Committer:
     """Writes commits one after the other on a thread of its own; a context manager.
 
@@ -90,17 +68,35 @@ class Committer:
     ) -> None:
         self._writer, self._on_commit, self._thread_lock = writer, on_commit, thread_lock
         self._thread = ThreadPoolExecutor(1, "resdiag-commit")
-        self._running: tuple[PendingCommit, Future[None]] | None = None
+        self._running: tuple[Table, Table, Future[None]] | None = None
 
-    def commit(self, pending: PendingCommit) -> None:
+    def commit(
+        self,
+        step: int,
+        metrics: Table,
+        curve: Table,
+        tensors: bytes,
+        state: Mapping[str, Any],
+        status: str,
+    ) -> None:
         """Write a commit as soon as the one before is written.
+
+        Args:
+            step: Optimizer steps done.
+            metrics: Rows since the commit before; they do not change any more.
+            curve: Likewise.
+            tensors: The checkpoint, packed.
+            state: What else the loop must remember.
+            status: Of the run.
 
         Raises:
             StorageError: The commit before could not be written.
             BusyError: The run's lock was taken over.
         """
         self.wait()
-        self._running = pending, self._thread.submit(self._write, pending)
+        write = self._writer.commit
+        written = self._thread.submit(write, step, metrics, curve, tensors, state, status)
+        self._running = metrics, curve, written
 
     def wait(self) -> None:
         """Wait until everything is on the disk.
@@ -111,11 +107,11 @@ class Committer:
         """
         if self._running is None:
             return
-        (pending, future), self._running = self._running, None
+        (metrics, curve, written), self._running = self._running, None
         with self._thread_lock.released():
-            future.result()
+            written.result()
         if self._on_commit is not None:  # after the commit: steps that are done again are told once
-            self._on_commit(pending.metrics, pending.curve)
+            self._on_commit(metrics, curve)
 
     def __enter__(self) -> Self:
         return self
@@ -126,13 +122,3 @@ class Committer:
                 self.wait()
         finally:
             self._thread.shutdown()  # the folder is given back after the last write
-
-    def _write(self, pending: PendingCommit) -> None:
-        self._writer.commit(
-            pending.step,
-            pending.metrics,
-            pending.curve,
-            pending.tensors,
-            pending.state,
-            pending.status,
-        )

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from resdiag.catalog.table import RECORDED_PER_STEP
+from resdiag.runs.segments import CURVE
 
 _MONITORED = tuple(name for name in RECORDED_PER_STEP if name != "lr")
-_EVALUATED = ("train_loss", "train_error", "test_loss", "test_error")
-COLUMNS = ("step", "epoch", "loss", "error", "lr", "images_per_s", *_EVALUATED, *_MONITORED)
+COLUMNS = tuple(CURVE.names)
 
 
 class Curve:
@@ -37,12 +37,9 @@ class Curve:
         """The rows as columns; the curve is empty afterwards."""
         rows = [self._rows[step] for step in sorted(self._rows)]
         self._rows = {}
-        return {name: np.array([row[name] for row in rows], dtype=_dtype(name)) for name in COLUMNS}
-
-
-def _dtype(name: str) -> type[np.generic]:
-    """Losses and norms of an explosion leave float32's range while they are still numbers."""
-    return np.int32 if name == "step" else np.float64
+        # float64: losses and norms of an explosion leave float32's range while they are numbers
+        columns = {name: np.array([row[name] for row in rows], np.float64) for name in COLUMNS}
+        return {**columns, "step": columns["step"].astype(np.int32)}
 
 
 @dataclass

@@ -23,7 +23,7 @@ from resdiag.runs.checkpoint import pack
 from resdiag.runs.config import RunConfig
 from resdiag.runs.store import RunWriter
 from resdiag.training import checkpoint
-from resdiag.training.checkpoint import Committer, PendingCommit, Table
+from resdiag.training.checkpoint import Committer, Table
 from resdiag.training.cpu import FastElu, disable_malloc_trim
 from resdiag.training.curve import Curve, EpochCounters, MostChangedBlock
 from resdiag.training.display import Display, Progress
@@ -290,14 +290,12 @@ class Training:
                 custom=self.monitor.custom_metrics,
             )
         self._committer.commit(
-            PendingCommit(
-                step=done,
-                metrics=_join(self._metrics),
-                curve=self._curve.take(),
-                tensors=pack(checkpoint.pack(self.model, self._optimizer)),
-                state=asdict(self._counters),
-                status=status,
-            )
+            done,
+            _join(self._metrics),
+            self._curve.take(),
+            tensors=pack(checkpoint.pack(self.model, self._optimizer)),
+            state=asdict(self._counters),
+            status=status,
         )
         self._metrics = []
         self._clock = time.perf_counter()

@@ -11,6 +11,7 @@ from made_runs import make_config
 
 from resdiag.errors import UsageError
 from resdiag.runs.config import BACKENDS, DTYPES, RunConfig
+from resdiag.runs.watched_config import WatchedConfig
 
 FINITE = st.floats(min_value=0, max_value=1e300)
 COUNT = st.integers(min_value=1, max_value=2**63 - 1)
@@ -112,6 +113,11 @@ def test_anything_else_is_a_usage_error(document):
     with pytest.raises(UsageError) as caught:
         RunConfig.from_dict(document)
     assert "\n" not in caught.value.message
+
+
+def test_a_watched_config_without_its_model_is_a_usage_error():
+    with pytest.raises(UsageError, match="config key 'model' is missing"):
+        WatchedConfig.from_dict({})
 
 
 @pytest.mark.parametrize("module", ["config", "folder", "commit", "segments"])

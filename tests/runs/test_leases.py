@@ -10,8 +10,7 @@ import time
 import pytest
 
 from resdiag.errors import BusyError
-from resdiag.runs.lock import Lock
-from resdiag.study.progress import Heartbeat
+from resdiag.runs.lock import Heartbeat, Lock
 
 
 def test_an_owner_that_beats_keeps_its_folder_and_a_silent_one_is_fenced(tmp_path):
@@ -31,7 +30,7 @@ def test_a_stopped_process_loses_its_cell_and_commits_no_more(tmp_path):
     """SIGSTOP past the lease, a take-over, SIGCONT: the old owner finds out before it writes."""
     code = (
         "import sys, time; from pathlib import Path; from resdiag.runs.lock import Lock\n"
-        "from resdiag.study.progress import Heartbeat; from resdiag.errors import BusyError\n"
+        "from resdiag.runs.lock import Heartbeat; from resdiag.errors import BusyError\n"
         "lock = Lock.take(Path(sys.argv[1])); Heartbeat(lock.beat, 0.05).__enter__()\n"
         "print('has it', flush=True); sys.stdin.readline()\n"
         "try: lock.check(); print('writes')\n"

@@ -51,26 +51,26 @@ def came_out(study, runs):
 # -- without Slurm ---------------------------------------------------------------------------------
 
 
-class ThisMachine:
-    """A queue without Slurm: submitit starts every job at once."""
+class ThisMachine(slurm.SlurmJobs):
+    """Jobs without Slurm: submitit starts every one at once."""
 
     def __init__(self, job):
-        self._job, self.folder = job, job.study.folder(job.runs) / "slurm"
-        self._executor = slurm.open_executor(self.folder, "local")
-        self._executor.update_parameters(timeout_min=10)
-        self.jobs = {}
+        executor = slurm.open_executor(job, "local")
+        executor.update_parameters(timeout_min=10)
+        super().__init__(job, executor)
+        self.started = {}
 
     def submit(self, cells):
-        jobs = slurm.submit(self._job, self._executor, cells)
-        self.jobs |= {job.job_id: job for job in jobs.values()}
-        return {cell: job.job_id for cell, job in jobs.items()}
+        jobs = super().submit(cells)
+        self.started |= {job.job_id: job for job in jobs}
+        return jobs
 
     def states(self, jobs):
-        return {id: "COMPLETED" if self.jobs[id].done() else "RUNNING" for id in jobs}
+        return {id: "COMPLETED" if self.started[id].done() else "RUNNING" for id in jobs}
 
     def cancel(self, jobs):
         for id in jobs:
-            self.jobs[id].cancel()
+            self.started[id].cancel()
 
 
 def test_a_job_ends_like_a_cell_of_the_local_engine(tmp_path, monkeypatch):
@@ -81,7 +81,7 @@ def test_a_job_ends_like_a_cell_of_the_local_engine(tmp_path, monkeypatch):
     cells = tuple(cell.id for cell in study.cells)
     plan = study.write_plan(runs)
     job = Job(study=study, plan=plan, cells=cells, runs=runs, device="cpu", say=said.append)
-    slurm.wait(job, ThisMachine(job), Interrupt())
+    ThisMachine(job).run(Interrupt())
     (tmp_path / "local").mkdir()
     assert came_out(study, runs) == digests(run_local(tmp_path / "local", SHORT)[0])
     ended_once(study, runs)

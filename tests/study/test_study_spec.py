@@ -19,7 +19,7 @@ from resdiag.cli.main import app
 from resdiag.errors import ResdiagError, UsageError
 from resdiag.study.document import StudyError, override, read_document
 from resdiag.study.grid import MOST_CELLS
-from resdiag.study.shipped import TEMPLATE, shipped_studies
+from resdiag.study.shipped import shipped_studies, study_template
 from resdiag.study.spec import MOST_MISTAKES, check_document
 from resdiag.study.study import build_study, load_study
 from resdiag.study.work import Task, work
@@ -535,7 +535,7 @@ def test_a_template_is_a_study(tmp_path, capsys):
     assert len(load_study(str(path)).cells) == 8
     assert app.run(["study", "init", str(path)]) == 2
     assert "exists already" in capsys.readouterr().err
-    commented = TEMPLATE.format(name="x").replace("# [[", "[[")
+    commented = study_template("x").replace("# [[", "[[")
     lines = [line.removeprefix("# ") if " = " in line else line for line in commented.splitlines()]
     assert len(build("\n".join(lines)).file.expected) == 1  # what is commented out is right too
 

@@ -1,6 +1,6 @@
 """The table of study engines: their options, `--help` and the docs follow from its rows."""
 
-import importlib
+import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from keyword import iskeyword
@@ -18,7 +18,7 @@ class Runner(Protocol):
 
     It starts each of `job.cells` by calling `resdiag.study.work.start_logged` with `job.task(cell)`
     and `job.log(cell)` in some process, or the command that `resdiag study plan` prints; calls
-    `job.look` about once a second; and decides with `Attempts` what the end of a process means.
+    `job.look` at least once a second; and decides with `Attempts` what the end of a process means.
     Where the work is done is in the cells' folders, so nothing has to be handed back.
     """
 
@@ -82,11 +82,11 @@ class Engine:
     is_local: bool = False
 
 
-def _lazy(module: str, name: str) -> Runner:
+def _lazy(name: str) -> Runner:
     """A runner of this package, imported when it is called: Ray alone takes a second."""
 
     def run(job: "Job", **options: Any) -> int:  # noqa: ANN401
-        found: Runner = getattr(importlib.import_module(f"{__package__}.{module}"), name)
+        found: Runner = pkgutil.resolve_name(f"{__package__}.{name}")
         return found(job, **options)
 
     return run
@@ -122,7 +122,7 @@ def find_engine(
 _ROWS = (
     Engine(
         name="local",
-        run=_lazy("local", "run_here"),
+        run=_lazy("local:run_here"),
         options=(
             Option(
                 name="cells_per_device",
@@ -138,7 +138,7 @@ _ROWS = (
     ),
     Engine(
         name="ray",
-        run=_lazy("ray", "run_on_ray"),
+        run=_lazy("ray:run_on_ray"),
         options=(
             Option(
                 name="address",
@@ -149,7 +149,7 @@ _ROWS = (
     ),
     Engine(
         name="slurm",
-        run=_lazy("slurm", "run_on_slurm"),
+        run=_lazy("slurm:run_on_slurm"),
         options=(
             Option(name="partition", default="", help="partition."),
             Option(name="minutes", flag="--time", default=240, help="minutes per job."),

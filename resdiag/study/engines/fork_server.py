@@ -103,9 +103,10 @@ class ForkServer:
 
     def _signal(self, cell: str, number: int) -> None:
         for pid in [pid for pid, name in self._children.items() if name == cell]:
-            os.kill(pid, number)
             if number == signal.SIGKILL:
                 _kill_group(pid)
+            else:
+                os.kill(pid, number)
 
     def _reap(self) -> bool:
         """Report the children that have ended; False if the driver is gone."""

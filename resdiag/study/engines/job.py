@@ -1,6 +1,7 @@
 """What every engine is given and does alike: the missing cells, and what the end of one means."""
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import resdiag
-from resdiag.study.failure import LOG, name_signal, read_failure, read_log, write_failure
+from resdiag.study.failure import LOG, read_failure, read_log, write_failure
 from resdiag.study.ledger import find_run
 from resdiag.study.progress import PROGRESS
 from resdiag.study.study import Study
@@ -17,7 +18,6 @@ from resdiag.study.work import STOPPED, Task
 AGAIN_S = 5.0
 """Seconds before a cell that another driver has is tried again."""
 _MOST_BETWEEN_LOOKS_S = 5.0
-_SIGINT = 130
 _LINE = 200
 
 
@@ -34,7 +34,7 @@ class Job:
         device: auto, cpu, cuda or cuda:N.
         allow_drift: Continue in a changed environment.
         say: Told one line now and then.
-        look: Called about once a second while cells run.
+        look: Called while cells run, at least once a second; it shows what has changed.
         slots: Cells at a time; None leaves it to the engine.
     """
 
@@ -170,7 +170,7 @@ class Attempts:
         attempt = self._open.pop(cell)
         if code == 0:
             self._deaths.pop(cell, None)
-        elif code in (STOPPED, _SIGINT):  # stopped by us, or another driver has it
+        elif code in STOPPED:  # stopped by us, or another driver has it
             self.waiting[cell] = time.monotonic() + AGAIN_S
         elif code > 0:
             reason = reason or f"ended with exit code {code}{self._last_line(cell)}"
@@ -212,7 +212,9 @@ class Attempts:
 def _describe(code: int) -> str:
     """Words for the end by a signal.
 
-    >>> _describe(-11), _describe(-9)
-    ('killed by SIGSEGV', 'killed by SIGKILL (out of memory?)')
+    >>> _describe(-11), _describe(-9), _describe(-99)
+    ('killed by SIGSEGV', 'killed by SIGKILL (out of memory?)', 'killed by signal 99')
     """
-    return f"killed by {name_signal(-code)}" + (" (out of memory?)" if code == -9 else "")
+    known = {number.value: number.name for number in signal.Signals}
+    name = known.get(-code, f"signal {-code}")
+    return f"killed by {name}" + (" (out of memory?)" if code == -9 else "")

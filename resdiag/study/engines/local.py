@@ -8,7 +8,6 @@ import select
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Sequence
 
 from resdiag.errors import ResdiagError, UsageError
@@ -19,7 +18,6 @@ from resdiag.study.work import STOPPED
 from resdiag.training.interrupt import Interrupt
 
 TARGET = "resdiag.study.work:start"
-_LOOK_S = 1.0
 _LOST = 3  # fork servers in a row that die without a cell having ended
 
 _FORKING = {
@@ -63,7 +61,6 @@ class Local:
         Raises:
             ResdiagError: Processes cannot be started.
         """
-        looked = 0.0
         with Interrupt() as interrupt:
             try:
                 while self._running or (self._attempts.waiting and not self._stopping):
@@ -72,28 +69,23 @@ class Local:
                     self._check_hung()
                     if interrupt.signal and not self._stopping:
                         self._stop()
-                    if time.monotonic() - looked > _LOOK_S:
-                        looked = time.monotonic()
-                        self._job.look()
+                    self._job.look()
             finally:
                 for process in self._processes.values():
                     process.close()
         return interrupt.signal
 
     def _fill(self) -> None:
-        """Start cells where there is room."""
         due = [] if self._stopping else self._attempts.due()
         for cell in due[: len(self._free)]:
-            self._start(cell, self._free.pop())
-
-    def _start(self, cell: str, slot: Slot) -> None:
-        make_folder(self._job.folder(cell))
-        process = self._find_process(cell, slot)
-        self._running[cell] = slot, process
-        self._attempts.begin(cell)
-        # a slot's process sees its own GPU and no other, which has another number here
-        task = {**self._job.task(cell), "device": self._job.device.partition(":")[0]}
-        process.start(cell, task, self._job.log(cell), slot)
+            make_folder(self._job.folder(cell))
+            slot = self._free.pop()
+            process = self._find_process(cell, slot)
+            self._running[cell] = slot, process
+            self._attempts.begin(cell)
+            # a slot's process sees its own GPU and no other, which has another number here
+            task = {**self._job.task(cell), "device": self._job.device.partition(":")[0]}
+            process.start(cell, task, self._job.log(cell), slot)
 
     def _find_process(self, cell: str, slot: Slot) -> WorkerProcess:
         """The thread pool of the slot's device, or the fork server; started if it is not there."""
@@ -109,7 +101,6 @@ class Local:
         return self._processes[key]
 
     def _listen(self) -> None:
-        """Wait a moment for events of the cells."""
         # without any process, nothing runs here: other drivers have what is left
         for process in select.select(list(self._processes.values()), [], [], 0.2)[0]:
             events = process.events()
@@ -123,7 +114,7 @@ class Local:
     def _end(self, cell: str, code: int) -> None:
         """A cell's process has ended: is the cell done, failed, or to be started again?"""
         self._free.append(self._running.pop(cell)[0])
-        if self._stopping and (code < 0 or code in (STOPPED, 130)):
+        if self._stopping and (code < 0 or code in STOPPED):
             self._attempts.drop(cell)
         else:
             self._attempts.end(cell, code)
@@ -133,17 +124,14 @@ class Local:
         for cell in self._attempts.find_hung():
             if self._running[cell][1].is_thread_pool:
                 self._job.say(f"{cell}: makes no progress; the process that it shares is killed")
-            self._signal(cell, signal.SIGKILL)
+            self._running[cell][1].signal(cell, signal.SIGKILL)
 
     def _stop(self) -> None:
         """Ask every cell to commit and stop; a second signal ends this process and them at once."""
         self._stopping = True
         self._job.say(f"stopping {len(self._running)} cells after their next commit")
-        for cell in self._running:
-            self._signal(cell, signal.SIGTERM)
-
-    def _signal(self, cell: str, number: int) -> None:
-        self._running[cell][1].signal(cell, number)
+        for cell, (_, process) in self._running.items():
+            process.signal(cell, signal.SIGTERM)
 
     def _lose(self, process: WorkerProcess) -> None:
         """A process has died, and all its cells with it. No attempt counts as failed for that.

@@ -14,7 +14,6 @@ from resdiag.study.engines.job import Attempts, Job
 from resdiag.study.engines.local import find_gpus
 from resdiag.training.interrupt import Interrupt
 
-_LOOK_S = 1.0
 _GRACE_S = 30.0
 """Seconds for a task that was asked to end before it is no longer waited for."""
 _ANSWER_S = 10.0
@@ -66,7 +65,6 @@ class _Tasks:
 
     def run(self, interrupt: Interrupt) -> None:
         """Start, watch and collect, until nothing is left or a signal arrives."""
-        looked = 0.0
         while self._running or self._attempts.waiting:
             if interrupt.signal:
                 self._stop()
@@ -76,9 +74,7 @@ class _Tasks:
             for cell in self._attempts.find_hung():
                 self._kill(cell)
             self._abandon()
-            if time.monotonic() - looked > _LOOK_S:
-                looked = time.monotonic()
-                self._job.look()
+            self._job.look()
 
     def _find_gpu_share(self) -> float:
         """GPUs of a cell: none if it is to run on a CPU, or if there are none."""
@@ -98,7 +94,6 @@ class _Tasks:
             self._running[task] = cell
 
     def _collect(self) -> None:
-        """Take note of the tasks that have ended."""
         if not self._running:
             time.sleep(0.2)
             return
@@ -198,12 +193,7 @@ def _find_cluster(job: Job, address: str) -> dict[str, Any]:
 
 
 def _check_address(address: str) -> None:
-    """Refuse an address that does not answer: Ray would try to connect for ever.
-
-    Raises:
-        UsageError: It is neither HOST:PORT nor "auto".
-        ResdiagError: Nobody listens there.
-    """
+    """Refuse an address that does not answer: Ray would try to connect for ever."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")

@@ -53,7 +53,7 @@ class CellJob:
 
         with _commit_first() as ask_for_more_time:
             code = start_logged(self.task, self.log)
-            if code == STOPPED:
+            if code in STOPPED:
                 ask_for_more_time()
         if code:
             sys.exit(code)
@@ -103,56 +103,115 @@ def run_on_slurm(job: Job, partition: str, minutes: int) -> int:
         The signal that stopped the waiting, or 0. The jobs are cancelled then.
 
     Raises:
-        UsageError: submitit is not installed.
+        UsageError: submitit is not installed, or there is no Slurm.
         ResdiagError: Slurm refuses the jobs.
     """
     if ":" in job.device:
         raise UsageError(f"--device {job.device}: Slurm gives each cell its GPU", "--device cuda")
-    queue = SlurmQueue(job, partition, minutes)
+    needs = job.study.file.resources
+    gpus = 0 if job.device == "cpu" else -(-int(needs.gpus * 100) // 100)
+    executor = open_executor(job, "slurm")
+    executor.update_parameters(
+        name=f"resdiag-{job.study.name}", timeout_min=minutes, cpus_per_task=needs.threads,
+        slurm_array_parallelism=job.slots or _ARRAY, slurm_signal_delay_s=_GRACE_S,
+        slurm_additional_parameters={"requeue": True},
+        **({"gpus_per_node": gpus} if gpus else {}),
+        **({"slurm_partition": partition} if partition else {}),
+    )  # fmt: skip
     with Interrupt() as interrupt:
-        wait(job, queue, interrupt)
+        SlurmJobs(job, executor).run(interrupt)
     return interrupt.signal
 
 
-class SlurmQueue:
-    """Slurm, as far as cells need it.
+def open_executor(job: Job, cluster: str) -> Any:  # noqa: ANN401
+    """The executor of submitit, which keeps its scripts and pickles in the study's folder.
+
+    Raises:
+        UsageError: It is not installed, or there is no Slurm.
+    """
+    try:
+        import submitit
+    except ImportError:
+        hint = "pip install 'resdiag[slurm]'"
+        raise UsageError("the engine slurm needs submitit, which is not installed", hint) from None
+    folder = _folder(job)
+    make_folder(folder)
+    try:
+        return submitit.AutoExecutor(folder, cluster=cluster, slurm_max_num_timeout=_MOST_TIMEOUTS)
+    except RuntimeError:
+        raise UsageError("there is no Slurm here: srun is not on the path") from None
+
+
+def _folder(job: Job) -> Path:
+    return job.study.folder(job.runs) / "slurm"
+
+
+class SlurmJobs:
+    """The jobs of one study, from their submission to their end.
 
     Args:
         job: Whose cells; `job.slots` at a time, of each thousand that is submitted.
-        partition: Of Slurm; "" takes its default.
-        minutes: Time limit of each job.
+        executor: See `open_executor`.
     """
 
-    def __init__(self, job: Job, partition: str, minutes: int) -> None:
-        self._job = job
-        self.folder = job.study.folder(job.runs) / "slurm"
-        make_folder(self.folder)
-        needs = job.study.file.resources
-        gpus = 0 if job.device == "cpu" else -(-int(needs.gpus * 100) // 100)
-        self._executor = open_executor(self.folder, "slurm")
-        self._executor.update_parameters(
-            name=f"resdiag-{job.study.name}", timeout_min=minutes, cpus_per_task=needs.threads,
-            slurm_array_parallelism=job.slots or _ARRAY, slurm_signal_delay_s=_GRACE_S,
-            slurm_additional_parameters={"requeue": True},
-            **({"gpus_per_node": gpus} if gpus else {}),
-            **({"slurm_partition": partition} if partition else {}),
-        )  # fmt: skip
+    def __init__(self, job: Job, executor: Any) -> None:  # noqa: ANN401
+        self._job, self._executor = job, executor
+        self._attempts = Attempts(job)
+        self._hung: set[str] = set()
+        self._jobs: dict[str, str] = {}  # ids by cell
 
-    def submit(self, cells: Iterable[str]) -> dict[str, str]:
-        """Submit a job for each cell.
+    def run(self, interrupt: Interrupt) -> None:
+        """Submit what is not in the queue yet, and wait for all, or for a signal."""
+        self._jobs = self._adopt()
+        for cell in self._jobs:
+            self._attempts.begin(cell, queued=True)
+        self._submit_due()
+        asked = 0.0
+        while self._jobs or self._attempts.waiting:
+            if interrupt.signal:
+                self._job.say(f"cancelling {len(self._jobs)} jobs; they commit before they end")
+                self.cancel(self._jobs.values())
+                return
+            for cell in self._attempts.find_hung():
+                self._hung.add(cell)
+                self.cancel([self._jobs[cell]])
+            if time.monotonic() - asked > _ASK_S:
+                self._collect(self.states(self._jobs.values()) if self._jobs else {})
+                self._submit_due()
+                asked = time.monotonic()
+            self._job.look()
+            time.sleep(_LOOK_S)
 
-        Returns:
-            The job's id by cell.
+    def _submit_due(self) -> None:
+        cells = self._attempts.due()
+        if not cells:
+            return
+        for cell in cells:
+            self._attempts.begin(cell, queued=True)
+        for some in (cells[i : i + _ARRAY] for i in range(0, len(cells), _ARRAY)):
+            submitted = self.submit(some)
+            self._jobs |= {cell: one.job_id for cell, one in zip(some, submitted, strict=True)}
+        self._job.say(f"{len(cells)} jobs submitted; scripts in {_folder(self._job)}")
+        write_file(_folder(self._job) / _JOBS, to_json(self._jobs))
+
+    def submit(self, cells: list[str]) -> list[Any]:
+        """Submit cells as one array: submitit's jobs.
 
         Raises:
-            ResdiagError: Slurm refuses them.
+            ResdiagError: They are refused.
         """
-        cells = list(cells)
-        jobs: dict[str, str] = {}
-        for some in (cells[i : i + _ARRAY] for i in range(0, len(cells), _ARRAY)):
-            submitted = submit(self._job, self._executor, some)
-            jobs |= {cell: one.job_id for cell, one in submitted.items()}
-        return jobs
+        import submitit
+
+        job = self._job
+        try:
+            with _environment(job.environment()), self._executor.batch():
+                work = [CellJob(job.task(cell), job.log(cell)) for cell in cells]
+                return [self._executor.submit(one) for one in work]
+        except (OSError, RuntimeError, submitit.core.utils.FailedJobError) as error:
+            words = [line for line in str(error).splitlines() if "error:" in line]
+            reason = words[0].split("error:")[-1].strip() if words else str(error).split("\n")[0]
+            hint = "--device cpu asks for no GPU, --partition names another partition"
+            raise ResdiagError(f"Slurm refused the jobs: {reason}", hint) from error
 
     def states(self, jobs: Iterable[str]) -> dict[str, str]:
         """The state of each job that Slurm knows; an empty one: it does not answer."""
@@ -163,107 +222,20 @@ class SlurmQueue:
         if listed is None and _ask([*command, "--user=" + str(os.getuid())]) is None:
             return dict.fromkeys(jobs, "")
         found = dict(line.split()[:2] for line in (listed or "").splitlines())
-        return {id: found.get(id) or self._recall(id) for id in jobs}
-
-    def _recall(self, id: str) -> str:
-        """The state of a job that left the queue, where there is a database."""
-        listed = _ask(["sacct", "--noheader", "--allocations", "--format=State", f"--jobs={id}"])
-        return (listed or "").split()[0] if (listed or "").strip() else "GONE"
+        return {id: found.get(id) or _recall(id) for id in jobs}
 
     def cancel(self, jobs: Iterable[str]) -> None:
         """Have the jobs commit and end."""
         _ask(["scancel", *jobs])
 
-
-def open_executor(folder: Path, cluster: str) -> Any:  # noqa: ANN401
-    """The executor of submitit, which keeps its scripts and pickles in `folder`.
-
-    Raises:
-        UsageError: It is not installed, or there is no Slurm.
-    """
-    try:
-        import submitit
-    except ImportError:
-        hint = "pip install 'resdiag[slurm]'"
-        raise UsageError("the engine slurm needs submitit, which is not installed", hint) from None
-    try:
-        return submitit.AutoExecutor(folder, cluster=cluster, slurm_max_num_timeout=_MOST_TIMEOUTS)
-    except RuntimeError:
-        raise UsageError("there is no Slurm here: srun is not on the path") from None
-
-
-def submit(job: Job, executor: Any, cells: Iterable[str]) -> dict[str, Any]:  # noqa: ANN401
-    """Submit cells as one array: submitit's job by cell.
-
-    Raises:
-        ResdiagError: They are refused.
-    """
-    import submitit
-
-    cells = list(cells)
-    try:
-        with _environment(job.environment()), executor.batch():
-            jobs = [executor.submit(CellJob(job.task(cell), job.log(cell))) for cell in cells]
-    except (OSError, RuntimeError, submitit.core.utils.FailedJobError) as error:
-        words = [line for line in str(error).splitlines() if "error:" in line]
-        reason = words[0].split("error:")[-1].strip() if words else str(error).split("\n")[0]
-        hint = "--device cpu asks for no GPU, --partition names another partition"
-        raise ResdiagError(f"Slurm refused the jobs: {reason}", hint) from error
-    return dict(zip(cells, jobs, strict=True))
-
-
-def wait(job: Job, queue: Any, interrupt: Interrupt) -> None:  # noqa: ANN401
-    """Submit what is not in the queue yet, and wait for all; see `SlurmQueue` for what it needs."""
-    _Wait(job, queue).run(interrupt)
-
-
-class _Wait:
-    """The jobs of one study, from their submission to their end."""
-
-    def __init__(self, job: Job, queue: Any) -> None:  # noqa: ANN401
-        self._job, self._queue = job, queue
-        self._attempts = Attempts(job)
-        self._hung: set[str] = set()
-        self._jobs = self._adopt()
-        for cell in self._jobs:
-            self._attempts.begin(cell, queued=True)
-        self._submit(self._attempts.due())
-
-    def run(self, interrupt: Interrupt) -> None:
-        asked = 0.0
-        while self._jobs or self._attempts.waiting:
-            if interrupt.signal:
-                self._job.say(f"cancelling {len(self._jobs)} jobs; they commit before they end")
-                self._queue.cancel(self._jobs.values())
-                return
-            for cell in self._attempts.find_hung():
-                self._hung.add(cell)
-                self._queue.cancel([self._jobs[cell]])
-            now = time.monotonic()
-            if now - asked > _ASK_S:
-                self._collect(self._queue.states(self._jobs.values()) if self._jobs else {})
-                self._submit(self._attempts.due())
-                asked = time.monotonic()
-            self._job.look()
-            time.sleep(_LOOK_S)
-
-    def _submit(self, cells: list[str]) -> None:
-        if not cells:
-            return
-        for cell in cells:
-            self._attempts.begin(cell, queued=True)
-        self._jobs |= self._queue.submit(cells)
-        self._job.say(f"{len(cells)} jobs submitted; scripts in {self._queue.folder}")
-        write_file(self._queue.folder / _JOBS, to_json(self._jobs))
-
     def _adopt(self) -> dict[str, str]:
         """The jobs of a driver before this one that are still in the queue."""
         try:
-            known = json.loads((self._queue.folder / _JOBS).read_bytes())
+            known = json.loads((_folder(self._job) / _JOBS).read_bytes())
             known = {str(c): str(id) for c, id in known.items() if c in self._job.cells}
         except (OSError, ValueError, AttributeError, RecursionError):
             return {}
-        states = self._queue.states(known.values()) if known else {}
+        states = self.states(known.values()) if known else {}
         over = ("", "GONE", *_OVER)
         found = {cell: id for cell, id in known.items() if states[id] not in over}
         if found:
@@ -271,7 +243,6 @@ class _Wait:
         return found
 
     def _collect(self, states: Mapping[str, str]) -> None:
-        """Take note of the jobs that are over."""
         for cell, id in list(self._jobs.items()):
             state = states.get(id, "")
             if state in _OVER or state == "GONE":
@@ -288,6 +259,12 @@ class _Wait:
         self._hung.discard(cell)
         code = 0 if found in ENDED else 1 if found == "failed" else -1
         self._attempts.end(cell, code, f"its job ended as {state}")
+
+
+def _recall(id: str) -> str:
+    """The state of a job that left the queue, where there is a database."""
+    listed = _ask(["sacct", "--noheader", "--allocations", "--format=State", f"--jobs={id}"])
+    return (listed or "").split()[0] if (listed or "").strip() else "GONE"
 
 
 @contextlib.contextmanager

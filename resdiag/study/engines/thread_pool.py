@@ -100,7 +100,7 @@ class ThreadWorkerPool:
         try:
             with Path(command["log"]).open("a", buffering=1) as log, self._output.to(log):
                 code = self._work(command["task"], handle, stream)
-                if code not in (0, STOPPED):
+                if code not in (0, *STOPPED):
                     _check_device()
         except OSError:
             traceback.print_exc()

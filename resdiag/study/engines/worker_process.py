@@ -58,15 +58,7 @@ class WorkerProcess:
         """What becomes readable when there are events, for `select`."""
         return self._out.fileno()
 
-    def send(self, **command: object) -> None:
-        """Send a command; if the process is gone, the next `events` returns None."""
-        with contextlib.suppress(OSError):
-            self._in.write(json.dumps(command).encode() + b"\n")
-            self._in.flush()
-
-    def start(
-        self, cell: str, task: Mapping[str, Any], log: str, env: Mapping[str, str] | None = None
-    ) -> None:
+    def start(self, cell: str, task: Mapping[str, Any], log: str, env: Mapping[str, str]) -> None:
         """Start a cell; the events `started` and `ended` follow.
 
         Args:
@@ -75,14 +67,20 @@ class WorkerProcess:
             log: File to which its output is appended.
             env: Variables to set in a forked child.
         """
-        self.send(start=cell, task=task, log=log, env=env or {})
+        self._send(start=cell, task=task, log=log, env=env)
 
     def signal(self, cell: str, number: int) -> None:
         """Send a cell a signal; SIGKILL ends a thread pool as a whole, even if it does not read."""
         if self.is_thread_pool and number == signal.SIGKILL:
             self._process.kill()
         else:
-            self.send(signal=cell, number=int(number))
+            self._send(signal=cell, number=int(number))
+
+    def _send(self, **command: object) -> None:
+        """Send a command; if the process is gone, the next `events` returns None."""
+        with contextlib.suppress(OSError):
+            self._in.write(json.dumps(command).encode() + b"\n")
+            self._in.flush()
 
     def events(self) -> list[dict[str, Any]] | None:
         """What has happened, once it is readable. None: the process is gone."""
