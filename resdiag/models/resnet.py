@@ -8,9 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resdiag.errors import UsageError
-from resdiag.models.variants import Variant, count_blocks, find_variant
-
-STAGE_CHANNELS = (16, 32, 64)
+from resdiag.models.variants import STAGE_CHANNELS, Variant, count_blocks, find_variant
 
 
 class OptionA(nn.Module):

@@ -117,12 +117,8 @@ def _split(name: str) -> tuple[str, str]:
     library, colon, what = name.partition(":")
     if colon and library and what:
         return library, what
-    raise UsageError(f"model '{name}' is not one of {_FORMS}", _guess(name))
-
-
-def _guess(name: str) -> str:
-    """A hint for a bare name: the library that has it, asked only of what needs no import."""
-    return f"for example torchvision:{name.strip(':') or 'resnet50'}"
+    hint = f"for example torchvision:{name.strip(':') or 'resnet50'}"
+    raise UsageError(f"model '{name}' is not one of {_FORMS}", hint)
 
 
 # -- libraries -----------------------------------------------------------------------------------

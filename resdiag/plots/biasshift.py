@@ -1,18 +1,13 @@
 """Bias shift: are the activations centred, by block, and does the head's mean drift over steps."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from resdiag.plots.lazy import canvas, np
-from resdiag.plots.plotkind import PlotKind
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from resdiag.plots.view import Trace, View
+from resdiag.plots import canvas
+from resdiag.plots.view import Trace, View
 
 
 def draw(view: View) -> Figure:
@@ -92,21 +87,3 @@ def _compress(axes: Axes) -> None:
     # room for marks on the top edge
     top = 10.0 ** (high + 0.35 * (high - low))
     axes.set_ylim(-(10.0 ** (high + 0.5)) if -1 in signs else -(10.0**low), top)
-
-
-def _quantiled(site: str) -> tuple[str, ...]:
-    return (f"{site}_mean", f"{site}_mean_q10", f"{site}_mean_q90", f"{site}_bias")
-
-
-KIND = PlotKind(
-    name="biasshift",
-    title="Bias shift by block and step",
-    question="Are the activations centred, and does their mean drift?",
-    reading=(
-        "0 is centred. A band that leaves 0 is a shift all channels share; a wide band around "
-        "0 is one that the mean hides. B2 above 1: the mean is larger than the signal. Behind "
-        "a BatchNorm the branch's mean is its learned bias: 0 at step 0."
-    ),
-    needs=(*_quantiled("output"), *_quantiled("branch"), "head_mean", "head_bias"),
-    draw=draw,
-)

@@ -1,20 +1,14 @@
 """Any metric per block, built in or custom: by block, and block against step for one run.
 
-The update ratio is the one of them that has a name of its own as a kind of plot.
+The update ratio is the one of them that is a kind of plot of its own.
 """
 
-from __future__ import annotations
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from typing import TYPE_CHECKING
-
-from resdiag.plots.lazy import canvas, np
-from resdiag.plots.plotkind import PlotKind
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from resdiag.plots.view import Record, Trace, View
+from resdiag.plots import canvas
+from resdiag.plots.view import Record, Trace, View
 
 _DECADES = 1.5
 _FORMULAS = {"update_ratio": r"$\|\Delta\theta\|/\|\theta\|$"}
@@ -85,16 +79,3 @@ def _spans_decades(view: View) -> bool:
         return False
     positive = values[values > 0]
     return bool(np.log10(positive.max()) - np.log10(positive.min()) > _DECADES)
-
-
-KIND = PlotKind(
-    name="updates",
-    title="Update to weight ratio by block and step",
-    question="How far does a step move the weights of each block?",
-    reading=(
-        "about 1e-3 is usual; above 0.1 a step replaces the weights, far below 1e-4 a block "
-        "hardly learns. Blocks that differ by decades train at different speeds."
-    ),
-    needs=("update_ratio",),
-    draw=draw,
-)

@@ -1,17 +1,11 @@
 """Gradient norms by block: where the gradient explodes or vanishes, and since when."""
 
-from __future__ import annotations
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from typing import TYPE_CHECKING
-
-from resdiag.plots.lazy import canvas, np
-from resdiag.plots.plotkind import PlotKind
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from resdiag.plots.view import Record, Trace, View
+from resdiag.plots import canvas
+from resdiag.plots.view import Record, Trace, View
 
 _TENSOR = r"$\sqrt{B}\,\|\partial L/\partial H\|$"
 _PARAMETER = r"$\|\partial L/\partial\theta\|$"
@@ -85,20 +79,3 @@ def _statement(record: Record) -> str:
         else f"shrinks ×{canvas.factor_words(1 / ratio)}"
     )
     return f"The gradient {verb} from the last block back to block 0 at step {first}"
-
-
-KIND = PlotKind(
-    name="gradnorms",
-    title="Gradient norms by block",
-    question="Does the gradient explode or vanish on its way back, and since when?",
-    reading=(
-        "straight and rising towards block 0 on the log axis is an exploding gradient, falling "
-        "a vanishing one. The level of the parameter gradient matters as much as its slope: "
-        "without normalisation it is flat over blocks and grows with depth."
-    ),
-    needs=("grad_output", "grad_input", "grad_param"),
-    draw=draw,
-    theory_from=(
-        "what comes out of the stem at step 0, and the level of the gradient at the last block"
-    ),
-)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from resdiag.catalog.table import METRICS
 from resdiag.errors import UsageError
-from resdiag.models.variants import VARIANTS
+from resdiag.models.variants import VARIANTS, variant_words
 from resdiag.plots.plotkind import PlotKind
 from resdiag.plots.style import Look, depth_looks, variant_looks
 from resdiag.plots.view import Record, Series, View
@@ -157,13 +157,3 @@ def _words(settings: dict[str, object], keys: Sequence[str]) -> str:
         else f"{key.replace('_', ' ')} {settings.get(key)}"
         for key in keys
     )
-
-
-def variant_words(variant: str) -> str:
-    """A variant with the paper's letter.
-
-    >>> variant_words("elu_pre")
-    'elu_pre (b)'
-    """
-    row = VARIANTS.get(variant)
-    return f"{variant} ({row.alias})" if row and row.alias else variant

@@ -1,11 +1,12 @@
 """Heat maps of block against recorded step; non-finite cells are hatched, missing ones grey."""
 
 import numpy as np
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from resdiag.plots.scale import name_decades
 from resdiag.plots.style import ALARM, MAGNITUDES, NONFINITE
 from resdiag.plots.view import Bools, Floats, Record
 
@@ -31,8 +32,6 @@ def draw_heat(
         limits: Values of the first and last colour; None takes them from `values`.
         palette: Name of the colour map.
     """
-    import seaborn as sns
-
     finite = np.isfinite(values) & ~broken
     low, high = limits or _limits(values[finite], log=log)
     stride = -(-values.shape[1] // _COLUMNS)
@@ -55,10 +54,8 @@ def draw_heat(
     )  # fmt: skip
     axes.set_ylim(0, len(shown))  # block 0 at the bottom
     scale = axes.collections[-1].colorbar
-    if scale is not None and log and np.log10(high) - np.log10(low) <= 2:
-        scale.ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        scale.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        scale.ax.yaxis.set_minor_formatter(NullFormatter())
+    if scale is not None and log:
+        name_decades(scale.ax)
     _label_cells(axes, record, stride)
 
 

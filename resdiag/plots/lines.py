@@ -77,10 +77,6 @@ def _places(x: Floats, rank: int) -> list[int]:
     return sorted({int(place) for place in np.searchsorted(x, wanted)})
 
 
-def _stride(count: int) -> tuple[int, int]:
-    return 0, max(1, count // 12)
-
-
 def _mark_edge(axes: Axes, x: Floats, where: Bools, look: Look, rank: int, *, top: bool) -> None:
     """Triangles at the edge of the axis, in the colour of the line."""
     if not where.any():
@@ -91,7 +87,7 @@ def _mark_edge(axes: Axes, x: Floats, where: Bools, look: Look, rank: int, *, to
         marks, np.full(len(marks), 1 - shift if top else shift), ls="none",
         marker="^" if top else "v", ms=4, mfc=look.colour, mec="black" if top else "white",
         mew=0.4, transform=axes.get_xaxis_transform(), clip_on=False, zorder=5,
-        label=NONFINITE if top else ZERO, markevery=_stride(len(marks)),
+        label=NONFINITE if top else ZERO, markevery=(0, max(1, len(marks) // 12)),
         gid=NONFINITE if top else ZERO,
     )  # fmt: skip
 

@@ -1,18 +1,12 @@
 """Where, when and in which direction the numbers of a run became non-finite."""
 
-from __future__ import annotations
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from typing import TYPE_CHECKING
-
-from resdiag.plots.lazy import canvas, np
-from resdiag.plots.plotkind import PlotKind
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from resdiag.diagnose.nonfinite import FirstNonfinite
-    from resdiag.plots.view import Bools, Floats, Record, View
+from resdiag.diagnose.nonfinite import FirstNonfinite
+from resdiag.plots import canvas
+from resdiag.plots.view import Bools, Floats, Record, View
 
 _AROUND = 12
 """Recorded steps shown before and after the first non-finite value."""
@@ -182,18 +176,3 @@ def _name(record: Record, found: FirstNonfinite) -> str:
         f"First non-finite value at step {found.step} in block {found.block} "
         f"(last: {record.n_blocks - 1}), on the way {way}"
     )
-
-
-KIND = PlotKind(
-    name="nonfinite",
-    title="Where and when numbers became non-finite",
-    question="Where and since when are there infinities or NaN, and in which direction?",
-    reading=(
-        "the marked cell is the first step and block with a non-finite value: on the way "
-        "forward the lowest block, on the way back the highest. Later cells are consequences. "
-        "Where everything is finite, the change of the gradient is shown instead."
-    ),
-    needs=("output_nonfinite", "grad_nonfinite", "grad_output"),
-    draw=draw,
-    axis="runs",
-)

@@ -9,7 +9,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
-from resdiag.plots.grouping import hidden_differences, variant_words
+from resdiag.models.variants import variant_words
+from resdiag.plots.grouping import hidden_differences
 from resdiag.plots.lines import prediction
 from resdiag.plots.style import GREY, NONFINITE, THEORY, WIDTH, ZERO
 from resdiag.plots.view import View

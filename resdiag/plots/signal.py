@@ -1,16 +1,9 @@
 """Signal propagation plot: moments of output and branch by block (Brock et al. 2021)."""
 
-from __future__ import annotations
+from matplotlib.figure import Figure
 
-from typing import TYPE_CHECKING
-
-from resdiag.plots.lazy import canvas
-from resdiag.plots.plotkind import PlotKind
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from resdiag.plots.view import View
+from resdiag.plots import canvas
+from resdiag.plots.view import View
 
 _PANELS = (
     ("output_second_moment", "output: second moment", r"$E[H^2]$"),
@@ -36,23 +29,3 @@ def draw(view: View) -> Figure:
     canvas.share_scale(panels[1])  # mean against variance: which one dominates
     canvas.legend(body)
     return figure
-
-
-KIND = PlotKind(
-    name="signal",
-    title="Signal propagation by block",
-    question="Does the signal keep its scale on the way forward?",
-    reading=(
-        "straight and rising on the log axis is exponential growth. With BatchNorm on the "
-        "branch its variance starts at 1 and the output's grows by a constant per block, reset "
-        "at a stage. Squared mean above variance: the means dominate the signal."
-    ),
-    needs=(
-        "output_second_moment",
-        "output_channel_mean_sq",
-        "output_channel_var",
-        "branch_channel_var",
-    ),
-    draw=draw,
-    theory_from="what comes out of the stem at step 0",
-)

@@ -1,18 +1,12 @@
 """The skip path: what the activation after the addition does to it (P1 to P4)."""
 
-from __future__ import annotations
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from typing import TYPE_CHECKING
-
-from resdiag.plots.lazy import canvas, np
-from resdiag.plots.plotkind import PlotKind
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    from resdiag.plots.view import Trace, View
+from resdiag.plots import canvas
+from resdiag.plots.view import Trace, View
 
 _PANELS = (
     ("perturbation", "P1 perturbation of the sum", r"$\|H-u\|/\|u\|$", 0.0),
@@ -104,25 +98,3 @@ def _draw_steps(axes: Axes, view: View) -> None:
         axes.set_ylim(0, 1.15)
         if (positive == 1).all():
             canvas.note_panel(axes, "exactly 1 at every step")
-
-
-KIND = PlotKind(
-    name="skip",
-    title="What happens to the skip path",
-    question="How much of the identity path survives the activation after the addition?",
-    reading=(
-        "P1, P2 and P4 are 0 and P3 is 1 where nothing stands after the addition. P3 falling "
-        "along depth is what a gradient on shortcuts alone loses; below 0.05 at the last block "
-        "the skip path has collapsed. P2 above 0: a block cannot be an identity."
-    ),
-    needs=(
-        "perturbation",
-        "identity_defect",
-        "identity_drift",
-        "branch_ratio",
-        "skip_gain_stage",
-        "skip_gain",
-    ),
-    draw=draw,
-    theory_from="what comes out of the stem at step 0",
-)

@@ -121,9 +121,7 @@ def step_looks(count: int) -> list[Look]:
 
 
 def depth_looks(count: int) -> list[Look]:
-    """Looks of one variant at `count` depths: a palette even in lightness, light is shallow."""
-    if count == 1:
-        return _ordered("viridis", [0.25])
+    """Looks of one variant at several depths: a palette even in lightness, light is shallow."""
     return _ordered("viridis", [0.7 - 0.65 * i / (count - 1) for i in range(count)])
 
 
