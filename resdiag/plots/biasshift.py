@@ -12,11 +12,10 @@ from resdiag.plots.view import Trace, View
 
 def draw(view: View) -> Figure:
     """Signed mean with its 10-90 % band and B2 of output and branch; mean and B2 at the head."""
-    single = view.single
-    traces = _ends(view.history()) if single else view.traces(view.moments()[-1])
+    traces = _ends(view.history()) if view.single else view.traces(view.moments()[-1])
     figure, body = canvas.open_sheet(
         view, f"Bias shift by block and step: {canvas.subject(view)}", height=5.7,
-        shown=view.steps_shown(traces) if single else canvas.moment_words(traces),
+        shown=view.steps_shown(traces),
         notes=["Bands: 10 to 90 % of the channel means, at the last finite line of a single run."],
     )  # fmt: skip
     panels = body.subplots(3, 2)
@@ -42,9 +41,7 @@ def _draw_mean(axes: Axes, view: View, traces: Sequence[Trace], site: str) -> No
         low, high = (np.median(trace.values(f"{site}_mean_q{q}"), axis=0) for q in (10, 90))
         x = trace.records[0].positions(view.normalised)
         known = np.isfinite(low) & np.isfinite(high)
-        axes.fill_between(
-            x, low, high, where=known, color=trace.look.colour, alpha=0.16, lw=0
-        )  # fmt: skip
+        axes.fill_between(x, low, high, where=known, color=trace.look.colour, alpha=0.16, lw=0)
     canvas.head_panel(axes, f"{site}: mean and band of channels", r"mean$_c\,\mu_c$", stages=True)
     canvas.finish_blocks(axes, view)
     _compress(axes)

@@ -35,9 +35,9 @@ def _draw_single(view: View, record: Record) -> Figure:
     lines, heat = body.subplots(2, 1, height_ratios=[1, 1.1])
     _draw_lines(lines, view, traces, "by block", log=log)
     grid, broken = record.grid(metric), record.broken(metric)
-    canvas.draw_heat(heat, record, grid, broken, _FORMULAS.get(metric, metric), log=log)
+    keys = canvas.draw_heat(heat, record, grid, broken, _FORMULAS.get(metric, metric), log=log)
     canvas.head_panel(heat, "every recorded step", "block")
-    canvas.legend(body, extra=canvas.heat_keys(broken, np.isnan(grid) & ~broken))
+    canvas.legend(body, extra=keys)
     return figure
 
 

@@ -88,6 +88,5 @@ def _name(series: Series) -> str:
 def _looks(view: View, names: list[str]) -> dict[str, Look]:
     """The look of the variant; lines of one variant differ in their dashes."""
     variants = {_name(series): series.records[0].run.config.model for series in view.series}
-    models = [variants[name] for name in names]
-    ranks = [models[:place].count(model) for place, model in enumerate(models)]
-    return dict(zip(names, canvas.variant_looks(models, ranks), strict=True))
+    looks = canvas.variant_looks([variants[name] for name in names])
+    return dict(zip(names, looks, strict=True))

@@ -9,7 +9,6 @@ from matplotlib.patches import Rectangle as Rectangle
 from resdiag.diagnose.nonfinite import find_first_nonfinite as find_first_nonfinite
 from resdiag.models.variants import variant_words as variant_words
 from resdiag.plots.heat import draw_heat as draw_heat
-from resdiag.plots.heat import heat_keys as heat_keys
 from resdiag.plots.lines import draw_line as draw_line
 from resdiag.plots.lines import finish_blocks as finish_blocks
 from resdiag.plots.lines import guide as guide

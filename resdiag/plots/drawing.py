@@ -91,12 +91,8 @@ def render(figure: "Figure", file_format: str, *, letters: bool = False) -> byte
 
     from resdiag.plots.style import PIXELS_PER_INCH, look
 
-    title = str(figure.get_label())
-    metadata: dict[str, dict[str, str | None]] = {
-        "svg": {"Date": None, "Title": title},
-        "png": {"Title": title},
-        "pdf": {"CreationDate": None, "Title": title},
-    }
+    about: dict[str, str | None] = {"Title": str(figure.get_label())}
+    about |= {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(file_format, {})
     buffer = io.BytesIO()
     before = figure.dpi
     with look(), mpl.rc_context(_LETTERS if letters else None):
@@ -104,7 +100,7 @@ def render(figure: "Figure", file_format: str, *, letters: bool = False) -> byte
             figure.dpi = PIXELS_PER_INCH
             # not `savefig`, which draws twice: once to lay out, and the layout is frozen
             canvas: Any = get_registered_canvas_class(file_format)(figure)
-            getattr(canvas, f"print_{file_format}")(buffer, metadata=metadata[file_format])
+            getattr(canvas, f"print_{file_format}")(buffer, metadata=about)
         finally:
             figure.dpi = before
     return buffer.getvalue()

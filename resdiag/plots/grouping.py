@@ -107,8 +107,7 @@ def _looks(members: Sequence[Sequence[Record]]) -> list[Look]:
     variants = [group[0].run.config.model for group in members]
     if len(set(variants)) == 1 and len(members) > 1:
         return depth_looks(len(members))
-    ranks = [variants[:place].count(name) for place, name in enumerate(variants)]
-    return variant_looks(variants, ranks)
+    return variant_looks(variants)
 
 
 def _labels(members: Sequence[Sequence[Record]]) -> list[str]:
@@ -117,7 +116,7 @@ def _labels(members: Sequence[Sequence[Record]]) -> list[str]:
     differing = differences(settings)
     used: list[str] = [key for key in ("variant", "depth") if key in differing]
     for key in differing:
-        if key not in used and not _unique([_words(one, used) for one in settings]):
+        if key not in used and len({_words(one, used) for one in settings}) < len(settings):
             used.append(key)
     labels = [_words(one, used or ["variant"]) for one in settings]
     labels = [
@@ -143,10 +142,6 @@ def hidden_differences(series: Sequence[Series]) -> list[str]:
     labels = " ".join(one.label for one in series)
     shown = {"variant", "steps", "milestones"}
     return [key for key in hidden if key not in shown and key.replace("_", " ") not in labels]
-
-
-def _unique(labels: Sequence[str]) -> bool:
-    return len(set(labels)) == len(labels)
 
 
 def _words(settings: dict[str, object], keys: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ def draw(view: View) -> Figure:
     traces = view.history(3) if view.single else view.traces("first")
     figure, body = canvas.open_sheet(
         view, f"Growth per block, forward and backward: {canvas.subject(view)}", height=4.9,
-        shown=view.steps_shown(traces) if view.single else canvas.moment_words(traces),
+        shown=view.steps_shown(traces),
     )  # fmt: skip
     panels = body.subplots(2, 2, width_ratios=[2.6, 1])
     for (metric, way, formula), (left, right) in zip(_PANELS, panels, strict=True):
@@ -37,7 +37,7 @@ def _draw_factors(
     axes: Axes, view: View, traces: list[Trace], metric: str, title: str, formula: str
 ) -> None:
     canvas.trace_blocks(axes, view, traces, metric, log=True)
-    canvas.trace_theory(axes, view, [t for t in traces if not any(t.places)], metric)
+    canvas.trace_theory(axes, view, traces, metric)
     canvas.head_panel(axes, title, formula, stages=True)
     canvas.finish_blocks(axes, view, log=True)
     canvas.guide(axes, 1.0, "")

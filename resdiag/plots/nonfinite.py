@@ -6,10 +6,14 @@ from matplotlib.figure import Figure
 
 from resdiag.diagnose.nonfinite import FirstNonfinite
 from resdiag.plots import canvas
-from resdiag.plots.view import Bools, Floats, Record, View
+from resdiag.plots.view import Floats, Record, View
 
 _AROUND = 12
 """Recorded steps shown before and after the first non-finite value."""
+_WAYS = (
+    ("forward", "output_nonfinite", "output"),
+    ("backward", "grad_nonfinite", "gradient at the output"),
+)
 
 
 def draw(view: View) -> Figure:
@@ -30,29 +34,18 @@ def _draw_broken(view: View, record: Record, found: FirstNonfinite) -> Figure:
         shown=f"steps {near.steps[0]} to {near.steps[-1]} around the first non-finite value",
     )  # fmt: skip
     panels = body.subplots(2, 1, sharex=True)
-    unknown: list[Bools] = []
-    for axes, metric, way in zip(
-        panels, ("output_nonfinite", "grad_nonfinite"), ("forward", "backward"), strict=True
-    ):
+    keys = []
+    for axes, (way, metric, what) in zip(panels, _WAYS, strict=True):
         values = near.grid(metric)
-        nothing = np.zeros(values.shape, dtype=bool)
-        canvas.draw_heat(
-            axes,
-            near,
-            values,
-            nothing,
-            "non-finite fraction",
-            log=False,
-            limits=(0.0, 1.0),
-            palette="OrRd",
-        )
-        what = "output" if way == "forward" else "gradient at the output"
+        keys += canvas.draw_heat(
+            axes, near, values, np.zeros(values.shape, dtype=bool), "non-finite fraction",
+            log=False, limits=(0.0, 1.0), palette="OrRd",
+        )  # fmt: skip
         canvas.head_panel(axes, f"{way}: non-finite fraction of the {what}", "block")
-        unknown.append(np.isnan(values))
         if way == found.direction:
             _mark(axes, near, found, place - window.start)
     panels[0].set_xlabel("")
-    canvas.legend(body, extra=canvas.heat_keys(np.zeros(1, dtype=bool), np.concatenate(unknown)))
+    canvas.legend(body, extra=keys)
     return figure
 
 
@@ -101,10 +94,10 @@ def _draw_healthy(view: View, record: Record) -> Figure:
     )
     axes = body.subplots()
     limit = max(size, 0.1)
-    nothing = np.zeros(change.shape, dtype=bool)
-    canvas.draw_heat(
-        axes, record, change, nothing, r"log$_{10}$ of $\|g\|$ over its first value", log=False,
-        limits=(-limit, limit), palette="PuOr_r",
+    keys = canvas.draw_heat(
+        axes, record, change, np.zeros(change.shape, dtype=bool),
+        r"log$_{10}$ of $\|g\|$ over its first value", log=False, limits=(-limit, limit),
+        palette="PuOr_r",
     )  # fmt: skip
     canvas.head_panel(axes, "gradient at the output, relative to the first recorded step", "block")
     if finite.any():
@@ -113,7 +106,7 @@ def _draw_healthy(view: View, record: Record) -> Figure:
                 (column, block), 1, 1, fill=False, ec="black", lw=1.4, label="largest change"
             )
         )
-    canvas.legend(body, extra=canvas.heat_keys(nothing, ~finite))
+    canvas.legend(body, extra=keys)
     return figure
 
 
@@ -171,8 +164,7 @@ def _finish_rows(axes: Axes, records: list[Record]) -> None:
 
 
 def _name(record: Record, found: FirstNonfinite) -> str:
-    way = "forward" if found.direction == "forward" else "backward"
     return (
         f"First non-finite value at step {found.step} in block {found.block} "
-        f"(last: {record.n_blocks - 1}), on the way {way}"
+        f"(last: {record.n_blocks - 1}), on the way {found.direction}"
     )

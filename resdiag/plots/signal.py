@@ -18,12 +18,12 @@ def draw(view: View) -> Figure:
     traces = view.history(3) if view.single else view.traces("first")
     figure, body = canvas.open_sheet(
         view, f"Signal propagation by block: {canvas.subject(view)}", height=4.6,
-        shown=view.steps_shown(traces) if view.single else canvas.moment_words(traces),
+        shown=view.steps_shown(traces),
     )  # fmt: skip
     panels = body.subplots(2, 2)
     for (metric, title, formula), axes in zip(_PANELS, panels.flat, strict=True):
         canvas.trace_blocks(axes, view, traces, metric, log=True)
-        canvas.trace_theory(axes, view, [t for t in traces if not any(t.places)], metric)
+        canvas.trace_theory(axes, view, traces, metric)
         canvas.head_panel(axes, title, formula, stages=True)
         canvas.finish_blocks(axes, view, log=True)
     canvas.share_scale(panels[1])  # mean against variance: which one dominates

@@ -50,7 +50,7 @@ def _draw_panel(
     for layer in layers:
         light = len(layers) > 1 and layer is layers[0]
         canvas.trace_blocks(axes, view, layer, metric, log=log, light=light)
-    canvas.trace_theory(axes, view, [t for t in layers[0] if not any(t.places)], metric)
+    canvas.trace_theory(axes, view, layers[0], metric)
     canvas.head_panel(axes, title, formula, stages=True)
     canvas.finish_blocks(axes, view, log=log, floor=None if log else 0.0)
     if neutral is not None:
@@ -69,17 +69,14 @@ def _weights(layers: list[list[Trace]]) -> list[Line2D]:
 def _explain_neutral(axes: Axes, view: View, neutral: float) -> None:
     """Say so where every value is exactly the one of a network with nothing after the addition."""
     y = canvas.plotted(axes)
-    if y.size and (y == neutral).all() and not _marked(axes):
+    marked = any(line.get_gid() == canvas.NONFINITE for line in axes.lines)
+    if y.size and (y == neutral).all() and not marked:
         axes.set_ylim(-0.05, 1.15)
         bare = all(b.get("after_add") == "none" for r in view.records for b in r.run.blocks)
         why = ":\nnothing stands after\nthe addition" if bare else ""
         canvas.note_panel(axes, f"exactly {neutral:g} in every block{why}")
     elif neutral == 1 and y.size:
         axes.set_ylim(-0.04, max(1.06, axes.get_ylim()[1]))
-
-
-def _marked(axes: Axes) -> bool:
-    return any(line.get_gid() == canvas.NONFINITE for line in axes.lines)
 
 
 def _draw_steps(axes: Axes, view: View) -> None:

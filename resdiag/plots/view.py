@@ -240,7 +240,9 @@ class View:
         ]
 
     def steps_shown(self, traces: Sequence[Trace]) -> str:
-        """The steps of a single run's lines, in words."""
+        """The steps of the lines, in words; of several runs as `moment_words` says them."""
+        if not self.single:
+            return moment_words(traces)
         steps = [str(trace.records[0].steps[trace.places[0]]) for trace in traces]
         return f"lines: step {', '.join(steps)} of {len(self.records[0].steps)} recorded"
 
