@@ -53,10 +53,7 @@ class RunData:
     @property
     def classes(self) -> int | None:
         """Number of classes, None if the run does not say."""
-        stated = self.run.data.get("classes")
-        if isinstance(stated, Sequence) and not isinstance(stated, str):
-            stated = len(stated)
-        return int(stated) if isinstance(stated, int | float) and stated > 1 else None
+        return count_classes(self.run)
 
     @property
     def why_no_updates(self) -> tuple[str, str]:
@@ -180,6 +177,14 @@ class RunData:
             if np.isnan(first) and self.run.blocks and self.run.blocks[0].get("shortcut") == "none":
                 first = np.float64(self.value("grad_output", step, self.indices[0]))
             return float(first / np.float64(self.value("grad_output", step, self.indices[-1])))
+
+
+def count_classes(run: Run) -> int | None:
+    """Number of classes of a run's data, None if the run does not say."""
+    stated = run.data.get("classes")
+    if isinstance(stated, Sequence) and not isinstance(stated, str):
+        stated = len(stated)
+    return int(stated) if isinstance(stated, int | float) and stated > 1 else None
 
 
 def _clean(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:

@@ -85,7 +85,6 @@ class Lesion:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Remove it."""
         self.remove()
 
     def _begin(self, module: nn.Module, args: object) -> None:
@@ -160,7 +159,6 @@ class _EachCall(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
-        """One torch call."""
         return self._call(func, args, dict(kwargs or {}))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from resdiag.errors import UsageError
-from resdiag.models.source import Built
+from resdiag.models.source import Built, error_words
 
 _TOKENS = 32
 _IMAGE = 224
@@ -75,17 +75,14 @@ def example_batch(
     device = next((p.device for p in built.model.parameters()), torch.device("cpu"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        maker = _Maker(batch_size, tuple(shape) if shape else None, device)
-        return maker.make(built)
+        return _Maker(batch_size, tuple(shape) if shape else None, device).make(built)
 
 
 class _Maker:
     """Makes tensors of one batch."""
 
-    def __init__(
-        self, batch_size: int, shape: tuple[int, ...] | None, device: torch.device
-    ) -> None:
-        self._batch, self._shape, self._device = batch_size, shape, device
+    def __init__(self, batch: int, shape: tuple[int, ...] | None, device: torch.device) -> None:
+        self._batch, self._shape, self._device = batch, shape, device
 
     def make(self, built: Built) -> Example:
         model: Any = built.model
@@ -224,7 +221,7 @@ def _runs(model: nn.Module, x: Tensor) -> str:
             model.eval()
             model(x)
     except Exception as error:
-        return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return error_words(error, 200)
     finally:
         for module, mode in modes.items():
             module.training = mode

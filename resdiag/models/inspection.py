@@ -10,7 +10,7 @@ from torch import nn
 
 from resdiag.errors import ResdiagError, UsageError
 from resdiag.models.example import Example, example_batch
-from resdiag.models.source import LIBRARIES, Built, build_source
+from resdiag.models.source import LIBRARIES, Built, build_source, error_words
 from resdiag.watch.find.blocks import Block, find_anatomy
 
 _RESERVED = 0.7  # share of the free memory that a model's weights may take
@@ -137,20 +137,14 @@ def words_of(count: float) -> str:
 def _look(built: Built, example: Example, blocks: Sequence[str] | None) -> Inspection:
     try:
         anatomy = find_anatomy(built.model, *example.args, blocks=blocks, **example.kwargs)
-    except ValueError as error:
-        if str(error).startswith("blocks:"):
-            raise UsageError(str(error), "a pattern such as layer1.* names modules") from error
-        raise _does_not_run(built, example, error) from error
     except Exception as error:
-        raise _does_not_run(built, example, error) from error
+        if isinstance(error, ValueError) and str(error).startswith("blocks:"):
+            raise UsageError(str(error), "a pattern such as layer1.* names modules") from error
+        raise UsageError(
+            f"{built.name} does not run on {example.describe()}: {error_words(error, 300)}",
+            "--input-shape, or --arg",
+        ) from error
     counts = [sum(p.numel() for p in members) for members in anatomy.parameters]
     found, none = anatomy.blocks, list[Block]()
     residual, units = (none, found) if anatomy.is_chosen else (found, none)
     return Inspection(built=built, example=example, blocks=residual, units=units, parameters=counts)
-
-
-def _does_not_run(built: Built, example: Example, error: Exception) -> UsageError:
-    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return UsageError(
-        f"{built.name} does not run on {example.describe()}: {text}", "--input-shape, or --arg"
-    )

@@ -8,9 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resdiag.errors import UsageError
-from resdiag.models.variants import Variant, count_blocks, find_variant
-
-STAGE_CHANNELS = (16, 32, 64)
+from resdiag.models.variants import STAGE_CHANNELS, Variant, count_blocks, find_variant
 
 
 class OptionA(nn.Module):
@@ -144,8 +142,9 @@ def build_model(
     count_blocks(depth)
     if not width > 0:
         raise UsageError(f"width {width} must be positive; 1 is the paper's 16/32/64 channels")
-
-    def make() -> ResNet:
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
         return ResNet(
             row,
             depth,
@@ -154,12 +153,6 @@ def build_model(
             in_channels=in_channels,
             stem_bn=stem_bn,
         )
-
-    if seed is None:
-        return make()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make()
 
 
 def _stem(row: Variant, stem_bn: bool) -> str:

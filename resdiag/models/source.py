@@ -12,6 +12,7 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,7 @@ def _build_ours(name: str, what: str, arguments: dict[str, Any]) -> Built:
         raise UsageError(f"model '{name}' is not resdiag:VARIANT-DEPTH", "resdiag:elu_pre-110")
     row = find_variant(variant)
     count_blocks(int(depth))
-    model = _call(name, lambda **kwargs: build_model(row.id, int(depth), **kwargs), arguments)
+    model = _call(name, partial(build_model, row.id, int(depth)), arguments)
     # theory is about the table's widths and stems
     known = not set(arguments) & {"width", "stem_bn", "in_channels"}
     return Built(
@@ -261,13 +262,11 @@ def _import_module(module: str, name: str) -> Any:  # noqa: ANN401
         sys.path.insert(0, here)
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        missing = getattr(error, "name", None) or ""
+    except Exception as error:
+        missing = isinstance(error, ImportError) and error.name
         if missing and (module == missing or module.startswith(f"{missing}.")):
             raise unknown("library or module", module, LIBRARIES) from error
-        raise UsageError(f"{name}: {module} cannot be imported: {_words(error)}") from error
-    except Exception as error:
-        raise UsageError(f"{name}: {module} cannot be imported: {_words(error)}") from error
+        raise UsageError(f"{name}: {module} cannot be imported: {error_words(error)}") from error
 
 
 def _import_extra(library: str) -> Any:  # noqa: ANN401
@@ -275,7 +274,7 @@ def _import_extra(library: str) -> Any:  # noqa: ANN401
         return importlib.import_module(library)
     except ImportError as error:
         raise UsageError(
-            f"{library} is not installed: {_words(error)}", f"pip install 'resdiag[{library}]'"
+            f"{library} is not installed: {error_words(error)}", f"pip install 'resdiag[{library}]'"
         ) from error
 
 
@@ -296,13 +295,14 @@ def _call_any(name: str, factory: Any, arguments: Mapping[str, Any]) -> Any:  # 
     except ResdiagError:
         raise
     except Exception as error:
-        raise UsageError(f"{name} cannot be built: {_words(error)}", "--arg key=value") from error
+        words = f"{name} cannot be built: {error_words(error)}"
+        raise UsageError(words, "--arg key=value") from error
 
 
-def _words(error: BaseException) -> str:
-    """An exception in one line."""
+def error_words(error: BaseException, most: int = 400) -> str:
+    """An exception in one line of at most so many letters."""
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:400] if text else type(error).__name__
+    return f"{type(error).__name__}: {text}"[:most] if text else type(error).__name__
 
 
 def _no_model(kind: str, name: str, names: Sequence[str], hint: str = "") -> UsageError:

@@ -100,6 +100,9 @@ _ROWS = (
 VARIANTS = Registry("variant", _ROWS, key="id")
 """Every variant by id, in the order of the design's table; registered ones behind."""
 
+STAGE_CHANNELS = (16, 32, 64)
+"""Channels of the three stages at width 1, of the first one's stem too (He et al. 2015, 4.2)."""
+
 _WORDS = ("conv", "bn", "relu", "elu")
 
 
@@ -156,6 +159,16 @@ def find_variant(name: str) -> Variant:
         aliases = [row.alias for row in VARIANTS.values() if row.alias]
         raise unknown("variant", name, [*VARIANTS, *aliases])
     return row
+
+
+def variant_words(variant: str) -> str:
+    """A variant with the paper's letter.
+
+    >>> variant_words("elu_pre")
+    'elu_pre (b)'
+    """
+    row = VARIANTS.get(variant)
+    return f"{variant} ({row.alias})" if row and row.alias else variant
 
 
 def count_blocks(depth: int) -> int:

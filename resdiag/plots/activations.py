@@ -1,20 +1,19 @@
 """The activations themselves: the paper's Figure 2, with what it is drawn for, the mean output."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
-from resdiag.plots.lazy import np, pd
-from resdiag.plots.plotkind import PlotKind
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from numpy.typing import NDArray
-
-    from resdiag.plots.view import View
+from resdiag.plots.kinds import ACTIVATION_PLOT
+from resdiag.plots.sheet import freeze_layout
+from resdiag.plots.style import VARIANT_LOOKS, WIDTH, look
+from resdiag.plots.view import View
+from resdiag.theory.moments import ACTIVATIONS
 
 _NAMES: Mapping[str, tuple[str, str, str]] = MappingProxyType(
     {"relu": ("ReLU", "original", "--"), "elu": ("ELU", "elu", "-")}
@@ -43,8 +42,6 @@ def activation_moments() -> dict[str, dict[str, float]]:
     >>> {name: round(found["mean"], 3) for name, found in activation_moments().items()}
     {'relu': 0.399, 'elu': 0.161}
     """
-    from resdiag.theory.moments import ACTIVATIONS
-
     return {
         name: {
             "mean": float(ACTIVATIONS[name].mean(1.0)),
@@ -55,13 +52,8 @@ def activation_moments() -> dict[str, dict[str, float]]:
     }
 
 
-def draw_activations(view: View | None = None) -> Figure:
-    """Both functions with their mean output, and both slopes, side by side."""
-    from matplotlib.figure import Figure
-
-    from resdiag.plots.sheet import freeze_layout
-    from resdiag.plots.style import WIDTH, look
-
+def draw(view: View | None = None) -> Figure:
+    """Both functions with their mean output, and both slopes, side by side; no run is needed."""
     values, moments = activation_values(), activation_moments()
     with look():
         figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
@@ -70,7 +62,7 @@ def draw_activations(view: View | None = None) -> Figure:
         _draw(left, values, "", "f(x), and its mean for standard normal input")
         _draw(right, values, "_slope", "slope f'(x)")
         for above, (name, (label, variant, dashes)) in zip((1, -1), _NAMES.items(), strict=True):
-            mean, colour = moments[name]["mean"], _colour(variant)
+            mean, colour = moments[name]["mean"], VARIANT_LOOKS[variant].colour
             left.axhline(mean, color=colour, lw=0.8, ls=dashes, zorder=1)
             left.annotate(
                 f"mean of {label}: {mean:.2f}", (_LIMIT, mean), xytext=(0, 2 * above),
@@ -82,30 +74,10 @@ def draw_activations(view: View | None = None) -> Figure:
     return figure
 
 
-def _colour(variant: str) -> str:
-    from resdiag.plots.style import VARIANT_LOOKS
-
-    return VARIANT_LOOKS[variant].colour
-
-
 def _draw(axes: Axes, values: pd.DataFrame, ending: str, title: str) -> None:
     for name, (label, variant, dashes) in _NAMES.items():
         column = values[f"{name}{ending}"]
-        axes.plot(values["x"], column, color=_colour(variant), ls=dashes, lw=1.5, label=label)
+        colour = VARIANT_LOOKS[variant].colour
+        axes.plot(values["x"], column, color=colour, ls=dashes, lw=1.5, label=label)
     axes.set_title(title, loc="left")
     axes.set_xlabel("x")
-
-
-ACTIVATION_PLOT = PlotKind(
-    name="activations",
-    title="ReLU and ELU",
-    question="What do the two activations do to the mean of what they pass on?",
-    reading=(
-        "ReLU is never negative, so its mean output is far from 0; ELU's negative values, down to "
-        "-1, pull it towards 0. Horizontal lines: the mean output for standard normal input. "
-        "Neither slope exceeds 1: no activation makes a gradient explode by itself."
-    ),
-    needs=(),
-    draw=draw_activations,
-)
-"""A plot that no run is needed for; a study file may name it, `resdiag plot` not."""

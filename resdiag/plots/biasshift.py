@@ -1,27 +1,21 @@
 """Bias shift: are the activations centred, by block, and does the head's mean drift over steps."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from resdiag.plots.lazy import canvas, np
-from resdiag.plots.plotkind import PlotKind
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from resdiag.plots.view import Trace, View
+from resdiag.plots import canvas
+from resdiag.plots.view import Trace, View
 
 
 def draw(view: View) -> Figure:
     """Signed mean with its 10-90 % band and B2 of output and branch; mean and B2 at the head."""
-    single = view.single
-    traces = _ends(view.history()) if single else view.traces(view.moments()[-1])
+    traces = _ends(view.history()) if view.single else view.traces(view.moments()[-1])
     figure, body = canvas.open_sheet(
         view, f"Bias shift by block and step: {canvas.subject(view)}", height=5.7,
-        shown=view.steps_shown(traces) if single else canvas.moment_words(traces),
+        shown=view.steps_shown(traces),
         notes=["Bands: 10 to 90 % of the channel means, at the last finite line of a single run."],
     )  # fmt: skip
     panels = body.subplots(3, 2)
@@ -47,9 +41,7 @@ def _draw_mean(axes: Axes, view: View, traces: Sequence[Trace], site: str) -> No
         low, high = (np.median(trace.values(f"{site}_mean_q{q}"), axis=0) for q in (10, 90))
         x = trace.records[0].positions(view.normalised)
         known = np.isfinite(low) & np.isfinite(high)
-        axes.fill_between(
-            x, low, high, where=known, color=trace.look.colour, alpha=0.16, lw=0
-        )  # fmt: skip
+        axes.fill_between(x, low, high, where=known, color=trace.look.colour, alpha=0.16, lw=0)
     canvas.head_panel(axes, f"{site}: mean and band of channels", r"mean$_c\,\mu_c$", stages=True)
     canvas.finish_blocks(axes, view)
     _compress(axes)
@@ -92,21 +84,3 @@ def _compress(axes: Axes) -> None:
     # room for marks on the top edge
     top = 10.0 ** (high + 0.35 * (high - low))
     axes.set_ylim(-(10.0 ** (high + 0.5)) if -1 in signs else -(10.0**low), top)
-
-
-def _quantiled(site: str) -> tuple[str, ...]:
-    return (f"{site}_mean", f"{site}_mean_q10", f"{site}_mean_q90", f"{site}_bias")
-
-
-KIND = PlotKind(
-    name="biasshift",
-    title="Bias shift by block and step",
-    question="Are the activations centred, and does their mean drift?",
-    reading=(
-        "0 is centred. A band that leaves 0 is a shift all channels share; a wide band around "
-        "0 is one that the mean hides. B2 above 1: the mean is larger than the signal. Behind "
-        "a BatchNorm the branch's mean is its learned bias: 0 at step 0."
-    ),
-    needs=(*_quantiled("output"), *_quantiled("branch"), "head_mean", "head_bias"),
-    draw=draw,
-)

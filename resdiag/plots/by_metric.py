@@ -1,20 +1,14 @@
 """Any metric per block, built in or custom: by block, and block against step for one run.
 
-The update ratio is the one of them that has a name of its own as a kind of plot.
+The update ratio is the one of them that is a kind of plot of its own.
 """
 
-from __future__ import annotations
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from typing import TYPE_CHECKING
-
-from resdiag.plots.lazy import canvas, np
-from resdiag.plots.plotkind import PlotKind
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from resdiag.plots.view import Record, Trace, View
+from resdiag.plots import canvas
+from resdiag.plots.view import Record, Trace, View
 
 _DECADES = 1.5
 _FORMULAS = {"update_ratio": r"$\|\Delta\theta\|/\|\theta\|$"}
@@ -41,9 +35,9 @@ def _draw_single(view: View, record: Record) -> Figure:
     lines, heat = body.subplots(2, 1, height_ratios=[1, 1.1])
     _draw_lines(lines, view, traces, "by block", log=log)
     grid, broken = record.grid(metric), record.broken(metric)
-    canvas.draw_heat(heat, record, grid, broken, _FORMULAS.get(metric, metric), log=log)
+    keys = canvas.draw_heat(heat, record, grid, broken, _FORMULAS.get(metric, metric), log=log)
     canvas.head_panel(heat, "every recorded step", "block")
-    canvas.legend(body, extra=canvas.heat_keys(broken, np.isnan(grid) & ~broken))
+    canvas.legend(body, extra=keys)
     return figure
 
 
@@ -85,16 +79,3 @@ def _spans_decades(view: View) -> bool:
         return False
     positive = values[values > 0]
     return bool(np.log10(positive.max()) - np.log10(positive.min()) > _DECADES)
-
-
-KIND = PlotKind(
-    name="updates",
-    title="Update to weight ratio by block and step",
-    question="How far does a step move the weights of each block?",
-    reading=(
-        "about 1e-3 is usual; above 0.1 a step replaces the weights, far below 1e-4 a block "
-        "hardly learns. Blocks that differ by decades train at different speeds."
-    ),
-    needs=("update_ratio",),
-    draw=draw,
-)

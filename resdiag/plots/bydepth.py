@@ -1,19 +1,16 @@
 """Error by depth: does a deeper network of the same variant learn better or worse."""
 
-from __future__ import annotations
-
 import re
-from typing import TYPE_CHECKING
 
-from resdiag.plots.lazy import canvas, np, pd, sns
-from resdiag.plots.plotkind import PlotKind
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from resdiag.plots.style import Look
-    from resdiag.plots.view import Record, Series, View
+from resdiag.plots import canvas
+from resdiag.plots.style import Look
+from resdiag.plots.view import Record, Series, View
 
 _PANELS = (("test_error", "test error"), ("train_error", "training error of the last epoch"))
 
@@ -91,22 +88,5 @@ def _name(series: Series) -> str:
 def _looks(view: View, names: list[str]) -> dict[str, Look]:
     """The look of the variant; lines of one variant differ in their dashes."""
     variants = {_name(series): series.records[0].run.config.model for series in view.series}
-    models = [variants[name] for name in names]
-    ranks = [models[:place].count(model) for place, model in enumerate(models)]
-    return dict(zip(names, canvas.variant_looks(models, ranks), strict=True))
-
-
-KIND = PlotKind(
-    name="depth",
-    title="Error by depth",
-    question="Does a deeper network of the same variant learn better or worse?",
-    reading=(
-        "a line that falls gains from depth; one that rises is degraded by it. Where the training "
-        "error rises too, it is the optimisation that fails, not the generalisation. Marks are "
-        "medians over seeds, bars reach from the least to the most."
-    ),
-    needs=("test_error", "train_error"),
-    draw=draw,
-    axis="step",
-    compares=True,
-)
+    looks = canvas.variant_looks([variants[name] for name in names])
+    return dict(zip(names, looks, strict=True))

@@ -7,9 +7,8 @@ from matplotlib.lines import Line2D as Line2D
 from matplotlib.patches import Rectangle as Rectangle
 
 from resdiag.diagnose.nonfinite import find_first_nonfinite as find_first_nonfinite
-from resdiag.plots.grouping import variant_words as variant_words
+from resdiag.models.variants import variant_words as variant_words
 from resdiag.plots.heat import draw_heat as draw_heat
-from resdiag.plots.heat import heat_keys as heat_keys
 from resdiag.plots.lines import draw_line as draw_line
 from resdiag.plots.lines import finish_blocks as finish_blocks
 from resdiag.plots.lines import guide as guide
@@ -22,7 +21,6 @@ from resdiag.plots.overtime import finish_steps as finish_steps
 from resdiag.plots.overtime import first_breakdown as first_breakdown
 from resdiag.plots.overtime import mark_breakdown as mark_breakdown
 from resdiag.plots.overtime import trace_block_steps as trace_block_steps
-from resdiag.plots.overtime import trace_running_mean as trace_running_mean
 from resdiag.plots.overtime import trace_steps as trace_steps
 from resdiag.plots.scale import finish_scale as finish_scale
 from resdiag.plots.scale import huge as huge

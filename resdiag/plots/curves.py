@@ -1,22 +1,17 @@
 """Training curves: loss, error, learning rate and gradient norm over steps."""
 
-from __future__ import annotations
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from typing import TYPE_CHECKING
-
-from resdiag.plots.lazy import canvas, np
-from resdiag.plots.plotkind import PlotKind
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from resdiag.plots.view import Record, View
+from resdiag.diagnose.rundata import count_classes
+from resdiag.plots import canvas
+from resdiag.plots.view import Record, View
 
 _CROWDED = 500  # steps from which the noise of single batches covers the lines
-_BATCH = ("#0072B2", "o")
-_TRAIN = ("#0072B2", "s", (0, (5, 1.5)))
-_TEST = ("#D55E00", "X")
+_BATCH = canvas.Look("#0072B2", "o")
+_TRAIN = canvas.Look("#0072B2", "s", (0, (5, 1.5)))
+_TEST = canvas.Look("#D55E00", "X")
 """Looks of the lines of a single run."""
 
 
@@ -45,25 +40,15 @@ def _draw_loss(axes: Axes, view: View) -> None:
     log = bool(positive.size and positive.max() > 30 * np.median(positive))
     log |= bool(positive.size and positive.max() > 20)
     window = _window(view)
-    look, label = (canvas.Look(*_BATCH), "training batch") if view.single else (None, "")
-    canvas.trace_steps(axes, view, "loss", log=log, look=look, label=label, light=window > 1)
+    _trace(axes, view, "loss", _BATCH, "training batch", log=log, light=window > 1)
     if window > 1:
-        smooth = f"mean of {window} batches" if view.single else ""
-        canvas.trace_running_mean(
-            axes,
-            view,
-            "loss",
-            window,
-            log=log,
-            look=canvas.Look(*_TRAIN) if view.single else None,
-            label=smooth,
-        )
+        _trace(axes, view, "loss", _TRAIN, f"mean of {window} batches", log=log, window=window)
     if view.single:
-        canvas.trace_steps(axes, view, "test_loss", log=log, look=canvas.Look(*_TEST), label="test")
+        _trace(axes, view, "test_loss", _TEST, "test", log=log)
     thick = f" (thin: batch, thick: mean of {window})" if window > 1 and not view.single else ""
     canvas.head_panel(axes, f"loss{thick}", "cross-entropy (nat)")
     canvas.finish_steps(axes, view, log=log)
-    for classes in sorted({count_classes(record) for record in view.records} - {0}):
+    for classes in sorted({count_classes(record.run) or 0 for record in view.records} - {0}):
         level = float(np.log(classes))
         low, high = axes.get_ylim()
         axes.set_ylim(min(low, level * 0.9), max(high, level * 1.15))
@@ -72,21 +57,10 @@ def _draw_loss(axes: Axes, view: View) -> None:
 
 
 def _draw_error(axes: Axes, view: View) -> None:
+    _trace(axes, view, "error", _BATCH, "training batch", light=True)
     if view.single:
-        canvas.trace_steps(
-            axes, view, "error", look=canvas.Look(*_BATCH), light=True, label="training batch"
-        )
-        canvas.trace_steps(
-            axes,
-            view,
-            "train_error",
-            look=canvas.Look(*_TRAIN),
-            label="training, mean of the epoch",
-        )
-        canvas.trace_steps(axes, view, "test_error", look=canvas.Look(*_TEST), label="test")
-    else:
-        canvas.trace_steps(axes, view, "error", light=True)
-        canvas.trace_steps(axes, view, "test_error")
+        _trace(axes, view, "train_error", _TRAIN, "training, mean of the epoch")
+    _trace(axes, view, "test_error", _TEST, "test")
     thin = "" if view.single else "thin: training batch, thick: test"
     canvas.head_panel(axes, f"error ({thin})" if thin else "error", "share of the samples")
     canvas.finish_steps(axes, view)
@@ -97,16 +71,25 @@ def _draw_error(axes: Axes, view: View) -> None:
 def _draw_plain(
     axes: Axes, view: View, column: str, title: str, formula: str, *, log: bool
 ) -> None:
-    canvas.trace_steps(
-        axes, view, column, log=log, look=canvas.Look(*_BATCH) if view.single else None,
-        label="training batch" if view.single else "",
-    )  # fmt: skip
+    _trace(axes, view, column, _BATCH, "training batch", log=log)
     canvas.head_panel(axes, title, formula)
     canvas.finish_steps(axes, view, log=log)
     if column == "lr" and axes.lines:
         axes.set_ylim(0, axes.get_ylim()[1] * 1.05)
-        canvas.finish_scale(axes, log=False) if axes.get_ylim()[1] <= 0 else None
+        if axes.get_ylim()[1] <= 0:
+            canvas.finish_scale(axes, log=False)
     canvas.mark_breakdown(axes, view)
+
+
+def _trace(
+    axes: Axes, view: View, column: str, look: canvas.Look, label: str, *,
+    log: bool = False, light: bool = False, window: int = 0,
+) -> None:  # fmt: skip
+    """Draw a column; a single run has a line of this look and name, several have their own."""
+    canvas.trace_steps(
+        axes, view, column, log=log, light=light, window=window,
+        look=look if view.single else None, label=label if view.single else "{}",
+    )  # fmt: skip
 
 
 def _window(view: View) -> int:
@@ -130,30 +113,3 @@ def _breakdowns(view: View) -> list[str]:
         if steps:
             words.append(f"{series.label} from step {', '.join(map(str, steps))}")
     return [f"Dotted vertical lines: non-finite: {'; '.join(words)}."] if words else []
-
-
-def count_classes(record: Record) -> int:
-    """Number of classes of the run's data, 0 if it is not known."""
-    classes = record.run.data.get("classes")
-    if isinstance(classes, int):
-        return classes
-    if isinstance(classes, list | tuple):
-        return len(classes)
-    name = str(record.run.data.get("name", ""))
-    if name.startswith("cifar100"):
-        return 100
-    return 10 if name.startswith(("cifar10", "digits", "fashion")) else 0
-
-
-KIND = PlotKind(
-    name="curves",
-    title="Training curves",
-    question="Does it learn, stall or diverge?",
-    reading=(
-        "a loss at ln K is guessing. A loss that jumps in the first steps and returns to ln K "
-        "has lost its features; the gradient norm says whether it also lost its gradient."
-    ),
-    needs=("loss", "error", "lr", "grad_norm", "train_error", "test_error", "test_loss"),
-    draw=draw,
-    axis="step",
-)

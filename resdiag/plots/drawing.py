@@ -3,21 +3,20 @@
 matplotlib is imported by the first `draw`, so that a usage error stays fast.
 """
 
-import contextlib
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from resdiag.errors import StorageError, UsageError, unknown
+from resdiag.errors import UsageError, unknown
 from resdiag.plots.kinds import KINDS as KINDS
-from resdiag.plots.kinds import PlotKind as PlotKind
 from resdiag.plots.kinds import find_kind
+from resdiag.runs.files import make_folder, write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from resdiag.plots.view import View
     from resdiag.runs.folder import Run
     from resdiag.watch.loop.monitor import Monitor
 
@@ -51,25 +50,26 @@ def draw(
         UsageError: Unknown kind, no run, a run without records, without a metric that the plot
             needs, or without the step asked for.
     """
-    opened = _opened(runs)
+    from resdiag.runs.watched import opened as as_opened
+
+    opened = [as_opened(run) for run in (runs if isinstance(runs, Sequence) else [runs])]
     entry = find_kind(kind, [metric for run in opened for metric in run.custom_metrics])
     if not opened:
         raise UsageError(f"plot '{kind}' needs a run", "resdiag run --variant elu_pre --depth 20")
     from resdiag.plots.grouping import open_view
+
+    return draw_view(open_view(entry, opened, step=step, theory=theory))
+
+
+def draw_view(view: "View") -> "Figure":
+    """Draw what was opened, as the kind of plot that it was opened for; as `draw` does."""
     from resdiag.plots.sheet import freeze_layout
     from resdiag.plots.style import look
 
     with look():
-        figure = entry.draw(open_view(entry, opened, step=step, theory=theory))
+        figure = view.kind.draw(view)
         freeze_layout(figure)
     return figure
-
-
-def _opened(runs: "Sequence[Run | Monitor] | Run | Monitor") -> "list[Run]":
-    """What was given as a list of runs."""
-    from resdiag.runs.watched import opened
-
-    return [opened(run) for run in (runs if isinstance(runs, Sequence) else [runs])]
 
 
 def render(figure: "Figure", file_format: str, *, letters: bool = False) -> bytes:
@@ -87,31 +87,20 @@ def render(figure: "Figure", file_format: str, *, letters: bool = False) -> byte
     if file_format not in FORMATS:
         raise unknown("format", file_format, FORMATS)
     import matplotlib as mpl
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.backends.backend_pdf import FigureCanvasPdf
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.backend_bases import get_registered_canvas_class
 
     from resdiag.plots.style import PIXELS_PER_INCH, look
 
-    title = str(figure.get_label())
-    metadata: dict[str, dict[str, str | None]] = {
-        "svg": {"Date": None, "Title": title},
-        "png": {"Title": title},
-        "pdf": {"CreationDate": None, "Title": title},
-    }
+    about: dict[str, str | None] = {"Title": str(figure.get_label())}
+    about |= {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(file_format, {})
     buffer = io.BytesIO()
-    # not `savefig`, which draws twice: once to lay out, and the layout is frozen
-    about = metadata[file_format]
     before = figure.dpi
     with look(), mpl.rc_context(_LETTERS if letters else None):
         try:
             figure.dpi = PIXELS_PER_INCH
-            if file_format == "svg":
-                FigureCanvasSVG(figure).print_svg(buffer, metadata=about)  # type: ignore[no-untyped-call]
-            elif file_format == "pdf":
-                FigureCanvasPdf(figure).print_pdf(buffer, metadata=about)  # type: ignore[no-untyped-call]
-            else:
-                FigureCanvasAgg(figure).print_png(buffer, metadata=about)  # type: ignore[no-untyped-call]
+            # not `savefig`, which draws twice: once to lay out, and the layout is frozen
+            canvas: Any = get_registered_canvas_class(file_format)(figure)
+            getattr(canvas, f"print_{file_format}")(buffer, metadata=about)
         finally:
             figure.dpi = before
     return buffer.getvalue()
@@ -132,19 +121,7 @@ def save(figure: "Figure", stem: Path, formats: Sequence[str] = ("svg",)) -> lis
             raise unknown("format", name, FORMATS)
     # not with_suffix: a stem such as "lr0.1" has a dot that does not begin a suffix
     paths = [stem.with_name(f"{stem.name}.{name}") for name in formats]
+    make_folder(stem.parent)
     for path, name in zip(paths, formats, strict=True):
-        _write_whole(path, render(figure, name))
+        write_file(path, render(figure, name))
     return paths
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write beside the target, then rename over it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error

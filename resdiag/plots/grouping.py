@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from resdiag.catalog.table import METRICS
 from resdiag.errors import UsageError
-from resdiag.models.variants import VARIANTS
+from resdiag.models.variants import VARIANTS, variant_words
 from resdiag.plots.plotkind import PlotKind
 from resdiag.plots.style import Look, depth_looks, variant_looks
 from resdiag.plots.view import Record, Series, View
@@ -107,8 +107,7 @@ def _looks(members: Sequence[Sequence[Record]]) -> list[Look]:
     variants = [group[0].run.config.model for group in members]
     if len(set(variants)) == 1 and len(members) > 1:
         return depth_looks(len(members))
-    ranks = [variants[:place].count(name) for place, name in enumerate(variants)]
-    return variant_looks(variants, ranks)
+    return variant_looks(variants)
 
 
 def _labels(members: Sequence[Sequence[Record]]) -> list[str]:
@@ -117,7 +116,7 @@ def _labels(members: Sequence[Sequence[Record]]) -> list[str]:
     differing = differences(settings)
     used: list[str] = [key for key in ("variant", "depth") if key in differing]
     for key in differing:
-        if key not in used and not _unique([_words(one, used) for one in settings]):
+        if key not in used and len({_words(one, used) for one in settings}) < len(settings):
             used.append(key)
     labels = [_words(one, used or ["variant"]) for one in settings]
     labels = [
@@ -145,10 +144,6 @@ def hidden_differences(series: Sequence[Series]) -> list[str]:
     return [key for key in hidden if key not in shown and key.replace("_", " ") not in labels]
 
 
-def _unique(labels: Sequence[str]) -> bool:
-    return len(set(labels)) == len(labels)
-
-
 def _words(settings: dict[str, object], keys: Sequence[str]) -> str:
     """Words such as "elu_pre (b) depth 20 lr 0.1"."""
     return " ".join(
@@ -157,13 +152,3 @@ def _words(settings: dict[str, object], keys: Sequence[str]) -> str:
         else f"{key.replace('_', ' ')} {settings.get(key)}"
         for key in keys
     )
-
-
-def variant_words(variant: str) -> str:
-    """A variant with the paper's letter.
-
-    >>> variant_words("elu_pre")
-    'elu_pre (b)'
-    """
-    row = VARIANTS.get(variant)
-    return f"{variant} ({row.alias})" if row and row.alias else variant

@@ -1,17 +1,13 @@
 """Growth per block: the factor by which each block multiplies the signal and the gradient."""
 
-from __future__ import annotations
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from typing import TYPE_CHECKING
-
-from resdiag.plots.lazy import canvas, np, pd, sns
-from resdiag.plots.plotkind import PlotKind
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from resdiag.plots.view import Floats, Record, Trace, View
+from resdiag.plots import canvas
+from resdiag.plots.view import Floats, Record, Trace, View
 
 _PANELS = (
     ("forward_growth", "forward", r"$E[H^2]\,/\,E[x^2]$"),
@@ -24,7 +20,7 @@ def draw(view: View) -> Figure:
     traces = view.history(3) if view.single else view.traces("first")
     figure, body = canvas.open_sheet(
         view, f"Growth per block, forward and backward: {canvas.subject(view)}", height=4.9,
-        shown=view.steps_shown(traces) if view.single else canvas.moment_words(traces),
+        shown=view.steps_shown(traces),
     )  # fmt: skip
     panels = body.subplots(2, 2, width_ratios=[2.6, 1])
     for (metric, way, formula), (left, right) in zip(_PANELS, panels, strict=True):
@@ -41,7 +37,7 @@ def _draw_factors(
     axes: Axes, view: View, traces: list[Trace], metric: str, title: str, formula: str
 ) -> None:
     canvas.trace_blocks(axes, view, traces, metric, log=True)
-    canvas.trace_theory(axes, view, [t for t in traces if not any(t.places)], metric)
+    canvas.trace_theory(axes, view, traces, metric)
     canvas.head_panel(axes, title, formula, stages=True)
     canvas.finish_blocks(axes, view, log=True)
     canvas.guide(axes, 1.0, "")
@@ -104,20 +100,3 @@ def _stage_factors(record: Record, values: Floats) -> list[Floats]:
     kept = np.array([not block.get("transition", False) for block in record.run.blocks])
     parts = [values[:, (stages == stage) & kept] for stage in np.unique(stages)]
     return [part[np.isfinite(part) & (part > 0)] for part in parts]
-
-
-KIND = PlotKind(
-    name="growth",
-    title="Growth per block, forward and backward",
-    question="By what factor does each block multiply the signal and the gradient?",
-    reading=(
-        "1 keeps the scale. A factor that stays above 1 over a stage compounds: 1.8 per block "
-        "is 10^14 over 54 blocks. A factor that falls to 1 along depth is a power law, not an "
-        "explosion. Stage means are geometric, bars reach from the least block to the most; the "
-        "transition block is left out."
-    ),
-    needs=("forward_growth", "grad_growth"),
-    draw=draw,
-    theory_from="what comes out of the stem at step 0",
-    first_step_only=True,
-)

@@ -1,11 +1,12 @@
 """Heat maps of block against recorded step; non-finite cells are hatched, missing ones grey."""
 
 import numpy as np
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from resdiag.plots.scale import name_decades
 from resdiag.plots.style import ALARM, MAGNITUDES, NONFINITE
 from resdiag.plots.view import Bools, Floats, Record
 
@@ -16,7 +17,7 @@ _COLUMNS = 700  # a figure 7 inches wide has about 900 pixels for them
 def draw_heat(
     axes: Axes, record: Record, values: Floats, broken: Bools, label: str, *,
     log: bool = True, limits: tuple[float, float] | None = None, palette: str = MAGNITUDES,
-) -> None:  # fmt: skip
+) -> list[Patch]:  # fmt: skip
     """Draw `values` (block, step): block 0 at the bottom, one column per recorded step.
 
     Of more steps than there are pixels every n-th is drawn, and every non-finite cell.
@@ -30,13 +31,17 @@ def draw_heat(
         log: Whether colours are logarithmic; zeros then take the darkest colour.
         limits: Values of the first and last colour; None takes them from `values`.
         palette: Name of the colour map.
-    """
-    import seaborn as sns
 
+    Returns:
+        Entries of the legend for what is not a colour.
+    """
+    keys = _keys(broken, np.isnan(values) & ~broken)
     finite = np.isfinite(values) & ~broken
     low, high = limits or _limits(values[finite], log=log)
     stride = -(-values.shape[1] // _COLUMNS)
-    values, broken = values[:, ::stride], _any_of(broken, stride)
+    # what broke once must be seen: whether any of the columns that one stands for did
+    columns = np.arange(0, values.shape[1], stride)
+    values, broken = values[:, columns], np.logical_or.reduceat(broken, columns, axis=1)
     finite = np.isfinite(values) & ~broken
     shown = np.where(finite, np.clip(values, low, high), np.nan)
     norm = LogNorm(low, high) if log else Normalize(low, high)
@@ -55,20 +60,10 @@ def draw_heat(
     )  # fmt: skip
     axes.set_ylim(0, len(shown))  # block 0 at the bottom
     scale = axes.collections[-1].colorbar
-    if scale is not None and log and np.log10(high) - np.log10(low) <= 2:
-        scale.ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        scale.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        scale.ax.yaxis.set_minor_formatter(NullFormatter())
+    if scale is not None and log:
+        name_decades(scale.ax)
     _label_cells(axes, record, stride)
-
-
-def _any_of(cells: Bools, stride: int) -> Bools:
-    """Whether any of `stride` columns in a row is true: what broke once must be seen."""
-    columns = -(-cells.shape[1] // stride)
-    padded = np.zeros((len(cells), columns * stride), dtype=bool)
-    padded[:, : cells.shape[1]] = cells
-    seen: Bools = padded.reshape(len(cells), columns, stride).any(axis=2)  # type: ignore[assignment]
-    return seen
+    return keys
 
 
 def _limits(values: Floats, *, log: bool) -> tuple[float, float]:
@@ -101,8 +96,7 @@ def _label_cells(axes: Axes, record: Record, stride: int) -> None:
         spine.set_visible(True)
 
 
-def heat_keys(broken: Bools, missing: Bools) -> list[Patch]:
-    """Entries of the legend for what is not a colour."""
+def _keys(broken: Bools, missing: Bools) -> list[Patch]:
     keys = []
     if broken.any():
         keys.append(

@@ -1,29 +1,184 @@
-"""The kinds of plots by name.
+"""The kinds of plots by name: a row each, and the module of this folder that draws it.
 
 No matplotlib here: a mistyped kind is refused before anything slow is imported.
 """
 
 from collections.abc import Iterable, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from resdiag.catalog.custom import known_metrics
 from resdiag.errors import UsageError, unknown
-from resdiag.plots import (
-    biasshift,
-    by_metric,
-    bydepth,
-    curves,
-    gradnorms,
-    growth,
-    nonfinite,
-    signal,
-    skip,
-)
-from resdiag.plots.plotkind import PlotKind as PlotKind
+from resdiag.plots.plotkind import Draw, PlotKind
 from resdiag.registry import Registry
 
-_MODULES = (gradnorms, biasshift, skip, signal, growth, curves, bydepth, by_metric, nonfinite)
-KINDS: Registry[PlotKind] = Registry("plot", (module.KIND for module in _MODULES))
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from resdiag.plots.view import View
+
+
+def _drawn_by(module: str) -> Draw:
+    """The `draw` of a module of this folder, which is imported when it draws."""
+
+    def draw(view: "View", /) -> "Figure":
+        figure: Figure = import_module(f"resdiag.plots.{module}").draw(view)
+        return figure
+
+    return draw
+
+
+def _quantiled(site: str) -> tuple[str, ...]:
+    return (f"{site}_mean", f"{site}_mean_q10", f"{site}_mean_q90", f"{site}_bias")
+
+
+_FROM_STEM = "what comes out of the stem at step 0"
+_ROWS = (
+    PlotKind(
+        name="gradnorms",
+        title="Gradient norms by block",
+        question="Does the gradient explode or vanish on its way back, and since when?",
+        reading=(
+            "straight and rising towards block 0 on the log axis is an exploding gradient, falling "
+            "a vanishing one. The level of the parameter gradient matters as much as its slope: "
+            "without normalisation it is flat over blocks and grows with depth."
+        ),
+        needs=("grad_output", "grad_input", "grad_param"),
+        draw=_drawn_by("gradnorms"),
+        theory_from=f"{_FROM_STEM}, and the level of the gradient at the last block",
+    ),
+    PlotKind(
+        name="biasshift",
+        title="Bias shift by block and step",
+        question="Are the activations centred, and does their mean drift?",
+        reading=(
+            "0 is centred. A band that leaves 0 is a shift all channels share; a wide band around "
+            "0 is one that the mean hides. B2 above 1: the mean is larger than the signal. Behind "
+            "a BatchNorm the branch's mean is its learned bias: 0 at step 0."
+        ),
+        needs=(*_quantiled("output"), *_quantiled("branch"), "head_mean", "head_bias"),
+        draw=_drawn_by("biasshift"),
+    ),
+    PlotKind(
+        name="skip",
+        title="What happens to the skip path",
+        question="How much of the identity path survives the activation after the addition?",
+        reading=(
+            "P1, P2 and P4 are 0 and P3 is 1 where nothing stands after the addition. P3 falling "
+            "along depth is what a gradient on shortcuts alone loses; below 0.05 at the last block "
+            "the skip path has collapsed. P2 above 0: a block cannot be an identity."
+        ),
+        needs=(
+            "perturbation",
+            "identity_defect",
+            "identity_drift",
+            "branch_ratio",
+            "skip_gain_stage",
+            "skip_gain",
+        ),
+        draw=_drawn_by("skip"),
+        theory_from=_FROM_STEM,
+    ),
+    PlotKind(
+        name="signal",
+        title="Signal propagation by block",
+        question="Does the signal keep its scale on the way forward?",
+        reading=(
+            "straight and rising on the log axis is exponential growth. With BatchNorm on the "
+            "branch its variance starts at 1 and the output's grows by a constant per block, reset "
+            "at a stage. Squared mean above variance: the means dominate the signal."
+        ),
+        needs=(
+            "output_second_moment",
+            "output_channel_mean_sq",
+            "output_channel_var",
+            "branch_channel_var",
+        ),
+        draw=_drawn_by("signal"),
+        theory_from=_FROM_STEM,
+    ),
+    PlotKind(
+        name="growth",
+        title="Growth per block, forward and backward",
+        question="By what factor does each block multiply the signal and the gradient?",
+        reading=(
+            "1 keeps the scale. A factor that stays above 1 over a stage compounds: 1.8 per block "
+            "is 10^14 over 54 blocks. A factor that falls to 1 along depth is a power law, not an "
+            "explosion. Stage means are geometric, bars reach from the least block to the most; "
+            "the transition block is left out."
+        ),
+        needs=("forward_growth", "grad_growth"),
+        draw=_drawn_by("growth"),
+        theory_from=_FROM_STEM,
+        first_step_only=True,
+    ),
+    PlotKind(
+        name="curves",
+        title="Training curves",
+        question="Does it learn, stall or diverge?",
+        reading=(
+            "a loss at ln K is guessing. A loss that jumps in the first steps and returns to ln K "
+            "has lost its features; the gradient norm says whether it also lost its gradient."
+        ),
+        needs=("loss", "error", "lr", "grad_norm", "train_error", "test_error", "test_loss"),
+        draw=_drawn_by("curves"),
+        axis="step",
+    ),
+    PlotKind(
+        name="depth",
+        title="Error by depth",
+        question="Does a deeper network of the same variant learn better or worse?",
+        reading=(
+            "a line that falls gains from depth; one that rises is degraded by it. Where the "
+            "training error rises too, it is the optimisation that fails, not the generalisation. "
+            "Marks are medians over seeds, bars reach from the least to the most."
+        ),
+        needs=("test_error", "train_error"),
+        draw=_drawn_by("bydepth"),
+        axis="step",
+        compares=True,
+    ),
+    PlotKind(
+        name="updates",
+        title="Update to weight ratio by block and step",
+        question="How far does a step move the weights of each block?",
+        reading=(
+            "about 1e-3 is usual; above 0.1 a step replaces the weights, far below 1e-4 a block "
+            "hardly learns. Blocks that differ by decades train at different speeds."
+        ),
+        needs=("update_ratio",),
+        draw=_drawn_by("by_metric"),
+    ),
+    PlotKind(
+        name="nonfinite",
+        title="Where and when numbers became non-finite",
+        question="Where and since when are there infinities or NaN, and in which direction?",
+        reading=(
+            "the marked cell is the first step and block with a non-finite value: on the way "
+            "forward the lowest block, on the way back the highest. Later cells are consequences. "
+            "Where everything is finite, the change of the gradient is shown instead."
+        ),
+        needs=("output_nonfinite", "grad_nonfinite", "grad_output"),
+        draw=_drawn_by("nonfinite"),
+        axis="runs",
+    ),
+)
+KINDS: Registry[PlotKind] = Registry("plot", _ROWS)
 """Every kind of plot by name, in the order of the documentation; registered ones behind."""
+
+ACTIVATION_PLOT = PlotKind(
+    name="activations",
+    title="ReLU and ELU",
+    question="What do the two activations do to the mean of what they pass on?",
+    reading=(
+        "ReLU is never negative, so its mean output is far from 0; ELU's negative values, down to "
+        "-1, pull it towards 0. Horizontal lines: the mean output for standard normal input. "
+        "Neither slope exceeds 1: no activation makes a gradient explode by itself."
+    ),
+    needs=(),
+    draw=_drawn_by("activations"),
+)
+"""A plot that no run is needed for; a study file may name it, `resdiag plot` not."""
 
 
 def register_plot(kind: PlotKind) -> None:
@@ -79,5 +234,5 @@ def find_kind(name: str, custom: Iterable[Mapping[str, str]] = ()) -> PlotKind:
         question=f"How does {name} = {formula} change along depth and over time?",
         reading=f"{reading}. {name} = {formula}.",
         needs=(name,),
-        draw=by_metric.draw,
+        draw=_drawn_by("by_metric"),
     )

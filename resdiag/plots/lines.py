@@ -77,10 +77,6 @@ def _places(x: Floats, rank: int) -> list[int]:
     return sorted({int(place) for place in np.searchsorted(x, wanted)})
 
 
-def _stride(count: int) -> tuple[int, int]:
-    return 0, max(1, count // 12)
-
-
 def _mark_edge(axes: Axes, x: Floats, where: Bools, look: Look, rank: int, *, top: bool) -> None:
     """Triangles at the edge of the axis, in the colour of the line."""
     if not where.any():
@@ -91,7 +87,7 @@ def _mark_edge(axes: Axes, x: Floats, where: Bools, look: Look, rank: int, *, to
         marks, np.full(len(marks), 1 - shift if top else shift), ls="none",
         marker="^" if top else "v", ms=4, mfc=look.colour, mec="black" if top else "white",
         mew=0.4, transform=axes.get_xaxis_transform(), clip_on=False, zorder=5,
-        label=NONFINITE if top else ZERO, markevery=_stride(len(marks)),
+        label=NONFINITE if top else ZERO, markevery=(0, max(1, len(marks) // 12)),
         gid=NONFINITE if top else ZERO,
     )  # fmt: skip
 
@@ -147,21 +143,18 @@ def trace_blocks(
 
 
 def trace_theory(axes: Axes, view: View, traces: Sequence[Trace], metric: str) -> None:
-    """Draw what theory predicts at initialisation for the networks of `traces`, where it does."""
-    if not view.theory:
-        return
-    for record in _distinct([record for trace in traces for record in trace.records]):
+    """Draw what theory predicts at initialisation for networks drawn at their first step."""
+    initial = [trace for trace in traces if not any(trace.places)]
+    records = [record for trace in initial for record in trace.records]
+    # one run per network, the first one
+    networks = {(r.run.config.model, r.run.config.depth): r for r in reversed(records)}
+    for record in networks.values() if view.theory else ():
         values = predicted(record, metric)
         if values is not None:
             axes.plot(
                 record.positions(view.normalised), values, color="0.58", lw=0.9, ls=(0, (4, 2)),
                 label=THEORY, zorder=3,  # on top: where it agrees it would not be seen below
             )  # fmt: skip
-
-
-def _distinct(records: Sequence[Record]) -> list[Record]:
-    """One run per network."""
-    return list({(r.run.config.model, r.run.config.depth): r for r in reversed(records)}.values())
 
 
 def finish_blocks(

@@ -1,21 +1,19 @@
 """Where, when and in which direction the numbers of a run became non-finite."""
 
-from __future__ import annotations
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from typing import TYPE_CHECKING
-
-from resdiag.plots.lazy import canvas, np
-from resdiag.plots.plotkind import PlotKind
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from resdiag.diagnose.nonfinite import FirstNonfinite
-    from resdiag.plots.view import Bools, Floats, Record, View
+from resdiag.diagnose.nonfinite import FirstNonfinite
+from resdiag.plots import canvas
+from resdiag.plots.view import Floats, Record, View
 
 _AROUND = 12
 """Recorded steps shown before and after the first non-finite value."""
+_WAYS = (
+    ("forward", "output_nonfinite", "output"),
+    ("backward", "grad_nonfinite", "gradient at the output"),
+)
 
 
 def draw(view: View) -> Figure:
@@ -36,29 +34,18 @@ def _draw_broken(view: View, record: Record, found: FirstNonfinite) -> Figure:
         shown=f"steps {near.steps[0]} to {near.steps[-1]} around the first non-finite value",
     )  # fmt: skip
     panels = body.subplots(2, 1, sharex=True)
-    unknown: list[Bools] = []
-    for axes, metric, way in zip(
-        panels, ("output_nonfinite", "grad_nonfinite"), ("forward", "backward"), strict=True
-    ):
+    keys = []
+    for axes, (way, metric, what) in zip(panels, _WAYS, strict=True):
         values = near.grid(metric)
-        nothing = np.zeros(values.shape, dtype=bool)
-        canvas.draw_heat(
-            axes,
-            near,
-            values,
-            nothing,
-            "non-finite fraction",
-            log=False,
-            limits=(0.0, 1.0),
-            palette="OrRd",
-        )
-        what = "output" if way == "forward" else "gradient at the output"
+        keys += canvas.draw_heat(
+            axes, near, values, np.zeros(values.shape, dtype=bool), "non-finite fraction",
+            log=False, limits=(0.0, 1.0), palette="OrRd",
+        )  # fmt: skip
         canvas.head_panel(axes, f"{way}: non-finite fraction of the {what}", "block")
-        unknown.append(np.isnan(values))
         if way == found.direction:
             _mark(axes, near, found, place - window.start)
     panels[0].set_xlabel("")
-    canvas.legend(body, extra=canvas.heat_keys(np.zeros(1, dtype=bool), np.concatenate(unknown)))
+    canvas.legend(body, extra=keys)
     return figure
 
 
@@ -107,10 +94,10 @@ def _draw_healthy(view: View, record: Record) -> Figure:
     )
     axes = body.subplots()
     limit = max(size, 0.1)
-    nothing = np.zeros(change.shape, dtype=bool)
-    canvas.draw_heat(
-        axes, record, change, nothing, r"log$_{10}$ of $\|g\|$ over its first value", log=False,
-        limits=(-limit, limit), palette="PuOr_r",
+    keys = canvas.draw_heat(
+        axes, record, change, np.zeros(change.shape, dtype=bool),
+        r"log$_{10}$ of $\|g\|$ over its first value", log=False, limits=(-limit, limit),
+        palette="PuOr_r",
     )  # fmt: skip
     canvas.head_panel(axes, "gradient at the output, relative to the first recorded step", "block")
     if finite.any():
@@ -119,7 +106,7 @@ def _draw_healthy(view: View, record: Record) -> Figure:
                 (column, block), 1, 1, fill=False, ec="black", lw=1.4, label="largest change"
             )
         )
-    canvas.legend(body, extra=canvas.heat_keys(nothing, ~finite))
+    canvas.legend(body, extra=keys)
     return figure
 
 
@@ -177,23 +164,7 @@ def _finish_rows(axes: Axes, records: list[Record]) -> None:
 
 
 def _name(record: Record, found: FirstNonfinite) -> str:
-    way = "forward" if found.direction == "forward" else "backward"
     return (
         f"First non-finite value at step {found.step} in block {found.block} "
-        f"(last: {record.n_blocks - 1}), on the way {way}"
+        f"(last: {record.n_blocks - 1}), on the way {found.direction}"
     )
-
-
-KIND = PlotKind(
-    name="nonfinite",
-    title="Where and when numbers became non-finite",
-    question="Where and since when are there infinities or NaN, and in which direction?",
-    reading=(
-        "the marked cell is the first step and block with a non-finite value: on the way "
-        "forward the lowest block, on the way back the highest. Later cells are consequences. "
-        "Where everything is finite, the change of the gradient is shown instead."
-    ),
-    needs=("output_nonfinite", "grad_nonfinite", "grad_output"),
-    draw=draw,
-    axis="runs",
-)

@@ -16,7 +16,7 @@ Points = tuple[Floats, Floats, Bools]
 
 def trace_steps(
     axes: Axes, view: View, column: str, *, log: bool = False, light: bool = False,
-    look: Look | None = None, label: str = "",
+    look: Look | None = None, label: str = "{}", window: int = 0,
 ) -> None:  # fmt: skip
     """Draw a column of the curve against the step, one line per series.
 
@@ -28,27 +28,23 @@ def trace_steps(
         light: Thin and pale.
         look: Replaces the look of the series.
         label: Replaces its label; `{}` stands for it.
+        window: Of so many finite values before each the mean is drawn: the trend under the noise.
     """
-    lines = [(s, look or s.look, (label or "{}").format(s.label)) for s in view.series]
-    _trace(axes, lines, lambda record: curve_points(record, column), log=log, light=light)
-
-
-def trace_running_mean(
-    axes: Axes, view: View, column: str, window: int, *, log: bool = False,
-    look: Look | None = None, label: str = "",
-) -> None:  # fmt: skip
-    """Draw the mean over the last `window` finite values of a column: its trend under the noise."""
 
     def points(record: Record) -> Points:
-        steps, values, broken = curve_points(record, column)
-        steps, values = steps[~broken], values[~broken]
-        sums = np.concatenate([[0.0], np.cumsum(values)])
-        ends = np.arange(1, len(values) + 1)
-        starts = np.maximum(ends - window, 0)
-        return steps, (sums[ends] - sums[starts]) / (ends - starts), np.zeros(len(steps), bool)
+        found = curve_points(record, column)
+        return _running_mean(found, window) if window else found
 
-    lines = [(s, look or s.look, (label or "{}").format(s.label)) for s in view.series]
-    _trace(axes, lines, points, log=log, light=False)
+    _trace(axes, view.series, points, look=look, label=label, log=log, light=light)
+
+
+def _running_mean(points: Points, window: int) -> Points:
+    steps, values, broken = points
+    steps, values = steps[~broken], values[~broken]
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return steps, (sums[ends] - sums[starts]) / (ends - starts), np.zeros(len(steps), bool)
 
 
 def trace_block_steps(
@@ -60,13 +56,7 @@ def trace_block_steps(
         values, broken = record.grid(metric)[block], record.broken(metric)[block]
         return record.steps.astype(np.float64), values, broken
 
-    _trace(
-        axes,
-        [(s, s.look, f"_{s.label}" if silent else s.label) for s in view.series],
-        points,
-        log=log,
-        light=False,
-    )
+    _trace(axes, view.series, points, label="_{}" if silent else "{}", log=log)
 
 
 def curve_points(record: Record, column: str) -> Points:
@@ -88,11 +78,11 @@ def curve_points(record: Record, column: str) -> Points:
 
 
 def _trace(
-    axes: Axes, lines: Sequence[tuple[Series, Look, str]], points: Callable[[Record], Points], *,
-    log: bool, light: bool,
+    axes: Axes, lines: Sequence[Series], points: Callable[[Record], Points], *,
+    look: Look | None = None, label: str, log: bool, light: bool = False,
 ) -> None:  # fmt: skip
     """Draw each series on the union of its runs' steps."""
-    for rank, (series, look, label) in enumerate(lines):
+    for rank, series in enumerate(lines):
         parts = [points(record) for record in series.records]
         steps = np.unique(np.concatenate([part[0] for part in parts]))
         values = np.full((len(parts), len(steps)), np.nan)
@@ -101,7 +91,11 @@ def _trace(
             values[row, np.searchsorted(steps, x)] = y
             broken[row, np.searchsorted(steps, x)] = bad
         if len(steps):
-            draw_line(axes, steps, values, broken, look, label, log=log, rank=rank, light=light)
+            name = label.format(series.label)
+            draw_line(
+                axes, steps, values, broken, look or series.look, name,
+                log=log, rank=rank, light=light,
+            )  # fmt: skip
 
 
 def finish_steps(axes: Axes, view: View, *, log: bool = False) -> None:
@@ -115,15 +109,11 @@ def finish_steps(axes: Axes, view: View, *, log: bool = False) -> None:
 
 def first_breakdown(record: Record) -> int | None:
     """First step with a non-finite loss, gradient norm or block; None if all is finite."""
-    found = [int(s) for c in ("loss", "grad_norm") for s in _broken_steps(record, c)[:1]]
+    curves = [curve_points(record, column) for column in ("loss", "grad_norm")]
+    found = [int(step) for steps, _, broken in curves for step in steps[broken][:1]]
     sick = record.broken("grad_output") | record.broken("output_second_moment")
     found += [int(s) for s in record.steps[sick.any(axis=0)][:1]]
     return min(found, default=None)
-
-
-def _broken_steps(record: Record, column: str) -> Floats:
-    steps, _, broken = curve_points(record, column)
-    return steps[broken]
 
 
 def mark_breakdown(axes: Axes, view: View, *, words: bool = False) -> None:

@@ -24,7 +24,7 @@ class Draw(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PlotKind:
-    """One kind of plot: a module has one row of this class, and the function that draws it.
+    """One kind of plot: its words, what it needs, and the function that draws it.
 
     Attributes:
         name: Word of the command line.

@@ -9,7 +9,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
-from resdiag.plots.grouping import hidden_differences, variant_words
+from resdiag.models.variants import variant_words
+from resdiag.plots.grouping import hidden_differences
 from resdiag.plots.lines import prediction
 from resdiag.plots.style import GREY, NONFINITE, THEORY, WIDTH, ZERO
 from resdiag.plots.view import View
@@ -37,17 +38,8 @@ def open_sheet(
     heading = textwrap.wrap(title, 76)
     about = textwrap.wrap(_about(view, shown), 126)
     caption = textwrap.wrap(f"Read: {view.kind.reading}", 126)
-    small = [
-        line
-        for note in [
-            *notes,
-            *_anchor(view),
-            *_broken_ends(view),
-            *_differences(view),
-            *_reasons(view),
-        ]
-        for line in textwrap.wrap(note, 126)
-    ]
+    notes = [*notes, *_anchor(view), *_broken_ends(view), *_differences(view), *_reasons(view)]
+    small = [line for note in notes for line in textwrap.wrap(note, 126)]
     top = 0.18 * len(heading) + _LINE * len(about) + _MARGIN
     bottom = _LINE * (len(caption) + len(small)) + 2 * _MARGIN
     layout = ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.04, wspace=0.02, hspace=0.02)
@@ -169,11 +161,9 @@ def factor_words(factor: float) -> str:
     >>> factor_words(1.234), factor_words(43210.0), factor_words(2.21e7)
     ('1.2', '43,210', '2.2e7')
     """
-    if factor < 10:
-        return f"{factor:.2g}"
-    return (
-        f"{factor:,.0f}" if factor < 1e5 else f"{factor:.1e}".replace("e+0", "e").replace("e+", "e")
-    )
+    if factor < 1e5:
+        return f"{factor:.2g}" if factor < 10 else f"{factor:,.0f}"
+    return f"{factor:.1e}".replace("e+0", "e").replace("e+", "e")
 
 
 def legend(body: SubFigure, *, extra: Sequence[Artist] = ()) -> None:

@@ -1,16 +1,9 @@
 """Signal propagation plot: moments of output and branch by block (Brock et al. 2021)."""
 
-from __future__ import annotations
+from matplotlib.figure import Figure
 
-from typing import TYPE_CHECKING
-
-from resdiag.plots.lazy import canvas
-from resdiag.plots.plotkind import PlotKind
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from resdiag.plots.view import View
+from resdiag.plots import canvas
+from resdiag.plots.view import View
 
 _PANELS = (
     ("output_second_moment", "output: second moment", r"$E[H^2]$"),
@@ -25,34 +18,14 @@ def draw(view: View) -> Figure:
     traces = view.history(3) if view.single else view.traces("first")
     figure, body = canvas.open_sheet(
         view, f"Signal propagation by block: {canvas.subject(view)}", height=4.6,
-        shown=view.steps_shown(traces) if view.single else canvas.moment_words(traces),
+        shown=view.steps_shown(traces),
     )  # fmt: skip
     panels = body.subplots(2, 2)
     for (metric, title, formula), axes in zip(_PANELS, panels.flat, strict=True):
         canvas.trace_blocks(axes, view, traces, metric, log=True)
-        canvas.trace_theory(axes, view, [t for t in traces if not any(t.places)], metric)
+        canvas.trace_theory(axes, view, traces, metric)
         canvas.head_panel(axes, title, formula, stages=True)
         canvas.finish_blocks(axes, view, log=True)
     canvas.share_scale(panels[1])  # mean against variance: which one dominates
     canvas.legend(body)
     return figure
-
-
-KIND = PlotKind(
-    name="signal",
-    title="Signal propagation by block",
-    question="Does the signal keep its scale on the way forward?",
-    reading=(
-        "straight and rising on the log axis is exponential growth. With BatchNorm on the "
-        "branch its variance starts at 1 and the output's grows by a constant per block, reset "
-        "at a stage. Squared mean above variance: the means dominate the signal."
-    ),
-    needs=(
-        "output_second_moment",
-        "output_channel_mean_sq",
-        "output_channel_var",
-        "branch_channel_var",
-    ),
-    draw=draw,
-    theory_from="what comes out of the stem at step 0",
-)

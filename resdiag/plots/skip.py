@@ -1,18 +1,12 @@
 """The skip path: what the activation after the addition does to it (P1 to P4)."""
 
-from __future__ import annotations
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from typing import TYPE_CHECKING
-
-from resdiag.plots.lazy import canvas, np
-from resdiag.plots.plotkind import PlotKind
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    from resdiag.plots.view import Trace, View
+from resdiag.plots import canvas
+from resdiag.plots.view import Trace, View
 
 _PANELS = (
     ("perturbation", "P1 perturbation of the sum", r"$\|H-u\|/\|u\|$", 0.0),
@@ -56,7 +50,7 @@ def _draw_panel(
     for layer in layers:
         light = len(layers) > 1 and layer is layers[0]
         canvas.trace_blocks(axes, view, layer, metric, log=log, light=light)
-    canvas.trace_theory(axes, view, [t for t in layers[0] if not any(t.places)], metric)
+    canvas.trace_theory(axes, view, layers[0], metric)
     canvas.head_panel(axes, title, formula, stages=True)
     canvas.finish_blocks(axes, view, log=log, floor=None if log else 0.0)
     if neutral is not None:
@@ -75,17 +69,14 @@ def _weights(layers: list[list[Trace]]) -> list[Line2D]:
 def _explain_neutral(axes: Axes, view: View, neutral: float) -> None:
     """Say so where every value is exactly the one of a network with nothing after the addition."""
     y = canvas.plotted(axes)
-    if y.size and (y == neutral).all() and not _marked(axes):
+    marked = any(line.get_gid() == canvas.NONFINITE for line in axes.lines)
+    if y.size and (y == neutral).all() and not marked:
         axes.set_ylim(-0.05, 1.15)
         bare = all(b.get("after_add") == "none" for r in view.records for b in r.run.blocks)
         why = ":\nnothing stands after\nthe addition" if bare else ""
         canvas.note_panel(axes, f"exactly {neutral:g} in every block{why}")
     elif neutral == 1 and y.size:
         axes.set_ylim(-0.04, max(1.06, axes.get_ylim()[1]))
-
-
-def _marked(axes: Axes) -> bool:
-    return any(line.get_gid() == canvas.NONFINITE for line in axes.lines)
 
 
 def _draw_steps(axes: Axes, view: View) -> None:
@@ -104,25 +95,3 @@ def _draw_steps(axes: Axes, view: View) -> None:
         axes.set_ylim(0, 1.15)
         if (positive == 1).all():
             canvas.note_panel(axes, "exactly 1 at every step")
-
-
-KIND = PlotKind(
-    name="skip",
-    title="What happens to the skip path",
-    question="How much of the identity path survives the activation after the addition?",
-    reading=(
-        "P1, P2 and P4 are 0 and P3 is 1 where nothing stands after the addition. P3 falling "
-        "along depth is what a gradient on shortcuts alone loses; below 0.05 at the last block "
-        "the skip path has collapsed. P2 above 0: a block cannot be an identity."
-    ),
-    needs=(
-        "perturbation",
-        "identity_defect",
-        "identity_drift",
-        "branch_ratio",
-        "skip_gain_stage",
-        "skip_gain",
-    ),
-    draw=draw,
-    theory_from="what comes out of the stem at step 0",
-)

@@ -121,9 +121,7 @@ def step_looks(count: int) -> list[Look]:
 
 
 def depth_looks(count: int) -> list[Look]:
-    """Looks of one variant at `count` depths: a palette even in lightness, light is shallow."""
-    if count == 1:
-        return _ordered("viridis", [0.25])
+    """Looks of one variant at several depths: a palette even in lightness, light is shallow."""
     return _ordered("viridis", [0.7 - 0.65 * i / (count - 1) for i in range(count)])
 
 
@@ -135,18 +133,18 @@ def _ordered(palette: str, places: Sequence[float]) -> list[Look]:
     ]
 
 
-def variant_looks(variants: Sequence[str], ranks: Sequence[int]) -> list[Look]:
-    """Looks of several variants; `ranks` counts repeats of a variant, which change the line style.
+def variant_looks(variants: Sequence[str]) -> list[Look]:
+    """Looks of the variants of several lines; a variant that repeats has other line styles.
 
     A variant that is not in the table gets the next spare colour.
     """
     strange = [v for v in dict.fromkeys(variants) if v not in VARIANT_LOOKS]
     looks = []
-    for variant, rank in zip(variants, ranks, strict=True):
+    for number, variant in enumerate(variants):
         base = VARIANT_LOOKS.get(variant)
         if base is None:
             place = strange.index(variant)
             base = Look(_SPARE[place % len(_SPARE)], _MARKERS[place % len(_MARKERS)])
-        start = _LINES.index(base.line)
-        looks.append(Look(base.colour, base.marker, _LINES[(start + rank) % len(_LINES)]))
+        style = _LINES.index(base.line) + variants[:number].count(variant)
+        looks.append(Look(base.colour, base.marker, _LINES[style % len(_LINES)]))
     return looks

@@ -229,7 +229,8 @@ class View:
     def history(self, most: int = 4) -> list[Trace]:
         """One line per telling step of a single run: first, early, last finite, last."""
         record = self.records[0]
-        places = telling_places(record) if self.step is None else [record.place(self.step)]
+        told = telling_places(record.steps, record.last_finite)
+        places = told if self.step is None else [record.place(self.step)]
         while len(places) > most:
             del places[1]  # the early one; where it broke says more
         looks = step_looks(len(places))
@@ -239,7 +240,9 @@ class View:
         ]
 
     def steps_shown(self, traces: Sequence[Trace]) -> str:
-        """The steps of a single run's lines, in words."""
+        """The steps of the lines, in words; of several runs as `moment_words` says them."""
+        if not self.single:
+            return moment_words(traces)
         steps = [str(trace.records[0].steps[trace.places[0]]) for trace in traces]
         return f"lines: step {', '.join(steps)} of {len(self.records[0].steps)} recorded"
 
@@ -254,11 +257,10 @@ def moment_words(traces: Sequence[Trace]) -> str:
     return f"{word.replace('step', '').strip() or 'last'} step ({min(steps)} to {max(steps)})"
 
 
-def telling_places(record: Record) -> list[int]:
-    """Columns worth a line: first, early (geometric middle), last.
+def telling_places(steps: NDArray[np.int64], finite: int) -> list[int]:
+    """Which of the recorded steps are worth a line: first, early (geometric middle), last.
 
-    Where the last one is broken: the last finite one and the one after it instead.
+    Where the last one is broken: the last finite one, at `finite`, and the one after it instead.
     """
-    last, finite = len(record.steps) - 1, record.last_finite
-    early = int(np.searchsorted(record.steps, np.sqrt(max(0, record.steps[-1]))))
-    return sorted({0, min(early, finite), finite, min(finite + 1, last)})
+    early = int(np.searchsorted(steps, np.sqrt(max(0, steps[-1]))))
+    return sorted({0, min(early, finite), finite, min(finite + 1, len(steps) - 1)})

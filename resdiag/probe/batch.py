@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from resdiag.errors import UsageError
 from resdiag.models.example import Example, example_batch
-from resdiag.models.source import Built
+from resdiag.models.source import Built, error_words
 
 LOSSES = ("auto", "cross-entropy", "mean-square")
 """What `--loss` accepts."""
@@ -58,7 +58,7 @@ class Batch(NamedTuple):
         try:
             output = model(*example.args, **example.kwargs)
         except Exception as error:
-            text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            text = error_words(error, 300)
             raise UsageError(f"the model does not run on {example.describe()}: {text}") from error
         found = choose_loss(output, example, self.labels, kind, seed)
         if not found.value.requires_grad:
@@ -197,9 +197,8 @@ def choose_loss(
     flat = logits.dim() == 2 and classes > 1
     tokens = logits.dim() == 3 and named and isinstance(ids, Tensor)
     if loss == "mean-square" or (loss == "auto" and not flat and not tokens):
-        return Loss(
-            name="mean square of the output", value=logits.float().square().mean(), classes=0
-        )
+        square = logits.float().square().mean()
+        return Loss(name="mean square of the output", value=square, classes=0)
     if classes < 2 or logits.dim() < 2:
         raise UsageError(f"cross-entropy needs logits; the output is {tuple(logits.shape)}")
     if tokens and isinstance(ids, Tensor) and ids.shape[1] == logits.shape[1] and ids.shape[1] > 1:
@@ -211,9 +210,8 @@ def choose_loss(
         drawn = torch.randint(classes, shape, generator=generator) if labels is None else labels
         if int(drawn.max()) >= classes:
             raise UsageError(f"the data have more classes than the model's {classes} outputs")
-        name = "cross-entropy with " + (
-            "random labels" if labels is None else "the labels of the data"
-        )
+        source = "random labels" if labels is None else "the labels of the data"
+        name = f"cross-entropy with {source}"
         pairs = logits.reshape(-1, classes), drawn.reshape(-1)
     return Loss(name=name, value=F.cross_entropy(pairs[0].float(), pairs[1]), classes=classes)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from resdiag.plots.grouping import variant_words
+from resdiag.models.variants import variant_words
 from resdiag.report.comparisons import (
     ByDepth,
     compare_by_depth,
@@ -194,8 +194,7 @@ def _compare(one: Summary, other: Summary) -> str:
 
 
 def _errors(group: Group) -> Summary:
-    values = [member.outcomes.get("test_error", math.nan) for member in group.members]
-    return summarise([value for value in values if not isinstance(value, str)])
+    return summarise([member.number("test_error") for member in group.members])
 
 
 def _verdicts(results: Results) -> list[str]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from resdiag.catalog.table import inputs_of
 from resdiag.errors import ResdiagError
 from resdiag.plots.kinds import KINDS
+from resdiag.plots.view import telling_places
 from resdiag.report.outcomes import measure
 from resdiag.report.results import CellResult, Results
 from resdiag.runs.folder import load_run
@@ -119,9 +120,8 @@ def keep_steps(metrics: "pd.DataFrame", count: int, wanted: Collection[int]) -> 
     steps = np.unique(metrics["step"].to_numpy(dtype=np.int64))
     if not len(steps):
         return []
-    last, finite = len(steps) - 1, _last_finite(metrics, steps)
-    early = int(np.searchsorted(steps, np.sqrt(max(0, steps[-1]))))
-    places = {0, min(early, finite), finite, min(finite + 1, last), last}
+    last = len(steps) - 1
+    places = {*telling_places(steps, _last_finite(metrics, steps)), last}
     places |= set(np.flatnonzero(np.isin(steps, list(wanted))).tolist())
     logs = np.log1p(steps)
     for place in np.searchsorted(logs, np.linspace(logs[0], logs[-1], count)).tolist():

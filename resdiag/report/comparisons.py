@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from resdiag.diagnose.degraded import CLOSE, LEAST_SEEDS, Comparison, Depth, Gap, compare_depths
 from resdiag.report.parts import Entry, Mark, Table
-from resdiag.report.results import CellResult, Group, Results
+from resdiag.report.results import Group, Results
 from resdiag.report.words import count, listing, settings_words, spread_words, summarise
 
 _WORDS = {
@@ -57,16 +57,11 @@ def compare_by_depth(results: Results) -> list[ByDepth]:
 
 
 def _depth(group: Group) -> Depth:
-    train, test = (
-        tuple(_number(member, name) for member in group.ended)
-        for name in ("train_error", "test_error")
+    return Depth(
+        depth=group.members[0].cell.request.depth,
+        train=tuple(member.number("train_error") for member in group.ended),
+        test=tuple(member.number("test_error") for member in group.ended),
     )
-    return Depth(depth=group.members[0].cell.request.depth, train=train, test=test)
-
-
-def _number(member: CellResult, name: str) -> float:
-    value = member.outcomes.get(name, math.nan)
-    return math.nan if isinstance(value, str) else value
 
 
 def depth_headline(lines: Sequence[ByDepth]) -> str:

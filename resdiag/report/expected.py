@@ -94,11 +94,8 @@ def _judge(item: Expected, group: Group, changed: Sequence[str]) -> Judged:
 
 
 def _errors(ended: Sequence[CellResult]) -> dict[str, Summary]:
-    found = {}
-    for name in ("test_error", "best_test_error"):
-        values = [member.outcomes.get(name, math.nan) for member in ended]
-        found[name] = summarise([value for value in values if not isinstance(value, str)])
-    return found
+    names = ("test_error", "best_test_error")
+    return {name: summarise([member.number(name) for member in ended]) for name in names}
 
 
 def _incomparable(ended: Sequence[CellResult], changed: Sequence[str]) -> str:
@@ -239,29 +236,27 @@ def _word_row(item: Judged) -> list[Entry]:
 
 def _number_row(item: Judged) -> list[Entry]:
     want, found = item.expected, item.numbers
-    allowed = f"× / {want.factor:g}" if want.factor else f"± {_plain(want.tolerance, want.measure)}"
-    log = want.factor is not None
-    spread = f"× {math.exp(found.deviation):.3g}" if log else number(found.deviation, want.measure)
+    value, mean, low, high, deviation, tolerance = (
+        number(one, want.measure)
+        for one in (want.value, found.mean, found.low, found.high, found.deviation,
+                    want.tolerance or 0.0)
+    )  # fmt: skip
+    allowed = f"× / {want.factor:g}" if want.factor else f"± {tolerance}"
+    spread = deviation if want.factor is None else f"× {math.exp(found.deviation):.3g}"
     return [
         settings_words(item.settings),
         _judgement(item),
         measure_words(want.measure, want.step, want.block),
-        f"{number(want.value, want.measure)} {allowed}",
-        number(found.mean, want.measure),
+        f"{value} {allowed}",
+        mean,
         spread if found.n > 1 else "-",
-        f"{number(found.low, want.measure)} to {number(found.high, want.measure)}"
-        if found.n
-        else "-",
+        f"{low} to {high}" if found.n else "-",
         f"{item.ended} of {item.cells}",
         listing(item.data),
-    ]  # fmt: skip
+    ]
 
 
 def _final_and_best(item: Judged) -> list[Entry]:
     """Both errors: the best one is chosen on the test images, and flatters."""
     found = (item.errors.get(name) for name in ("test_error", "best_test_error"))
     return [spread_words(one, "test_error") if one else "-" for one in found]
-
-
-def _plain(tolerance: float | None, measure: str) -> str:
-    return number(tolerance or 0.0, measure)

@@ -8,18 +8,15 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from resdiag.errors import ResdiagError
-from resdiag.plots.activations import (
-    ACTIVATION_PLOT,
-    activation_moments,
-    activation_values,
-    draw_activations,
-)
-from resdiag.plots.kinds import KINDS, PlotKind
+from resdiag.plots.kinds import ACTIVATION_PLOT, KINDS
+from resdiag.plots.plotkind import PlotKind
 from resdiag.report.parts import Entry, Picture, Table
 from resdiag.report.results import CellResult, Results
 from resdiag.report.words import number, settings_words
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from resdiag.plots.view import Record, View
     from resdiag.runs.folder import Run
 
@@ -27,7 +24,7 @@ MOST_LINES = 10
 """Lines in a figure that can be told apart; of more, one figure per depth, and so on."""
 
 MOST_REPEATS = 4
-"""Lines of one variant beside others: `show.style` has so many line styles."""
+"""Lines of one variant beside others: `resdiag.plots.style` has so many line styles."""
 
 _LATER = (
     "recipe", "steps", "epochs", "lr", "warmup", "momentum", "nesterov", "weight_decay",
@@ -119,6 +116,8 @@ def _is_crowded(results: Results, members: Sequence[CellResult], split: Sequence
 
 def _draw_activations(place: int, title: str, only: Collection[str] | None) -> Picture:
     """The figure that no run is needed for."""
+    from resdiag.plots.activations import activation_moments, activation_values, draw
+
     kind, name = ACTIVATION_PLOT, f"{place:02d}-{ACTIVATION_PLOT.name}"
     moments = activation_moments()
     rows: list[list[Entry]] = [
@@ -133,11 +132,12 @@ def _draw_activations(place: int, title: str, only: Collection[str] | None) -> P
             header=["activation", *next(iter(moments.values()))], rows=rows, numeric=(1, 2, 3),
         ),
     )  # fmt: skip
-    if only is not None and name not in only:
-        return picture
+    return picture if only is not None and name not in only else _with_files(picture, draw())
+
+
+def _with_files(picture: Picture, drawing: "Figure") -> Picture:
     from resdiag.plots.drawing import render
 
-    drawing = draw_activations()
     svg, pdf = (render(drawing, form, letters=True) for form in ("svg", "pdf"))
     return replace(picture, svg=svg, pdf=pdf)
 
@@ -146,7 +146,7 @@ def draw_runs(kinds: Sequence[str], runs: "Sequence[Run]") -> Iterator[Picture]:
     """Runs side by side in each of some kinds of plots; what cannot be drawn says why.
 
     Args:
-        kinds: Names in `show.kinds.KINDS`.
+        kinds: Names in `resdiag.plots.kinds.KINDS`.
         runs: At least one.
     """
     for place, name in enumerate(kinds, start=1):
@@ -160,18 +160,13 @@ def draw_runs(kinds: Sequence[str], runs: "Sequence[Run]") -> Iterator[Picture]:
 
 def _draw(blank: Picture, kind: PlotKind, runs: "Sequence[Run]", drawn: bool) -> Picture:
     """A picture with its data, and with its drawing if that is wanted."""
+    from resdiag.plots.drawing import draw_view
     from resdiag.plots.grouping import open_view
 
     try:
         view = open_view(kind, runs, step=None, theory=True)
-        data = {"csv": to_csv(view), "table": to_table(view, blank.title)}
-        if not drawn:
-            return replace(blank, svg=b"", **data)  # type: ignore[arg-type]
-        from resdiag.plots.drawing import draw, render
-
-        drawing = draw(kind.name, runs)
-        svg, pdf = (render(drawing, form, letters=True) for form in ("svg", "pdf"))
-        return replace(blank, svg=svg, pdf=pdf, **data)  # type: ignore[arg-type]
+        picture = replace(blank, svg=b"", csv=to_csv(view), table=to_table(view, blank.title))
+        return _with_files(picture, draw_view(view)) if drawn else picture
     except ResdiagError as error:
         return replace(blank, reason=error.message)
 

@@ -128,11 +128,7 @@ def _toml(value: object) -> str:
     >>> _toml([0, 1]), _toml("digits"), _toml(True), _toml(["elu", "plain"])
     ('[0, 1]', 'digits', 'true', '["elu", "plain"]')
     """
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return "[" + ", ".join(f'"{v}"' if isinstance(v, str) else _toml(v) for v in value) + "]"
-    return str(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 _DATA = ("name", "train", "test", "classes", "sha256")

@@ -140,15 +140,7 @@ class Picture:
         return refine(self.svg, prefix="f", title=self.title, description=self.description())
 
 
-@dataclass(frozen=True)
-class Image:
-    """A figure with its table."""
-
-    picture: Picture
-    table: Table | None = None
-
-
-Part: TypeAlias = Table | Text | Bullets | Code | Folded | Image
+Part: TypeAlias = Table | Text | Bullets | Code | Folded | Picture
 
 
 @dataclass(frozen=True, kw_only=True)

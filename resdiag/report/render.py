@@ -10,7 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from resdiag.report.parts import Bullets, Code, Folded, Image, Page, Part, Picture, Table, Text
+from resdiag.report.parts import Bullets, Code, Folded, Page, Part, Picture, Table, Text
 from resdiag.report.svg import Styles
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -50,8 +50,8 @@ def to_html(page: Page) -> str:
 def _pictures(parts: "list[Part]") -> Iterator[Picture]:
     """The figures in the order in which they are seen first: those that are not folded."""
     for part in parts:
-        if isinstance(part, Image):
-            yield part.picture
+        if isinstance(part, Picture):
+            yield part
     for part in parts:
         if isinstance(part, Folded):
             yield from _pictures(list(part.parts))
@@ -107,8 +107,8 @@ def _parts(parts: Sequence[Part], figures: str, bulky: bool) -> Iterator[str]:
             yield from (f"{fence}{part.language}", part.lines, fence, "")
         elif isinstance(part, Table):
             yield from _table(part)
-        elif isinstance(part, Image):
-            yield from _image(part, figures, bulky)
+        elif isinstance(part, Picture):
+            yield from _picture(part, figures, bulky)
         elif bulky or not part.bulky:
             yield from _parts(part.parts, figures, bulky)
 
@@ -127,9 +127,8 @@ def _row(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _image(image: Image, figures: str, bulky: bool) -> Iterator[str]:
-    picture = image.picture
+def _picture(picture: Picture, figures: str, bulky: bool) -> Iterator[str]:
     yield from (f"![{escape(picture.title)}]({figures}/{picture.name}.svg)", "")
     yield from (escape(f"{picture.title}. Read: {picture.reading}"), "")
-    if bulky and image.table:
-        yield from _table(image.table)
+    if bulky and picture.table:
+        yield from _table(picture.table)

@@ -50,6 +50,11 @@ class CellResult:
         known = str(self.run.data.get("name", "")) if self.run else ""
         return known or self.cell.request.data
 
+    def number(self, outcome: str) -> float:
+        """One of its outcomes; NaN if it has none of that name, or a word."""
+        value = self.outcomes.get(outcome, math.nan)
+        return math.nan if isinstance(value, str) else value
+
     @property
     def epochs(self) -> float:
         """Epochs that it was trained for; 0 if that is not known."""

@@ -157,7 +157,7 @@ def _sure(seen: Sequence[_Seen]) -> list[str]:
     )
     runs = [one.run for one in seen]
     where = [words for words, _ in list_sources(runs, "environment", ("device", "dtype")) if words]
-    known = [f"Data: {listing(data)}{lossy if any(map(is_lossy, data)) else ''}."] if data else []
+    known = [f"Data: {listing(data)}{lossy}."] if data else []
     known += [f"Computed on: {listing(where)}."] if where else []
     return [*_short(lines, "reservation"), *map(tame, known)]
 

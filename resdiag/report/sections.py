@@ -1,6 +1,5 @@
 """The chapters of a report: expected values, outcomes, figures, cells, origin, how to remake it."""
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import groupby
@@ -13,7 +12,6 @@ from resdiag.report.parts import (
     Code,
     Entry,
     Folded,
-    Image,
     Mark,
     Page,
     Part,
@@ -148,8 +146,7 @@ def _numbers(results: Results) -> Table:
 
 
 def _mean(group: Group, name: str) -> str:
-    values = [member.outcomes.get(name, math.nan) for member in group.ended]
-    return spread_words(summarise([v for v in values if not isinstance(v, str)]), name)
+    return spread_words(summarise([member.number(name) for member in group.ended]), name)
 
 
 # -- figures ---------------------------------------------------------------------------------------
@@ -165,7 +162,7 @@ def figures_section(pictures: Sequence[Picture], thinned: int) -> Section:
     parts: list[Part] = []
     for number_, some in groupby(pictures, key=lambda picture: picture.number):
         members = list(some)
-        images: list[Part] = [_image(picture) for picture in members]
+        images = list(map(_drawn, members))
         parts.append(Text(f"Figure {number_}. {members[0].question}"))
         parts += images[:1]
         if len(images) > 1:
@@ -176,10 +173,10 @@ def figures_section(pictures: Sequence[Picture], thinned: int) -> Section:
     return Section(id="figures", title="Figures", parts=parts)
 
 
-def _image(picture: Picture) -> Part:
+def _drawn(picture: Picture) -> Part:
     if picture.svg is None:
         return Text(f"{picture.title}: not drawn: {picture.reason}")
-    return Image(picture, picture.table)
+    return picture
 
 
 # -- cells -----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from resdiag.plots.grouping import variant_words
+from resdiag.models.variants import variant_words
 from resdiag.report.outcomes import Outcome
 
 ERRORS = ("test_error", "best_test_error", "train_error")

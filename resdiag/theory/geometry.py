@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from resdiag.models.variants import count_blocks
+from resdiag.models.variants import STAGE_CHANNELS, count_blocks
 from resdiag.theory.moments import Array
 
-STAGES = 3
 _LARGEST = 128  # wider images are taken as uniform: their border is a percent of them
 
 
@@ -75,7 +74,7 @@ def block_shapes(depth: int, width_px: int = 32) -> list[BlockShape]:
     """
     count = count_blocks(depth)
     shapes = []
-    for stage in range(STAGES):
+    for stage in range(len(STAGE_CHANNELS)):
         size = max(1, width_px >> stage)
         for position in range(count):
             transition = stage > 0 and position == 0

@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import special
 
-from resdiag.theory.geometry import STAGES, BlockShape
+from resdiag.models.variants import STAGE_CHANNELS
+from resdiag.theory.geometry import BlockShape
 from resdiag.theory.growth import Level
 from resdiag.theory.moments import (
     Array,
@@ -38,7 +39,6 @@ from resdiag.theory.moments import (
 _HALF_TAPS = 4.5
 """|x|^2 of a patch of nine taps over C q, under He's initialisation: 9 / 2."""
 _LOG2_SAMPLES = 13
-_WIDTHS = (16, 32, 64)
 _TAPS = 9
 
 
@@ -215,7 +215,7 @@ def parameter_gradient_norm(
         classes: Of the classifier, whose weights are U(+-1/sqrt(C)), of variance 1 / 3C.
         pre: Whether the ELUs stand before the convolutions (b), not behind them (a).
     """
-    channels = _WIDTHS[STAGES - 1]
+    channels = STAGE_CHANNELS[-1]
     pooled = float(moments[-1])
     head = float(elu_slope_sq(pooled)) if pre else 1.0
     if pre:
@@ -225,7 +225,7 @@ def parameter_gradient_norm(
     energy = kick / 3 * head
     for index in range(len(shapes) - 1, -1, -1):
         shape, s = shapes[index], float(moments[index])
-        outputs = _WIDTHS[shape.stage]
+        outputs = STAGE_CHANNELS[shape.stage]
         inputs = outputs * shape.kept
         first = float(elu_second_moment(s)) if pre else s
         q1 = shape.gain1 * first

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from resdiag.models.variants import STAGE_CHANNELS
 from resdiag.theory.geometry import BlockShape, ConvTaps, uniform
 from resdiag.theory.moments import (
     Array,
@@ -33,8 +34,6 @@ from resdiag.theory.moments import (
     elu_mean,
     elu_second_moment,
 )
-
-STEM_CHANNELS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +93,7 @@ def grow(
         width_px: Width of the images.
     """
     levels = list[Level]()
-    size, channels = width_px, STEM_CHANNELS * width
+    size, channels = width_px, STAGE_CHANNELS[0] * width
     s, m, shared = uniform(size, s0), uniform(size, m0), m0**2
     for shape in shapes:
         stride = 2 if shape.transition else 1

@@ -76,7 +76,7 @@ def elu_mean(q: ArrayLike) -> Array:
     array([0.1605, 1.1902])
     """
     x = _root(q)
-    direct = x / np.sqrt(np.pi) + _tail(1, x) - 0.5
+    direct = x / np.sqrt(np.pi) + _tail(1, q) - 0.5
     return _patched(direct, x, lambda n: np.full_like(n, 0.5))
 
 
@@ -90,13 +90,8 @@ def elu_second_moment(q: ArrayLike) -> Array:
     array([0.0093, 0.6449, 8.3603])
     """
     x = _root(q)
-    direct = x**2 + _tail(2, x) - 2 * _tail(1, x) + 0.5
+    direct = x**2 + _tail(2, q) - 2 * _tail(1, q) + 0.5
     return _patched(direct, x, lambda n: 2.0 ** (n - 1) - 1, x**2)
-
-
-def elu_slope(q: ArrayLike) -> Array:
-    """D1(q) = E[ELU'(z)] = 1/2 + T_1, never above 1. Source: closed form."""
-    return 0.5 + _tail(1, _root(q))
 
 
 def elu_slope_sq(q: ArrayLike) -> Array:
@@ -107,7 +102,7 @@ def elu_slope_sq(q: ArrayLike) -> Array:
     >>> elu_slope_sq([1.0, 1e60]).round(3)
     array([0.668, 0.5  ])
     """
-    return 0.5 + _tail(2, _root(q))
+    return 0.5 + _tail(2, q)
 
 
 def elu_shifted_mean(a: ArrayLike, v: ArrayLike) -> Array:
@@ -171,36 +166,36 @@ ACTIVATIONS = MappingProxyType(
 def elu_cubed(q: ArrayLike) -> Array:
     """E[ELU(z)^3]."""
     q = np.asarray(q, float)
-    direct = 2 * q * _half(q) + _tail_of(3, q) - 3 * _tail_of(2, q) + 3 * _tail_of(1, q) - 0.5
+    direct = 2 * q * _half(q) + _tail(3, q) - 3 * _tail(2, q) + 3 * _tail(1, q) - 0.5
     return np.where(q < _LINEAR, 2.25 * q**2, direct)
 
 
 def elu_fourth(q: ArrayLike) -> Array:
     """E[ELU(z)^4]."""
     q = np.asarray(q, float)
-    negative = _tail_of(4, q) - 4 * _tail_of(3, q) + 6 * _tail_of(2, q) - 4 * _tail_of(1, q) + 0.5
+    negative = _tail(4, q) - 4 * _tail(3, q) + 6 * _tail(2, q) - 4 * _tail(1, q) + 0.5
     return np.where(q < _LINEAR, 3 * q**2, 1.5 * q**2 + negative)
 
 
 def elu_times_slope(q: ArrayLike) -> Array:
     """E[ELU(z) ELU'(z)], the coefficient of 1 in ELU(z) ELU'(z)."""
-    return _half(q) + _tail_of(2, q) - _tail_of(1, q)
+    return _half(q) + _tail(2, q) - _tail(1, q)
 
 
 def elu_times_slope_along(q: ArrayLike) -> Array:
     """E[ELU(z) ELU'(z) z] / q, the coefficient of z in ELU(z) ELU'(z)."""
     # by parts: E[e^{kz} z; z < 0] = k q T_k - sqrt(q / 2 pi)
-    return 0.5 + 2 * _tail_of(2, q) - _tail_of(1, q)
+    return 0.5 + 2 * _tail(2, q) - _tail(1, q)
 
 
 def elu_times_slope_sq(q: ArrayLike) -> Array:
     """E[ELU(z) ELU'(z)^2]."""
-    return _half(q) + _tail_of(3, q) - _tail_of(2, q)
+    return _half(q) + _tail(3, q) - _tail(2, q)
 
 
 def elu_sq_times_slope_sq(q: ArrayLike) -> Array:
     """E[ELU(z)^2 ELU'(z)^2]."""
-    return np.asarray(np.asarray(q) / 2 + _tail_of(4, q) - 2 * _tail_of(3, q) + _tail_of(2, q))
+    return np.asarray(np.asarray(q) / 2 + _tail(4, q) - 2 * _tail(3, q) + _tail(2, q))
 
 
 def elu_kernel(q: float, shared: float) -> float:
@@ -220,13 +215,9 @@ def _root(q: ArrayLike) -> Array:
     return np.asarray(np.sqrt(np.asarray(q, dtype=np.float64) / 2))
 
 
-def _tail(k: int, x: Array) -> Array:
-    """T_k."""
-    return np.asarray(special.erfcx(k * x) / 2)
-
-
-def _tail_of(k: int, q: ArrayLike) -> Array:
-    return np.asarray(special.erfcx(k * np.sqrt(np.asarray(q, float) / 2)) / 2)
+def _tail(k: int, q: ArrayLike) -> Array:
+    """T_k(q)."""
+    return np.asarray(special.erfcx(k * _root(q)) / 2)
 
 
 def _patched(

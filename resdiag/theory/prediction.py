@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from resdiag.errors import UsageError
-from resdiag.models.variants import Variant, find_variant
+from resdiag.models.variants import STAGE_CHANNELS, Variant, find_variant
 from resdiag.theory.geometry import block_shapes, padding_share
 from resdiag.theory.laws import LAWS, Law, Start
 from resdiag.theory.moments import ACTIVATIONS, Array
@@ -22,7 +22,7 @@ from resdiag.theory.moments import ACTIVATIONS, Array
 CRITICAL = 0.6
 """lr ||g_0|| above which no run has survived (28 runs of a and b, none in .6 ... 1.07)."""
 
-_STEM_FAN_RATIO = 3 / 16  # input channels over output channels of the stem's convolution
+_STEM_FAN_RATIO = 3 / STAGE_CHANNELS[0]  # input over output channels of the stem's convolution
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -228,26 +228,6 @@ def stem_second_moment(row: Variant, width_px: int = 32, input_second_moment: fl
     if "bn" in steps:
         q = 1.0
     return float(ACTIVATIONS[steps[-1]].second_moment(q)) if steps[-1] in ACTIVATIONS else q
-
-
-def head_kick(lr: float, momentum: float, mean: float, channels: int, gap: float) -> float:
-    """How far the first SGD step with Nesterov momentum moves a mean logit.
-
-    lr (1 + momentum) (||E_n hbar||^2 + 1) gap, with ||E_n hbar||^2 = channels mean^2: linear in
-    depth for original and c, whose mean grows as the root of the depth. A heuristic for the first
-    step only. Source: one step of SGD on the classifier.
-
-    Args:
-        lr: Learning rate.
-        momentum: Nesterov momentum.
-        mean: Mean of the pooled features.
-        channels: Number of pooled features.
-        gap: max_k |p_k - y_k|, batch means of probabilities and one-hot labels.
-
-    >>> round(head_kick(0.1, 0.9, 3.8, 64, 0.1), 1)
-    17.6
-    """
-    return lr * (1 + momentum) * (channels * mean**2 + 1) * gap
 
 
 def critical_lr(grad_norm: float) -> float:

@@ -109,16 +109,6 @@ def walk(unit: WalkUnit, shapes: Sequence[BlockShape], s0: float) -> dict[str, A
     return columns
 
 
-def skip_gain_from_zero(blocks: int) -> float:
-    """C(2n, n) / 4^n: probability that a symmetric walk from 0 stays positive for n steps.
-
-    >>> [round(skip_gain_from_zero(n), 3) for n in (9, 27, 54)]
-    [0.185, 0.108, 0.077]
-    """
-    k = np.arange(1, blocks + 1)
-    return float(np.prod((2 * k - 1) / (2 * k)))
-
-
 def _grid(low: float, high: float, width: float) -> tuple[Array, Array]:
     """Nodes and weights on panels of `width` with an edge at 0, where phi has its kink."""
     edges = width * np.arange(np.floor(low / width), np.ceil(high / width))

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import special
 
+from resdiag.models.variants import STAGE_CHANNELS
 from resdiag.theory.geometry import BlockShape
 from resdiag.theory.gradient_recursion import pull_of_logits
 from resdiag.theory.moments import Array
-
-_CHANNELS = 64
 
 
 def grow_back_reflected(
@@ -37,7 +36,8 @@ def grow_back_reflected(
     values, masses = laws[-1]
     s, m = _moments(values, masses)
     pull, error = pull_of_logits(s / 3, classes)
-    a, b, e = np.sqrt(pull) / (_CHANNELS * s), 0.0, error / (3 * _CHANNELS)
+    channels = STAGE_CHANNELS[-1]
+    a, b, e = np.sqrt(pull) / (channels * s), 0.0, error / (3 * channels)
     energy = a * a * s + e
     growth = np.empty(len(shapes))
     for index in range(len(shapes) - 1, -1, -1):

@@ -311,14 +311,14 @@ def test_an_unknown_network_is_judged_without_theory():
     assert not [line for line in verdict.next if line.startswith("resdiag run")]
 
 
-# --- first offender --------------------------------------------------------------------------
+# --- first non-finite number -----------------------------------------------------------------
 
 
 def frame(**columns):
     return pd.DataFrame({"step": [0, 0, 1, 1], "block": [0, 1, 0, 1], **columns})
 
 
-def test_the_first_offender_is_the_earliest_step_then_forward_then_block_then_site():
+def test_the_first_nonfinite_is_the_earliest_step_then_forward_then_block_then_site():
     found = find_first_nonfinite(
         frame(
             branch_nonfinite=[0, 0, 0, 0.1], output_nonfinite=[0, 0, 0, 1],
