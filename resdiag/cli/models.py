@@ -16,11 +16,11 @@ Model = Annotated[
 ]
 Argument = Annotated[
     list[str] | None,
-    typer.Option("--arg", help="key=value for the factory or configuration; several times."),
+    typer.Option("--arg", help="key=value argument of the factory or configuration; repeatable."),
 ]
 InputShape = Annotated[
     str | None,
-    typer.Option(help="Shape of one sample, e.g. 3,64,64, or the number of tokens."),
+    typer.Option(help="Shape of one sample, e.g. 3,64,64, or number of tokens."),
 ]
 
 
