@@ -99,7 +99,7 @@ def _draw(axes: Axes, values: pd.DataFrame, ending: str, title: str) -> None:
 ACTIVATION_PLOT = PlotKind(
     name="activations",
     title="ReLU and ELU",
-    question="What do the two activations do to the mean of what they pass on?",
+    question="How do the two activations shift the mean of their output?",
     reading=(
         "ReLU is never negative, so its mean output is far from 0; ELU's negative values, down to "
         "-1, pull it towards 0. Horizontal lines: the mean output for standard normal input. "

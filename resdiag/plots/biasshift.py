@@ -22,7 +22,7 @@ def draw(view: View) -> Figure:
     figure, body = canvas.open_sheet(
         view, f"Bias shift by block and step: {canvas.subject(view)}", height=5.7,
         shown=view.steps_shown(traces) if single else canvas.moment_words(traces),
-        notes=["Bands: 10 to 90 % of the channel means, at the last finite line of a single run."],
+        notes=["Bands (single run): 10 to 90 % quantiles of the channel means, last finite step."],
     )  # fmt: skip
     panels = body.subplots(3, 2)
     for column, site in enumerate(("output", "branch")):
@@ -103,9 +103,9 @@ KIND = PlotKind(
     title="Bias shift by block and step",
     question="Are the activations centred, and does their mean drift?",
     reading=(
-        "0 is centred. A band that leaves 0 is a shift all channels share; a wide band around "
-        "0 is one that the mean hides. B2 above 1: the mean is larger than the signal. Behind "
-        "a BatchNorm the branch's mean is its learned bias: 0 at step 0."
+        "0 is centred. A band away from 0 is a shift that all channels share; a wide band around 0 "
+        "is a shift that the mean over channels hides. B2 above 1: the mean is larger than the "
+        "signal. After a BatchNorm, the mean of the branch is the learned bias, 0 at step 0."
     ),
     needs=(*_quantiled("output"), *_quantiled("branch"), "head_mean", "head_bias"),
     draw=draw,

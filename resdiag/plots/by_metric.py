@@ -93,7 +93,7 @@ KIND = PlotKind(
     question="How far does a step move the weights of each block?",
     reading=(
         "about 1e-3 is usual; above 0.1 a step replaces the weights, far below 1e-4 a block "
-        "hardly learns. Blocks that differ by decades train at different speeds."
+        "hardly learns. Blocks whose ratios differ by decades train at different speeds."
     ),
     needs=("update_ratio",),
     draw=draw,

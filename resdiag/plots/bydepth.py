@@ -101,9 +101,9 @@ KIND = PlotKind(
     title="Error by depth",
     question="Does a deeper network of the same variant learn better or worse?",
     reading=(
-        "a line that falls gains from depth; one that rises is degraded by it. Where the training "
-        "error rises too, it is the optimisation that fails, not the generalisation. Marks are "
-        "medians over seeds, bars reach from the least to the most."
+        "a variant with a falling line gains from depth, one with a rising line degrades. If the "
+        "training error rises too, the optimisation fails, not the generalisation. Markers are "
+        "medians over seeds, bars show the range."
     ),
     needs=("test_error", "train_error"),
     draw=draw,

@@ -148,10 +148,11 @@ def count_classes(record: Record) -> int:
 KIND = PlotKind(
     name="curves",
     title="Training curves",
-    question="Does it learn, stall or diverge?",
+    question="Does the network learn, stall or diverge?",
     reading=(
-        "a loss at ln K is guessing. A loss that jumps in the first steps and returns to ln K "
-        "has lost its features; the gradient norm says whether it also lost its gradient."
+        "a loss of ln K is that of random guessing. If the loss jumps in the first steps and "
+        "returns to ln K, the network has lost its features; the gradient norm shows whether the "
+        "gradient is lost too."
     ),
     needs=("loss", "error", "lr", "grad_norm", "train_error", "test_error", "test_loss"),
     draw=draw,

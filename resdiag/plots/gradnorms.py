@@ -90,15 +90,15 @@ def _statement(record: Record) -> str:
 KIND = PlotKind(
     name="gradnorms",
     title="Gradient norms by block",
-    question="Does the gradient explode or vanish on its way back, and since when?",
+    question="Does the gradient explode or vanish in the backward pass, and from which step?",
     reading=(
-        "straight and rising towards block 0 on the log axis is an exploding gradient, falling "
-        "a vanishing one. The level of the parameter gradient matters as much as its slope: "
-        "without normalisation it is flat over blocks and grows with depth."
+        "on the log axis, a straight line that rises towards block 0 is an exploding gradient, one "
+        "that falls a vanishing gradient. For the parameter gradient, the level matters as much as "
+        "the slope: without normalisation it is flat over blocks, and grows with the depth."
     ),
     needs=("grad_output", "grad_input", "grad_param"),
     draw=draw,
     theory_from=(
-        "what comes out of the stem at step 0, and the level of the gradient at the last block"
+        "the output of the stem at step 0, and the level of the gradient at the last block"
     ),
 )

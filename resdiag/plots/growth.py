@@ -111,13 +111,13 @@ KIND = PlotKind(
     title="Growth per block, forward and backward",
     question="By what factor does each block multiply the signal and the gradient?",
     reading=(
-        "1 keeps the scale. A factor that stays above 1 over a stage compounds: 1.8 per block "
-        "is 10^14 over 54 blocks. A factor that falls to 1 along depth is a power law, not an "
-        "explosion. Stage means are geometric, bars reach from the least block to the most; the "
-        "transition block is left out."
+        "a factor of 1 keeps the scale. A factor that stays above 1 in a stage compounds: 1.8 per "
+        "block is 10^14 over 54 blocks. A factor that falls to 1 with depth is a power law, not an "
+        "explosion. Stage means are geometric, bars show the range over the blocks; transition "
+        "blocks are excluded."
     ),
     needs=("forward_growth", "grad_growth"),
     draw=draw,
-    theory_from="what comes out of the stem at step 0",
+    theory_from="the output of the stem at step 0",
     first_step_only=True,
 )

@@ -180,18 +180,18 @@ def _name(record: Record, found: FirstNonfinite) -> str:
     way = "forward" if found.direction == "forward" else "backward"
     return (
         f"First non-finite value at step {found.step} in block {found.block} "
-        f"(last: {record.n_blocks - 1}), on the way {way}"
+        f"of 0 to {record.n_blocks - 1}, in the {way} pass"
     )
 
 
 KIND = PlotKind(
     name="nonfinite",
-    title="Where and when numbers became non-finite",
-    question="Where and since when are there infinities or NaN, and in which direction?",
+    title="Where and when values become non-finite",
+    question="Where do infinities or NaN first appear: block, step, and direction of the pass?",
     reading=(
-        "the marked cell is the first step and block with a non-finite value: on the way "
-        "forward the lowest block, on the way back the highest. Later cells are consequences. "
-        "Where everything is finite, the change of the gradient is shown instead."
+        "the marked cell is the first step with a non-finite value, and the block where it arose: "
+        "the lowest in the forward pass, the highest in the backward pass. Later cells are "
+        "consequences. If everything is finite, the change of the gradient is shown instead."
     ),
     needs=("output_nonfinite", "grad_nonfinite", "grad_output"),
     draw=draw,

@@ -41,11 +41,11 @@ def draw(view: View) -> Figure:
 KIND = PlotKind(
     name="signal",
     title="Signal propagation by block",
-    question="Does the signal keep its scale on the way forward?",
+    question="Does the signal keep its scale in the forward pass?",
     reading=(
-        "straight and rising on the log axis is exponential growth. With BatchNorm on the "
-        "branch its variance starts at 1 and the output's grows by a constant per block, reset "
-        "at a stage. Squared mean above variance: the means dominate the signal."
+        "on the log axis, a straight rising line is exponential growth. With BatchNorm on the "
+        "branch, its variance starts at 1, and that of the output grows by a constant per block, "
+        "reset at each stage. Squared mean above variance: the means dominate the signal."
     ),
     needs=(
         "output_second_moment",
@@ -54,5 +54,5 @@ KIND = PlotKind(
         "branch_channel_var",
     ),
     draw=draw,
-    theory_from="what comes out of the stem at step 0",
+    theory_from="the output of the stem at step 0",
 )
