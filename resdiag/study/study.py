@@ -207,7 +207,7 @@ def _read_plan(path: Path, settings: Sequence[str], mini: bool) -> Study:
         raise UsageError(f"{path} is not a plan of this resdiag")
     check_name(name, path)
     if _hash(name, document) != plan.get("digest"):  # as it was written, in the words of then
-        raise UsageError(f"{path} was altered", "give the study file again: it writes a new plan")
+        raise UsageError(f"{path} was altered", "pass the study file: it writes a new plan")
     return build_study(name, from_stored(document), (), False, str(path))
 
 

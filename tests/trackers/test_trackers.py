@@ -426,7 +426,7 @@ def test_mistakes_of_an_export_are_one_line(run, capsys, words, message):
     ("text", "message"),
     [
         ("tensorbord:x", "unknown tracker 'tensorbord'; did you mean 'tensorboard'?"),
-        ("wandb", "tracker 'wandb' lacks its place: wandb:PROJECT"),
+        ("wandb", "tracker 'wandb' needs a place: wandb:PROJECT"),
     ],
 )
 def test_mistakes_of_a_tracker_are_one_line(text, message, capsys):

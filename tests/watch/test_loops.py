@@ -402,7 +402,7 @@ def test_a_step_called_twice_is_reported(every):
         x, y = data()
         F.cross_entropy(model(x), y).backward()
         monitor.step()
-        with pytest.warns(WatchWarning, match="counts steps double"):
+        with pytest.warns(WatchWarning, match="steps are counted twice"):
             monitor.step()
     assert len(monitor.warnings) == 1
 
@@ -881,7 +881,7 @@ def test_blocks_that_a_later_pass_left_out_are_reported():
             model.times = times
             F.cross_entropy(model(x), y).backward()
             with (
-                pytest.warns(WatchWarning, match=r"left out of a later one, NaN there: blocks\.0#2")
+                pytest.warns(WatchWarning, match=r"did not run in a later one .*: blocks\.0#2")
                 if times == 2
                 else nullcontext()
             ):

@@ -334,7 +334,7 @@ PROVOKED = {
     "was recorded alike by": "not by rank 1",
     "the gradients differ from rank to rank": "no_sync()",
     "{} on rank {}": "rank 0, ",
-    "torch.compile ran the forward pass and hides it": "example_inputs=(...)",
+    "torch.compile ran the forward pass without its hooks": "example_inputs=(...)",
     "no module takes or returns this tensor": "CUSTOM, HIDDEN, SPLIT} <= reasons",
     "its gradient comes together where no": "CUSTOM, HIDDEN, SPLIT} <= reasons",
     "custom metrics are computed in compiled": "CUSTOM, HIDDEN, SPLIT} <= reasons",
