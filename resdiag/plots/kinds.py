@@ -27,10 +27,10 @@ KINDS: Registry[PlotKind] = Registry("plot", (module.KIND for module in _MODULES
 
 
 def register_plot(kind: PlotKind) -> None:
-    """Add a kind of plot: `resdiag.draw`, `resdiag plot`, reports and study files know it then.
+    """Add a kind of plot to `resdiag.draw`, `resdiag plot`, reports and study files.
 
-    It is known in this process only; a command of the terminal that should know it must be started
-    from a script that registers it first.
+    It is available in this process only; to use it on the command line, start the command from a
+    script that registers it first.
 
     Raises:
         RegistrationError: There is another kind, or a metric, of that name.

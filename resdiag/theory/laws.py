@@ -48,12 +48,12 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class Law:
-    """What theory knows of one kind of residual unit at initialisation, with no fitted constant.
+    """What theory predicts for one kind of residual unit at initialisation, without fitting.
 
     Attributes:
-        name: What `Variant.law` says.
-        unit: The branch, and what stands after the addition, that it is derived for.
-        basis: The law and its source, one sentence.
+        name: Name, as in `Variant.law`.
+        unit: The branch and the after-add that it is derived for.
+        basis: The law and its source, in one sentence.
         columns: From the start the arrays of `resdiag.theory.prediction.Prediction`, one value per
             block; those that it leaves out are NaN.
         largest: The largest s0 that it can compute.
