@@ -53,4 +53,4 @@ def _describe(found: "Forecast") -> str:
     for name, pair in found.pairs().items():
         numbers = [("-" if math.isnan(x) else f"{x:.3g}") for x in (pair.theory, pair.measured)]
         lines.append(f"{name:18}{numbers[0]:>10}{numbers[1]:>11}  {pair.note}")
-    return "\n".join([*lines, f"fate: {found.fate}; {found.why}", f"law: {found.basis}"])
+    return "\n".join([*lines, f"outcome: {found.fate}; {found.why}", f"law: {found.basis}"])

@@ -31,17 +31,17 @@ def find_study(name: str) -> Path:
 
 
 TEMPLATE = """\
-# A study is one question and a grid of runs. `resdiag study run {name}` trains what is missing;
-# `resdiag study run {name} --dry-run` says before what that will be.
+# A study is one question and a grid of runs. `resdiag study run {name}` trains the missing cells;
+# `resdiag study run {name} --dry-run` only lists them, with time and disk space.
 
 question = "Does the gradient reach the first block, whatever the depth?"
 expects = "elu keeps it; elu_pre explodes with depth"
-source = "who asks or claims this, and where"
-cost = "minutes on which machine: write it here after the first time"
-seeds = [0, 1]                    # every cell of the grid is run with each of them
+source = "reference for the question or the claim"
+cost = "time and machine, to be filled in after the first run"
+seeds = [0, 1]                    # each point of the grid is run with every seed
 
-[fixed]                           # the same in every cell; what `resdiag run` has as options
-data = "digits"                   # `resdiag data list` says what there is
+[fixed]                           # the same in every cell; options of `resdiag run`
+data = "digits"                   # `resdiag data list` lists the data sets
 recipe = "short"                  # short: the first 60 steps; paper: 164 epochs
 steps = 30
 batch_size = 32
@@ -50,27 +50,27 @@ batch_size = 32
 variant = ["elu", "elu_pre"]      # `resdiag variants` lists them
 depth = [8, 20]
 
-# [[include]]                     # more cells, over [fixed]: values or lists
+# [[include]]                     # more cells; values or lists, which override [fixed]
 # variant = "original"
 # depth = 20
 # lr = 0.01
 # seed = 0
 
-# [[exclude]]                     # cells of the grid to leave out
+# [[exclude]]                     # cells of the grid to exclude
 # variant = "elu_pre"
 # depth = 20
 
-[resources]                       # of one cell
-threads = 1                       # another number gives other bits
-gpus = 1.0                        # where there are GPUs: 0.25 packs four cells on one
-patience_s = 900                  # without progress for so long, a cell counts as hung
-restarts = 2                      # starts without progress after the first
+[resources]                       # per cell
+threads = 1                       # another number changes the bits of the results
+gpus = 1.0                        # 0.25: four cells share one GPU
+patience_s = 900                  # after this time without progress, a cell counts as hung
+restarts = 2                      # restarts without progress before a cell is failed
 
 [[figure]]                        # figures of the report; `resdiag plot --list` has the kinds
 plot = "gradnorms"
 title = "Gradient by block"
 
-# [[expected]]                    # published values, to stand beside what comes out
+# [[expected]]                    # published values to compare with
 # cells = {{ variant = "elu", depth = 20 }}
 # measure = "test_error"          # status, verdict, best_test_error, ... or a metric's id
 # value = 0.08
