@@ -226,7 +226,7 @@ def test_a_model_without_additions_is_probed_by_its_units(call):
     assert [file.rsplit("/", 1)[-1] for file in document["files"]] == [
         "signal.png", "gradnorms.png", "growth.png", "biasshift.png",
     ]  # fmt: skip
-    assert document["notes"][0].startswith("no residual addition: 10 modules stand for blocks")
+    assert document["notes"][0].startswith("no residual addition: 10 modules are recorded")
     assert err == ""
     code, out, _ = call("probe", "torchvision:squeezenet1_1", "--input-shape", "3,64,64",
                         "--batch-size", "2", "--no-curvature", "--blocks", "features.1?",

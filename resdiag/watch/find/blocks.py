@@ -76,10 +76,10 @@ class Block:
 
 def describe_units(blocks: Sequence[Block]) -> str:
     """One line about a network without residual additions."""
-    many = f"{len(blocks)} modules stand" if len(blocks) > 1 else "one module stands"
+    many = f"{len(blocks)} modules are" if len(blocks) > 1 else "one module is"
     names = dict.fromkeys(block.name or "the model" for block in (blocks[0], blocks[-1]))
     return (
-        f"no residual addition: {many} for blocks: {' .. '.join(names)}; "
+        f"no residual addition: {many} recorded as blocks: {' .. '.join(names)}; "
         "metrics of sum and skip path are NaN"
     )
 
