@@ -28,17 +28,17 @@ def findings_page() -> str:
     rows.append(("`healthy`", "No rule reports anything.", "see what could not be judged"))
     parts = [
         HEAD.format(source="resdiag/diagnose/registry.py") + "\n# Findings\n",
-        "`resdiag explain`, `resdiag.judge` and the end of every run apply these rules, most "
-        "upstream cause first. Every rule that fires is a finding, with its evidence; the first "
-        "names the verdict. What came only with training (`"
+        "`resdiag explain`, `resdiag.judge` and every run, at its end, apply these rules. They are "
+        "ordered from causes to consequences. Every rule that fires adds a finding with its "
+        "evidence; the first finding is the verdict. If `"
         + "`, `".join(sorted(CAUSES_FROM_THE_START))
-        + "`) stands behind its possible causes, beside `exploded`. A rule that lacks its numbers "
-        "says so under *Unjudged*. How often the verdicts are right is measured: "
-        "[](../explanation/calibration.md). [Add a finding](../howto/extend-finding.md) of your "
-        "own.\n",
+        + "` appear only during training, they are ranked after their possible causes, beside "
+        "`exploded`. Rules whose metrics are missing are listed under *Unjudged*. The accuracy of "
+        "the verdicts is measured: [](../explanation/calibration.md). You can also "
+        "[add a finding](../howto/extend-finding.md).\n",
         table(("verdict", "fires when", "what to do"), rows),
         *map(_finding, FINDINGS.values()),
-        "## Of several runs\n\n`resdiag explain RUN RUN ...` says in addition, per network:\n\n"
+        "## Findings from several runs\n\n`resdiag explain RUN RUN ...` adds, per network:\n\n"
         f"{inspect.cleandoc(degraded.compare.__doc__ or '').split(chr(10) * 2, 1)[1]}\n",
         _thresholds((degraded.LEAST_SEEDS, degraded.LEAST_GAP, degraded.ERRORS)),
     ]
@@ -90,7 +90,7 @@ def calibration_page() -> str:
         header = ("verdict", "planted", "given", "right", "precision", "recall")
         parts.append(
             f"## {title} set\n\n{len(of)} trainings, {healthy} of them healthy, of which {alarms} "
-            f"had a finding. The ill block was named in {named} of {placed} cases that have one."
+            f"had a finding. The faulty block was named in {named} of {placed} cases that have one."
             "\n\n" + table(header, rows)
         )
         wrong = [
@@ -98,9 +98,9 @@ def calibration_page() -> str:
         ]
         if wrong:
             parts.append(
-                "What was not right:\n\n"
+                "Wrong verdicts:\n\n"
                 + table(
-                    ("planted, network, seed", "wanted", "given"),
+                    ("fault, network, seed", "expected", "given"),
                     [
                         (r.name, _named_block(r.wanted, r.block), _named_block(r.verdict, r.named))
                         for r in wrong
@@ -108,9 +108,9 @@ def calibration_page() -> str:
                 )
             )
     parts.append(
-        "## What is planted\n\n"
+        "## Faults\n\n"
         + table(
-            ("fault", "verdict that names it", "where"),
+            ("fault", "expected verdict", "where"),
             [
                 (
                     fault.name,
@@ -133,39 +133,40 @@ def _named_block(name: str, block: int | None) -> str:
 
 
 _SUITE = """\
-`benchmarks/planted_faults.py` plants known faults in small trainings and counts how often the
-verdict is the one that names the fault. Precision: of the trainings that got a verdict, the share
-in which it was the planted one. Recall: of those in which it was planted, the share that got it. A
-verdict is right only if its name is the planted cause's; findings below it in the list are
-consequences and do not count.
+`benchmarks/planted_faults.py` puts known faults into small trainings and counts how often resdiag
+gives the verdict that names the fault. Precision is the share of trainings with a given verdict
+that had the corresponding fault. Recall is the share of trainings with a fault that got the
+corresponding verdict. Only the verdict counts: other findings of the run are ignored, because they
+are consequences.
 
 ```sh
 python benchmarks/planted_faults.py --set all --to benchmarks/results/pathologies.json
 ```
 
 The thresholds were set on the development set. The held-out set has other networks, other seeds
-and, where a fault has a magnitude, half and three times that magnitude. On the first look at it the
-rules had a precision of 0.971 and a recall of 0.936, named the block in 59 of 61 cases, and had a
-finding in 2 of 28 healthy trainings (both `stalled` after 30 steps). Then the faults that did not
-fit their network were corrected (3 cases), and four rules were changed: `stalled` waits for 50
-steps and knows losses above ln K, `lr_too_low` has a wider margin, `lr_too_high` knows a step
-larger than the weights, `branch_too_large` knows branches that begin small. So the held-out figures
-below are no longer blind. The fresh set was drawn and run after the last change: the held-out
-networks, a further seed, twice the magnitudes. Every second loop tells
-the monitor its loss, the others do not. Trainings are of 30 to 120 steps on 16x16 digits or on
-short sequences of tokens: faults that need longer to show are not in the suite, nor are large
-networks.
+and, if a fault has a magnitude, half and three times that magnitude. On the first evaluation of the
+held-out set, precision was 0.971 and recall 0.936, the faulty block was named in 59 of 61 cases,
+and 2 of 28 healthy trainings had a finding (both `stalled` after 30 steps). Afterwards, 3 faults
+that did not fit their network were corrected, and four rules were changed: `stalled` waits for 50
+steps and covers losses above ln K, `lr_too_low` has a wider margin, `lr_too_high` covers steps
+larger than the weights, `branch_too_large` covers branches that begin small. The held-out figures
+below are therefore no longer blind. The fresh set was generated and run after the last change. It
+has the held-out networks, a further seed and twice the magnitudes. Every second training loop
+passes its loss to the monitor, the others do not. Trainings have 30 to 120 steps on 16x16 digits or
+on short sequences of tokens. Faults that need longer to show, and large networks, are not in the
+suite.
 
-Five faults were planted later: a loss of the wrong sign, a sigmoid behind every addition, a first
-step beyond the critical one, biases that learn 100 times as fast, and a training set of sixteen.
-They were tried on networks of every set while they were written, the last two also changed there
-until they made what they are named for, so none of their figures is blind. At the same time
-trainings of about 100 other networks and faults, outside the suite, changed `bias_shift`,
-`dead_block`, `vanishing`, `missing_norm` and `weight_decay_too_large`; no set has been blind since.
-Every second healthy training is evaluated ten times in 120 steps. When they were evaluated first,
-every 6 of 30 steps, five of the held-out ones were called `overfit`: BatchNorm's running averages
-lag there. The rule then came to ask for 100 steps, a lasting rise, and training images that are
-memorised.
-`degraded` needs several runs and is not in the suite. With random labels a loss that began above
-that of guessing can still fall after 60 steps, which is said to be unjudged and counts as a miss.
+Five faults were added later: a loss of the wrong sign, a sigmoid after every addition, a first step
+beyond the critical one, biases that learn 100 times as fast, and a training set of sixteen samples.
+They were developed on networks of every set, and the last two were also adjusted there until they
+had the intended effect, so none of their figures is blind. At the same time, `bias_shift`,
+`dead_block`, `vanishing`, `missing_norm` and `weight_decay_too_large` were changed after trainings
+of about 100 other networks and faults outside the suite; no set has been blind since then. Every
+second healthy training is evaluated ten times in 120 steps. At first it was evaluated every 6 of 30
+steps, and five of the held-out ones got the verdict `overfit`, because the running averages of
+BatchNorm lag behind in so few steps. Since then the rule requires 100 steps, a lasting rise, and
+memorised training images.
+
+`degraded` needs several runs and is not in the suite. With random labels, a loss that began above
+ln K can still fall after 60 steps. It is then listed as unjudged and counts as a miss.
 """

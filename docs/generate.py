@@ -50,8 +50,8 @@ def cli_page() -> str:
     """
     parts = [
         _head("Command line", "resdiag/cli/"),
-        "Data goes to stdout, progress and notices to stderr. With `--json` a command prints one "
-        'JSON document on stdout, also when it fails: `{"error": ..., "hint": ...}`.\n',
+        "Results are printed to stdout, progress and notices to stderr. With `--json` a command "
+        'prints one JSON document on stdout, also for an error: `{"error": ..., "hint": ...}`.\n',
     ]
     for words, command in commands():
         parts.append(f"## `{' '.join(words)}`\n\n{command.help}\n")
@@ -62,7 +62,7 @@ def cli_page() -> str:
         parts.append(f"```text\n{' '.join([*words, *tail])}\n```\n")
         if members:
             rows = [
-                (f"[`{' '.join([*words[1:], n])}`](#{'-'.join([*words, n])})", m.help)
+                (f"[`{' '.join([*words[1:], n])}`](#{'-'.join([*words, n])})", _first_line(m.help))
                 for n, m in members.items()
             ]
             parts.append(table(("command", "what it does"), rows))
@@ -74,6 +74,11 @@ def cli_page() -> str:
         if command.epilog:
             parts.append(command.epilog + "\n")
     return "\n".join(parts)
+
+
+def _first_line(help: str) -> str:
+    """The first paragraph of a help text: a cell of a table has no paragraphs."""
+    return help.partition("\n\n")[0]
 
 
 def _parameter(parameter: Parser, hints: Mapping[str, object]) -> tuple[str, str, str, str]:
@@ -114,12 +119,12 @@ def metrics_page() -> str:
     parts = [
         _head("Metrics", "resdiag/catalog/table.py"),
         f"{len(METRICS)} metrics: {recorded} are recorded, {len(METRICS) - recorded} are derived "
-        "from them when a run is read. A number that cannot be had is NaN, with the reason in "
-        "the run's `unavailable` list; it is never left out.\n",
-        "`resdiag metrics NAME` prints an entry in the terminal, `resdiag.METRICS` holds them in "
-        "Python.\n",
+        "from them when a run is read. A value that cannot be recorded is NaN, and the reason "
+        "is in the run's `unavailable` list.\n",
+        "`resdiag metrics NAME` prints an entry in the terminal. In Python, the entries are in "
+        "`resdiag.METRICS`.\n",
         _SYMBOLS,
-        f"Gradients are read at one of {_code(POINTS)}; every series says which.\n",
+        f"Gradients are read at one of {_code(POINTS)}; the recorded column `point` says which.\n",
     ]
     for title, text, members in _sections():
         parts.append(f"## {title}\n\n{text}\n")
@@ -164,19 +169,20 @@ def variants_page() -> str:
     return "\n".join(
         [
             _head("Variants and recipes", "resdiag/models/variants.py and training/recipe.py"),
-            "A variant is a row of a table, not a class: `y = h(x) + F(x)`, `x' = f(y)`. Take it "
-            "by its id or by the paper's letter. Depths are 6n+2: 20, 32, 44, 56, 110, any other, "
-            "with 16, 32 and 64 channels.\n",
+            "The variants differ in the branch F and in the function f after the addition: "
+            "`y = h(x) + F(x)`, `x' = f(y)`. Name a variant by its id or by the paper's letter. "
+            "The depth can be any 6n+2, e.g. 20, 32, 44, 56 or 110. The stages have 16, 32 and 64 "
+            "channels.\n",
             table(header, rows),
-            "Option A is the parameter-free shortcut of the CIFAR networks: at a transition every "
-            "second pixel is taken and the new channels are zeros. No convolution has a bias, and "
-            "all are initialised with He's fan-out rule.\n",
-            "## Laws\n\nWhat theory predicts for a variant at initialisation is the law that its "
-            "row names ([](../howto/extend-variant.md)).\n",
-            table(("law", "unit", "what it says, and its source"), laws),
-            "## Recipes\n\nBoth train with SGD, Nesterov momentum 0.9 and weight decay 1e-4 on all "
-            "parameters. Milestones are fractions of the training after which the learning rate "
-            "is divided by 10.\n",
+            "Option A is the parameter-free shortcut of the CIFAR networks: at a transition it "
+            "subsamples every second pixel and pads the new channels with zeros. Convolutions have "
+            "no bias, and are initialised with He's fan-out rule.\n",
+            "## Laws\n\nA law predicts the statistics of a variant at initialisation. Each variant "
+            "names its law in the table above ([](../howto/extend-variant.md)).\n",
+            table(("law", "residual unit", "prediction and source"), laws),
+            "## Recipes\n\nBoth use SGD with Nesterov momentum 0.9, and weight decay 1e-4 on all "
+            "parameters. Milestones are the fractions of the training after which the learning "
+            "rate is divided by 10.\n",
             table(
                 ("recipe", "length", "batch", "lr", "milestones", "recorded steps", "source"),
                 recipes,
@@ -216,18 +222,19 @@ def settings_page() -> str:
     return "\n".join(
         [
             _head("Run settings and data sets", "resdiag/runs/config.py and data/registry.py"),
-            "What `resdiag run` has as options, and study files as keys of `[fixed]`, `[grid]`, "
-            "`[[include]]` and `[[exclude]]`. Without a default the recipe decides.\n",
+            "Options of `resdiag run`, and keys of `[fixed]`, `[grid]`, `[[include]]` and "
+            "`[[exclude]]` in study files. If there is no default, the recipe sets the value.\n",
             table(("option", "in a study file", *header), asked),
-            "## Configuration of a run\n\nWhat `run.json` holds: the settings with the recipe's "
-            "numbers filled in. The name of the run's folder is made of it. Older files say "
-            "`engine` for `backend`, and recipe `probe` for `short`; they are read as they are.\n",
+            "## Configuration of a run\n\nThe configuration in `run.json`: the settings, completed "
+            "by the recipe. The name of the run's folder ends in a hash of it. Older files use "
+            "`engine` for `backend`, and the recipe `probe` for `short`; they can still be read.\n",
             table(("key", *header), stored),
-            "## Data sets\n\n`--data auto` takes CIFAR-10 where it is on disk, else the digits. "
-            "[](../howto/images.md) shows how to use them, [](../howto/extend-dataset.md) how to "
-            "add one.\n",
+            "## Data sets\n\n`--data auto` uses CIFAR-10 if it is on disk, else the digits. "
+            "See [](../howto/images.md) for their use, and [](../howto/extend-dataset.md) for "
+            "adding one.\n",
             table(
-                ("`--data`", "what", "images", "classes", "mirrored", "download", "licence"), data
+                ("`--data`", "description", "images", "classes", "mirrored", "download", "licence"),
+                data,
             ),
         ]
     )
@@ -245,8 +252,8 @@ def plots_page() -> str:
     """Every kind of plot: its question, what to read in it, what it draws."""
     parts = [
         _head("Plots", "resdiag/plots"),
-        "`resdiag plot KIND` draws the latest run, `resdiag plot KIND RUN RUN ...` compares "
-        "several on one axis. Values that are not finite are drawn as such.\n",
+        "`resdiag plot KIND` plots the latest run, `resdiag plot KIND RUN RUN ...` plots several "
+        "on the same axes. Values that are not finite have a marker of their own.\n",
     ]
     for kind in KINDS.values():
         needs = _code(kind.needs)
@@ -261,8 +268,8 @@ def api_page() -> str:
     """The public names, documented by their docstrings."""
     parts = [
         _head("Python", "resdiag/__init__.py"),
-        "Everything here is importable from `resdiag`; `import resdiag` itself imports neither "
-        "PyTorch nor pandas.\n",
+        "Import these names from `resdiag`. `import resdiag` itself imports neither PyTorch nor "
+        "pandas.\n",
     ]
     for name in resdiag.__all__:
         if name == "__version__":
@@ -383,17 +390,17 @@ def _sections() -> Iterator[tuple[str, str, list[Metric]]]:
             groups["block"].append(metric)
     first = [m for m in groups["moments"] if m.site == SITES[0]]
     yield (
-        "Of a block",
+        "Per block",
         "One value per recorded step and block.",
         groups["block"],
     )
     yield (
-        "Of a site",
-        f"The same moments at each of the sites {_code(SITES)}; written here for `{SITES[0]}`, at "
-        "another one the id begins with that site's name.",
+        "Per site",
+        f"The same moments are recorded at each of the sites {_code(SITES)}. The table shows them "
+        f"for `{SITES[0]}`; at the other sites, the name begins with that of the site.",
         first,
     )
-    yield "Of a step", "One value per step: columns of the curve.", groups["run"]
+    yield "Per step", "One value per step: columns of the curve.", groups["run"]
 
 
 def _is_moment(metric: Metric) -> bool:

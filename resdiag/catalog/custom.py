@@ -56,7 +56,7 @@ def metric(
     reading: str = "",
     compiles: bool = False,
 ) -> "Callable[[Function], Function]":
-    """Register a function of a tensor as a metric; monitors attached from then on record it.
+    """Register a function of a tensor as a metric; monitors attached afterwards record it.
 
     The function gets the whole detached tensor of a site, batch first, or the gradient there
     (without a loss scale), once per block and recorded step, and returns a number as a 0-d tensor.
@@ -65,15 +65,15 @@ def metric(
     training.
 
     Args:
-        site: Where it is taken, one of `catalog.SITES` or `grad_input`, `grad_sum`, `grad_output`.
-        id: Its column; the function's name if not given.
-        label: Words for an axis; the id if not given.
+        site: The tensor, one of `catalog.SITES` or `grad_input`, `grad_sum`, `grad_output`.
+        id: Name of the column; default: the name of the function.
+        label: Label for axes; default: the id.
         unit: "1" for ratios.
-        source: Where it comes from.
-        formula: Its definition; the first line of the function's docstring if not given.
+        source: Reference for the definition.
+        formula: Its definition; default: the first line of the function's docstring.
         reading: What a high or low value means.
-        compiles: Whether torch.compile may make the function a part of the model's graph: only then
-            is it computed in compiled passes. Nobody can stop it there if it fails.
+        compiles: Whether torch.compile may make the function a part of the model's graph. Only then
+            is it computed in compiled passes, where it cannot be switched off if it fails.
 
     Returns:
         A decorator that returns the function as it was.

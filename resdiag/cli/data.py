@@ -9,12 +9,12 @@ from resdiag.cli.options import DataRoot, Json
 from resdiag.cli.output import print_table
 from resdiag.data.registry import DATASETS, list_sets
 
-data_app = group("Data sets: what is there, and how to get more.")
+data_app = group("List and download data sets.")
 
 
 @data_app.command("list")
 def data_list(data_root: DataRoot = None, as_json: Json = False) -> None:
-    """List what `--data` accepts and what is on this disk."""
+    """List the data sets that `--data` accepts, and which are on this disk."""
     print_table(("data", "state", "place"), list_sets(data_root), as_json)
 
 
@@ -26,7 +26,7 @@ def data_get(
     ],
     data_root: DataRoot = None,
 ) -> None:
-    """Download a data set with a progress bar, checked against its published checksum."""
+    """Download a data set and check its published checksum."""
     from resdiag.data.download import download
 
     print(download(name, data_root))

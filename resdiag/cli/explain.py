@@ -16,28 +16,33 @@ if TYPE_CHECKING:
 
 
 def explain(
-    path: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="Latest if none.")] = None,
+    path: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="Run folder; default: the latest run.")
+    ] = None,
     names: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[RUN|LESION]...",
-            help="More runs: does the error grow with depth? With --lesion: which lesions.",
+            help="More runs: test if the error grows with depth. With --lesion: names of lesions.",
         ),
     ] = None,
     lesion: Annotated[
-        bool, typer.Option("--lesion", help="Prove the cause: change one thing, run a few steps.")
+        bool,
+        typer.Option("--lesion", help="Test the cause: change one thing and train a few steps."),
     ] = False,
-    seeds: Annotated[int, typer.Option(min=1, max=100, help="Seeds of each lesion.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Number of seeds per lesion.")] = 3,
     start: Annotated[
-        str, typer.Option("--from", help="Of --lesion: init, or checkpoint, the run's last one.")
+        str, typer.Option("--from", help="Start of --lesion: init, or checkpoint (the run's last).")
     ] = "init",
-    lesion_steps: Annotated[int, typer.Option(min=1, help="Steps of each arm.")] = 10,
-    data: Annotated[str, typer.Option(help="Images for --lesion, if not the run's name.")] = "",
+    lesion_steps: Annotated[
+        int, typer.Option(min=1, help="Training steps per arm of --lesion.")
+    ] = 10,
+    data: Annotated[str, typer.Option(help="Data set for --lesion; default: the run's.")] = "",
     data_root: DataRoot = None,
     runs: RunsRoot = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Say what happened in a run: verdict, why, evidence, and what to look at next."""
+    """Print what happened in a run: verdict, mechanism, evidence, and what to do next."""
     if start not in ("init", "checkpoint"):
         raise unknown("start of --lesion", start, ["init", "checkpoint"])
     more = [] if lesion else [Path(name) for name in names or []]

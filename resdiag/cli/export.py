@@ -25,16 +25,18 @@ def export(
     ] = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option(help="Block-level metric for a tracker, instead of the usual ones; repeat."),
+        typer.Option(
+            help="Metric per block to send to a tracker, instead of the default ones; repeatable."
+        ),
     ] = None,
     runs: RunsRoot = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Write runs as tables or into a tracker; prints what was written."""
+    """Write runs as tables or to a tracker, and print what was written."""
     from resdiag.trackers.tags import SHOWN, check_metrics
 
     if to is None:
-        raise UsageError("--to says what to write and where", "resdiag export --to csv tables")
+        raise UsageError("--to is required: a format and a place", "resdiag export --to csv tables")
     kind, place = to
     if kind not in (*TABLES, *TRACKERS):
         raise unknown("kind of export", kind, (*TABLES, *TRACKERS))

@@ -13,10 +13,10 @@ def inspect(
     model: Model,
     arg: Argument = None,
     input_shape: InputShape = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples of the example batch.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Size of the example batch.")] = 1,
     blocks: Blocks = None,
     show_all: Annotated[
-        bool, typer.Option("--all", help="Show every block, also where they repeat.")
+        bool, typer.Option("--all", help="Print every block, also repeated ones.")
     ] = False,
     as_json: Json = False,
 ) -> None:

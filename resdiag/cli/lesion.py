@@ -16,28 +16,30 @@ def lesion(
         list[str] | None,
         typer.Argument(
             metavar="[LESION]...",
-            help=f"{', '.join(models_interventions())}; all that the model can have if none.",
+            help=f"{', '.join(models_interventions())}; default: all that apply to the model.",
         ),
     ] = None,
     arg: Argument = None,
     block: Annotated[
         list[str] | None,
-        typer.Option(help="Index or name of a block to change; several times; else all."),
+        typer.Option(help="Index or name of a block to change; repeatable; default: all blocks."),
     ] = None,
     weights: Annotated[
-        Path | None, typer.Option(help="state_dict to start from, else the initialisation.")
+        Path | None, typer.Option(help="state_dict file to start from; default: new weights.")
     ] = None,
     claim: Annotated[
-        str, typer.Option(help="Finding that the lesion should cure, e.g. exploded_at_init.")
+        str, typer.Option(help="Finding that the lesion should remove, e.g. exploded_at_init.")
     ] = "",
     input_shape: InputShape = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples of the batch.")] = 8,
-    lr: Annotated[float, typer.Option(help="Of SGD with momentum 0.9.")] = 0.01,
-    seeds: Annotated[int, typer.Option(min=1, max=100, help="Seeds of weights and batches.")] = 3,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each arm.")] = 5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
+    lr: Annotated[float, typer.Option(help="Learning rate of SGD with momentum 0.9.")] = 0.01,
+    seeds: Annotated[
+        int, typer.Option(min=1, max=100, help="Number of seeds (weights and batches).")
+    ] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps per arm.")] = 5,
     as_json: Json = False,
 ) -> None:
-    """Change one thing about any model's blocks; compare a few steps with and without it."""
+    """Change one thing about a model's blocks; compare a few training steps with and without it."""
     from resdiag.diagnose.finding import plain
     from resdiag.interventions.compare import try_on_model
     from resdiag.models.source import parse_arguments

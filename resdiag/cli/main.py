@@ -16,8 +16,9 @@ from resdiag.cli.tables import metrics, variants, version
 
 _EPILOG = (
     "Exit codes: 0 done, also if the network exploded; 1 failed; 2 wrong usage; 3 a study ended "
-    "with failed cells; 74 the disk is full or failing; 75 busy, or stopped by SIGTERM after a "
-    "commit; 130 stopped by Ctrl-C. The same command continues a stopped run."
+    "with failed cells; 74 the disk is full or failing; 75 another process writes the run, or "
+    "SIGTERM stopped the command after a commit; 130 stopped by Ctrl-C. To continue a stopped run, "
+    "repeat the command."
 )
 
 app = App(

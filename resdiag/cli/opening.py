@@ -34,7 +34,9 @@ def open_study(where: str, settings: Sequence[str] | None, mini: bool) -> "Study
     if study.dropped:
         more = ", ..." if len(study.dropped) > _FEW else ""
         some = f"{', '.join(study.dropped[:_FEW])}{more}"
-        say(f"left out, as --set leaves no cell of theirs: {some} ({len(study.dropped)} in all)")
+        say(
+            f"dropped, because --set leaves no cell of theirs: {some} ({len(study.dropped)} in all)"
+        )
     return study
 
 

@@ -17,7 +17,8 @@ from resdiag.training.recipe import Request
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", callback=check_device)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 RunPaths = Annotated[
-    list[Path] | None, typer.Argument(metavar="[RUN]...", help="Runs; the latest if none.")
+    list[Path] | None,
+    typer.Argument(metavar="[RUN]...", help="Run folders; default: the latest run."),
 ]
 RunsRoot = Annotated[
     Path, typer.Option("--runs", envvar="RESDIAG_RUNS", help="Folder that holds the runs.")
@@ -36,15 +37,15 @@ Model = Annotated[
 ]
 Argument = Annotated[
     list[str] | None,
-    typer.Option("--arg", help="key=value for the factory or configuration; several times."),
+    typer.Option("--arg", help="key=value argument of the factory or configuration; repeatable."),
 ]
 Blocks = Annotated[
     list[str] | None,
-    typer.Option(help="Pattern of modules to take as the blocks; several times."),
+    typer.Option(help="Pattern of module names to use as blocks; repeatable."),
 ]
 InputShape = Annotated[
     str | None,
-    typer.Option(help="Shape of one sample, e.g. 3,64,64, or the number of tokens."),
+    typer.Option(help="Shape of one sample, e.g. 3,64,64, or number of tokens."),
 ]
 
 

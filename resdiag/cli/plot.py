@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 
 def plot(
     kind: Annotated[
-        str, typer.Argument(help="What to draw: a kind that `--list` names, or any metric.")
+        str, typer.Argument(help="Kind of plot, see `--list`, or name of a metric.")
     ] = "",
     paths: RunPaths = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="File without ending, or with one.")
+        Path | None, typer.Option("--out", "-o", help="Output file, with or without extension.")
     ] = None,
     formats: Annotated[
-        str, typer.Option("--format", "-f", help="svg, png, pdf, or several with commas.")
+        str, typer.Option("--format", "-f", help="svg, png, pdf, or several separated by commas.")
     ] = "svg,png",
-    step: Annotated[int | None, typer.Option(help="Recorded step to show by block.")] = None,
-    theory: Annotated[bool, typer.Option(help="Overlay what theory predicts.")] = True,
+    step: Annotated[int | None, typer.Option(help="Recorded step for plots by block.")] = None,
+    theory: Annotated[bool, typer.Option(help="Also draw the prediction of theory.")] = True,
     list_kinds: Annotated[bool, typer.Option("--list", help="List the kinds of plots.")] = False,
     runs: RunsRoot = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Draw a plot of one run, or of several on one axis."""
+    """Plot one run, or several runs on the same axes."""
     from resdiag.catalog.table import METRICS
     from resdiag.plots.kinds import KINDS, find_kind
 

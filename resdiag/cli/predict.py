@@ -19,13 +19,15 @@ def predict(
     ],
     depth: Annotated[int, typer.Option(help="Weighted layers, 6n+2: 20, 32, 44, 56, 110, ...")],
     lr: Annotated[float, typer.Option(help="Learning rate of the first step.")] = 0.1,
-    data: Annotated[str, typer.Option(help="Images of the batch, as of `resdiag run`.")] = "auto",
-    batch_size: Annotated[int, typer.Option(help="Images of the batch.")] = 64,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights and batch.")] = 0,
+    data: Annotated[
+        str, typer.Option(help="Data set of the batch, as for `resdiag run`.")
+    ] = "auto",
+    batch_size: Annotated[int, typer.Option(help="Batch size.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and the batch.")] = 0,
     data_root: DataRoot = None,
     as_json: Json = False,
 ) -> None:
-    """Say before training what will happen: theory beside the measurement on one batch."""
+    """Predict a run before training: theory beside a measurement on one batch."""
     from resdiag.data.registry import check_data
     from resdiag.models.variants import count_blocks, find_variant
 
@@ -51,4 +53,4 @@ def _describe(found: "Forecast") -> str:
     for name, pair in found.pairs().items():
         numbers = [("-" if math.isnan(x) else f"{x:.3g}") for x in (pair.theory, pair.measured)]
         lines.append(f"{name:18}{numbers[0]:>10}{numbers[1]:>11}  {pair.note}")
-    return "\n".join([*lines, f"fate: {found.fate}; {found.why}", f"law: {found.basis}"])
+    return "\n".join([*lines, f"outcome: {found.fate}; {found.why}", f"law: {found.basis}"])

@@ -28,25 +28,29 @@ def probe(
     arg: Argument = None,
     data: Annotated[
         str,
-        typer.Option(help="As of `resdiag run`, or text:FILE for tokens; else generated."),
+        typer.Option(
+            help="As for `resdiag run`, or text:FILE for tokens; default: generated inputs."
+        ),
     ] = "",
     weights: Annotated[
-        Path | None, typer.Option(help="state_dict to probe: .safetensors, or of torch.save.")
+        Path | None, typer.Option(help="state_dict file: .safetensors, or from torch.save.")
     ] = None,
     input_shape: InputShape = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Samples of the batch.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,
     loss: Annotated[str, typer.Option(help="auto, cross-entropy or mean-square.")] = "auto",
     blocks: Blocks = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights, batch and labels.")] = 0,
     curvature: Annotated[
-        bool, typer.Option(help="Measure the critical learning rate; the slow part.")
+        bool, typer.Option(help="Measure the critical learning rate (slow).")
     ] = True,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The run's folder.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to write the run to.")
+    ] = None,
     runs: RunsRoot = Path("runs"),
     data_root: DataRoot = None,
     as_json: Json = False,
 ) -> None:
-    """Diagnose a model from one forward and backward pass: no training, no update."""
+    """Diagnose a model from one forward and one backward pass, without training."""
     shape = parse_shape(input_shape)
     if loss not in ("auto", "cross-entropy", "mean-square"):
         raise unknown("loss", loss, ["auto", "cross-entropy", "mean-square"])

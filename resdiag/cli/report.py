@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 Where = Annotated[
     str,
     typer.Argument(
-        metavar="STUDY", help="A shipped study's name, FILE.toml, a plan, or frozen results."
+        metavar="STUDY", help="Name of a shipped study, study file, plan file, or frozen results."
     ),
 ]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="As it was given to `study run`."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Same as for `study run`."),
 ]
-Mini = Annotated[bool, typer.Option("--mini", help="As it was given to `study run`.")]
+Mini = Annotated[bool, typer.Option("--mini", help="Same as for `study run`.")]
 
 
 MOST_RUNS = 12
@@ -34,15 +34,15 @@ def report(
     paths: RunPaths = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Folder; `report` in the run's folder if not given."),
+        typer.Option("--out", "-o", help="Folder; default: `report` in the run's folder."),
     ] = None,
     runs: RunsRoot = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Write one HTML page of a run: verdict, evidence, figures, origin; or of several side by side.
+    """Write one HTML page about one run, or about several: verdict, evidence, figures, origin.
 
-    It comes with the same in Markdown, and every figure as SVG and PDF with its data as CSV. The
-    report of a study is made by `resdiag study report`.
+    The same text is written as Markdown, and every figure as SVG and PDF, with its data as CSV. For
+    a study, use `resdiag study report`.
     """
     for path in paths or []:
         _refuse_study(path)
@@ -82,17 +82,17 @@ def freeze_study(
     settings: Sets = None,
     mini: Mini = False,
     steps: Annotated[
-        int, typer.Option(min=2, max=1000, help="Recorded steps to keep of each run.")
+        int, typer.Option(min=2, max=1000, help="Number of recorded steps to keep per run.")
     ] = 8,
     add: Annotated[
-        bool, typer.Option("--add", help="Keep the cells that the folder holds, and add to them.")
+        bool, typer.Option("--add", help="Add to the cells in the folder, do not replace them.")
     ] = False,
     runs: RunsRoot = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Write a study's results as three small files, which `study report` reads without the runs.
+    """Save the results of a study as three small files, so that `study report` needs no runs.
 
-    What the folder holds is replaced; with --add, cells of other seeds or other machines are kept.
+    The content of the folder is replaced. With --add, cells of other seeds or machines are kept.
     """
     results = _read(where, settings, mini, runs, steps)
     if not any(item.run for item in results.cells):
@@ -116,14 +116,14 @@ def report_study(
     mini: Mini = False,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Folder; `report` in the study's folder if not given."),
+        typer.Option("--out", "-o", help="Folder; default: `report` in the study's folder."),
     ] = None,
     runs: RunsRoot = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Write what a study came to as one HTML page, as Markdown, and its figures with their data.
+    """Write the results of a study as one HTML page, as Markdown, and as figures with their data.
 
-    An unfinished study has a report, too: it says what is missing. STUDY may be a folder that
+    The study may be unfinished: the report lists what is missing. STUDY may also be a folder that
     `study freeze` wrote.
     """
     results = _read(where, settings, mini, runs)

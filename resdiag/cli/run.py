@@ -25,27 +25,29 @@ def run(
     *,
     device: Device = "auto",
     threads: Annotated[
-        int | None, typer.Option(min=1, max=1024, help="CPU threads of PyTorch.")
+        int | None, typer.Option(min=1, max=1024, help="Number of CPU threads of PyTorch.")
     ] = None,
     runs: RunsRoot = Path("runs"),
     data_root: DataRoot = None,
-    force: Annotated[bool, typer.Option("--force", help="Start over if the run exists.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train again from the start if the run exists.")
+    ] = False,
     allow_drift: Annotated[
         bool,
-        typer.Option("--allow-drift", help="Continue although versions or machine changed."),
+        typer.Option("--allow-drift", help="Resume even if versions or machine have changed."),
     ] = False,
     tracker: Annotated[
         list[str] | None,
         typer.Option(
-            help="Also tell a tracker, repeat it for several: "
+            help="Also send the values to a tracker; repeatable: "
             + ", ".join(f"{kind.name}:{kind.place}" for kind in TRACKERS.values())
             + "."
         ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")] = False,
     as_json: Json = False,
 ) -> int:
-    """Train one variant, or just start to train it, while recording; ends with the verdict."""
+    """Train one variant, by default for 60 steps only, record it, and print the verdict."""
     request.check()
     check_data(request.data)
     for text in tracker or ():

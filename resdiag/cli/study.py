@@ -41,9 +41,9 @@ def list_studies(as_json: Json = False) -> None:
 
 @study_app.command("init")
 def init(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="Where; it must not exist.")] = Path(
-        "study.toml"
-    ),
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE", help="File to write; must not exist.")
+    ] = Path("study.toml"),
 ) -> None:
     """Write a commented study file to begin with."""
     from resdiag.runs.files import create_file
@@ -66,12 +66,14 @@ def plan(
     where: Where,
     settings: Sets = None,
     mini: Mini = False,
-    form: Annotated[str, typer.Option("--format", help="sh: a command a line; json.")] = "sh",
+    form: Annotated[
+        str, typer.Option("--format", help="sh (one command per line) or json.")
+    ] = "sh",
     device: Device = "auto",
     runs: RunsRoot = Path("runs"),
     data_root: DataRoot = None,
 ) -> None:
-    """Print the command of each missing cell, for any other scheduler: xargs, sbatch, ..."""
+    """Print one command per missing cell, for other schedulers: xargs, sbatch, ..."""
     if form not in FORMATS:
         raise unknown("format", form, FORMATS)
     study = open_study(where, settings, mini)
@@ -103,7 +105,7 @@ def status(
     runs: RunsRoot = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Say where each cell stands: done, running, stale, failed, diverged or missing."""
+    """Print the state of each cell: done, running, stale, failed, diverged or missing."""
     study = open_study(where, settings, mini)
     from resdiag.study.ledger import read_ledger
 
@@ -115,10 +117,10 @@ def watch(
     where: Where,
     settings: Sets = None,
     mini: Mini = False,
-    once: Annotated[bool, typer.Option("--once", help="Draw one frame and end.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print the table once and exit.")] = False,
     runs: RunsRoot = Path("runs"),
 ) -> None:
-    """Watch a study run: progress, time left, errors, gradient norm by block of each cell."""
+    """Show the progress of a study live: time left, errors, gradient norm by block of each cell."""
     study = open_study(where, settings, mini)
     from rich.live import Live
 

@@ -11,22 +11,24 @@ from resdiag.cli.options import Command
 from resdiag.study.engines.engine import ENGINES, Engine, find_engine
 
 Where = Annotated[
-    str, typer.Argument(metavar="STUDY", help="A shipped study's name, FILE.toml, or a plan.")
+    str, typer.Argument(metavar="STUDY", help="Name of a shipped study, study file or plan file.")
 ]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change the study, e.g. fixed.lr=0.05."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a value of the study, e.g. fixed.lr=0.05."
+    ),
 ]
 Mini = Annotated[
-    bool, typer.Option("--mini", help="Shrink the study to seconds on a CPU, to see that it works.")
+    bool, typer.Option("--mini", help="Shrink the study to a test of seconds on a CPU.")
 ]
 Drift = Annotated[
-    bool, typer.Option("--allow-drift", help="Continue cells although versions or machine changed.")
+    bool, typer.Option("--allow-drift", help="Resume even if versions or machine have changed.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")]
 _Slots = Annotated[
     int | None,
-    typer.Option(min=1, max=10_000, help="Cells at a time; as many as fit if not given."),
+    typer.Option(min=1, max=10_000, help="Number of cells at a time; default: as many as fit."),
 ]
 
 
@@ -63,7 +65,7 @@ def with_engine(command: Callable[..., int]) -> Command:
 
 def _list_options() -> list[inspect.Parameter]:
     kind = inspect.Parameter.KEYWORD_ONLY
-    choice = Annotated[str, typer.Option(help=f"What starts the cells: {', '.join(ENGINES)}.")]
+    choice = Annotated[str, typer.Option(help=f"How to start the cells: {', '.join(ENGINES)}.")]
     return [
         inspect.Parameter("engine", kind, default="local", annotation=choice),
         inspect.Parameter("slots", kind, default=None, annotation=_Slots),

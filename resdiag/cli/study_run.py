@@ -29,7 +29,7 @@ def run(
     mini: Mini = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Say what would be done and what it takes; do nothing."),
+        typer.Option("--dry-run", help="Print what would be run and its cost; run nothing."),
     ] = False,
     device: Device = "auto",
     runs: RunsRoot = Path("runs"),
@@ -53,7 +53,7 @@ def retry(
     cells: Annotated[
         list[str] | None, typer.Argument(metavar="[CELL]...", help="Ids of failed cells.")
     ] = None,
-    failed: Annotated[bool, typer.Option("--failed", help="All failed cells.")] = False,
+    failed: Annotated[bool, typer.Option("--failed", help="Retry all failed cells.")] = False,
     settings: Sets = None,
     mini: Mini = False,
     device: Device = "auto",
@@ -63,13 +63,13 @@ def retry(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> int:
-    """Run failed cells again, from their last commits, with all else that is missing."""
+    """Run failed cells again from their last commits, and all missing cells."""
     study = open_study(where, settings, mini)
     from resdiag.study.failure import clear_failure
     from resdiag.study.ledger import read_entry
 
     if bool(cells) == failed:
-        raise UsageError("name the cells, or say --failed")
+        raise UsageError("name the cells, or pass --failed")
     ids = [study.cell(id).id for id in cells or []] or [cell.id for cell in study.cells]
     for id in ids:
         folder = study.folder(runs) / id
@@ -81,7 +81,7 @@ def retry(
 
 def run_cell(
     where: Where,
-    id: Annotated[str, typer.Argument(metavar="CELL", help="Id; `study status` lists them.")],
+    id: Annotated[str, typer.Argument(metavar="CELL", help="Id of the cell, see `study status`.")],
     settings: Sets = None,
     mini: Mini = False,
     device: Device = "auto",
@@ -89,7 +89,7 @@ def run_cell(
     data_root: DataRoot = None,
     allow_drift: Drift = False,
 ) -> int:
-    """Bring one cell to its end, from its last commit; done already is fine. Engines call this."""
+    """Run one cell to its end, from its last commit, unless it is done. Engines call this."""
     study = open_study(where, settings, mini)
     study.cell(id)
     plan = study.write_plan(runs)

@@ -1,4 +1,4 @@
-"""`resdiag variants`, `resdiag metrics` and `resdiag version`: what this resdiag knows."""
+"""`resdiag variants`, `resdiag metrics` and `resdiag version`: what is built in or registered."""
 
 from typing import Annotated
 
@@ -23,10 +23,10 @@ def variants(as_json: Json = False) -> None:
 
 
 def metrics(
-    name: Annotated[str, typer.Argument(help="One metric, or a part of a name.")] = "",
+    name: Annotated[str, typer.Argument(help="Name of a metric, or part of a name.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Print what is recorded: name, formula, unit, site, source, and how to read it."""
+    """Print the metrics: name, formula, unit, site, source, and how to read them."""
     from resdiag.catalog.custom import known_metrics
 
     known = known_metrics()

@@ -31,18 +31,17 @@ def save(
 ) -> Path:
     """Write what a monitor has recorded as a run folder, for any model.
 
-    `resdiag.load_frame`, `resdiag.load_run`, `resdiag plot` and `resdiag explain` read it. A
-    monitor may
-    save again to the same place as the training goes on: all that it holds is written anew.
+    `resdiag.load_frame`, `resdiag.load_run`, `resdiag plot` and `resdiag explain` read it. The same
+    monitor may save to the same folder again as the training continues; the run is written anew.
 
     Args:
         monitor: Open or closed; what was drained from it is not in the folder.
         path: The run's folder.
-        model: The model's name in labels; its class if empty.
+        model: The model's name in labels; default: the name of its class.
         data: Name of the data.
-        classes: Classes of a cross-entropy: the verdict then knows the loss of guessing.
-        curve: What a monitor cannot see, such as `{"loss": [...], "test_error": [...]}`: one value
-            per step, or with a column "step" of their steps.
+        classes: Number of classes of a cross-entropy: its logarithm is the loss of guessing.
+        curve: Values per step that the monitor does not know, such as
+            `{"loss": [...], "test_error": [...]}`, for every step or for those in a column "step".
         seed: Seed of the training, for labels.
         overwrite: Replace a run that something else wrote.
 

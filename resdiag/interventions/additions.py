@@ -169,12 +169,12 @@ def lesion(
     blocks: Sequence[int | str] | None = None,
     **kwargs: object,
 ) -> Lesion:
-    """Change one thing about a model's residual blocks, and give it back afterwards.
+    """Change one thing about a model's residual blocks, and undo the change afterwards.
 
     Args:
         model: Any module; its blocks are found with one pass over the inputs, in evaluation mode.
-        name: no_shortcut, drop_block, half_branch, sqrt_depth, skipinit, no_after_add, or what
-            `register_intervention` added.
+        name: no_shortcut, drop_block, half_branch, sqrt_depth, skipinit, no_after_add, or the name
+            of a registered intervention.
         *inputs: Example inputs of its forward.
         blocks: Indices or names of the blocks to change; None changes all.
         **kwargs: Keyword inputs of its forward.

@@ -320,8 +320,10 @@ def open_images(run: Run, spec: str = "", root: Path | None = None) -> ImageData
     """
     name = spec or run.config.data.removesuffix("-jpeg")
     if name not in known_specs() and ":" not in name:
-        raise UsageError(f"the images of this run are called {name!r}", "name them with --data")
+        raise UsageError(
+            f"the data set {name!r} of this run cannot be opened by its name", "pass it with --data"
+        )
     data = open_data(name, root)
     if data.identity["sha256"] != run.data.get("sha256"):
-        raise UsageError(f"{name} is not what this run was trained on", "name that with --data")
+        raise UsageError(f"this run was not trained on {name}", "pass its data set with --data")
     return data

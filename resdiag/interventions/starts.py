@@ -225,7 +225,7 @@ def last_checkpoint(run: Run) -> Checkpoint:
     tensors = unpack(run.commit.read_file(run.path, names[0]), run.path / names[0])
     if not all(bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point()):
         raise UsageError(
-            f"the checkpoint at step {run.commit.step} of {run.path} is not finite: too late",
+            f"the checkpoint at step {run.commit.step} of {run.path} is not finite",
             "--from init starts from scratch",
         )
     return Checkpoint(step=run.commit.step, tensors=tensors, state={})

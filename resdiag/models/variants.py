@@ -21,8 +21,8 @@ class Variant:
         stem: Operations before the first block.
         head: Operations between the last block and the global average pooling, or "".
         shortcut: Whether there is a shortcut at all (False: a plain network).
-        source: Where the row comes from.
-        law: Name of what theory predicts for its blocks (`resdiag.theory.laws`); "": nothing.
+        source: Reference for the variant.
+        law: Name of the law that predicts its statistics (`resdiag.theory.laws`); "": none.
     """
 
     id: str

@@ -16,7 +16,7 @@ def draw(view: View) -> Figure:
     figure, body = canvas.open_sheet(
         view, f"Bias shift by block and step: {canvas.subject(view)}", height=5.7,
         shown=view.steps_shown(traces),
-        notes=["Bands: 10 to 90 % of the channel means, at the last finite line of a single run."],
+        notes=["Bands (single run): 10 to 90 % quantiles of the channel means, last finite step."],
     )  # fmt: skip
     panels = body.subplots(3, 2)
     for column, site in enumerate(("output", "branch")):

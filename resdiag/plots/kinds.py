@@ -32,16 +32,17 @@ def _quantiled(site: str) -> tuple[str, ...]:
     return (f"{site}_mean", f"{site}_mean_q10", f"{site}_mean_q90", f"{site}_bias")
 
 
-_FROM_STEM = "what comes out of the stem at step 0"
+_FROM_STEM = "the output of the stem at step 0"
 _ROWS = (
     PlotKind(
         name="gradnorms",
         title="Gradient norms by block",
-        question="Does the gradient explode or vanish on its way back, and since when?",
+        question="Does the gradient explode or vanish in the backward pass, and from which step?",
         reading=(
-            "straight and rising towards block 0 on the log axis is an exploding gradient, falling "
-            "a vanishing one. The level of the parameter gradient matters as much as its slope: "
-            "without normalisation it is flat over blocks and grows with depth."
+            "on the log axis, a straight line that rises towards block 0 is an exploding "
+            "gradient, one that falls a vanishing gradient. For the parameter gradient, the "
+            "level matters as much as the slope: without normalisation it is flat over blocks, "
+            "and grows with the depth."
         ),
         needs=("grad_output", "grad_input", "grad_param"),
         draw=_drawn_by("gradnorms"),
@@ -52,21 +53,22 @@ _ROWS = (
         title="Bias shift by block and step",
         question="Are the activations centred, and does their mean drift?",
         reading=(
-            "0 is centred. A band that leaves 0 is a shift all channels share; a wide band around "
-            "0 is one that the mean hides. B2 above 1: the mean is larger than the signal. Behind "
-            "a BatchNorm the branch's mean is its learned bias: 0 at step 0."
+            "0 is centred. A band away from 0 is a shift that all channels share; a wide band "
+            "around 0 is a shift that the mean over channels hides. B2 above 1: the mean is "
+            "larger than the signal. After a BatchNorm, the mean of the branch is the learned "
+            "bias, 0 at step 0."
         ),
         needs=(*_quantiled("output"), *_quantiled("branch"), "head_mean", "head_bias"),
         draw=_drawn_by("biasshift"),
     ),
     PlotKind(
         name="skip",
-        title="What happens to the skip path",
+        title="Skip path by block",
         question="How much of the identity path survives the activation after the addition?",
         reading=(
-            "P1, P2 and P4 are 0 and P3 is 1 where nothing stands after the addition. P3 falling "
-            "along depth is what a gradient on shortcuts alone loses; below 0.05 at the last block "
-            "the skip path has collapsed. P2 above 0: a block cannot be an identity."
+            "P1, P2 and P4 are 0 and P3 is 1 if nothing follows the addition. P3 is what is "
+            "left of a gradient that passed through shortcuts only; below 0.05 at the last "
+            "block, the skip path has collapsed. P2 above 0: the block cannot be an identity."
         ),
         needs=(
             "perturbation",
@@ -82,11 +84,12 @@ _ROWS = (
     PlotKind(
         name="signal",
         title="Signal propagation by block",
-        question="Does the signal keep its scale on the way forward?",
+        question="Does the signal keep its scale in the forward pass?",
         reading=(
-            "straight and rising on the log axis is exponential growth. With BatchNorm on the "
-            "branch its variance starts at 1 and the output's grows by a constant per block, reset "
-            "at a stage. Squared mean above variance: the means dominate the signal."
+            "on the log axis, a straight rising line is exponential growth. With BatchNorm on "
+            "the branch, its variance starts at 1, and that of the output grows by a constant "
+            "per block, reset at each stage. Squared mean above variance: the means dominate "
+            "the signal."
         ),
         needs=(
             "output_second_moment",
@@ -102,10 +105,10 @@ _ROWS = (
         title="Growth per block, forward and backward",
         question="By what factor does each block multiply the signal and the gradient?",
         reading=(
-            "1 keeps the scale. A factor that stays above 1 over a stage compounds: 1.8 per block "
-            "is 10^14 over 54 blocks. A factor that falls to 1 along depth is a power law, not an "
-            "explosion. Stage means are geometric, bars reach from the least block to the most; "
-            "the transition block is left out."
+            "a factor of 1 keeps the scale. A factor that stays above 1 in a stage compounds: "
+            "1.8 per block is 10^14 over 54 blocks. A factor that falls to 1 with depth is a "
+            "power law, not an explosion. Stage means are geometric, bars show the range over "
+            "the blocks; transition blocks are excluded."
         ),
         needs=("forward_growth", "grad_growth"),
         draw=_drawn_by("growth"),
@@ -115,10 +118,11 @@ _ROWS = (
     PlotKind(
         name="curves",
         title="Training curves",
-        question="Does it learn, stall or diverge?",
+        question="Does the network learn, stall or diverge?",
         reading=(
-            "a loss at ln K is guessing. A loss that jumps in the first steps and returns to ln K "
-            "has lost its features; the gradient norm says whether it also lost its gradient."
+            "a loss of ln K is that of random guessing. If the loss jumps in the first steps "
+            "and returns to ln K, the network has lost its features; the gradient norm shows "
+            "whether the gradient is lost too."
         ),
         needs=("loss", "error", "lr", "grad_norm", "train_error", "test_error", "test_loss"),
         draw=_drawn_by("curves"),
@@ -129,9 +133,9 @@ _ROWS = (
         title="Error by depth",
         question="Does a deeper network of the same variant learn better or worse?",
         reading=(
-            "a line that falls gains from depth; one that rises is degraded by it. Where the "
-            "training error rises too, it is the optimisation that fails, not the generalisation. "
-            "Marks are medians over seeds, bars reach from the least to the most."
+            "a variant with a falling line gains from depth, one with a rising line degrades. "
+            "If the training error rises too, the optimisation fails, not the generalisation. "
+            "Markers are medians over seeds, bars show the range."
         ),
         needs=("test_error", "train_error"),
         draw=_drawn_by("bydepth"),
@@ -143,20 +147,21 @@ _ROWS = (
         title="Update to weight ratio by block and step",
         question="How far does a step move the weights of each block?",
         reading=(
-            "about 1e-3 is usual; above 0.1 a step replaces the weights, far below 1e-4 a block "
-            "hardly learns. Blocks that differ by decades train at different speeds."
+            "about 1e-3 is usual; above 0.1 a step replaces the weights, far below 1e-4 a block"
+            " hardly learns. Blocks whose ratios differ by decades train at different speeds."
         ),
         needs=("update_ratio",),
         draw=_drawn_by("by_metric"),
     ),
     PlotKind(
         name="nonfinite",
-        title="Where and when numbers became non-finite",
-        question="Where and since when are there infinities or NaN, and in which direction?",
+        title="Where and when values become non-finite",
+        question="Where do infinities or NaN first appear: block, step, and direction of the pass?",
         reading=(
-            "the marked cell is the first step and block with a non-finite value: on the way "
-            "forward the lowest block, on the way back the highest. Later cells are consequences. "
-            "Where everything is finite, the change of the gradient is shown instead."
+            "the marked cell is the first step with a non-finite value, and the block where it "
+            "arose: the lowest in the forward pass, the highest in the backward pass. Later "
+            "cells are consequences. If everything is finite, the change of the gradient is "
+            "shown instead."
         ),
         needs=("output_nonfinite", "grad_nonfinite", "grad_output"),
         draw=_drawn_by("nonfinite"),
@@ -169,11 +174,12 @@ KINDS: Registry[PlotKind] = Registry("plot", _ROWS)
 ACTIVATION_PLOT = PlotKind(
     name="activations",
     title="ReLU and ELU",
-    question="What do the two activations do to the mean of what they pass on?",
+    question="How do the two activations shift the mean of their output?",
     reading=(
-        "ReLU is never negative, so its mean output is far from 0; ELU's negative values, down to "
-        "-1, pull it towards 0. Horizontal lines: the mean output for standard normal input. "
-        "Neither slope exceeds 1: no activation makes a gradient explode by itself."
+        "ReLU is never negative, so its mean output is far from 0; ELU's negative values, "
+        "down to -1, pull it towards 0. Horizontal lines: the mean output for standard "
+        "normal input. Neither slope exceeds 1: no activation makes a gradient explode by "
+        "itself."
     ),
     needs=(),
     draw=_drawn_by("activations"),
@@ -182,10 +188,10 @@ ACTIVATION_PLOT = PlotKind(
 
 
 def register_plot(kind: PlotKind) -> None:
-    """Add a kind of plot: `resdiag.draw`, `resdiag plot`, reports and study files know it then.
+    """Add a kind of plot to `resdiag.draw`, `resdiag plot`, reports and study files.
 
-    It is known in this process only; a command of the terminal that should know it must be started
-    from a script that registers it first.
+    It is available in this process only; to use it on the command line, start the command from a
+    script that registers it first.
 
     Raises:
         RegistrationError: There is another kind, or a metric, of that name.

@@ -30,14 +30,14 @@ class PlotKind:
         name: Word of the command line.
         title: What is shown, as a heading.
         question: The question that it answers.
-        reading: What to read in it; printed under every figure.
+        reading: How to read it; printed under every figure.
         needs: Ids of the metrics drawn (catalogue) or columns of the curve.
-        draw: Draws it.
-        axis: What lines run over: blocks; steps, so that its data are the curve's; or nothing but
-            one row per run.
-        theory_from: What its prediction takes from the run; "" if it shows none.
-        first_step_only: Whether runs that differ in their later steps only have the same line.
-        compares: Whether it says something of several runs only; reports of one leave it out.
+        draw: Draws the figure.
+        axis: What the x axis shows: blocks; steps (the data are columns of the curve); or runs,
+            one row each.
+        theory_from: Which measured values its prediction starts from; "" without a prediction.
+        first_step_only: Whether it shows the first step only: runs that differ later share a line.
+        compares: Whether it needs several runs; the report of a single run omits it.
     """
 
     name: str

@@ -103,7 +103,7 @@ def _anchor(view: View) -> list[str]:
     """What theory takes from the measurement: where it starts from, never a slope."""
     if not (view.theory and view.kind.theory_from and any(map(prediction, view.records))):
         return []
-    return [f"Theory takes from the run {view.kind.theory_from}."]
+    return [f"Measured inputs of the theory: {view.kind.theory_from}."]
 
 
 def _broken_ends(view: View) -> list[str]:
@@ -112,7 +112,7 @@ def _broken_ends(view: View) -> list[str]:
         return []
     if all(trace.places == trace.ends for trace in view.traces("last")):
         return []
-    return ["A run that broke: its line is the last finite step, its triangles the last step."]
+    return ["A run that became non-finite: the line is its last finite step, triangles the last."]
 
 
 def _differences(view: View) -> list[str]:

@@ -13,7 +13,7 @@ _PANELS = (
     ("identity_defect", "P2 identity defect", r"$\|f(h)-h\|/\|h\|$", 0.0),
     ("identity_drift", "P4 identity drift", r"$\|f^{(n)}(h_1)-h_1\|/\|h_1\|$", 0.0),
     ("skip_gain_stage", "P3 skip gain, per stage", r"mean $\prod f'(u_k)$", 1.0),
-    ("skip_gain", "P3 skip gain, through", r"mean $\prod f'(u_k)$", 1.0),
+    ("skip_gain", "P3 skip gain, whole network", r"mean $\prod f'(u_k)$", 1.0),
     ("branch_ratio", "branch to shortcut", r"$\|F\|/\|h\|$", None),
 )
 _COLLAPSED = 0.05
@@ -23,7 +23,7 @@ def draw(view: View) -> Figure:
     """P1, P2, P4, P3 per stage and through, branch ratio by block; skip gain over steps."""
     layers, shown = _layers(view)
     figure, body = canvas.open_sheet(
-        view, f"What happens to the skip path: {canvas.subject(view)}", height=5.6, shown=shown
+        view, f"Skip path by block: {canvas.subject(view)}", height=5.6, shown=shown
     )
     grid = body.add_gridspec(3, 3, height_ratios=[1, 1, 0.8])
     for place, panel in enumerate(_PANELS):
@@ -73,7 +73,7 @@ def _explain_neutral(axes: Axes, view: View, neutral: float) -> None:
     if y.size and (y == neutral).all() and not marked:
         axes.set_ylim(-0.05, 1.15)
         bare = all(b.get("after_add") == "none" for r in view.records for b in r.run.blocks)
-        why = ":\nnothing stands after\nthe addition" if bare else ""
+        why = ":\nnothing follows\nthe addition" if bare else ""
         canvas.note_panel(axes, f"exactly {neutral:g} in every block{why}")
     elif neutral == 1 and y.size:
         axes.set_ylim(-0.04, max(1.06, axes.get_ylim()[1]))

@@ -138,7 +138,7 @@ def _tokens(built: Built, form: Example, path: Path, size: int, seed: int) -> Ex
     data = path.read_bytes()
     if len(data) < length:
         raise UsageError(
-            f"{path} has {len(data)} bytes, a sample takes {length}",
+            f"{path} has {len(data)} bytes, a sample needs {length}",
             f"a longer file, or --input-shape {len(data)}",
         )
     ids = torch.frombuffer(bytearray(data), dtype=torch.uint8).long() % count
@@ -190,7 +190,7 @@ def choose_loss(
     """
     logits = _main_output(output)
     if logits is None:
-        raise UsageError("the model returned no floating tensor to take a loss of")
+        raise UsageError("the model returned no floating-point tensor to compute a loss from")
     named = hasattr(output, "logits")
     ids = example.kwargs.get("decoder_input_ids", example.kwargs.get("input_ids"))
     classes = logits.shape[-1]

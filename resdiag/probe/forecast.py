@@ -165,19 +165,19 @@ def _critical(
     """Without normalisation by trying the first step, with it 2 / lambda_max."""
     if not normed:
         words = (
-            f"measured: the first step multiplies its batch's loss by {RISE}; theory: {CRITICAL} / "
-            "||g_0||; both constants observed on runs of a and b, not derived"
+            f"measured: rate at which the first step multiplies the loss of its batch by {RISE}; "
+            f"theory: {CRITICAL} / ||g_0||; both constants were observed on a and b, not derived"
         )
         if predicted is None:
-            words += "; theory has no law for the parameter gradients here"
+            words += "; no law predicts the parameter gradients of this variant"
         theory = math.nan if predicted is None else critical_lr(predicted)
         return Pair(theory=theory, measured=critical_rate(model, images, labels), note=words)
     curve = largest_curvature(
         F.cross_entropy(model(images), labels), list(model.parameters()), steps=_PRODUCTS
     )
     words = (
-        "2 / lambda_max on this batch, plain SGD; BatchNorm survives more. Theory has no number: "
-        "the curvature behind BatchNorm depends on the data"
+        "2 / lambda_max on this batch, plain SGD; networks with BatchNorm often survive larger "
+        "rates. No prediction: with BatchNorm, the curvature depends on the data"
     )
     return Pair(theory=math.nan, measured=curve.critical_lr, note=curve.reason or words)
 
@@ -190,10 +190,10 @@ def _fate(normed: bool, lr: float, norm: float, critical: float) -> tuple[str, s
         words = f"lr x ||g_0|| = {lr * norm:.3g}"
         if lr * norm <= CRITICAL:
             return "survives", f"{words}, at most {CRITICAL}."
-        return "at_risk", f"{words}, above {CRITICAL}; BatchNorm usually survives, roughly."
+        return "at_risk", f"{words}, above {CRITICAL}; networks with BatchNorm usually survive."
     words = f"lr is {lr / critical:.3g} times the measured critical_lr"
     if lr <= critical / 2:
-        return "survives", f"{words}; up to half of it every run of a and b survived its start."
+        return "survives", f"{words}; up to 0.5 times it, all runs of a and b survived the start."
     if lr < 2 * critical:
-        return "at_risk", f"{words}; between half of it and double, runs of a and b did both."
-    return "dies", f"{words}; from double on every run of a and b died."
+        return "at_risk", f"{words}; between 0.5 and 2 times it, some runs of a and b survived."
+    return "dies", f"{words}; from 2 times it on, all runs of a and b diverged."

@@ -103,7 +103,7 @@ def _headline(results: Results, judged: Sequence[Judged]) -> str:
         return f"{met} {'is' if tally[MET] == 1 else 'are'} met, {missed}{rest}{part}."
     lost = sum(item.state == "diverged" for item in ended)
     why = f"None of {count(len(judged), 'expected value')} can be decided" if judged else ""
-    why = why or "The study expects no value"
+    why = why or "The study has no expected values"
     return f"{why}; {lost} of {count(len(ended), 'cell')} that ended diverged{part}."
 
 
@@ -187,7 +187,7 @@ def _rank(where: str, groups: Sequence[Group]) -> str:
 def _compare(one: Summary, other: Summary) -> str:
     """Whether two means differ by more than two standard errors of their difference."""
     if min(one.n, other.n) < 2:
-        return "one seed says nothing about which of the first two is better"
+        return "with one seed, the first two cannot be ranked"
     error = math.hypot(one.deviation / math.sqrt(one.n), other.deviation / math.sqrt(other.n))
     clear = abs(one.mean - other.mean) > 2 * error
     return f"the first two differ by {'more' if clear else 'less'} than two standard errors"
@@ -233,7 +233,7 @@ def _short(results: Results) -> list[str]:
                 f"{item.run.steps} steps, {item.epochs:.2g} of the recipe's {recipe.epochs} epochs"
             )
     words = listing(list(dict.fromkeys(found)), 3)
-    return [f"A short training: {words}; no word on the end of a full one."] if found else []
+    return [f"A short training: {words}; it does not show how a full one ends."] if found else []
 
 
 def _missing(results: Results) -> str:
@@ -276,8 +276,8 @@ def _spread(results: Results) -> list[str]:
     most, where = max(spreads)
     middle = float(np.median([spread for spread, _ in spreads]))
     return [
-        f"Final test error between seeds: {100 * middle:.2f} points from least to most in the "
-        f"median setting, {100 * most:.2f} at {where}."
+        f"Range of the final test error over seeds: {100 * middle:.2f} points in the median "
+        f"setting, {100 * most:.2f} at {where}."
     ]
 
 
@@ -288,8 +288,8 @@ def _data(results: Results) -> str:
         return ""
     lossy = [name for name in names if is_lossy(name)]
     warning = (
-        f" {listing(lossy)} is a lossy copy: its error rates compare with each other and not with "
-        "published ones."
+        f" {listing(lossy)} is a lossy copy: its error rates can be compared with each other, "
+        "not with published ones."
         if lossy
         else ""
     )
@@ -298,7 +298,9 @@ def _data(results: Results) -> str:
 
 def _changed(results: Results) -> list[str]:
     changed = changed_settings(results.study)
-    return [f"Not the training of the shipped study: {listing(changed)}."] if changed else []
+    return (
+        [f"Differs from the training of the shipped study: {listing(changed)}."] if changed else []
+    )
 
 
 def _devices(results: Results) -> str:

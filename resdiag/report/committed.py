@@ -29,7 +29,8 @@ def study_page(root: Path, name: str) -> str:
     """The page of a study, with one drawing of each of its figures."""
     page = write_page(_thaw(root / name), _chosen(root / name))
     again = (
-        f"\nMade from `studies/results/{name}`; this draws every figure and lists every verdict:\n"
+        f"\nThis page is made from `studies/results/{name}`. To draw all figures and list all "
+        "verdicts, run:\n"
         f"\n```sh\nresdiag study report studies/results/{name}\n```\n"
     )
     title = f"{name}: {page.question}"
@@ -49,8 +50,8 @@ def index_page(root: Path) -> str:
     table = ["| study | question | answer | data |", "| --- | --- | --- | --- |", *rows, ""]
     toc = ["```{toctree}", ":hidden:", "", *names, "```", ""]
     about = (
-        "Each page is made from results in `studies/results`, by rule: no number and no sentence "
-        "of an answer is written by hand. `resdiag study run NAME` runs a study again.\n"
+        "Each page is generated from the results in `studies/results`; no number and no answer is "
+        "written by hand. To run a study again, use `resdiag study run NAME`.\n"
     )
     nothing = "No study has committed results yet.\n"
     body = [*table, *toc] if names else [nothing]

@@ -80,7 +80,7 @@ def depth_headline(lines: Sequence[ByDepth]) -> str:
     other = depths[0] if len(depths) == 2 else "the best shallower one"
     return (
         f"The test error at depth {depths[-1]} is higher than at {other} in {more} of "
-        f"{count(len(known), 'setting')}, but this decides nothing yet: {_why_not(lines)}."
+        f"{count(len(known), 'setting')}, but this is not conclusive yet: {_why_not(lines)}."
     )
 
 
@@ -141,11 +141,11 @@ def depth_rule(lines: Sequence[ByDepth]) -> str:
     return (
         f"Worse with depth: the change of the training and of the test error exceeds two standard "
         f"errors and 0.1 points, over {LEAST_SEEDS} seeds or more at every depth. Not "
-        f"decidable: the training error's does, and the test error grows by less.{more}"
+        f"decidable: only the change of the training error does.{more}"
     )
 
 
-_CAPTION = "Least learning rate at which a seed diverged"
+_CAPTION = "Lowest learning rate at which a seed diverged"
 
 Rates: TypeAlias = dict[float, bool]
 """Learning rates that were tried, and whether a seed diverged."""
@@ -200,6 +200,6 @@ def _threshold(rates: Rates) -> str:
     if not lost:
         return f"none up to {max(kept):g}" if kept else ""
     below = [rate for rate in kept if rate < min(lost)]
-    words = f"{min(lost):g}" + (f" (none at {max(below):g})" if below else ", the least tried")
+    words = f"{min(lost):g}" + (f" (none at {max(below):g})" if below else ", the lowest tried")
     above = [rate for rate in kept if rate > min(lost)]
     return f"{words}, yet none at {listing([f'{rate:g}' for rate in above])}" if above else words

@@ -104,7 +104,7 @@ def _incomparable(ended: Sequence[CellResult], changed: Sequence[str]) -> str:
     if lossy:
         return f"{listing(lossy)}: lossy copies; the expected error is of the original images"
     if changed:
-        return f"not the training it was published for: {listing(changed)}"
+        return f"differs from the published training: {listing(changed)}"
     return ""
 
 
@@ -136,7 +136,7 @@ def _judge_numbers(
         distance, limit = abs(found.mean - item.value), item.tolerance or 0.0
     error = 2 * found.deviation / math.sqrt(found.n) if found.n > 1 else 0.0
     if error > 0 and abs(distance - limit) < error:
-        return OPEN, f"the spread of {count(found.n, 'seed')} reaches over the tolerance"
+        return OPEN, f"the mean of {count(found.n, 'seed')} is too uncertain for the tolerance"
     return (MET if distance <= limit * (1 + _ROUNDING) + _ROUNDING else NOT_MET), ""
 
 
@@ -145,7 +145,7 @@ FEW = 3
 """Rows of a source that are worth a table of their own."""
 SEVERAL = "From several sources"
 """Caption of the table of the others."""
-_NUMERIC = ("expected", "mean", "spread (sd)", "least to most", "n", "final", "best epoch")
+_NUMERIC = ("expected", "mean", "spread (sd)", "range", "n", "final", "best epoch")
 
 
 def expected_section(judged: Sequence[Judged]) -> Section:
@@ -162,9 +162,10 @@ def expected_section(judged: Sequence[Judged]) -> Section:
         alone = key not in small or sum(other[0] == word for other in small) == 1
         tables.setdefault(key if alone else (word, ""), []).extend(items)
     rule = Text(
-        "A number is met if the mean over seeds lies within the tolerance, and open if two "
-        "standard errors of that mean reach over its edge. A word is met if every cell says it. "
-        "Error rates on other data or of another training are not held against published ones."
+        "A number is met if its mean over seeds is within the tolerance, and not decidable if the "
+        "mean plus or minus two standard errors crosses the edge of the tolerance. A word is met "
+        "if every cell has it. Error rates on other data, or of another training, are not compared "
+        "with published ones."
     )
     parts: list[Part] = [_table(source, items) for (_, source), items in tables.items()]
     return Section(id="expected", title="Expected values", parts=[rule, *parts])
@@ -179,7 +180,7 @@ def _table(source: str, items: Sequence[Judged]) -> Table:
     word = _word(items[0])
     rows = [_word_row(item) if word else _number_row(item) for item in items]
     header = ["cells", "judged", "measure", "expected"]
-    header += ["came out"] if word else ["mean", "spread (sd)", "least to most"]
+    header += ["result"] if word else ["mean", "spread (sd)", "range"]
     header += ["n", "data"]
     if any(item.errors for item in items):
         header += ["final", "best epoch"]
@@ -214,7 +215,7 @@ def metric_table(judged: Sequence[Judged]) -> Table | None:
             kind = _KINDS.get(item.outcome, "open")
             rows.setdefault(name, {})[item.settings["depth"]] = Mark(words, kind)
         return Table(
-            caption=f"{measure}: mean over seeds, in brackets what was expected",
+            caption=f"{measure}: mean over seeds, expected value in brackets",
             header=["cells", *(f"depth {depth}" for depth in depths)],
             rows=[[name, *(row.get(depth, "") for depth in depths)] for name, row in rows.items()],
         )

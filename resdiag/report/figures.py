@@ -209,7 +209,7 @@ def to_table(view: "View", title: str) -> Table:
             if any(not math.isnan(value) for triple in ends for value in triple):
                 middle = (_median(column, name) for column in zip(*ends, strict=True))
                 rows.append([series.label, name, *middle])
-    blocks, steps = ("first block", "middle block", "last block"), ("first", "least", "last")
+    blocks, steps = ("first block", "middle block", "last block"), ("first", "lowest", "last")
     header = ["line", "metric", *(steps if over_time else blocks)]
     when = "over steps" if over_time else "at the last finite step"
     return Table(

@@ -60,7 +60,7 @@ def _refuse_others(
     if differ:
         raise UsageError(
             f"{held.source} holds {held.study.name} with another {listing(differ)}",
-            "only seeds may differ; give --set as it was given then",
+            "only seeds may differ; pass the same --set as for the first results",
         )
 
 

@@ -169,6 +169,6 @@ def remake_section(results: Results) -> Section:
     document = json.dumps(results.study.document, indent=1, sort_keys=True, ensure_ascii=False)
     return Section(
         id="remake",
-        title="How to remake it",
+        title="How to reproduce it",
         parts=[Code(commands), Folded("The study as it was run", [Code(document, "json")], True)],
     )

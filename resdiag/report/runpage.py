@@ -78,7 +78,7 @@ def write_run_page(runs: Sequence[Run], pictures: Sequence[Picture], made: str =
     ]
     return Page(
         name=seen[0].name if one else count(len(runs), "run"),
-        about="a run looked at" if one else "looked at together",
+        about="a run recorded" if one else "runs recorded",
         question=f"What happened in {seen[0].name if one else 'these runs'}?",
         headline=headline,
         found=found,
@@ -146,14 +146,14 @@ def _sure(seen: Sequence[_Seen]) -> list[str]:
     lines = [_ONE_SEED]
     fired = [f"{one.name} {one.verdict.confidence:.2f}" for one in seen if one.verdict.cause]
     if fired:
-        scale = "0.5 at the threshold and towards 1 beyond it, no probability"
+        scale = "0.5 at the threshold, towards 1 beyond it, not a probability"
         lines.append(f"Confidence, {scale}: {listing(fired)}.")
     for one in seen:
         which = "" if len(seen) == 1 else f" in {one.name}"
         lines += [f"Not judged{which}: {line}" for line in unjudged(one.verdict)]
     data = list(dict.fromkeys(one.data for one in seen if one.data))
     lossy = (
-        ", lossy copies: errors compare with each other only" if any(map(is_lossy, data)) else ""
+        ", lossy copies: compare errors with each other only" if any(map(is_lossy, data)) else ""
     )
     runs = [one.run for one in seen]
     where = [words for words, _ in list_sources(runs, "environment", ("device", "dtype")) if words]
@@ -183,7 +183,7 @@ def _outcomes(seen: Sequence[_Seen]) -> Table:
 def _evidence(seen: Sequence[_Seen]) -> Section:
     """Per run the numbers of every rule that fired, with their thresholds and sources."""
     parts: list[Part] = []
-    header = ["what was seen", "metric", "step", "block", "value", "threshold", "source"]
+    header = ["evidence", "metric", "step", "block", "value", "threshold", "source"]
     for one in seen:
         rows = [_evidence_row(item) for item in one.verdict.evidence]
         if rows:

@@ -45,7 +45,7 @@ def write_page(results: Results, pictures: Sequence[Picture], made: str = "") ->
     """
     file, judged = results.study.file, judge_all(results)
     said = answer(results, judged)
-    claim = [("Expected before", file.expects), ("Whose claim", file.source)]
+    claim = [("Expected result", file.expects), ("Source of the claim", file.source)]
     seeds = [item.cell.request.seed for item in results.cells]
     sections = [
         expected_section(judged),
@@ -79,7 +79,7 @@ def _outcomes(results: Results) -> Section:
         if any(item.outcomes.get("verdict") for item in results.cells):
             parts.append(_matrix(results, "Verdicts", _verdict_words))
     parts.append(Folded("Numbers by setting", [_numbers(results)]))
-    return Section(id="outcomes", title="What came out", parts=parts)
+    return Section(id="outcomes", title="Results", parts=parts)
 
 
 def _matrix(results: Results, caption: str, words: Callable[[Group], Entry]) -> Table:
@@ -138,7 +138,7 @@ def _numbers(results: Results) -> Table:
     header = ["cells", "how it ended", *(measure_words(name) for name in names), "data"]
     header[5] = "last loss"
     return Table(
-        caption="Mean ± standard deviation over the seeds that ended; - where there is none",
+        caption="Mean ± standard deviation over the seeds that ended; -: no value",
         header=header,
         rows=rows,
         numeric=(2, 3, 4, 5, 6),
@@ -202,7 +202,7 @@ def _cells(results: Results) -> Section:
         parts.append(Text(f"Not ended: {count(len(left), 'cell')} ({words}): {names}."))
     ended = [item for item in results.cells if item.ended]
     if ended:
-        header = ["cell", "how it ended", "verdict", "since", "what it says", "data"]
+        header = ["cell", "how it ended", "verdict", "since", "summary", "data"]
         table = Table(
             caption="Verdict per cell", header=header, rows=list(map(_verdict_row, ended))
         )

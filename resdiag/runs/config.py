@@ -154,33 +154,35 @@ class Settings:
     depth: int = setting(
         "Weighted layers, 6n+2: 20, 32, 44, 56, 110, ...", check=count_blocks, least=1
     )
-    recipe: str = setting("Default numbers for settings that are not given.")
-    data: str = setting("The images.")
+    recipe: str = setting("Default values for settings that are not given.")
+    data: str = setting("Data set.")
     lr: float | None = setting("Learning rate.", default=None, least=0)
     # batch statistics of one sample have no variance
     batch_size: int | None = setting("Images per step.", default=None, least=2)
-    warmup: int = setting("Steps at learning rate 0.01 before the first.", default=0, least=0)
+    warmup: int = setting("Number of first steps with learning rate 0.01.", default=0, least=0)
     weight_decay: float = setting("L2 coefficient on all parameters.", default=1e-4, least=0)
     momentum: float = setting("Momentum of SGD.", default=0.9, least=0)
     nesterov: bool = setting("Nesterov's momentum.", default=True)
-    augment: bool = setting("Random crops, and flips where allowed.", default=True)
-    width: float = setting("Multiple of the 16/32/64 channels.", default=1.0, above=0, most=64)
+    augment: bool = setting("Random crops, and flips if the data set allows.", default=True)
+    width: float = setting("Factor on the 16/32/64 channels.", default=1.0, above=0, most=64)
     stem_bn: bool = setting("BatchNorm in the stem.", default=False)
     seed: int = setting(
-        "Seed of weights, order and augmentation.", default=0, least=0, in_studies=False
+        "Seed of weights, data order and augmentation.", default=0, least=0, in_studies=False
     )
     dtype: str = setting("float32, or bfloat16 by autocast.", default="float32", choices=DTYPES)
     device: str = setting("auto, cpu, cuda or cuda:N.", default="cpu", in_studies=False)
     backend: str = setting(
-        "eager, fast (an own ELU on the CPU), compile, graph (CUDA) or auto.",
+        "eager, fast (faster ELU on the CPU), compile, graph (CUDA) or auto.",
         default="eager",
         choices=BACKENDS,
         later=True,
     )
-    every: int | None = setting("Record each EVERY-th step.", default=None, least=1)
-    record_first: int | None = setting("Record each of the first steps.", default=None, least=0)
+    every: int | None = setting("Record every n-th step.", default=None, least=1)
+    record_first: int | None = setting(
+        "Number of first steps that are all recorded.", default=None, least=0
+    )
     commit_every: int | None = setting("Steps between commits.", default=None, least=1)
-    steps: int | None = setting("Optimizer steps.", default=None, least=1)
+    steps: int | None = setting("Number of optimizer steps.", default=None, least=1)
 
 
 @settings
@@ -194,20 +196,22 @@ class RunConfig(Settings):
     """
 
     augment: bool = setting("Whether training images are flipped and shifted.")
-    steps: int = setting("Optimizer steps in all.", least=1)
-    batch_size: int = setting("Samples per step; an epoch's last batch has what is left.", least=1)
+    steps: int = setting("Total number of optimizer steps.", least=1)
+    batch_size: int = setting(
+        "Samples per step; the last batch of an epoch may be smaller.", least=1
+    )
     lr: float = setting("Learning rate before the first milestone.", least=0)
-    record_first: int = setting("Steps at the start that are all recorded.", least=0)
-    every: int = setting("Recorded distance in steps after that; 0: none.", least=0)
+    record_first: int = setting("Number of first steps that are all recorded.", least=0)
+    every: int = setting("Distance between recorded steps after that; 0: none.", least=0)
     commit_every: int = setting("Steps between commits.", least=1)
     eval_every: int = setting("Steps between evaluations; 0: at the end only.", least=0)
     milestones: tuple[int, ...] = setting(
         "Steps at which the learning rate is multiplied by `gamma`."
     )
-    gamma: float = setting("See `milestones`.", default=0.1, least=0)
+    gamma: float = setting("Factor on the learning rate at each milestone.", default=0.1, least=0)
     warmup_lr: float = setting("Learning rate of the `warmup` steps.", default=0.01, least=0)
     stop_after_explosion: int = setting(
-        "Steps to go on after a loss that is not finite.", default=3, least=0
+        "Steps to continue after a loss that is not finite.", default=3, least=0
     )
 
     def __post_init__(self) -> None:

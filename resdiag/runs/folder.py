@@ -159,8 +159,8 @@ def latest_run(root: str | os.PathLike[str]) -> Path:
 def load_frame(path: str | os.PathLike[str]) -> "pd.DataFrame":
     """All runs at or below `path` as one tidy frame, one row per (run, step, block).
 
-    Columns: run, variant (of other models the name), depth (of other models the number of blocks),
-    seed, data, point; step, block, stage, transition,
+    Columns: run, variant (for other models, the name), depth (for other models, the number of
+    blocks), seed, data, point; step, block, stage, transition,
     depth_fraction (`(block + 0.5) / blocks`); then the metrics of `resdiag.METRICS`.
 
     Raises:

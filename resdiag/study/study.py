@@ -195,7 +195,7 @@ def _read_plan(path: Path, settings: Sequence[str], mini: bool) -> Study:
     check_name(name, path)
     digest = hash_json(document, before=f"{name}\n")
     if digest != plan.get("digest"):  # as it was written, in the words of then
-        raise UsageError(f"{path} was altered", "give the study file again: it writes a new plan")
+        raise UsageError(f"{path} was altered", "pass the study file: it writes a new plan")
     return build_study(name, from_stored(document), (), False, str(path))
 
 

@@ -48,12 +48,12 @@ class Start:
 
 @dataclass(frozen=True, kw_only=True)
 class Law:
-    """What theory knows of one kind of residual unit at initialisation, with no fitted constant.
+    """What theory predicts for one kind of residual unit at initialisation, without fitting.
 
     Attributes:
-        name: What `Variant.law` says.
-        unit: The branch, and what stands after the addition, that it is derived for.
-        basis: The law and its source, one sentence.
+        name: Name, as in `Variant.law`.
+        unit: The branch and the after-add that it is derived for.
+        basis: The law and its source, in one sentence.
         columns: From the start the arrays of `resdiag.theory.prediction.Prediction`, one value per
             block; those that it leaves out are NaN.
         largest: The largest s0 that it can compute.
@@ -104,9 +104,9 @@ def _multiplying(name: str, unit: str, *, pre: bool) -> Law:
     return Law(
         name=name,
         unit=unit,
-        basis="un-normalised residual sum: the second moment is multiplied in every block by the "
-        "recursion of resdiag.theory.growth (Zhang et al. 2019 (Fixup); De & Smith 2020), the "
-        "gradient by that of resdiag.theory.gradient_recursion, which keeps its part along the "
+        basis="un-normalised residual sum: every block multiplies the second moment, by the "
+        "recursion of resdiag.theory.growth (Zhang et al. 2019 (Fixup); De & Smith 2020), and the "
+        "gradient, by that of resdiag.theory.gradient_recursion, with its component along the "
         "signal",
         columns=partial(_grow_both_ways, pre=pre),
         gradient_norm=partial(parameter_gradient_norm, pre=pre),
@@ -118,14 +118,14 @@ def _adding(name: str, unit: str, branch: NormalisedBranch) -> Law:
     return Law(
         name=name,
         unit=unit,
-        basis="BatchNorm ends the branch and nothing stands on the skip path: E[H^2] grows by a "
-        "constant per block (De & Smith 2020)",
+        basis="BatchNorm at the end of the branch, no after-add: E[H^2] grows by a constant per "
+        "block (De & Smith 2020)",
         columns=partial(_add_normalised, unit=branch),
     )
 
 
 _WALK = (
-    "scalar walk per unit with an activation after the addition, evolved exactly "
+    "random walk of each unit with an activation after the addition, computed exactly "
     "(resdiag.theory.walk; Sparre Andersen 1954 for its skip gain)"
 )
 _LARGEST_WALK = 1e3  # the grid grows with its root; a stem on normalised images gives .1 ... 1
@@ -162,8 +162,8 @@ _ROWS = (
         unit="conv-bn-relu-conv-bn without a shortcut, then relu",
         basis="BatchNorm and no shortcut: E[H^2] is 1/2 in every block, the squared gradient grows "
         "by (pi/(pi-1))^2 per block, less at the border (Yang et al. 2019, mean field of "
-        "BatchNorm), if all samples keep the same energy: in deep networks one comes to dominate, "
-        "and it is less",
+        "BatchNorm), if all samples keep the same energy; in deep networks one sample dominates, "
+        "and the growth is smaller",
         columns=lambda start: stack_plain(start.shapes, start.width_px),
     ),
 )

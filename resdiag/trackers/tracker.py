@@ -138,7 +138,7 @@ def parse_tracker(text: str) -> tuple[TrackerKind, str]:
         raise unknown("tracker", name, TRACKERS)
     kind = TRACKERS[name]
     if not place:
-        raise UsageError(f"tracker '{text}' lacks its place: {name}:{kind.place}")
+        raise UsageError(f"tracker '{text}' needs a place: {name}:{kind.place}")
     kind.check_installed()
     return kind, place
 

@@ -79,7 +79,7 @@ class Request(Settings):
     )
     data: str = setting(f"{', '.join(known_specs())}.", default="auto")
     epochs: int | None = setting(
-        "Epochs; the recipe's milestones scale with them.", default=None, least=1
+        "Number of epochs; scales the recipe's milestones.", default=None, least=1
     )
 
     def check(self) -> None:

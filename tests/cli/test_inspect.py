@@ -116,7 +116,7 @@ def test_columns_line_up_whether_a_line_is_nested_or_not():
 def test_a_model_without_additions_says_so(call):
     code, out, _ = call("inspect", "torchvision:vgg11")
     assert code == 0
-    assert out.splitlines()[1].startswith("no residual addition: 10 modules stand for blocks")
+    assert out.splitlines()[1].startswith("no residual addition: 10 modules are recorded")
     assert "stage 5: 2 units, 4096" in out
     document = json.loads(call("inspect", "torchvision:vgg11", "--json")[1])
     assert document["blocks"] == []

@@ -32,7 +32,7 @@ def test_tables_are_those_of_the_results(page):
     text = page.read_text("utf-8")
     assert tables.written(text) == text, "python studies/stories/tables.py"
     assert "<!-- table lesions" in text
-    for heading in ("claim", "Prediction", "Measurement", "Lesion", "Conclusion", "Again"):
+    for heading in ("claim", "Prediction", "Measurement", "Lesion", "Conclusion", "Reproduce"):
         assert re.search(rf"^## .*{heading}", text, re.MULTILINE), heading
 
 

@@ -54,7 +54,7 @@ def test_rendering_twice_one_figure_gives_the_same_bytes():
     [
         ("gradnorms", "of the parameters", "grad_param"),
         ("skip", "P1", "perturbation"),
-        ("skip", "P3 skip gain, through", "skip_gain"),
+        ("skip", "P3 skip gain, whole network", "skip_gain"),
         ("signal", "output: second moment", "output_second_moment"),
         ("growth", "backward", "grad_growth"),
         ("updates", "by block", "update_ratio"),
@@ -244,7 +244,7 @@ def test_if_all_is_finite_the_largest_change_of_the_gradient_is_shown():
 
 def test_nothing_after_the_addition_is_said_and_not_an_empty_panel():
     bare = words(draw("skip", [make_run("elu", 20, steps=FEW)]))
-    assert bare.count("exactly 0 in every block:\nnothing stands after\nthe addition") == 3
+    assert bare.count("exactly 0 in every block:\nnothing follows\nthe addition") == 3
     assert "exactly 1 in every block" in bare
     other = words(draw("skip", [make_run("original", 20, steps=FEW)]))
     assert other.count("exactly 0 in every block") == 2

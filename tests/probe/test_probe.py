@@ -175,7 +175,7 @@ def test_the_loss_follows_the_output():
     assert choose_loss(x, batch, None, "mean-square").value == x.square().mean()
     with pytest.raises(UsageError, match="more classes than the model's 7 outputs"):
         choose_loss(x, batch, labels + 1)
-    with pytest.raises(UsageError, match="no floating tensor"):
+    with pytest.raises(UsageError, match="no floating-point tensor"):
         choose_loss(torch.zeros(3, dtype=torch.long), batch, None)
 
 
@@ -226,7 +226,7 @@ def test_a_model_without_additions_is_probed_by_its_units(call):
     assert [file.rsplit("/", 1)[-1] for file in document["files"]] == [
         "signal.png", "gradnorms.png", "growth.png", "biasshift.png",
     ]  # fmt: skip
-    assert document["notes"][0].startswith("no residual addition: 10 modules stand for blocks")
+    assert document["notes"][0].startswith("no residual addition: 10 modules are recorded")
     assert err == ""
     code, out, _ = call("probe", "torchvision:squeezenet1_1", "--input-shape", "3,64,64",
                         "--batch-size", "2", "--no-curvature", "--blocks", "features.1?",
@@ -273,7 +273,7 @@ def test_a_model_beyond_the_memory_is_narrowed_at_its_depth_or_refused(monkeypat
         ),
         (
             ["transformers:gpt2", *TINY_GPT2, "--data", "text:short.txt"],
-            "short.txt has 5 bytes, a sample takes 32 (a longer file, or --input-shape 5)",
+            "short.txt has 5 bytes, a sample needs 32 (a longer file, or --input-shape 5)",
         ),
         (["resdiag:d-8", "--seed", "-1"], "seed"),
     ],

@@ -75,7 +75,7 @@ BLOCKS = "measure = 'first_nonfinite_step'\nvalue = 4\nfactor = 2.0"
         ((0.11, 0.11, 0.11), MET, ""),  # at the edge
         ((0.111, 0.111, 0.111), NOT_MET, ""),
         ((0.101, 0.100, 0.099), MET, ""),
-        ((0.13, 0.10, 0.10), OPEN, "the spread of 3 seeds reaches over the tolerance"),
+        ((0.13, 0.10, 0.10), OPEN, "the mean of 3 seeds is too uncertain for the tolerance"),
         ((0.20, 0.21, 0.22), NOT_MET, ""),
         ((math.nan,) * 3, OPEN, "not recorded"),
         ((math.inf, 0.1, 0.1), NOT_MET, "not finite"),
@@ -221,17 +221,17 @@ def test_the_least_rate_that_broke_is_told_by_the_rest():
         return 3 if request.lr > limits.get((request.variant, request.depth), 1) else None
 
     results = make_results(make_study(text), broken=broken)
-    (line,) = [x for x in said(results).found if "Least" in x]
+    (line,) = [x for x in said(results).found if "Lowest" in x]
     assert line == (
-        "Least learning rate at which a seed diverged: elu (d), depth 20: none up to 0.1; "
+        "Lowest learning rate at which a seed diverged: elu (d), depth 20: none up to 0.1; "
         "elu (d), depth 56: none up to 0.1; elu_pre (b), depth 20: 0.1 (none at 0.01); "
-        "elu_pre (b), depth 56: 0.001, the least tried."
+        "elu_pre (b), depth 56: 0.001, the lowest tried."
     )
     table = threshold_table(results)
     assert table.header == ["cells", "depth 20", "depth 56"]
     assert table.rows == [
         ["elu (d)", "none up to 0.1", "none up to 0.1"],
-        ["elu_pre (b)", "0.1 (none at 0.01)", "0.001, the least tried"],
+        ["elu_pre (b)", "0.1 (none at 0.01)", "0.001, the lowest tried"],
     ]
 
 
@@ -289,7 +289,7 @@ def test_few_seeds_say_what_was_seen_and_that_it_decides_nothing():
     found = said(by_depth(ERRORS_BY_DEPTH, ASKED.replace("[0, 1, 2]", "[0]")))
     assert found.headline == (
         "The test error at depth 56 is higher than at 20 in 2 of 2 settings, "
-        "but this decides nothing yet: 1 seed at depth 20, 3 are needed."
+        "but this is not conclusive yet: 1 seed at depth 20, 3 are needed."
     )
     assert found.table.rows[0][4:7] == ["1", "+1.00", "-1.00"]
     assert any("Some settings have 1 seed here" in line for line in found.sure)
@@ -313,7 +313,7 @@ def test_a_short_training_is_said_not_to_be_a_full_one():
     (line,) = [x for x in said(by_depth(ERRORS_BY_DEPTH, text)).sure if "short" in x]
     assert re.fullmatch(
         r"A short training: 151 steps, [0-9.]+ of the recipe's 164 epochs; "
-        "no word on the end of a full one.",
+        "it does not show how a full one ends.",
         line,
     )
     assert not [x for x in said(by_depth(ERRORS_BY_DEPTH)).sure if "short" in x]

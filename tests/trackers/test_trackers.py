@@ -409,7 +409,7 @@ def test_the_command_exports_and_says_where(run, tmp_path, capsys):
     [
         (["--to", "tensorbord", "x"], "did you mean 'tensorboard'?"),
         (["--to", "csv"], "requires 2 arguments"),
-        ([], "--to says what to write"),
+        ([], "--to is required"),
         (["--to", "csv", "x", "--metric", "skip_gain"], "--metric is for trackers"),
         (["--to", "wandb", "x", "--metric", "skip_gian"], "did you mean 'skip_gain'?"),
     ],
@@ -426,7 +426,7 @@ def test_mistakes_of_an_export_are_one_line(run, capsys, words, message):
     ("text", "message"),
     [
         ("tensorbord:x", "unknown tracker 'tensorbord'; did you mean 'tensorboard'?"),
-        ("wandb", "tracker 'wandb' lacks its place: wandb:PROJECT"),
+        ("wandb", "tracker 'wandb' needs a place: wandb:PROJECT"),
     ],
 )
 def test_mistakes_of_a_tracker_are_one_line(text, message, capsys):

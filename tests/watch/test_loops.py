@@ -127,7 +127,7 @@ def test_a_step_called_twice_is_reported(every):
         x, y = data()
         F.cross_entropy(model(x), y).backward()
         monitor.step()
-        with pytest.warns(WatchWarning, match="counts steps double"):
+        with pytest.warns(WatchWarning, match="steps are counted twice"):
             monitor.step()
     assert len(monitor.warnings) == 1
 

@@ -316,7 +316,7 @@ def test_training_is_bit_identical_and_nothing_is_left(name):
 
 def test_attach_says_in_one_line_that_there_is_no_addition_and_why_skip_metrics_are_missing():
     model = mlp(3, 8, 2.0)
-    with pytest.warns(WatchWarning, match=r"no residual addition: 3 modules stand .*: 0 \.\. 4; "):
+    with pytest.warns(WatchWarning, match=r"no residual addition: 3 modules are .*: 0 \.\. 4; "):
         monitor = watch(model, torch.randn(4, 8))
     assert len(monitor.warnings) == 1
     missing = {row["metric"]: row["reason"] for row in monitor.unavailable}

@@ -129,9 +129,8 @@ _ROWS = (
                 default=1,
                 max=32,
                 excludes_slots=True,
-                help="cells that share one process per GPU and train by turns, a step each; 1 is a "
-                "process per cell. Without a GPU: so many in one process for the machine. Excludes "
-                "--slots.",
+                help="cells that share one process per GPU and take turns, one step each; without "
+                "a GPU, one process per machine. 1: one process per cell. Not with --slots.",
             ),
         ),
         is_local=True,
@@ -143,7 +142,7 @@ _ROWS = (
             Option(
                 name="address",
                 default="",
-                help="a cluster's address, or auto; else a local one.",
+                help="address of a cluster, or auto; default: a local cluster.",
             ),
         ),
     ),
@@ -151,7 +150,7 @@ _ROWS = (
         name="slurm",
         run=_lazy("slurm:run_on_slurm"),
         options=(
-            Option(name="partition", default="", help="partition."),
+            Option(name="partition", default="", help="name of the partition."),
             Option(name="minutes", flag="--time", default=240, help="minutes per job."),
         ),
     ),

@@ -23,7 +23,7 @@ class Block:
 
     Attributes:
         index: Position in forward order, from 0.
-        name: The owner's name, with "#k" for its k-th addition where it has several.
+        name: The owner's name, with "#k" for its k-th addition if it has several.
         owner: Name of the module whose forward runs the addition; "" is the model itself.
         stage: Consecutive blocks of one output shape share a stage, from 0.
         transition: Whether the block changes the shape (or follows a change of it).
@@ -31,14 +31,14 @@ class Block:
             computes, as in a Highway network) or "none" (a unit without addition).
         after_add: f as the names of its functions joined by "-", or "none".
         shape: Shape of the sum without the batch dimension.
-        order: Where the block's activation or normalisation stands (He et al. 2016,
+        order: Position of the block's activation or normalisation (He et al. 2016,
             arXiv:1603.05027): "pre" before the branch's first weights, "post" after the addition
             (in a unit without one, after its last weights), "both", or "none".
         branch: The operations on the branch by name, in order; of a unit, all operations.
         branch_module: The module whose output is F(x), or "".
         shortcut_module: The same for h(x).
-        features: Dimension of the channels in the sum, batch dimension counted; None if nothing
-            said it and the usual place is assumed.
+        features: Dimension of the channels in the sum, counted with the batch dimension; None if
+            it is not known and the usual position is assumed.
         dtype: Of the shortcut's elements; "" for a unit.
         frozen_norm: Whether a BatchNorm on the branch ran on running statistics in training.
     """
@@ -76,10 +76,10 @@ class Block:
 
 def describe_units(blocks: Sequence[Block]) -> str:
     """One line about a network without residual additions."""
-    many = f"{len(blocks)} modules stand" if len(blocks) > 1 else "one module stands"
+    many = f"{len(blocks)} modules are" if len(blocks) > 1 else "one module is"
     names = dict.fromkeys(block.name or "the model" for block in (blocks[0], blocks[-1]))
     return (
-        f"no residual addition: {many} for blocks: {' .. '.join(names)}; "
+        f"no residual addition: {many} recorded as blocks: {' .. '.join(names)}; "
         "metrics of sum and skip path are NaN"
     )
 

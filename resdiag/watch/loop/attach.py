@@ -51,53 +51,53 @@ def attach(
     example_inputs: object = None,
     trace: str = "first",
 ) -> Monitor:
-    """Start watching a model. Nothing in it is edited, and its training stays the same bit for bit.
+    """Record the residual blocks of a model while it trains. The training is the same bit for bit.
 
-    The blocks are found in the first forward pass in training mode, and recorded in that same pass.
+    The blocks are found in the first forward pass in training mode, which is recorded too.
 
     Args:
         model: The module whose `__call__` the training loop uses.
-        optimizer: Its optimizer, or several: the update ratio is then measured, for which the
-            weights are copied at recorded steps. Parameter gradients are read right before the
-            step of the optimizer that owns them, given here or not; without one, at `step()`.
-        blocks: Names or shell patterns of modules to take as the blocks instead of found additions.
+        optimizer: One optimizer or several, to record the update ratio; the weights are then copied
+            at recorded steps. Parameter gradients are read right before the step of the optimizer
+            that owns the parameters, passed here or not; without an optimizer, at `step()`.
+        blocks: Names or shell patterns of modules to record instead of residual blocks.
         every: Record every `every`-th step.
-        record_first: Record each of the first steps, in addition to `every`.
-        samples: Samples at the head of the batch on which per-unit quantities (P1-P4, slopes,
-            saturation) and the gradient's shares are measured; None for the whole batch.
-        grad_read_point: Where in the loop parameter gradients are read, one of `catalog.POINTS`;
-            stored with the data. By default "local", "unscaled" with a scaler, and "post_clip" once
-            the loop is seen to rewrite gradients; see `Monitor.read_gradients`.
+        record_first: Number of first steps that are all recorded, in addition to `every`.
+        samples: Number of first samples of the batch for metrics per unit (P1 to P4, slopes,
+            saturation) and the shares of the gradient; None for the whole batch.
+        grad_read_point: Point of the loop where parameter gradients are read, one of
+            `catalog.POINTS`; stored with the data. Default: "local", "unscaled" with a scaler,
+            "post_clip" once the loop changes gradients itself; see `Monitor.read_gradients`.
         metrics: "full" for all of `catalog.RECORDED`; "core" for `catalog.CORE`, which costs half
             or less.
-        moment_samples: Samples at the head of the batch from which moments, gradient norms at
-            activations and their non-finite shares are estimated; None for the whole batch. Of k
-            samples a second moment has the relative standard error s / sqrt(k), s being the
-            deviation over samples of their second moments, over its mean: a few per cent for 16
-            images (docs/explanation/performance.md). Outputs of BatchNorm and parameter gradients
-            stay those of the whole batch.
-        reduce: Where several processes train the model together (DDP, `fully_shard`), record the
-            numbers of all ranks, the same on each; `attach`, `step` and `close` are then called on
-            every rank, and "local" becomes "reduced". False: each rank records its own; under a DDP
-            wrapper the parameters' gradients are those of all nevertheless.
+        moment_samples: Number of first samples of the batch from which moments, gradient norms of
+            activations and their non-finite fractions are estimated; None for the whole batch. The
+            relative standard error of a second moment from k samples is s / sqrt(k), where s is the
+            standard deviation of the samples' second moments divided by their mean: a few per cent
+            for 16 images (docs/explanation/performance.md). Outputs of BatchNorm and parameter
+            gradients always use the whole batch.
+        reduce: If several processes train the model together (DDP, `fully_shard`), record the
+            global batch, with the same record on each rank; call `attach`, `step` and `close` on
+            every rank; "local" becomes "reduced". False: each rank records its own samples;
+            parameter gradients under a DDP wrapper are still those of all ranks.
         scaler: The loop's `torch.amp.GradScaler`: gradients are recorded without its scale, and
-            whether it skipped the step.
-        forward_pass: Which forward pass of a step to record where there are several (gradient
-            accumulation, two views of a batch), "first" or "last".
-        example_inputs: Inputs of one forward pass, a tuple or a mapping of keywords, on the model's
-            device: the blocks are found at once, and passes that torch.compile runs are recorded
-            too. Needed only for those; attach before compiling.
-        trace: "first" follows the first recorded pass operation by operation, and reads later ones
-            by hooks at the places that it found, as long as they are the same pass; "always"
-            follows every recorded pass, which costs more and misses no pass that differs.
+            skipped steps are marked.
+        forward_pass: Which forward pass of a step to record if there are several (gradient
+            accumulation, two views of a batch): "first" or "last".
+        example_inputs: Inputs of one forward pass on the model's device, a tuple or a mapping of
+            keywords, needed to record passes under torch.compile. The blocks are then found at
+            once. Attach before compiling.
+        trace: "first" traces the first recorded pass operation by operation, and reads later ones
+            by hooks as long as they do the same operations; "always" traces every recorded pass,
+            which costs more and loses no values if passes differ.
 
     Returns:
         A `Monitor`: a context manager whose `step()` ends each training step.
 
     Raises:
         ValueError: A schedule that never records, an unknown read point, pass, block or set of
-            metrics, a compiled model, or a kind of parallel training that cannot be watched.
-        TypeError: The optimizer or the scaler is something else.
+            metrics, a compiled model, or an unsupported kind of parallel training.
+        TypeError: The optimizer or the scaler has the wrong type.
 
     Example:
         >>> import torch

@@ -114,8 +114,8 @@ class ForwardPasses:
         if torch._C._functorch.peek_interpreter_stack() is None:
             return True
         self._warnings.say(
-            "the model ran inside a torch.func transform (grad, vmap), whose tensors hold no "
-            "numbers that could be read: not recorded"
+            "the model ran inside a torch.func transform (grad, vmap), where values of tensors "
+            "cannot be read: not recorded"
         )
         return False
 
@@ -166,8 +166,8 @@ class ForwardPasses:
         take_last = self._take_last and not self._step.stepped
         which = "last" if take_last else "first"
         self._warnings.say(
-            f"several forward passes in one step: the {which} one is recorded, its activations and "
-            "the gradients of its own loss there; parameter gradients are those that accumulate"
+            f"several forward passes in one step: the {which} one is recorded, activations and "
+            "their gradients; parameter gradients are the accumulated ones of all passes"
         )
         return take_last
 
@@ -199,23 +199,23 @@ class Checks:
         if not self._now.passes and not updated and (self._now.updated or self._now.recorded):
             self._now.repeated = True
             self._warnings.say(
-                "monitor.step() came without a forward pass since the last one: called twice a "
-                "step it counts steps double"
+                "monitor.step() was called without a forward pass since its last call: call it "
+                "once per update, or steps are counted twice"
             )
         expected = self._now.updated or self._given
         if self._now.passes and not updated and expected and not self._loss_scale.is_used:
             self._warnings.say(
-                "monitor.step() came without a step of the optimizer since the last one: call it "
-                "once per update, after optimizer.step(); where a GradScaler skipped the update, "
-                "attach(..., scaler=scaler)"
+                "monitor.step() came without a step of the optimizer since its last call: call it "
+                "once per update, after optimizer.step(); if a GradScaler skipped the update, pass "
+                "it: attach(..., scaler=scaler)"
             )
 
     def forward(self) -> None:
         """Warn why a step that was due has no recorded pass."""
         if self._now.hidden:
             self._warnings.say(
-                "a step was due for recording, but torch.compile ran the forward pass and hides "
-                "it: attach(model, example_inputs=(...)) before torch.compile"
+                "a step was due for recording, but torch.compile ran the forward pass without its "
+                "hooks: call attach(model, example_inputs=(...)) before torch.compile"
             )
         elif self._passes.is_due() and not self._recorder.guard.failure and not self._now.repeated:
             self._warnings.say(
@@ -230,8 +230,8 @@ class Checks:
             self._warnings.say(f"custom metric '{metric}' stopped: {reason}")
         if self._recorder.guard.failure:
             self._warnings.say(
-                f"watching stopped at step {self._now.number} after an error of resdiag, "
-                f"training goes on: {self._recorder.guard.failure}"
+                f"watching stopped at step {self._now.number} after an error inside resdiag, the "
+                f"training continues: {self._recorder.guard.failure}"
             )
             return
         anatomy, backward = self._recorder.anatomy, self._recorder.backward
@@ -242,7 +242,7 @@ class Checks:
         elif self._passes.follower.missed:
             self._warnings.say(
                 "the forward pass of a recorded step was not like the one that had been traced: "
-                "its numbers are NaN where they differ, and the next recorded pass is traced"
+                "blocks that differ are NaN, and the next recorded pass is traced again"
             )
         elif not backward.seen and not self._now.compiled:
             self._warnings.say("a recorded step had no backward pass through the blocks")
@@ -252,10 +252,10 @@ class Checks:
             )
         if self._recorder.unplanned:
             self._warnings.say(
-                "the forward pass took additions that the first one had not: not recorded"
+                "the forward pass had additions that the first pass did not have: not recorded"
             )
         if self._recorder.skipped:
             shown = ", ".join(self._recorder.skipped[:3])
             self._warnings.say(
-                f"blocks of the first pass were left out of a later one, NaN there: {shown}"
+                f"blocks of the first pass did not run in a later one and are NaN there: {shown}"
             )

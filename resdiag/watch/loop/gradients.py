@@ -101,7 +101,7 @@ class Gradients:
         if self._norms_at(self.point).has_taken:
             return "post_clip"
         self._warnings.say(
-            "the loop rewrote the gradients (clipped them?) before the optimizer's step: parameter "
+            "the loop rewrote the gradients (by clipping?) before the optimizer's step: parameter "
             f"gradients are read after that, point 'post_clip' instead of '{self.point}'; call "
             "monitor.read_gradients('pre_clip') before it to have both"
         )

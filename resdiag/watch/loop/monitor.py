@@ -88,7 +88,7 @@ class Monitor:
 
     @property
     def warnings(self) -> list[str]:
-        """What could not be watched, in words, without repetition."""
+        """What could not be recorded, each message once."""
         return self._warnings.texts
 
     @property
@@ -136,8 +136,8 @@ class Monitor:
     def read_gradients(self, point: str | None = None) -> None:
         """Read the parameter gradients now instead of right before the optimizer's step.
 
-        Called before a clipping, it records both sides: what the optimizer gets is in columns that
-        end in `_post_clip`. At steps that are not recorded it does nothing.
+        Call it before clipping to record gradients before and after: those that the optimizer gets
+        are in columns that end in `_post_clip`. At steps that are not recorded it does nothing.
 
         Args:
             point: What the loop has done to the gradients so far, one of `catalog.POINTS`. The
@@ -152,11 +152,11 @@ class Monitor:
         self._gradients.read(point, self._steps.owners())
 
     def add_listener(self, listener: Listener) -> None:
-        """Hand what was recorded to `listener` too whenever it has come to the host.
+        """Also pass new columns to `listener` whenever they are copied to the host.
 
         Args:
-            listener: Called with the new columns of `drain()`, without derived metrics. What it
-                raises ends its listening and becomes a warning.
+            listener: Called with the new columns of `drain()`, without derived metrics. If it
+                raises, it is not called again, and a warning is added.
         """
         self._record.listeners.append(listener)
 
@@ -180,7 +180,7 @@ class Monitor:
 
     @property
     def trace_reason(self) -> str:
-        """Why every recorded pass is traced although none was another one; "" if they are not."""
+        """Why every recorded pass is traced although passes do not differ; "" if this is not so."""
         return self._passes.follower.reason
 
     @property
@@ -194,14 +194,14 @@ class Monitor:
         return self._passes.is_due()
 
     def replayed(self) -> None:
-        """Say that a CUDA graph has just replayed a forward pass of this step.
+        """Tell the monitor that a CUDA graph has just replayed a forward pass of this step.
 
-        Without a word, a replay is noticed when the optimizer steps, at the latest by `step()`.
+        Otherwise, a replay is noticed when the optimizer steps, or at the latest in `step()`.
         """
         self._passes.adopt_hidden()
 
     def start_at(self, step: int) -> None:
-        """Count on from `step`, for a resumed training."""
+        """Continue counting from `step`, for a resumed training."""
         self._now.number = step
         self._passes.arm()
 
