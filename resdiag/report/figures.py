@@ -3,9 +3,12 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
 
 from resdiag.errors import ResdiagError
 from resdiag.plots.kinds import ACTIVATION_PLOT, KINDS
@@ -86,13 +89,9 @@ def _facets(
     split: list[str] = []
     order = [name for name in results.telling if name != "variant"]
     order.sort(key=lambda name: name not in ("data", "depth"))
-    while order and _is_crowded(results, members, split):
+    while order and _are_crowded(results, _lots(members, split)):
         split.append(order.pop(0))
-    lots: dict[str, list[CellResult]] = {}
-    for item in members:
-        where = settings_words({name: getattr(item.cell.request, name) for name in split})
-        lots.setdefault(where, []).append(item)
-    for where, lot in lots.items():
+    for where, lot in _lots(members, split).items():
         groups = results.group(lot)
         for start in range(0, len(groups), MOST_LINES):
             part = [m for group in groups[start : start + MOST_LINES] for m in group.members]
@@ -100,12 +99,17 @@ def _facets(
             yield f"{where}{more}".strip(), part
 
 
-def _is_crowded(results: Results, members: Sequence[CellResult], split: Sequence[str]) -> bool:
-    """Whether a drawing would have lines that cannot be told apart."""
+def _lots(members: Sequence[CellResult], names: Sequence[str]) -> dict[str, list[CellResult]]:
+    """The cells by the words of some of their settings."""
     lots: dict[str, list[CellResult]] = {}
     for item in members:
-        key = repr([getattr(item.cell.request, name) for name in split])
-        lots.setdefault(key, []).append(item)
+        where = settings_words({name: getattr(item.cell.request, name) for name in names})
+        lots.setdefault(where, []).append(item)
+    return lots
+
+
+def _are_crowded(results: Results, lots: Mapping[str, Sequence[CellResult]]) -> bool:
+    """Whether a drawing of a lot would have lines that cannot be told apart."""
     for lot in lots.values():
         groups = results.group(lot)
         repeats = Counter(group.members[0].cell.request.variant for group in groups)
@@ -183,8 +187,6 @@ def _columns(view: "View") -> tuple[bool, list[str]]:
 
 def to_csv(view: "View") -> str:
     """The data of a figure: a row per line, seed, step and block, four digits."""
-    import pandas as pd
-
     over_time, names = _columns(view)
     parts = []
     for series in view.series:
@@ -219,8 +221,6 @@ def to_table(view: "View", title: str) -> Table:
 
 def _ends(record: "Record", name: str, over_time: bool) -> tuple[float, float, float]:
     """First, least and last over steps; or first, middle and last block at one step."""
-    import numpy as np
-
     if over_time:
         column = record.curve[name].to_numpy() if name in record.curve else np.empty(0)
         known = column[~np.isnan(column)].astype(np.float64)
@@ -233,7 +233,5 @@ def _ends(record: "Record", name: str, over_time: bool) -> tuple[float, float, f
 
 
 def _median(values: Sequence[float], name: str) -> str:
-    import numpy as np
-
     known = [value for value in values if not math.isnan(value)]
     return number(float(np.median(known)), name) if known else "-"

@@ -53,7 +53,6 @@ def merge(held: Results, added: Results) -> Results:
 def _refuse_others(
     held: Results, added: Results, old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> None:
-    """Refuse what is not the same study."""
     if held.study.name != added.study.name:
         raise UsageError(f"{held.source} holds {held.study.name}, not {added.study.name}")
     differ = [part for part in _ASKED if old.get(part) != new.get(part)]

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from resdiag.report.svg import refine
@@ -171,7 +171,7 @@ class Page:
         sure: How sure that is.
         claim: What was expected, and whose claim that is.
         sections: The rest.
-        made: With what it was made.
+        made: With what it was made; empty for pages that are compared.
     """
 
     name: str
@@ -181,6 +181,6 @@ class Page:
     sure: Sequence[str]
     claim: Sequence[tuple[str, str]]
     sections: Sequence[Section]
-    made: str = field(default="")
+    made: str = ""
     about: str = "a study"
     table: Table | None = None

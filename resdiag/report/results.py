@@ -108,7 +108,10 @@ class Results:
     @cached_property
     def telling(self) -> list[str]:
         """Settings that differ between cells, the seed left out; variant and depth first."""
-        return _differing([_settings(item.cell) for item in self.cells])
+        settings = [_settings(item.cell) for item in self.cells]
+        names = list(settings[0]) if settings else []
+        found = [name for name in names if len({repr(one[name]) for one in settings}) > 1]
+        return sorted(found, key=lambda name: name not in ("variant", "depth"))
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -134,10 +137,3 @@ class Results:
 def _settings(cell: Cell) -> dict[str, Any]:
     """Everything but seed and device."""
     return asdict(replace(cell.request, seed=0, device="any"))
-
-
-def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    names = list(settings[0]) if settings else []
-    found = [name for name in names if len({repr(one[name]) for one in settings}) > 1]
-    first = [name for name in ("variant", "depth") if name in found]
-    return [*first, *(name for name in found if name not in first)]

@@ -52,13 +52,8 @@ class _Seen:
         return tame(str(self.run.data.get("name") or self.run.config.data), 80)
 
 
-def write_run_page(runs: Sequence[Run], pictures: Sequence[Picture], made: str = "") -> Page:
-    """Everything that a report of runs says.
-
-    Args:
-        runs: At least one.
-        pictures: Drawings of them.
-        made: With what the page was made.
+def write_run_page(runs: Sequence[Run], pictures: Sequence[Picture]) -> Page:
+    """Everything that a report of runs, at least one, says, and drawings of them.
 
     Raises:
         UsageError: A run is damaged.
@@ -85,7 +80,6 @@ def write_run_page(runs: Sequence[Run], pictures: Sequence[Picture], made: str =
         sure=_sure(seen),
         claim=(),
         sections=[section for section in sections if section.parts],
-        made=made,
     )
 
 

@@ -35,14 +35,8 @@ _MOST_COLUMNS = 12
 _STATES = {"done": "plain", "diverged": "bad", "failed": "bad"}
 
 
-def write_page(results: Results, pictures: Sequence[Picture], made: str = "") -> Page:
-    """Everything that a report says.
-
-    Args:
-        results: Of the study.
-        pictures: The figures that it names.
-        made: With what the page was made; empty for pages that are compared.
-    """
+def write_page(results: Results, pictures: Sequence[Picture]) -> Page:
+    """Everything that a report says: of the results of a study, and the figures that it names."""
     file, judged = results.study.file, judge_all(results)
     said = answer(results, judged)
     claim = [("Expected result", file.expects), ("Source of the claim", file.source)]
@@ -64,7 +58,6 @@ def write_page(results: Results, pictures: Sequence[Picture], made: str = "") ->
         table=said.table,
         claim=[pair for pair in claim if pair[1]],
         sections=[section for section in sections if section.parts],
-        made=made,
     )
 
 
@@ -133,7 +126,8 @@ def _numbers(results: Results) -> Table:
     for group in results.groups:
         state = _ended_words(group)
         data = listing(list(dict.fromkeys(member.data for member in group.members)))
-        numbers = [_mean(group, name) for name in names]
+        ended = {name: [member.number(name) for member in group.ended] for name in names}
+        numbers = [spread_words(summarise(values), name) for name, values in ended.items()]
         rows.append([settings_words(group.settings), state, *numbers, data])
     header = ["cells", "how it ended", *(measure_words(name) for name in names), "data"]
     header[5] = "last loss"
@@ -143,10 +137,6 @@ def _numbers(results: Results) -> Table:
         rows=rows,
         numeric=(2, 3, 4, 5, 6),
     )
-
-
-def _mean(group: Group, name: str) -> str:
-    return spread_words(summarise([member.number(name) for member in group.ended]), name)
 
 
 # -- figures ---------------------------------------------------------------------------------------

@@ -26,8 +26,6 @@ from resdiag.training.recipe import Request
 if TYPE_CHECKING:
     import pandas as pd
 
-    from resdiag.runs.folder import Run
-
 SCHEMA = 1
 RESULTS = "results.json"
 TABLES = ("metrics", "curve")
@@ -70,7 +68,8 @@ def write_results(results: Results, folder: Path) -> list[Path]:
     paths = []
     for table in TABLES:
         path = folder / f"{table}.parquet"
-        frames = [_frame(item.run, table) for item in results.cells]
+        runs = [item.run for item in results.cells]
+        frames = [getattr(run, f"{table}_frame") if run else None for run in runs]
         document["sha256"][table] = write_file(path, pack(table, frames))
         paths.append(path)
     write_file(folder / RESULTS, to_json(plain(document)))
@@ -186,12 +185,6 @@ def _number(value: object) -> float:
     return math.nan if value is None else float(str(value))
 
 
-def _frame(run: "Run | None", table: str) -> "pd.DataFrame | None":
-    if run is None:
-        return None
-    return run.metrics_frame if table == "metrics" else run.curve_frame
-
-
 def portable(value: Any) -> Any:  # noqa: ANN401
     """Plain data with the last part of every path: where data lie is the machine's own affair.
 
@@ -224,17 +217,11 @@ def pack(table: str, frames: "Sequence[pd.DataFrame | None]") -> bytes:
     """
     names = list(dict.fromkeys(str(n) for f in frames if f is not None for n in f.columns))
     keys = ["cell", "step", *(["block"] if table == "metrics" else [])]
-    schema = pa.schema(
-        [(name, _WHOLE[name]) for name in keys]
-        + [
-            (name, pa.float64() if name in _WIDE else pa.float32())
-            for name in names
-            if name not in _WHOLE
-        ]
-    )
+    floats = [name for name in names if name not in _WHOLE]
+    kinds = [(name, pa.float64() if name in _WIDE else pa.float32()) for name in floats]
+    schema = pa.schema([*((name, _WHOLE[name]) for name in keys), *kinds])
     parts = [_part(schema, i, frame) for i, frame in enumerate(frames) if frame is not None]
     sink = pa.BufferOutputStream()
-    floats = [field.name for field in schema if pa.types.is_floating(field.type)]
     pq.write_table(
         pa.concat_tables(parts) if parts else schema.empty_table(),
         sink,
@@ -247,17 +234,10 @@ def pack(table: str, frames: "Sequence[pd.DataFrame | None]") -> bytes:
 
 
 def _part(schema: pa.Schema, cell: int, frame: "pd.DataFrame") -> pa.Table:
-    columns = []
+    columns, whole = [], frame.assign(cell=cell).reindex(columns=schema.names)
     for field in schema:
-        kind = field.type.to_pandas_dtype()
-        if field.name == "cell":
-            values = np.full(len(frame), cell)
-        elif field.name in frame:
-            values = frame[field.name].to_numpy()
-        else:
-            values = np.full(len(frame), np.nan)
         with np.errstate(over="ignore"):
-            values = values.astype(kind)
+            values = whole[field.name].to_numpy().astype(field.type.to_pandas_dtype())
         columns.append(pa.array(values if field.name in _WHOLE else round_bits(values)))
     return pa.Table.from_arrays(columns, schema=schema)
 

@@ -2,6 +2,7 @@
 
 import datetime
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ def write_report(results: Results, folder: Path) -> list[Path]:
         StorageError: The folder cannot be written.
     """
     pictures = list(draw_figures(results))
-    return _write(write_page(results, pictures, _made()), pictures, folder)
+    return _write(write_page(results, pictures), pictures, folder)
 
 
 def write_run_report(runs: "Sequence[Run]", folder: Path) -> list[Path]:
@@ -54,7 +55,7 @@ def write_run_report(runs: "Sequence[Run]", folder: Path) -> list[Path]:
     """
     kinds = [kind.name for kind in KINDS.values() if len(runs) > 1 or not kind.compares]
     pictures = list(draw_runs(kinds, runs))
-    return _write(write_run_page(runs, pictures, _made()), pictures, folder)
+    return _write(write_run_page(runs, pictures), pictures, folder)
 
 
 def _made() -> str:
@@ -63,14 +64,14 @@ def _made() -> str:
 
 
 def _write(page: Page, pictures: Sequence[Picture], folder: Path) -> list[Path]:
+    page = replace(page, made=_made())
     make_folder(folder / FIGURES)
     files = {folder / PAGE: to_html(page).encode(), folder / TEXT: to_markdown(page).encode()}
     for picture in pictures:
         if picture.svg is not None:
-            stem = folder / FIGURES / picture.name
-            files[stem.with_name(f"{stem.name}.svg")] = picture.file().encode()
-            files[stem.with_name(f"{stem.name}.pdf")] = picture.pdf
-            files[stem.with_name(f"{stem.name}.csv")] = picture.csv.encode()
+            files[folder / FIGURES / f"{picture.name}.svg"] = picture.file().encode()
+            files[folder / FIGURES / f"{picture.name}.pdf"] = picture.pdf
+            files[folder / FIGURES / f"{picture.name}.csv"] = picture.csv.encode()
     for path, data in files.items():
         write_file(path, data)
     return list(files)

@@ -216,7 +216,6 @@ def _root(q: ArrayLike) -> Array:
 
 
 def _tail(k: int, q: ArrayLike) -> Array:
-    """T_k(q)."""
     return np.asarray(special.erfcx(k * _root(q)) / 2)
 
 

@@ -218,15 +218,13 @@ def gradient_norm(theory: Prediction, width_px: int = 32, classes: int = 10) -> 
     return law.gradient_norm(shapes, moments, theory.grad_growth, classes)
 
 
-def stem_second_moment(row: Variant, width_px: int = 32, input_second_moment: float = 1.0) -> float:
+def stem_second_moment(row: Variant, width_px: int = 32) -> float:
     """E[H_0^2] behind the stem, a 3x3 convolution from 3 to 16 channels with He's fan_out init.
 
-    q = 2 (3/16) p_W E[x^2], then M(q) if an activation follows; q = 1 behind BatchNorm.
+    q = 2 (3/16) p_W for E[x^2] = 1, then M(q) if an activation follows; q = 1 behind BatchNorm.
     """
     steps = row.stem.split("-")
-    q = 2 * _STEM_FAN_RATIO * padding_share(width_px) * input_second_moment
-    if "bn" in steps:
-        q = 1.0
+    q = 1.0 if "bn" in steps else 2 * _STEM_FAN_RATIO * padding_share(width_px)
     return float(ACTIVATIONS[steps[-1]].second_moment(q)) if steps[-1] in ACTIVATIONS else q
 
 

@@ -195,10 +195,6 @@ def _second_moment(unit: WalkUnit, level: Level) -> float:
     return float(level.law @ unit.phi(level.nodes) ** 2)
 
 
-def _channel_mean_sq(unit: WalkUnit, level: Level) -> float:
-    return float((unit.phi(level.nodes) @ level.masses) ** 2 @ level.shares)
-
-
 def _describe(
     unit: WalkUnit, last: Level, now: Level, shape: BlockShape, sigma: float
 ) -> dict[str, float]:
@@ -253,9 +249,10 @@ def _backward(
 
 
 def _gain(unit: WalkUnit, last: Level, shape: BlockShape) -> float:
-    """G of a branch: with BatchNorm from `branch_gain`, else g1 g2 D(g1 s)."""
+    """G of a branch: with BatchNorm `NormalisedBranch.gain`, else g1 g2 D(g1 s)."""
     s = _second_moment(unit, last)
     if unit.branch:
-        return unit.branch.gain(shape, s, _channel_mean_sq(unit, last))
+        mean_sq = float((unit.phi(last.nodes) @ last.masses) ** 2 @ last.shares)
+        return unit.branch.gain(shape, s, mean_sq)
     slope = float(ACTIVATIONS["relu"].slope_sq(shape.gain1 * s))
     return shape.gain1 * shape.gain2 * slope

@@ -7,6 +7,7 @@ axe.min.js than the one that comes with the latter.
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,8 @@ def axe():
 @pytest.fixture(scope="module")
 def html():
     results = make_results(missing=(1,), failed=(2,))
-    return to_html(write_page(results, list(draw_figures(results)), "Made now."))
+    page = write_page(results, list(draw_figures(results)))
+    return to_html(replace(page, made="Made now."))
 
 
 @pytest.fixture
@@ -193,7 +195,7 @@ def test_hostile_words_run_nothing(driver, words, tmp_path):
     document = study.file.model_copy(update={"question": words, "expects": words, "source": words})
     results = make_results(study.__class__(study.name, study.document, document, study.cells))
     path = tmp_path / "hostile.html"
-    path.write_text(to_html(write_page(results, [], words)), "utf-8")
+    path.write_text(to_html(replace(write_page(results, []), made=words)), "utf-8")
     said, asked = visit(driver, path.as_uri())
     assert said == []
     assert asked == [path.as_uri()]
