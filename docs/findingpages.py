@@ -21,16 +21,25 @@ from planted.calibration import (
 )
 from planted.faults import FAULTS
 
+_HEALTHY = (
+    "No rule names the verdict, a third of the checks could run in full, and the run shows that it "
+    "learns: of 20 losses or more the last lie below that of guessing, or they fall where the "
+    "number of classes is not known."
+)
+_UNDETERMINED = "No rule names the verdict, and something of that is missing."
+
 
 def findings_page() -> str:
     """Every finding: a table, then its row with the definition and the thresholds."""
     rows = [(f"[`{r.name}`](#{r.name})", r.fires_when, r.remedy) for r in FINDINGS.values()]
-    rows.append(("`healthy`", "No rule reports anything.", "see what could not be judged"))
+    rows.append(("`healthy`", _HEALTHY, "see what could not be judged"))
+    rows.append(("`undetermined`", _UNDETERMINED, "see what is missing"))
     parts = [
         HEAD.format(source="resdiag/diagnose/registry.py") + "\n# Findings\n",
         "`resdiag explain`, `resdiag.judge` and the end of every run apply these rules, most "
         "upstream cause first. Every rule that fires is a finding, with its evidence; the first "
-        "names the verdict. What came only with training (`"
+        "names the verdict. A condition is what a network is prone to: where the run learned all "
+        "the same it is reported and does not name the verdict. What came only with training (`"
         + "`, `".join(sorted(CAUSES_FROM_THE_START))
         + "`) stands behind its possible causes, beside `exploded`. A rule that lacks its numbers "
         "says so under *Unjudged*. How often the verdicts are right is measured: "
@@ -50,6 +59,7 @@ def _finding(row: Rule) -> str:
     plots = ", ".join(f"`resdiag plot {kind}`" for kind in row.plots)
     about = (
         ("Applies to", row.applies),
+        ("Kind", "a condition" if row.is_condition else ""),
         ("Needs", needs),
         ("Usual cause", row.cause),
         ("Why", row.why),

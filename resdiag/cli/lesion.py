@@ -29,7 +29,7 @@ def lesion(
         Path | None, typer.Option(help="state_dict to start from, else the initialisation.")
     ] = None,
     claim: Annotated[
-        str, typer.Option(help="Finding that the lesion should cure, e.g. exploded_at_init.")
+        str, typer.Option(help="Finding that the lesion should cure, e.g. grows_at_init.")
     ] = "",
     input_shape: InputShape = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples of the batch.")] = 8,
