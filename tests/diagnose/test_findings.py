@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -133,6 +134,25 @@ def test_frozen_first_blocks_through_which_no_gradient_passes_are_a_fine_tuning(
     verdict = judge(run_of(freeze))
     assert verdict.name == "healthy"
     assert any("fine-tuning" in reason for reason in verdict.not_judged)
+
+
+def test_parameters_that_do_not_move_because_their_gradient_is_0_are_not_called_frozen():
+    def stop(cell, curve):
+        cell("update_ratio", 0.0, block=4)
+        cell("grad_param", 0.0, block=4)
+
+    verdict = judge(run_of(stop))
+    assert (verdict.name, verdict.cause) == ("frozen_block", "their gradient is 0")
+
+
+def test_a_block_whose_units_are_dead_is_shown_with_their_share():
+    def shut(cell, curve):
+        cell("dead_fraction", 1.0, block=2)
+
+    verdict = judge(run_of(shut))
+    assert (verdict.name, verdict.block) == ("dead_block", 2)
+    (item,) = [item for item in verdict.evidence if item.metric == "dead_fraction"]
+    assert (item.value, item.threshold) == (1.0, 0.999)
 
 
 def test_a_detached_branch_and_a_detached_shortcut():
@@ -284,6 +304,56 @@ def test_the_verdict_has_a_cause_in_json():
     assert {"name", "cause", "block", "step"} < set(said)
     assert (said["name"], said["block"], said["step"]) == ("branch_too_large", 2, 0)
     assert said["findings"][0]["name"] == "branch_too_large"
+
+
+def test_a_loss_that_was_reported_as_nan_at_every_step_is_an_explosion_and_a_gap_is_none():
+    def lose(cell, curve):
+        curve["head_loss"] = curve["loss"]
+        curve["loss"] = math.nan
+
+    assert judge(run_of(lose, status="diverged")).step == 0
+    assert judge(run_of(lose)).name == "healthy"  # never reported: read off the logits
+
+    def lose_one(cell, curve):
+        curve.loc[5, "loss"] = math.nan
+
+    verdict = judge(run_of(lose_one, status="diverged"))
+    assert (verdict.name, verdict.step) == ("exploded", 5)
+
+    def report_each_third(cell, curve):
+        curve.loc[curve["step"] % 3 > 0, "loss"] = math.nan
+        curve.loc[18:, "loss"] = math.nan
+
+    verdict = judge(run_of(report_each_third, status="diverged"))
+    assert (verdict.name, verdict.step) == ("exploded", 16)  # after the last finite one
+
+
+@pytest.mark.parametrize("steps", [19, 20])
+def test_a_run_is_healthy_from_20_losses_on(steps):
+    verdict = judge(run_of(steps=steps))
+    assert verdict.name == ("healthy" if steps >= 20 else "undetermined")
+    assert ("19 steps is known, 20 needed" in verdict.why) == (steps < 20)
+
+
+def test_without_classes_the_loss_has_to_fall():
+    def hold(cell, curve):
+        curve["loss"] = -3.0 + 0.01 * (curve["step"] % 2)
+
+    flat = judge(run_of(hold, data={}))
+    assert flat.name == "undetermined"
+    assert "the loss has not fallen" in flat.why
+    assert judge(run_of(data={})).name == "healthy"
+    sinking = judge(run_of(lambda cell, c: c.update({"loss": -3.0 - c["step"]}), data={}))
+    assert sinking.name == "healthy"  # below zero: some losses are
+
+
+def test_with_few_numbers_nothing_is_called_healthy():
+    run = run_of()
+    few = run.metrics_frame[["step", "block", "grad_param"]]
+    verdict = judge(replace(run, metrics_frame=few))
+    assert verdict.name == "undetermined"
+    assert 3 * verdict.checks[0] < verdict.checks[1]
+    assert "checks had the numbers that they need" in verdict.why
 
 
 # -- several runs ------------------------------------------------------------------------------

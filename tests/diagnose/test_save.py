@@ -108,6 +108,26 @@ def test_a_monitor_is_judged_and_drawn_without_a_folder(saved):
     assert figure.get_label().endswith("Sequential")
 
 
+@pytest.mark.filterwarnings("ignore::resdiag.watch.base.safety.WatchWarning")
+def test_a_monitor_that_has_seen_nothing_is_undetermined():
+    net = make_net()
+    with resdiag.attach(net) as monitor:
+        verdict = resdiag.judge(monitor)
+        assert verdict.name == "undetermined"
+        assert "no steps were recorded" in verdict.why
+        assert "the loss is not known" in verdict.why
+        assert verdict.checks[0] == 0
+    net.eval()
+    with resdiag.attach(net) as monitor:
+        for _ in range(25):
+            loss = F.cross_entropy(net(torch.ones(4, 64)), torch.zeros(4, dtype=torch.long))
+            loss.backward()
+            monitor.step(loss)
+    verdict = resdiag.judge(monitor)
+    assert verdict.name == "undetermined"
+    assert "in eval mode" in verdict.why
+
+
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_every_plot_draws_a_foreign_run_without_theory(saved, kind):
     _, _, folder = saved

@@ -51,11 +51,10 @@ def run_of(change=None, *, steps=STEPS, blocks=None, **fields):
     return Run(
         config=WatchedConfig(model="net", optimizer="SGD", lr=0.1),
         blocks=rows,
-        data={"classes": 10},
         steps=steps,
         metrics_frame=metrics.reset_index(),
         curve_frame=curve,
-        **fields,
+        **{"data": {"classes": 10}, **fields},
     )
 
 
