@@ -21,16 +21,25 @@ from planted.calibration import (
 )
 from planted.faults import FAULTS
 
+_HEALTHY = (
+    "No rule names the verdict, a third of the checks could run in full, and the run shows that it "
+    "learns: of 20 losses or more the last lie below that of guessing, or they fall where the "
+    "number of classes is not known."
+)
+_UNDETERMINED = "No rule names the verdict, and something of that is missing."
+
 
 def findings_page() -> str:
     """Every finding: a table, then its row with the definition and the thresholds."""
     rows = [(f"[`{r.name}`](#{r.name})", r.fires_when, r.remedy) for r in FINDINGS.values()]
-    rows.append(("`healthy`", "No rule reports anything.", "see what could not be judged"))
+    rows.append(("`healthy`", _HEALTHY, "see what could not be judged"))
+    rows.append(("`undetermined`", _UNDETERMINED, "see what is missing"))
     parts = [
         HEAD.format(source="resdiag/diagnose/registry.py") + "\n# Findings\n",
         "`resdiag explain`, `resdiag.judge` and every run, at its end, apply these rules. They are "
         "ordered from causes to consequences. Every rule that fires adds a finding with its "
-        "evidence; the first finding is the verdict. If `"
+        "evidence; the first finding is the verdict. A condition is what a network is prone to. If "
+        "the run learns in spite of it, the condition is reported and is not the verdict. If `"
         + "`, `".join(sorted(CAUSES_FROM_THE_START))
         + "` appear only during training, they are ranked after their possible causes, beside "
         "`exploded`. Rules whose metrics are missing are listed under *Unjudged*. The accuracy of "
@@ -50,6 +59,7 @@ def _finding(row: Rule) -> str:
     plots = ", ".join(f"`resdiag plot {kind}`" for kind in row.plots)
     about = (
         ("Applies to", row.applies),
+        ("Kind", "a condition" if row.is_condition else ""),
         ("Needs", needs),
         ("Usual cause", row.cause),
         ("Why", row.why),

@@ -262,7 +262,7 @@ FAULTS = (
     Fault("branch + 30", _shift, "bias_shift", "block", _AFTER),
     Fault("float16 overflow", _half, "fp16_overflow", "block", ("residual", "vit", "gpt2")),
     Fault("weights x 0.1 without norm", _rescale_weights(0.1), "vanishing", "", ("bare-plain",)),
-    Fault("weights x 2 without norm", _rescale_weights(2.0), "exploded_at_init", "", _BARE),
+    Fault("weights x 2 without norm", _rescale_weights(2.0), "grows_at_init", "", _BARE),
     Fault("loss with the wrong sign", _negate, "loss_fault"),
     Fault("sigmoid behind every addition", _sigmoid_after, "skip_collapsed", "", _AFTER),
     Fault("first step of 1.2 / ||g_0||", _risky, "at_risk", "", _OURS),

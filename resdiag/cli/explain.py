@@ -77,6 +77,16 @@ def explain(
     lines = [effect.describe(float(opened[0].config.lr or 0)) for effect in effects]
     for line in lines if effects or not lesion else [f"none proposed for '{verdict.name}'"]:
         print(f"Lesion    {line}")
+    if not lesion and opened[0].config.variant and (untried := _untried(opened[0], verdict.name)):
+        print(f"Untried   {untried}")
+
+
+def _untried(run: "Run", verdict: str) -> str:
+    """The interventions that were not tried, and the command that tries them."""
+    from resdiag.interventions.table import propose
+
+    names = propose(verdict, run.config.variant)
+    return f"{', '.join(names)}: resdiag explain {run.path} --lesion" if names else ""
 
 
 def _explain_together(runs: "Sequence[Run]", *, as_json: bool) -> None:

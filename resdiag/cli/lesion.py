@@ -28,7 +28,7 @@ def lesion(
         Path | None, typer.Option(help="state_dict file to start from; default: new weights.")
     ] = None,
     claim: Annotated[
-        str, typer.Option(help="Finding that the lesion should remove, e.g. exploded_at_init.")
+        str, typer.Option(help="Finding that the lesion should remove, e.g. grows_at_init.")
     ] = "",
     input_shape: InputShape = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Batch size.")] = 8,

@@ -3,10 +3,13 @@
 import math
 from pathlib import Path
 
+from resdiag.diagnose.finding import Threshold
 from resdiag.diagnose.rundata import RunData
 from resdiag.errors import UsageError
 from resdiag.models.variants import Variant, find_variant
 from resdiag.theory.prediction import critical_lr
+
+USELESS = Threshold(1e-3, "Share of the learning rate at which a network learns nothing.")
 
 
 def variant_of(seen: RunData) -> Variant | None:
@@ -33,14 +36,17 @@ def plots(seen: RunData, *kinds: str) -> tuple[str, ...]:
 def lower_lr(seen: RunData) -> tuple[str, ...]:
     """The same network at a tenth of the learning rate, or below the critical one if that is less.
 
-    Two digits, rounded down: rounding up could cross the threshold again.
+    Two digits, rounded down: rounding up could cross the threshold again. A rate that is a
+    thousandth or less would survive and learn nothing; that is said instead.
     """
     norm = seen.scalar("grad_norm", 0)
-    lr, reason = seen.lr / 10, "a tenth of the learning rate"
+    lr, reason = seen.lr / 10, "a tenth of the learning rate; not tried"
     if math.isfinite(norm) and critical_lr(norm) < lr:
-        lr, reason = critical_lr(norm), "below 0.6 / ||g_0||"
+        lr, reason = critical_lr(norm), "below 0.6 / ||g_0||; not tried"
     if not (lr > 0 and math.isfinite(lr)):
         return ()
+    if lr <= seen.lr * USELESS:
+        return (f"no learning rate helps: it would survive below {lr:.1e}, and learn nothing",)
     digit = 10.0 ** (math.floor(math.log10(lr)) - 1)
     options = f"{seen.variant} --depth {seen.depth} --lr {math.floor(lr / digit) * digit:.2g}"
     return run_variant(seen, options, reason)

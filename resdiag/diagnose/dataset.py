@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from resdiag.diagnose.finding import Evidence, Finding, Outcome, Rule, Threshold, confidence
+from resdiag.diagnose.finding import Evidence, Finding, Outcome, Rule, Threshold
 from resdiag.diagnose.rundata import RunData
 
 LARGEST_INPUT = Threshold(
@@ -33,7 +33,7 @@ def data_fault(seen: RunData) -> Outcome:
         text = f"every recorded batch has one label: its share is {least:.4g} at least"
         why = "Whatever the network is shown, one answer is right; it learns the bias of its head"
         seen_in = DATA_FAULT.evidence("label_share", least, CONSTANT_LABELS, text, step=step)
-        yield _fault("constant labels", seen_in, why, 0.95)
+        yield _fault("constant labels", seen_in, why)
 
 
 def loss_fault(seen: RunData) -> Outcome:
@@ -51,7 +51,7 @@ def loss_fault(seen: RunData) -> Outcome:
         text = f"the gradient at the logits is that of minus a cross-entropy of {-value:.3g}"
         sign = LOSS_FAULT.evidence("head_loss", value, 0, text, step=step)
         summary = f"{LOSS_FAULT.cause}: {text}"
-        yield LOSS_FAULT.found(sign, summary=summary, confidence=0.99)
+        yield LOSS_FAULT.found(sign, summary=summary)
 
 
 def _input(seen: RunData) -> Outcome:
@@ -66,7 +66,7 @@ def _input(seen: RunData) -> Outcome:
         text = f"a share of {share:.2g} of the input is not finite at step {step}"
         why = "A NaN spreads to everything that is computed from it, normalisations first"
         item = DATA_FAULT.evidence("data_nonfinite", share, 0, text, step=step)
-        yield _fault("non-finite input", item, why, 0.99)
+        yield _fault("non-finite input", item, why)
         return
     if means.empty or stds.empty:
         return
@@ -77,22 +77,22 @@ def _input(seen: RunData) -> Outcome:
     if float(np.nanmax(stds)) <= 1e-6 * max(abs(mean), 1e-30):
         why = "A constant input carries no information; only labels' frequencies can be learned"
         item = DATA_FAULT.evidence("data_std", std, 0, words, step=step)
-        yield _fault("constant input", item, why, 0.95)
+        yield _fault("constant input", item, why)
     elif rms > LARGEST_INPUT or rms < LEAST_INPUT:
         limit = LARGEST_INPUT if rms > LARGEST_INPUT else LEAST_INPUT
         why = "Weights and learning rates are made for inputs of size 1: standardise the input"
         item = DATA_FAULT.evidence("data_std", rms, limit, words, step=step)
-        yield _fault("input not normalised", item, why, confidence(rms, limit))
+        yield _fault("input not normalised", item, why)
     elif abs(mean) > LARGEST_OFFSET * std:
         why = "A mean far larger than the spread hides it: subtract the mean"
         ratio = abs(mean) / std
         item = DATA_FAULT.evidence("data_mean", ratio, LARGEST_OFFSET, words, step=step)
-        yield _fault("input not centred", item, why, confidence(ratio, LARGEST_OFFSET))
+        yield _fault("input not centred", item, why)
 
 
-def _fault(cause: str, item: Evidence, why: str, sure: float) -> Finding:
+def _fault(cause: str, item: Evidence, why: str) -> Finding:
     summary = f"{cause}: {item.text}"
-    return DATA_FAULT.found(item, summary=summary, cause=cause, why=why, confidence=sure)
+    return DATA_FAULT.found(item, summary=summary, cause=cause, why=why)
 
 
 _SOURCE = "LeCun et al. 1998, Efficient BackProp, section 4.3; definition of the rule"

@@ -234,5 +234,5 @@ def _finding(name: str, words: str, gap: Gap) -> Finding:
     )  # fmt: skip
     return Finding(
         name=name, cause=name, summary=words[:1].upper() + words[1:] + ".", why=why,
-        evidence=(evidence,), next=("resdiag plot curves RUN...",), confidence=0.95,
+        evidence=(evidence,), next=("resdiag plot curves RUN...",),
     )  # fmt: skip

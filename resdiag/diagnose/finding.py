@@ -54,9 +54,8 @@ class Finding:
         summary: One sentence: what happened, where, when.
         why: One or two sentences: the mechanism, theory beside measurement.
         evidence: The numbers.
-        next: Commands to run next.
+        next: Commands to run, or what to change, next.
         cause: The cause in a few words, for tables and programs.
-        confidence: 0.5 at a threshold, towards 1 far beyond it, see `confidence`; no probability.
     """
 
     name: str
@@ -67,7 +66,6 @@ class Finding:
     evidence: tuple[Evidence, ...]
     next: tuple[str, ...] = ()
     cause: str = ""
-    confidence: float = 0.9
 
     def to_dict(self) -> dict[str, object]:
         """The fields as JSON-safe values, see `plain`."""
@@ -83,11 +81,13 @@ class NotJudged:
         reason: What is missing.
         needs: How much a longer run would have to have, such as "20 steps"; "" where more of the
             same would not help.
+        applies: False where the rule is not about such a network or run.
     """
 
     name: str
     reason: str
     needs: str = ""
+    applies: bool = True
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
@@ -95,22 +95,6 @@ class NotJudged:
 
 Outcome: TypeAlias = Iterator[Finding | NotJudged]
 """What a rule yields: what it found, or could not judge."""
-
-
-def confidence(value: float, threshold: float) -> float:
-    """How far a number lies beyond its threshold: 0.5 at it, 0.75 at its double, 0.9 at ten times.
-
-    Args:
-        value: Positive; whichever side of the threshold it is on.
-        threshold: Positive.
-
-    >>> confidence(2.8, 1.4), confidence(0.0, 1e-6), confidence(1.4, 1.4)
-    (0.75, 0.99, 0.5)
-    """
-    if not (value > 0 and threshold > 0 and math.isfinite(value)):
-        return 0.99
-    octaves = abs(math.log2(value / threshold))
-    return round(min(0.99, 1 - 0.5 / (1 + octaves)), 2)
 
 
 def plain(value: object) -> object:
@@ -173,6 +157,8 @@ class Rule:
         needs: What it cannot do without: columns of the block table or of the step table, "blocks"
             for their descriptions, "unavailable" for the list of what could not be recorded.
         applies: Which runs it is about.
+        is_condition: Whether it says what a network is prone to, not what happened to it. Where
+            the run learned all the same, it is reported and does not name the verdict.
         cause: The usual cause in a few words.
         why: The mechanism in a sentence.
         remedy: What to do about it.
@@ -185,6 +171,7 @@ class Rule:
     judge: Judge
     needs: tuple[str, ...]
     applies: str = "every run"
+    is_condition: bool = False
     cause: str
     why: str
     remedy: str
@@ -233,6 +220,10 @@ class Rule:
         """That this rule could not be applied, and why; `needs` as in `NotJudged`."""
         return NotJudged(self.name, reason, needs)
 
+    def not_applicable(self, reason: str) -> NotJudged:
+        """That this rule is not about such a run."""
+        return NotJudged(self.name, reason, applies=False)
+
     def found(
         self,
         *evidence: Evidence,
@@ -240,7 +231,6 @@ class Rule:
         cause: str = "",
         why: str = "",
         next: Sequence[str] = (),
-        confidence: float = 0.9,
     ) -> Finding:
         """A finding; what is not given is said of the first evidence, or by the rule.
 
@@ -251,7 +241,6 @@ class Rule:
             cause: The cause, where it is known better than the rule's.
             why: The mechanism, where it is known better than the rule's.
             next: Commands to run next, instead of the rule's plots or else its remedy.
-            confidence: See `confidence`.
         """
         commands = tuple(f"resdiag plot {kind}" for kind in self.plots) or (self.remedy,)
         return Finding(
@@ -263,7 +252,6 @@ class Rule:
             why=sentence(why or self.why),
             evidence=evidence,
             next=tuple(next) or commands,
-            confidence=confidence,
         )
 
 

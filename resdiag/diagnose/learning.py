@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,23 +14,15 @@ from resdiag.diagnose.finding import (
     Outcome,
     Rule,
     Threshold,
-    confidence,
 )
+from resdiag.diagnose.progress import FALLING, STALL, is_falling
 from resdiag.diagnose.rundata import RunData
 from resdiag.diagnose.signal import LEAST_GRADIENT_ELSEWHERE
 from resdiag.theory.prediction import CRITICAL, critical_lr
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-STALL = Threshold(0.02, "How far below ln K the loss is, in units of ln K, where guessing ends.")
 GUESSING = Threshold(
     1.25,
     "Loss over ln K up to which it is guessing; above it something else is wrong.",
-)
-FALLING = Threshold(
-    0.005,
-    "Fall of the loss over the stalled steps, in units of ln K, that is more than noise.",
 )
 SURVIVED = Threshold(
     50,
@@ -61,7 +52,7 @@ LEAST_GRADIENT = Threshold(
 def skip_collapsed(seen: RunData) -> Outcome:
     """Skip gain at the last block below 0.05, or total gradient ratio below 0.3, at the end."""
     if seen.run.blocks and all(row.get("shortcut") == "none" for row in seen.run.blocks):
-        yield SKIP_COLLAPSED.not_judged("the network has no shortcuts")
+        yield SKIP_COLLAPSED.not_applicable("the network has no shortcuts")
         return
     if not seen.steps:
         yield SKIP_COLLAPSED.not_judged("no step was recorded")
@@ -179,7 +170,7 @@ def stalled(seen: RunData) -> Outcome:
         yield STALLED.not_judged("the loss is not finite at the end")
         return
     guessing = 1 - STALL <= mean / math.log(classes) <= GUESSING
-    if guessing and _is_falling(last, math.log(classes)):
+    if guessing and is_falling(last, math.log(classes)):
         reason = f"mean loss {mean:.3f} is that of guessing, and still falling"
         yield STALLED.not_judged(reason, "a loss that has settled")
     elif guessing:
@@ -188,15 +179,6 @@ def stalled(seen: RunData) -> Outcome:
         least = (1 - STALL) * math.log(classes)
         item = STALLED.evidence("loss", mean, least, text, step=int(last.index[0]))
         yield STALLED.found(item, next=plots(seen, *STALLED.plots))
-
-
-def _is_falling(losses: "pd.Series[float]", unit: float) -> bool:
-    """Whether a straight line through the losses falls by more than noise: 3 standard errors."""
-    y = losses.to_numpy(dtype=float)
-    x = np.arange(len(y)) - (len(y) - 1) / 2
-    slope = float(x @ y / (x @ x)) if len(y) > 2 else 0.0
-    noise = float(np.std(y - y.mean() - slope * x)) / math.sqrt(float(x @ x)) if len(y) > 2 else 0.0
-    return slope < -3 * noise and -slope * len(y) > FALLING * unit
 
 
 def at_risk(seen: RunData) -> Outcome:
@@ -208,7 +190,7 @@ def at_risk(seen: RunData) -> Outcome:
     norm = seen.scalar("grad_norm", 0)
     if not seen.variant:
         reason = "observed on CIFAR networks under SGD only; `resdiag probe` measures the curvature"
-        yield AT_RISK.not_judged(reason)
+        yield AT_RISK.not_applicable(reason)
         return
     if math.isnan(norm):
         yield AT_RISK.not_judged("the gradient norm of step 0 was not recorded")
@@ -262,7 +244,6 @@ def overfit(seen: RunData) -> Outcome:
         yield OVERFIT.found(
             OVERFIT.evidence("test_loss", worst, limit, text, step=best),
             next=plots(seen, *OVERFIT.plots),
-            confidence=confidence(worst, limit / 1.2),
         )
 
 

@@ -1,13 +1,15 @@
 """Rules about the step: a learning rate that is too high or too low, too much weight decay."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from resdiag.diagnose.breakdown import find_breakdown
-from resdiag.diagnose.finding import DEFINITION, Evidence, Outcome, Rule, Threshold, confidence
+from resdiag.diagnose.finding import DEFINITION, Evidence, Finding, Outcome, Rule, Threshold
+from resdiag.diagnose.progress import FALLEN, find_doubts, has_fallen
 from resdiag.diagnose.rundata import RunData
 from resdiag.theory.prediction import CRITICAL
 
@@ -34,11 +36,10 @@ REPLACING_STEP = Threshold(
     1.0,
     "The same in any one step: it moves the weights by more than they are.",
 )
-LEAST_STEP = Threshold(3e-6, "Update over weights, the largest of all steps and blocks.")
-FALLEN = Threshold(
-    0.98,
-    "Loss at the end over the loss at the beginning: below it, something was learned.",
+USUAL_STEP = Threshold(
+    1e-3, "Update over weights of the first step at the learning rate that is proposed."
 )
+LEAST_STEP = Threshold(3e-6, "Update over weights, the largest of all steps and blocks.")
 STILL = (
     Threshold(0.9, "loss at the end over the beginning, below which something moves the weights"),
     Threshold(1.2, "the same, above which something moves the weights"),
@@ -68,7 +69,8 @@ def lr_too_high(seen: RunData) -> Outcome:
     out of nothing, and before it a step moved the median block by 10 % of its weights or, at
     step 0, lr x ||g_0|| >= 0.6; (4) a step replaces half of the median block's weights at most of
     the steps while nothing is learned; (5) one step moves the median block by more than its
-    weights. All need a step of 1e-3 at least, if steps are known.
+    weights. All need a step of 1e-3 at least, if steps are known. Not where the run shows in the
+    end that it learned. Its step is the first at which one of these thresholds was crossed.
     """
     losses = seen.series("loss")
     updates = _updates(seen)
@@ -77,40 +79,41 @@ def lr_too_high(seen: RunData) -> Outcome:
         return
     if len(updates) and not updates.max() > 1e-3:
         return  # whatever gets worse, it is not the steps
-    evidence = [e for e in (_worse(seen, losses), _peak(seen, losses)) if e is not None]
     broken = find_breakdown(seen)
+    if not broken and not find_doubts(seen):
+        return
+    evidence = [e for e in (_worse(seen, losses), _peak(seen, losses)) if e is not None]
     if broken and (large := _large_before(seen, updates, broken[0].step or 0)) is not None:
         evidence = [large, *evidence, *broken[:2]]
-    if not evidence and len(updates) >= 3:
-        replaced = (updates > WHOLE_STEP).mean() > 0.5
-        if replaced and len(losses) and not _learned(losses):
-            value = float(updates.median())
-            text = f"the median step moves the median block by {value:.2g} of its weights"
-            evidence = [_evidence("update_ratio", int(updates.index[0]), value, WHOLE_STEP, text)]
-    if not evidence and len(updates) and updates.max() >= REPLACING_STEP:
-        at, value = int(updates.index[int(updates.to_numpy().argmax())]), float(updates.max())
-        text = f"step {at} moves the median block by {value:.2g} of its weights"
-        evidence = [_evidence("update_ratio", at, value, REPLACING_STEP, text)]
+    evidence = evidence or _replaces(updates, losses)
     if evidence:
-        first = evidence[0]
-        lr = seen.scalar("lr", 0) if math.isfinite(seen.scalar("lr", 0)) else seen.lr
-        momentum = seen.series("momentum").max() if len(seen.series("momentum")) else math.nan
-        cause = ""
-        why = f"At learning rate {lr:.3g} a step overshoots what the gradient knows"
-        if momentum > 0.99:
-            cause = f"momentum {momentum:g} makes every step {1 / (1 - momentum):.0f} times as long"
-            why = cause[:1].upper() + cause[1:]
-        finding = LR_TOO_HIGH.found(
-            *evidence,
-            cause=cause,
-            why=why,
-            next=(f"{LR_TOO_HIGH.remedy}: {lr / 10:.2g}",),
-            confidence=confidence(first.value, first.threshold),
-        )
-        yield replace(finding, step=min(e.step for e in evidence if e.step is not None), block=None)
+        yield _explain_rate(seen, evidence, updates)
     elif len(losses) < SETTLED:
         reason = f"whether the loss gets worse: {len(losses)} steps, {SETTLED} needed"
         yield LR_TOO_HIGH.not_judged(reason, f"{SETTLED} steps")
+
+
+def _explain_rate(
+    seen: RunData, evidence: Sequence[Evidence], updates: "pd.Series[float]"
+) -> Finding:
+    since = min(e.step for e in evidence if e.step is not None)
+    rates = seen.series("lr").dropna()
+    before = rates[rates.index <= since]
+    lr = float(before.iloc[-1]) if len(before) else seen.lr
+    momentum = seen.series("momentum").max() if len(seen.series("momentum")) else math.nan
+    cause, why = "", f"At learning rate {lr:.3g} a step overshoots what the gradient knows"
+    if momentum > 0.99:
+        cause = f"momentum {momentum:g} makes every step {1 / (1 - momentum):.0f} times as long"
+        why = cause[:1].upper() + cause[1:]
+    remedy = LR_TOO_HIGH.remedy
+    moved = updates[(updates > 0) & np.isfinite(updates)]
+    if len(moved) and lr * USUAL_STEP / float(moved.iloc[0]) < lr / 10:
+        gentle = lr * USUAL_STEP / float(moved.iloc[0])  # an update is proportional to the rate
+        remedy = f"learning rate {gentle:.2g}: the first step then moves 0.1 % of the weights"
+    elif lr > 0:
+        remedy += f": {lr / 10:.2g}"
+    finding = LR_TOO_HIGH.found(*evidence, cause=cause, why=why, next=(f"{remedy} (not tried)",))
+    return replace(finding, step=since, block=None)
 
 
 def lr_too_low(seen: RunData) -> Outcome:
@@ -149,7 +152,6 @@ def lr_too_low(seen: RunData) -> Outcome:
         cause=cause,
         why=why,
         next=("about 1e-3 of the weights is usual: resdiag plot updates",),
-        confidence=confidence(largest, LEAST_STEP),
     )
 
 
@@ -166,14 +168,14 @@ def weight_decay_too_large(seen: RunData) -> Outcome:
     value = float(taken.median()) if len(taken) else math.nan
     updates = _updates(seen)
     if value >= LARGEST_DECAY:
-        since = int(taken.index[int((taken >= LARGEST_DECAY).to_numpy().argmax())])
+        since = _first(taken >= LARGEST_DECAY)
         # of more steps momentum would sum up the decay; a single one may have no gradient yet
         moved = updates[updates.index >= since].iloc[: int(FIRST_STEPS)]
         if len(moved) and taken[since] < DECAY_SHARE * moved.max():
             return  # such a learning rate moves the weights by far more than the decay does
         text = f"lr x weight decay = {value:.2g}: each step takes that share of the weights away"
         item = _evidence("weight_decay", since, value, LARGEST_DECAY, text)
-        yield WEIGHT_DECAY_TOO_LARGE.found(item, confidence=confidence(value, LARGEST_DECAY))
+        yield WEIGHT_DECAY_TOO_LARGE.found(item)
 
 
 def _worse(seen: RunData, losses: "pd.Series[float]") -> Evidence | None:
@@ -185,9 +187,12 @@ def _worse(seen: RunData, losses: "pd.Series[float]") -> Evidence | None:
     bar = WORSE * max(float(known.iloc[0]), guess)
     if not (bar > 0 and last.mean() > bar):
         return None
+    # from there on it is above the bar in the mean
+    onward = known.iloc[::-1].expanding().mean().iloc[::-1]
+    since = _first((known > bar) & (onward > bar))
     text = f"the mean loss of the last {len(last)} steps is {last.mean():.3g}, "
-    text += f"it began at {float(known.iloc[0]):.3g}"
-    return _evidence("loss", int(last.index[0]), float(last.mean()), bar, text)
+    text += f"it began at {float(known.iloc[0]):.3g}; above {bar:.3g} since step {since}"
+    return _evidence("loss", since, float(last.mean()), bar, text)
 
 
 def _peak(seen: RunData, losses: "pd.Series[float]") -> Evidence | None:
@@ -197,9 +202,28 @@ def _peak(seen: RunData, losses: "pd.Series[float]") -> Evidence | None:
     bar = PEAK * max(float(known.iloc[0]), math.log(seen.classes))
     if not known.max() > bar:
         return None
-    step = int(known.index[int(known.to_numpy().argmax())])
-    text = f"the loss peaks at {known.max():.3g} at step {step}, it began at {known.iloc[0]:.3g}"
-    return _evidence("loss", step, float(known.max()), bar, text)
+    top = int(known.index[int(known.to_numpy().argmax())])
+    text = f"the loss peaks at {known.max():.3g} at step {top}, it began at {known.iloc[0]:.3g}"
+    return _evidence("loss", _first(known > bar), float(known.max()), bar, text)
+
+
+def _replaces(updates: "pd.Series[float]", losses: "pd.Series[float]") -> list[Evidence]:
+    """Steps that replace the weights: most of them by half while nothing is learned, or one."""
+    whole = updates > WHOLE_STEP
+    if len(updates) >= 3 and whole.mean() > 0.5 and len(losses) and not has_fallen(losses):
+        value = float(updates.median())
+        text = f"the median step moves the median block by {value:.2g} of its weights"
+        return [_evidence("update_ratio", _first(whole), value, WHOLE_STEP, text)]
+    if len(updates) and updates.max() >= REPLACING_STEP:
+        at = _first(updates >= REPLACING_STEP)
+        text = f"step {at} moves the median block by {updates[at]:.2g} of its weights"
+        return [_evidence("update_ratio", at, float(updates[at]), REPLACING_STEP, text)]
+    return []
+
+
+def _first(crossed: "pd.Series[bool]") -> int:
+    """The first step at which it is so."""
+    return int(crossed.index[int(crossed.to_numpy().argmax())])
 
 
 def _large_before(seen: RunData, updates: "pd.Series[float]", step: int) -> Evidence | None:
@@ -208,9 +232,9 @@ def _large_before(seen: RunData, updates: "pd.Series[float]", step: int) -> Evid
         return None
     before = updates[updates.index < step]
     if len(before) and before.max() >= LARGE_STEP:
-        at = int(before.index[int(before.to_numpy().argmax())])
-        text = f"step {at} moved the median block by {before.max():.2g} of its weights"
-        return _evidence("update_ratio", at, float(before.max()), LARGE_STEP, text)
+        at = _first(before >= LARGE_STEP)
+        text = f"step {at} moved the median block by {before[at]:.2g} of its weights"
+        return _evidence("update_ratio", at, float(before[at]), LARGE_STEP, text)
     kick = seen.scalar("lr", 0) * seen.scalar("grad_norm", 0)
     if not len(before) and kick >= CRITICAL:
         text = f"lr x ||g_0|| = {kick:.3g} at step 0"
@@ -258,15 +282,6 @@ def _least_step(seen: RunData) -> float:
     return max(LEAST_STEP, 3 * alone) if alone < LARGEST_DECAY / 10 else LEAST_STEP
 
 
-def _learned(losses: "pd.Series[float]") -> bool:
-    """Whether the loss has fallen: the mean of the last fifth beside the beginning."""
-    known = losses[np.isfinite(losses)]
-    if len(known) < 2:
-        return False
-    first = known.iloc[: max(1, len(known) // 5)].mean()
-    return bool(known.iloc[-max(1, len(known) // 5) :].mean() < FALLEN * first)
-
-
 def _evidence(metric: str, step: int, value: float, threshold: float, text: str) -> Evidence:
     return Evidence(
         metric=metric, step=step, value=value, threshold=threshold, text=text, source=_SOURCE
@@ -281,7 +296,17 @@ LR_TOO_HIGH = Rule(
     why="A step overshoots what the gradient knows",
     remedy="the same at a tenth of the learning rate",
     plots=("curves", "updates"),
-    thresholds=(WORSE, SETTLED, PEAK, WHOLE_STEP, LARGE_STEP, SUDDEN, REPLACING_STEP, FALLEN),
+    thresholds=(
+        WORSE,
+        SETTLED,
+        PEAK,
+        WHOLE_STEP,
+        LARGE_STEP,
+        SUDDEN,
+        REPLACING_STEP,
+        USUAL_STEP,
+        FALLEN,
+    ),
     source=_SOURCE,
 )
 LR_TOO_LOW = Rule(

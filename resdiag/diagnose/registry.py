@@ -8,7 +8,7 @@ from resdiag.diagnose.dataset import DATA_FAULT, LOSS_FAULT
 from resdiag.diagnose.finding import Rule
 from resdiag.diagnose.learning import AT_RISK, OVERFIT, SKIP_COLLAPSED, STALLED
 from resdiag.diagnose.rates import LR_TOO_HIGH, LR_TOO_LOW, WEIGHT_DECAY_TOO_LARGE
-from resdiag.diagnose.signal import EXPLODED_AT_INIT, VANISHING
+from resdiag.diagnose.signal import GROWS_AT_INIT, VANISHING
 from resdiag.diagnose.structure import (
     BRANCH_TOO_LARGE,
     DETACHED_BRANCH,
@@ -21,7 +21,10 @@ from resdiag.diagnose.units import BIAS_SHIFT, DEAD_BLOCK, DRIFT, FP16_OVERFLOW,
 from resdiag.registry import Registry
 
 HEALTHY = "healthy"
-"""The verdict where no rule reports anything."""
+"""The verdict where no rule reports anything, and the run shows that it learns."""
+
+UNDETERMINED = "undetermined"
+"""The verdict where no rule reports anything, and too little is known to call the run healthy."""
 
 _ORDER = (
     DATA_FAULT,
@@ -33,7 +36,7 @@ _ORDER = (
     BRANCH_TOO_LARGE,
     MISSING_NORM,
     BIAS_SHIFT,
-    EXPLODED_AT_INIT,
+    GROWS_AT_INIT,
     VANISHING,
     FROZEN_BLOCK,
     DEAD_BLOCK,
@@ -80,7 +83,7 @@ def register_finding(row: Rule, *, before: str = "") -> Rule:
     """
     if not isinstance(row, Rule):
         raise TypeError(f"a finding is registered as a Rule, not {type(row).__name__}")
-    FINDINGS.add(row, before=before, taken=(HEALTHY,))
+    FINDINGS.add(row, before=before, taken=(HEALTHY, UNDETERMINED))
     return row
 
 

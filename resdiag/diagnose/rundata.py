@@ -37,7 +37,20 @@ class RunData:
         if "loss" not in self.curve:
             return False
         foreign = isinstance(self.run.config, WatchedConfig)
-        return not foreign or bool(self.curve["loss"].notna().any())
+        return not foreign or self._diverged or bool(self.curve["loss"].notna().any())
+
+    def has(self, need: str) -> bool:
+        """Whether the run has what a rule needs, see `Rule.needs`, in at least one step."""
+        if need in ("blocks", "unavailable"):
+            return need == "unavailable" or bool(self.run.blocks)
+        if need == "loss":
+            return not self.series("loss").empty
+        tables = (self.metrics, self.curve)
+        return any(need in table and bool(table[need].notna().any()) for table in tables)
+
+    @property
+    def _diverged(self) -> bool:
+        return self.run.status == "diverged"
 
     @cached_property
     def first_nonfinite(self) -> FirstNonfinite | None:
@@ -60,6 +73,8 @@ class RunData:
         """Why a run has no updates, and what a longer one would have to have; see `NotJudged`."""
         if getattr(self.run.config, "kind", "") == "probe":
             return "a probe makes no update", "updates"
+        if self.series("lr").notna().any():
+            return "no update is known: they were not among the metrics, or all weights were 0", ""
         return "updates were not recorded: attach(optimizer=...)", ""
 
     @cached_property
@@ -123,9 +138,12 @@ class RunData:
         )
         if metric != "loss" or not isinstance(self.run.config, WatchedConfig):
             return column
-        # a monitor does not see the loss: NaN means not reported, until the run diverged
-        lost = column[column.notna()].index.max() if self.run.status == "diverged" else math.inf
-        return column[column.notna() | (column.index > lost)]
+        # of a monitor's losses NaN means not reported, or that the loss was NaN
+        told = column.notna()
+        if self._diverged and (told.mean() > 0.5 or not told.any()):
+            return column
+        lost = column[told].index.max() if self._diverged else math.inf
+        return column[told | (column.index > lost)]
 
     def name(self, block: int | None) -> str:
         """Words for a block: its index and its name in the model."""

@@ -14,7 +14,6 @@ from resdiag.diagnose.finding import (
     Outcome,
     Rule,
     Threshold,
-    confidence,
 )
 from resdiag.diagnose.rundata import RunData
 from resdiag.diagnose.units import CONSTANT_OUTPUT
@@ -43,7 +42,7 @@ _LONG = 6
 _RATIOS = 2  # a single ratio cannot tell geometric from additive growth
 
 
-def exploded_at_init(seen: RunData) -> Outcome:
+def grows_at_init(seen: RunData) -> Outcome:
     """E[H^2] grows by 1.4 per block in two stages, or the loss is above 3 ln K, at step 0.
 
     With BatchNorm the second moment grows by a constant per block, which at the beginning of a
@@ -57,18 +56,18 @@ def exploded_at_init(seen: RunData) -> Outcome:
     if not seen.variant and 0 in seen.steps:
         steep = _steep_halves(seen)
         if not any(row[1] >= _LONG for row in seen.stage_growth(0).values()):
-            yield EXPLODED_AT_INIT.not_judged(
+            yield GROWS_AT_INIT.not_judged(
                 f"growth at initialisation: no stage of {_LONG + 1} blocks"
             )
         total = _total_growth(seen) if not steep else None
     elif 0 not in seen.steps:
-        yield EXPLODED_AT_INIT.not_judged("growth at initialisation: step 0 was not recorded")
+        yield GROWS_AT_INIT.not_judged("growth at initialisation: step 0 was not recorded")
     else:
         stages = seen.stage_growth(0)
         long = {stage: row for stage, row in stages.items() if row[1] >= _RATIOS}
         if len(long) < 2:
             reason = f"growth at initialisation: {len(long)} stages with 3 blocks or more, 2 needed"
-            yield EXPLODED_AT_INIT.not_judged(reason)
+            yield GROWS_AT_INIT.not_judged(reason)
         else:
             steep = [(stage, row) for stage, row in long.items() if row[0] >= INIT_GROWTH]
             short = sum(row[1] > _RATIOS for row in long.values()) < 2
@@ -78,11 +77,11 @@ def exploded_at_init(seen: RunData) -> Outcome:
     loss, classes = seen.scalar("loss", 0), seen.classes
     if classes is None or 0 not in seen.series("loss").index:
         missing = "the number of classes" if classes is None else "the loss"
-        yield EXPLODED_AT_INIT.not_judged(f"loss at step 0 against 3 ln K: {missing} is unknown")
+        yield GROWS_AT_INIT.not_judged(f"loss at step 0 against 3 ln K: {missing} is unknown")
     elif not loss <= INIT_LOSS * math.log(classes):  # NaN as well
         guess = math.log(classes)
         text = f"loss at step 0 is {loss:.3g}, guessing is ln {classes} = {guess:.2f}"
-        evidence.append(EXPLODED_AT_INIT.evidence("loss", loss, INIT_LOSS * guess, text, step=0))
+        evidence.append(GROWS_AT_INIT.evidence("loss", loss, INIT_LOSS * guess, text, step=0))
     if evidence:
         yield _explain_growth(seen, evidence, find_breakdown(seen))
 
@@ -90,7 +89,7 @@ def exploded_at_init(seen: RunData) -> Outcome:
 def _explain_growth(
     seen: RunData, signs: Sequence[Evidence], broken: Sequence[Evidence]
 ) -> Finding:
-    """Exploded at initialisation; `broken` is what followed, if anything did."""
+    """The finding; `broken` is what followed, if anything did."""
     growth, loss = seen.growth_per_block(0), seen.scalar("loss", 0)
     parts = []
     if math.isfinite(growth):
@@ -98,17 +97,17 @@ def _explain_growth(
     if not math.isnan(loss):
         parts.append(f"the loss at step 0 is {loss:.3g}")
     parts.append(describe_end(seen, broken))
-    return EXPLODED_AT_INIT.found(
+    return GROWS_AT_INIT.found(
         *(*signs, *_theory_of_growth(seen, growth), *broken),
         cause=_init_cause(seen, growth, grows=signs[0].block is not None),
         summary="; ".join(filter(None, parts)),
         why=_why_growth(seen, growth),
         next=(
-            *plots(seen, *EXPLODED_AT_INIT.plots, *["nonfinite"] * bool(broken)),
+            *plots(seen, *GROWS_AT_INIT.plots, *["nonfinite"] * bool(broken)),
             *run_variant(
                 seen, normalised_variant(seen), "normalised branch, nothing on the skip path"
             ),
-            *lower_lr(seen),
+            *(lower_lr(seen) if broken else ()),
         ),
     )
 
@@ -200,7 +199,7 @@ def _total_growth(seen: RunData) -> Evidence | None:
     if not (end >= LARGEST_SIGNAL and end >= LARGEST_SIGNAL * begin):
         return None
     text = f"the RMS grows from {begin:.3g} before the first block to {end:.3g} behind the last"
-    return EXPLODED_AT_INIT.evidence(
+    return GROWS_AT_INIT.evidence(
         "output_second_moment", end, LARGEST_SIGNAL, text, step=0, block=first
     )
 
@@ -208,7 +207,7 @@ def _total_growth(seen: RunData) -> Evidence | None:
 def _stage_evidence(seen: RunData, stage: int, growth: float, ratios: int, first: int) -> Evidence:
     text = f"E[H^2] x{growth:.2f} per block in stage {stage}, from {seen.name(first)}"
     text += f": geometric mean of {ratios} ratios"
-    return EXPLODED_AT_INIT.evidence(
+    return GROWS_AT_INIT.evidence(
         "output_second_moment", growth, INIT_GROWTH, text, step=0, block=first
     )
 
@@ -249,7 +248,6 @@ def vanishing(seen: RunData) -> Outcome:
             cause=cause + " at initialisation",
             summary="; ".join(item.text for item in evidence),
             next=plots(seen, *VANISHING.plots),
-            confidence=max(confidence(item.value, item.threshold) for item in evidence),
         )
         yield replace(finding, block=None)
 
@@ -265,11 +263,12 @@ def _is_cut(seen: RunData, step: int) -> bool:
     return bool(np.prod(before) >= LEAST_SIGNAL)
 
 
-EXPLODED_AT_INIT = Rule(
-    name="exploded_at_init",
-    judge=exploded_at_init,
+GROWS_AT_INIT = Rule(
+    name="grows_at_init",
+    judge=grows_at_init,
     needs=("output_channel_std", "loss"),
     applies="runs recorded at step 0",
+    is_condition=True,
     cause="the signal grows from block to block before any update",
     why="The signal is multiplied from block to block by the weights as initialised",
     remedy="normalise the branches, or begin them near zero (Fixup, SkipInit)",
@@ -282,6 +281,7 @@ VANISHING = Rule(
     judge=vanishing,
     needs=("input_channel_std", "output_channel_std", "grad_input", "grad_output"),
     applies="networks of 2 blocks or more",
+    is_condition=True,
     cause="signal or gradient shrinks at initialisation",
     why="The weights as initialised multiply by less than 1 in every block; "
     "He's variance, a normalisation or a shortcut keeps the scale",

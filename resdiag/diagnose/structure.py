@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from resdiag.diagnose.finding import DEFINITION, Outcome, Rule, Threshold, confidence
+from resdiag.diagnose.finding import DEFINITION, Outcome, Rule, Threshold
 from resdiag.diagnose.rundata import RunData
 from resdiag.watch.base.functions import NORMALISATIONS
 
@@ -74,7 +74,7 @@ def shortcut_scaled(seen: RunData) -> Outcome:
     item = SHORTCUT_SCALED.evidence(
         "shortcut_channel_std", factor, 1.0, text, step=step, block=block
     )
-    yield SHORTCUT_SCALED.found(item, confidence=0.95)
+    yield SHORTCUT_SCALED.found(item)
 
 
 def detached_shortcut(seen: RunData) -> Outcome:
@@ -92,7 +92,7 @@ def detached_shortcut(seen: RunData) -> Outcome:
         item = DETACHED_SHORTCUT.evidence(
             "shortcut_share", 0.0, math.nan, text, step=seen.steps[0], block=blocks[0]
         )
-        yield DETACHED_SHORTCUT.found(item, confidence=0.95)
+        yield DETACHED_SHORTCUT.found(item)
 
 
 def detached_branch(seen: RunData) -> Outcome:
@@ -113,7 +113,7 @@ def detached_branch(seen: RunData) -> Outcome:
             item = DETACHED_BRANCH.evidence(
                 "shortcut_share", 1.0, math.nan, text, step=step, block=block
             )
-            yield DETACHED_BRANCH.found(item, confidence=0.95)
+            yield DETACHED_BRANCH.found(item)
             return
 
 
@@ -140,16 +140,16 @@ def frozen_block(seen: RunData) -> Outcome:
     if not fault:
         return
     block = fault[0]
-    has = block in gradient and (gradient[block].dropna() > 0).any()
-    cause = (
-        "the parameters get gradients, but no optimizer updates them"
-        if has
-        else "requires_grad is False"
-    )
+    known = gradient[block].dropna() if block in gradient else pd.Series(dtype=float)
+    cause = "requires_grad is False"
+    if len(known):
+        cause = "their gradient is 0"
+    if (known > 0).any():
+        cause = "the parameters get gradients, but no optimizer updates them"
     text = f"the parameters of {seen.name(block)} do not move: {cause}"
     step = int(updates.index[0])
     item = FROZEN_BLOCK.evidence("update_ratio", 0.0, 0.0, text, step=step, block=block)
-    yield FROZEN_BLOCK.found(item, cause=cause, confidence=0.95)
+    yield FROZEN_BLOCK.found(item, cause=cause)
 
 
 def branch_too_large(seen: RunData) -> Outcome:
@@ -184,7 +184,7 @@ def branch_too_large(seen: RunData) -> Outcome:
             item = BRANCH_TOO_LARGE.evidence(
                 metric, value, limit, text, step=int(str(step)), block=block
             )
-            yield BRANCH_TOO_LARGE.found(item, confidence=confidence(value, limit))
+            yield BRANCH_TOO_LARGE.found(item)
             return
 
 
@@ -233,7 +233,6 @@ def _frozen_norm(seen: RunData, rows: Sequence[dict[str, object]]) -> Outcome:
             MISSING_NORM.evidence("forward_growth", growth, GROWTH_WITHOUT_NORM, text, step=0),
             cause="BatchNorm in evaluation mode",
             why="It does not normalise what it is given",
-            confidence=confidence(growth, GROWTH_WITHOUT_NORM),
         )
 
 

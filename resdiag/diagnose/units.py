@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from resdiag.catalog.table import SITES
-from resdiag.diagnose.finding import Finding, Outcome, Rule, Threshold, confidence
+from resdiag.diagnose.finding import Finding, Outcome, Rule, Threshold
 from resdiag.diagnose.rundata import RunData
 
 CONSTANT_BRANCH = Threshold(
@@ -81,11 +81,14 @@ def _dead(
     cause = ""
     if share > BESIDE_OTHERS and share > float(dead.drop(columns=block).iloc[-1].median()) + 0.2:
         cause = "its activations pass nothing"
-    text = f"the branch of {seen.name(block)} is constant since step {since}: spread {value:.2g}"
+    what = "is constant" if value <= bar else "passes nothing"
+    text = f"the branch of {seen.name(block)} {what} since step {since}: spread {value:.2g}"
     text += " of the shortcut's" + (f", {share:.0%} dead channels" if share == share else "")
-    metric = "branch_channel_std" if value <= bar else "dead_fraction"
-    item = DEAD_BLOCK.evidence(metric, value, bar, text, step=since, block=block)
-    return DEAD_BLOCK.found(item, cause=cause, confidence=0.95)
+    metric, shown, limit = "branch_channel_std", value, bar
+    if value > bar:
+        metric, shown, limit = "dead_fraction", share, DEAD
+    item = DEAD_BLOCK.evidence(metric, shown, limit, text, step=since, block=block)
+    return DEAD_BLOCK.found(item, cause=cause)
 
 
 def saturated_block(seen: RunData) -> Outcome:
@@ -153,7 +156,7 @@ def bias_shift(seen: RunData) -> Outcome:
         item = BIAS_SHIFT.evidence(
             "output_bias", value, LARGEST_SHIFT, text, step=step, block=block
         )
-        yield BIAS_SHIFT.found(item, confidence=confidence(value, LARGEST_SHIFT))
+        yield BIAS_SHIFT.found(item)
         return
 
 
@@ -187,7 +190,7 @@ def drift(seen: RunData) -> Outcome:
         text = f"the mean of the stream is {mean:.3g} behind {seen.name(last)} at step {end}: "
         text += f"B2 {now:.2g}, it began at {first:.2g}"
         item = DRIFT.evidence("output_bias", now, LARGEST_DRIFT, text, step=end, block=last)
-        yield DRIFT.found(item, confidence=confidence(now, LARGEST_DRIFT))
+        yield DRIFT.found(item)
 
 
 def fp16_overflow(seen: RunData) -> Outcome:

@@ -2,15 +2,26 @@
 
 import math
 import textwrap
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resdiag.diagnose.advice import plots
+from resdiag.diagnose.breakdown import find_breakdown
 from resdiag.diagnose.finding import Evidence, Finding, NotJudged, Rule, plain
-from resdiag.diagnose.registry import CAUSES_FROM_THE_START, FINDINGS, HEALTHY, is_built_in
+from resdiag.diagnose.progress import LEAST_CHECKS, LEAST_LOSSES, find_doubts
+from resdiag.diagnose.registry import (
+    CAUSES_FROM_THE_START,
+    FINDINGS,
+    HEALTHY,
+    UNDETERMINED,
+    is_built_in,
+)
 from resdiag.diagnose.rundata import RunData
 from resdiag.runs.folder import Run
 from resdiag.runs.watched import opened
+from resdiag.runs.watched_config import WatchedConfig
 
 if TYPE_CHECKING:
     from resdiag.watch.loop.monitor import Monitor
@@ -24,25 +35,27 @@ class Verdict:
     """The conclusion on one run.
 
     Attributes:
-        name: The most upstream rule that fired, a key of `resdiag.FINDINGS`, or "healthy".
-        cause: The cause in a few words; "" if nothing fired.
-        step: Step since when; None if it covers the run or nothing fired.
+        name: The most upstream rule that reported something, a key of `resdiag.FINDINGS`; "healthy"
+            where none did and the run shows that it learns; else "undetermined".
+        cause: The cause in a few words; "" if no rule names the verdict.
+        step: Step since when; None if it covers the run or no rule names the verdict.
         block: Index of the first block concerned; None if none can be named.
-        confidence: How far beyond its threshold the first finding lies, 0.5 to 1; no probability.
         summary: One sentence.
-        why: One or two sentences naming the mechanism, theory beside measurement.
-        evidence: The numbers of every rule that fired, the verdict's own first.
-        next: Commands to run next.
-        findings: Every rule that fired, in the order of `resdiag.FINDINGS`.
+        why: One or two sentences naming the mechanism, theory beside measurement; of an
+            undetermined run what is missing.
+        evidence: The numbers of every rule that reported something, the verdict's own first.
+        next: Commands to run, or what to change, next.
+        findings: What every rule reported, in the order of `resdiag.FINDINGS`; conditions that did
+            not keep the run from learning stand last.
         not_judged: Rules that could not be applied, each with its reason.
         waiting: Those of `not_judged` that a longer run would answer, with what they need.
+        checks: How many rules had all that they need, and how many apply to such a run.
     """
 
     name: str
     cause: str = ""
     step: int | None = None
     block: int | None = None
-    confidence: float = 0.9
     summary: str
     why: str
     evidence: tuple[Evidence, ...] = ()
@@ -50,6 +63,12 @@ class Verdict:
     findings: tuple[Finding, ...] = ()
     not_judged: tuple[str, ...] = ()
     waiting: tuple[NotJudged, ...] = ()
+    checks: tuple[int, int] = (0, 0)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether a rule names the verdict: it is neither healthy nor undetermined."""
+        return self.name not in (HEALTHY, UNDETERMINED)
 
     def to_dict(self) -> dict[str, object]:
         """The verdict for JSON: NaN becomes null, infinities "inf" and "-inf"."""
@@ -59,40 +78,41 @@ class Verdict:
 def judge(run: "Run | Monitor") -> Verdict:
     """Judge a run by every rule of `resdiag.FINDINGS`; the most upstream one names it.
 
-    A run that grew at initialisation and broke down later is `exploded_at_init`: that is the
-    cause; its summary says both. No rule raises on a missing or odd column: what cannot be judged
-    is listed in `not_judged`.
+    A run that grew at initialisation and broke down later is `grows_at_init`: that is the cause;
+    its summary says both. A condition, such as that growth, does not name the verdict on a run that
+    learned all the same. Where no rule reports anything, the run is healthy only if a third of
+    the rules had what they need, and if it shows that it learns: 20 losses or more, the last
+    below that of guessing, or falling where that is not known. Else it is undetermined. No rule
+    raises on a missing or odd column: what cannot be judged is listed in `not_judged`.
 
     Args:
         run: A run from a folder or from frames in memory, or a monitor; it may still be in
             progress.
     """
     seen = RunData(run := opened(run))
-    outcomes = [outcome for row in FINDINGS.values() for outcome in _apply(row, seen)]
-    findings = tuple(sorted((i for i in outcomes if isinstance(i, Finding)), key=_place))
-    unanswered = [i for i in outcomes if isinstance(i, NotJudged)]
-    waiting = tuple(i for i in unanswered if i.needs)
+    outcomes = {row.name: _apply(row, seen) for row in FINDINGS.values()}
+    every = [_of_run(outcome, run) for of_rule in outcomes.values() for outcome in of_rule]
+    unanswered = [i for i in every if isinstance(i, NotJudged)]
     open_questions = [str(i) for i in unanswered]
     if run.status != "diverged" and run.steps < run.config.steps:
         done = f"step {run.steps} of {run.config.steps}"
         open_questions.append(f"the rest of the run: it is at {done} ({run.status})")
-    if not findings:
-        return _healthy(seen, tuple(open_questions), waiting)
-    first = findings[0]
-    return Verdict(
-        name=first.name,
-        cause=first.cause,
-        confidence=first.confidence,
-        step=first.step,
-        block=first.block,
-        summary=first.summary,
-        why=first.why,
+    doubts, checks = find_doubts(seen), _count_checks(outcomes, seen)
+    if checks[0] < LEAST_CHECKS * checks[1]:
+        doubts.append(f"only {checks[0]} of {checks[1]} checks had the numbers that they need")
+    survived = not doubts and not find_breakdown(seen)
+    found = sorted((i for i in every if isinstance(i, Finding)), key=_place)
+    naming = [i for i in found if not (survived and FINDINGS[i.name].is_condition)]
+    findings = (*naming, *(i for i in found if i not in naming))
+    verdict = _named(naming[0]) if naming else _unnamed(seen, doubts, checks, findings)
+    return replace(
+        verdict,
         # a breakdown is evidence of two rules, and said once
         evidence=_once([item for finding in findings for item in finding.evidence]),
-        next=first.next,
         findings=findings,
         not_judged=tuple(open_questions),
-        waiting=waiting,
+        waiting=tuple(i for i in unanswered if i.needs),
+        checks=checks,
     )
 
 
@@ -101,9 +121,8 @@ def render(verdict: Verdict) -> str:
     where = [f"step {verdict.step}"] if verdict.step is not None else []
     where += [f"block {verdict.block}"] if verdict.block is not None else []
     title = verdict.name + (f" ({', '.join(where)})" if where else "")
-    others = [finding.name for finding in verdict.findings[1:]]
-    if verdict.cause:
-        title += f": {verdict.cause} (confidence {verdict.confidence:.2f})"
+    others = [finding.name for finding in verdict.findings[verdict.is_named :]]
+    title += f": {verdict.cause}" if verdict.cause else ""
     lines = [*_wrap("Verdict", title), *_wrap("", verdict.summary)]
     lines += _wrap("", f"also: {', '.join(others)}") if others else []
     lines += _wrap("Why", verdict.why)
@@ -133,27 +152,76 @@ def _apply(row: Rule, seen: RunData) -> list[Finding | NotJudged]:
         return [row.not_judged(f"{type(error).__name__}: {error}")]
 
 
+def _of_run(outcome: Finding | NotJudged, run: Run) -> Finding | NotJudged:
+    """With the run's folder behind the commands that draw it."""
+    if isinstance(outcome, NotJudged) or run.path == Path():
+        return outcome
+    bare = {f"resdiag plot {kind}" for kind in FINDINGS[outcome.name].plots}
+    commands = (f"{line} {run.path}" if line in bare else line for line in outcome.next)
+    return replace(outcome, next=tuple(commands))
+
+
 def _place(finding: Finding) -> int:
     """Where a finding stands among causes and consequences."""
     late = finding.name in CAUSES_FROM_THE_START and (finding.step or 0) > 0
     return list(FINDINGS).index("exploded" if late else finding.name)
 
 
-def _healthy(seen: RunData, not_judged: tuple[str, ...], waiting: tuple[NotJudged, ...]) -> Verdict:
-    """No rule fired; how far the run went is said, not what it may still do."""
+def _count_checks(
+    outcomes: Mapping[str, Sequence[Finding | NotJudged]], seen: RunData
+) -> tuple[int, int]:
+    """How many rules had all that they need, and how many apply."""
+    applied = whole = 0
+    for name, of_rule in outcomes.items():
+        missing = [outcome for outcome in of_rule if isinstance(outcome, NotJudged)]
+        if all(outcome.applies for outcome in missing):
+            applied += 1
+            whole += not missing and all(seen.has(need) for need in FINDINGS[name].needs)
+    return whole, applied
+
+
+def _named(first: Finding) -> Verdict:
+    return Verdict(
+        name=first.name, cause=first.cause, step=first.step, block=first.block,
+        summary=first.summary, why=first.why, next=first.next,
+    )  # fmt: skip
+
+
+def _unnamed(
+    seen: RunData, doubts: Sequence[str], checks: tuple[int, int], conditions: Sequence[Finding]
+) -> Verdict:
+    """No rule names the verdict; how far the run went is said, not what it may still do."""
     losses = seen.series("loss")
     span = f" in {len(losses)} steps, last loss {losses.iloc[-1]:.3g}" if len(losses) else ""
     if len(losses) and seen.classes:
         span += f" (guessing is {math.log(seen.classes):.3g})"
+    summary = f"No rule reports a fault{span}; {checks[0]} of {checks[1]} checks could run in full."
+    for condition in conditions:
+        summary += f" It learns although {condition.name} was found: {condition.summary}"
+    if not doubts:
+        why = "Growth, gradients, skip path and loss stayed within the thresholds of every rule"
+        why += f" that could be applied, and {_describe_learning(seen)}."
+        kinds = plots(seen, "signal", "gradnorms", "biasshift")
+        return Verdict(name=HEALTHY, summary=summary, why=why, next=kinds)
+    why = "That does not show that the training works: " + "; ".join(doubts) + "."
+    notes = [f"The recording says: {note}" for note in seen.run.notes[:2]]
     return Verdict(
-        name=HEALTHY,
-        summary=f"No rule fired{span}.",
-        why="Growth, gradients, skip path and loss stayed within the thresholds of "
-        "every rule" + ("; see what could not be judged." if not_judged else "."),
-        next=plots(seen, "signal", "gradnorms", "biasshift"),
-        not_judged=not_judged,
-        waiting=waiting,
+        name=UNDETERMINED, summary=summary, why=" ".join([why, *notes]), next=_missing(seen)
     )
+
+
+def _describe_learning(seen: RunData) -> str:
+    return "the loss is below that of guessing" if seen.classes else "the loss falls"
+
+
+def _missing(seen: RunData) -> tuple[str, ...]:
+    """How an undetermined run would become one that can be judged."""
+    foreign, found = isinstance(seen.run.config, WatchedConfig), []
+    if foreign and seen.series("loss").empty:
+        found.append("monitor.step(loss) tells the loss")
+    if foreign and not seen.has("update_ratio"):
+        found.append("attach(model, optimizer=optimizer) records the updates")
+    return (*found, f"train {LEAST_LOSSES:g} steps or more and judge again")
 
 
 def _once(items: list[Evidence]) -> tuple[Evidence, ...]:

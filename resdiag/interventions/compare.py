@@ -210,7 +210,7 @@ def prove(
 
     Args:
         run: Of one of the variants.
-        verdict: Its name: the claim, unless it is "healthy".
+        verdict: Its name: the claim, if a finding names it.
         names: Of `INTERVENTIONS`; none takes what the verdict proposes.
         data: The images of the run.
         seeds: How many.
@@ -230,7 +230,7 @@ def prove(
         config,
         data,
         list(names) or propose(verdict, config.variant),
-        claim="" if verdict == "healthy" else verdict,
+        claim=verdict if verdict in FINDINGS else "",
         seeds=seeds,
         steps=steps,
         checkpoint=last_checkpoint(run) if from_checkpoint else None,

@@ -166,7 +166,7 @@ _ROWS = (
         expects="each branch adds 1 to E[H^2]: it grows by an amount per block, not by a factor",
         source=_SHAH2016 + ", section 3.2.4",
         variant=VariantChange(row=_insert_norm),
-        remedy_for=("exploded_at_init", "exploded"),
+        remedy_for=("grows_at_init", "exploded"),
     ),
     Intervention(
         name="no_shortcut", words="deleting the skip",
@@ -199,7 +199,7 @@ _ROWS = (
         expects="every block is its shortcut at the first step",
         source="De and Smith 2020, arXiv:2002.10444",
         addition=AdditionChange(branch=lambda blocks: 0.0, learned=True),
-        remedy_for=("exploded_at_init", "stalled"),
+        remedy_for=("grows_at_init", "stalled"),
     ),
     Intervention(
         name="no_after_add", words="removing what follows the addition",
@@ -226,14 +226,14 @@ _ROWS = (
         name="swap_activation", words="swapping ELU and ReLU",
         expects="an explosion that remains is not caused by the activation",
         source=_SHAH2016 + ", section 3",
-        variant=VariantChange(row=_swap_activation), remedy_for=("exploded_at_init",),
+        variant=VariantChange(row=_swap_activation), remedy_for=("grows_at_init",),
     ),
     Intervention(
         name="lower_lr", words="a tenth of the learning rate",
         expects="an explosion of the updates is survived; one at initialisation remains",
         source="control: is it the step or the signal?",
         variant=VariantChange(recipe=lambda config: replace(config, lr=config.lr / 10)),
-        remedy_for=("exploded_at_init", "exploded", "at_risk", "skip_collapsed", "stalled"),
+        remedy_for=("grows_at_init", "exploded", "at_risk", "skip_collapsed", "stalled"),
     ),
     Intervention(
         name="warmup", words="warming up for 5 steps at a tenth of the learning rate",
@@ -331,7 +331,7 @@ def find_for_variant(name: str, variant: str) -> Intervention:
 def propose(verdict: str, variant: str) -> list[str]:
     """Names of the interventions that are a remedy for a verdict and that the variant allows.
 
-    >>> propose("exploded_at_init", "b")
+    >>> propose("grows_at_init", "b")
     ['bn_before_add', 'skipinit', 'swap_activation', 'lower_lr']
     """
     row = find_variant(variant)

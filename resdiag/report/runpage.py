@@ -136,12 +136,10 @@ def _ended(seen: _Seen) -> str:
 
 
 def _sure(seen: Sequence[_Seen]) -> list[str]:
-    """What one seed is worth, how far beyond the threshold, what was not judged, where it ran."""
+    """What one seed is worth, what could be judged and what not, where it ran."""
     lines = [_ONE_SEED]
-    fired = [f"{one.name} {one.verdict.confidence:.2f}" for one in seen if one.verdict.cause]
-    if fired:
-        scale = "0.5 at the threshold, towards 1 beyond it, not a probability"
-        lines.append(f"Confidence, {scale}: {listing(fired)}.")
+    checks = ["{}: {} of {}".format(one.name, *one.verdict.checks) for one in seen]
+    lines.append(f"Checks that had all the numbers that they need: {listing(checks)}.")
     for one in seen:
         which = "" if len(seen) == 1 else f" in {one.name}"
         lines += [f"Not judged{which}: {line}" for line in unjudged(one.verdict)]

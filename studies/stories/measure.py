@@ -124,10 +124,10 @@ def steps(data: ImageData) -> list[dict[str, Any]]:
 
 REMEDIES = ("bn_before_add", "skipinit", "swap_activation", "lower_lr")
 LESIONS = (
-    ("elu_nobn", 20, "exploded_at_init", REMEDIES, 3, 8),
-    ("elu_pre", 20, "exploded_at_init", REMEDIES, 3, 8),
-    ("elu_nobn", 56, "exploded_at_init", ("bn_before_add",), 2, 4),
-    ("elu_pre", 56, "exploded_at_init", ("bn_before_add",), 2, 4),
+    ("elu_nobn", 20, "grows_at_init", REMEDIES, 3, 8),
+    ("elu_pre", 20, "grows_at_init", REMEDIES, 3, 8),
+    ("elu_nobn", 56, "grows_at_init", ("bn_before_add",), 2, 4),
+    ("elu_pre", 56, "grows_at_init", ("bn_before_add",), 2, 4),
     ("elu_after", 20, "", ("no_after_add",), 3, 12),
     ("elu_after", 56, "", ("no_after_add",), 2, 12),
     ("original", 20, "", ("no_after_add",), 3, 12),

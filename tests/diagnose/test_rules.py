@@ -155,7 +155,7 @@ CASES = {
         lacking(["conv2d", "sigmoid", "conv2d"]),
     ),
     "bias_shift": lambda: (with_shift(5.1), with_shift(4.9)),
-    "exploded_at_init": lambda: tuple(
+    "grows_at_init": lambda: tuple(
         ours(loss=[factor * LN10, *[2.0] * 29]) for factor in (3.01, 2.99)
     ),
     "vanishing": lambda: (

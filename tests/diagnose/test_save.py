@@ -102,10 +102,30 @@ def test_a_folder_is_replaced_by_its_own_monitor_only(saved, tmp_path):
 def test_a_monitor_is_judged_and_drawn_without_a_folder(saved):
     monitor, _, folder = saved
     verdict = resdiag.judge(monitor)
-    assert verdict.name == "healthy"
-    assert resdiag.judge(resdiag.load_run(folder)).name == "healthy"
+    assert not verdict.findings
+    assert resdiag.judge(resdiag.load_run(folder)).name == verdict.name == "undetermined"
     figure = resdiag.draw("gradnorms", monitor)
     assert figure.get_label().endswith("Sequential")
+
+
+@pytest.mark.filterwarnings("ignore::resdiag.watch.base.safety.WatchWarning")
+def test_a_monitor_that_has_seen_nothing_is_undetermined():
+    net = make_net()
+    with resdiag.attach(net) as monitor:
+        verdict = resdiag.judge(monitor)
+        assert verdict.name == "undetermined"
+        assert "no steps were recorded" in verdict.why
+        assert "the loss is not known" in verdict.why
+        assert verdict.checks[0] == 0
+    net.eval()
+    with resdiag.attach(net) as monitor:
+        for _ in range(25):
+            loss = F.cross_entropy(net(torch.ones(4, 64)), torch.zeros(4, dtype=torch.long))
+            loss.backward()
+            monitor.step(loss)
+    verdict = resdiag.judge(monitor)
+    assert verdict.name == "undetermined"
+    assert "in eval mode" in verdict.why
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -119,7 +139,7 @@ def test_every_plot_draws_a_foreign_run_without_theory(saved, kind):
 def test_commands_read_the_folder(saved, capsys):
     _, _, folder = saved
     assert app.run(["explain", str(folder), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["verdict"]["name"] == "healthy"
+    assert json.loads(capsys.readouterr().out)["verdict"]["name"] == "undetermined"
     assert app.run(["plot", "signal", str(folder), "--format", "svg", "--json"]) == 0
     (file,) = json.loads(capsys.readouterr().out)["files"]
     assert "my net" in Path(file).read_text("utf-8")
@@ -129,7 +149,7 @@ def test_geometric_growth_is_found_in_any_model_and_additive_growth_is_not():
     # E[H^2] x2 per block with an orthogonal branch as large as its shortcut: E|x + Wx|^2 = 2 E|x|^2
     exploding, _ = train(make_net(gain=1.0), steps=1)
     verdict = resdiag.judge(exploding)
-    assert verdict.name == "exploded_at_init"
+    assert verdict.name == "grows_at_init"
     assert verdict.evidence[0].value == pytest.approx(2, rel=0.15)
     assert not any("resdiag run" in line for line in verdict.next)
 
@@ -139,14 +159,14 @@ def test_geometric_growth_is_found_in_any_model_and_additive_growth_is_not():
 
     torch.manual_seed(0)
     additive = nn.Sequential(*[Normed(64, 1.0) for _ in range(8)], nn.Linear(64, 5))
-    assert resdiag.judge(train(additive, steps=1)[0]).name == "healthy"
+    assert not resdiag.judge(train(additive, steps=1)[0]).findings
 
 
 def test_a_loss_that_nobody_told_is_no_explosion_and_a_lost_one_is():
     monitor, losses = train(make_net())
-    assert resdiag.judge(monitor).name == "healthy"
+    assert not resdiag.judge(monitor).findings
     partly = as_run(monitor, curve={"step": [0, 2], "loss": [losses[0], losses[2]]})
-    assert resdiag.judge(partly).name == "healthy"
+    assert not resdiag.judge(partly).findings
     lost = as_run(monitor, curve={"loss": [losses[0], losses[1], math.nan]})
     assert lost.status == "diverged"
     verdict = resdiag.judge(lost)

@@ -15,7 +15,7 @@ from judged_runs import blocks_of, plant
 from resdiag.catalog.table import RECORDED, RECORDED_PER_STEP
 from resdiag.diagnose.finding import plain
 from resdiag.diagnose.nonfinite import find_first_nonfinite
-from resdiag.diagnose.registry import FINDINGS, HEALTHY
+from resdiag.diagnose.registry import FINDINGS, HEALTHY, UNDETERMINED
 from resdiag.diagnose.verdict import judge, render
 from resdiag.models.variants import VARIANTS
 from resdiag.runs.folder import Run
@@ -29,7 +29,7 @@ def fake(metrics, curve, *, variant="elu", **fields):
     """A run whose tables are given as they are: `Run` refuses some of what is tried here."""
     config = SimpleNamespace(variant=variant, depth=20, lr=0.1, momentum=0.9, steps=30)
     plain = {"blocks": [], "data": {}, "status": "done", "steps": 30, "path": Path()}
-    fields = plain | {"unavailable": []} | fields
+    fields = plain | {"unavailable": [], "notes": ()} | fields
     return SimpleNamespace(config=config, metrics=lambda: metrics, curve=lambda: curve, **fields)
 
 
@@ -62,15 +62,19 @@ def test_a_plain_network_is_not_blamed_for_a_skip_path_it_does_not_have():
     assert "skip_collapsed: the network has no shortcuts" in verdict.not_judged
 
 
-# --- exploded at initialisation --------------------------------------------------------------
+# --- growth at initialisation ----------------------------------------------------------------
+
+
+def no_better_than_guessing(metrics, curve):
+    curve["loss"] = LN10
 
 
 @pytest.mark.parametrize("variant", ["elu_nobn", "elu_pre", "relu_nobn"])
 @pytest.mark.parametrize("depth", [20, 56, 110])
-def test_un_normalised_sums_have_exploded_at_init(variant, depth):
+def test_un_normalised_sums_have_grows_at_init(variant, depth):
     theory = predict(variant, depth)
-    verdict = judge(plant(variant, depth))
-    assert (verdict.name, verdict.step, verdict.block) == ("exploded_at_init", 0, 0)
+    verdict = judge(plant(variant, depth, change=no_better_than_guessing))
+    assert (verdict.name, verdict.step, verdict.block) == ("grows_at_init", 0, 0)
     growth = [item for item in verdict.evidence if item.metric == "output_second_moment"]
     assert len(growth) == 3
     assert all(item.value >= item.threshold == 1.4 for item in growth)
@@ -81,6 +85,14 @@ def test_un_normalised_sums_have_exploded_at_init(variant, depth):
     )
 
 
+def test_growth_at_init_that_did_not_keep_the_run_from_learning_is_only_a_condition():
+    verdict = judge(plant("elu_pre", 20))
+    assert verdict.name == "healthy"
+    assert [finding.name for finding in verdict.findings] == ["grows_at_init"]
+    assert "learns although grows_at_init" in verdict.summary
+    assert not [line for line in verdict.next if "--lr" in line]
+
+
 def test_growth_at_init_is_the_cause_of_the_explosion_that_follows():
     def explode(metrics, curve):
         curve.loc[3:, ["loss", "grad_norm"]] = math.nan
@@ -88,8 +100,8 @@ def test_growth_at_init_is_the_cause_of_the_explosion_that_follows():
         metrics.loc[rows, ["branch_nonfinite", "output_nonfinite"]] = 0.5
 
     verdict = judge(plant("elu_pre", 56, steps=6, change=explode))
-    assert (verdict.name, verdict.step) == ("exploded_at_init", 0)
-    assert [finding.name for finding in verdict.findings] == ["exploded_at_init", "exploded"]
+    assert (verdict.name, verdict.step) == ("grows_at_init", 0)
+    assert [finding.name for finding in verdict.findings] == ["grows_at_init", "exploded"]
     assert "x1.83 per block" in verdict.why
     assert "multiplied by 1.83 per block at step 0" in verdict.summary
     assert "non-finite at step 3, forward in block 5 (stages.0.5)" in verdict.summary
@@ -99,10 +111,11 @@ def test_growth_at_init_is_the_cause_of_the_explosion_that_follows():
 @pytest.mark.parametrize("loss", [3.01 * LN10, math.inf, math.nan])
 def test_a_large_loss_at_step_0_is_enough(loss):
     def lift(metrics, curve):
+        curve["loss"] = LN10
         curve.loc[0, "loss"] = loss
 
     verdict = judge(plant(change=lift))
-    assert (verdict.name, verdict.block) == ("exploded_at_init", None)
+    assert (verdict.name, verdict.block) == ("grows_at_init", None)
 
 
 def test_growth_in_one_stage_only_is_healthy():
@@ -212,7 +225,7 @@ def test_a_collapse_that_was_over_at_the_end_is_none():
         (1.019, "stalled"),
         (0.981, "stalled"),
         (0.97, "healthy"),
-        (1.3, "healthy"),
+        (1.3, "undetermined"),
     ],
 )
 def test_a_loss_at_ln_k_for_an_epoch_is_a_stall(factor, name):
@@ -228,7 +241,7 @@ def test_a_run_of_few_steps_is_not_judged_for_a_stall():
         curve["loss"] = LN10
 
     verdict = judge(plant(steps=49, change=stall))
-    assert verdict.name == "healthy"
+    assert verdict.name == "undetermined"
     assert any(reason.startswith("stalled: 49 steps") for reason in verdict.not_judged)
     assert judge(plant(steps=50, change=stall)).name == "stalled"
 
@@ -237,7 +250,7 @@ def test_a_loss_near_ln_k_that_falls_is_no_stall():
     def fall(metrics, curve):
         curve["loss"] = LN10 * (1.01 - 0.0006 * curve["step"])
 
-    assert judge(plant(steps=50, change=fall)).name == "healthy"
+    assert judge(plant(steps=50, change=fall)).name == "undetermined"
 
 
 def test_a_large_first_step_is_a_risk_and_the_suggested_lr_is_below_critical():
@@ -297,16 +310,19 @@ def test_a_missing_column_is_said_and_never_raises(column, words):
 def test_an_empty_run_is_judged_to_be_unjudged():
     empty = fake(pd.DataFrame(), pd.DataFrame())
     verdict = judge(empty)
-    assert verdict.name == "healthy"
+    assert verdict.name == "undetermined"
+    assert verdict.checks == (0, len(FINDINGS))
+    assert "no steps were recorded" in verdict.why
+    assert "the loss is not known" in verdict.why
     assert {reason.split(":")[0] for reason in verdict.not_judged} >= set(FINDINGS)
 
 
 def test_an_unknown_network_is_judged_without_theory():
-    run = plant("elu_pre", 56)
+    run = plant("elu_pre", 56, change=no_better_than_guessing)
     config = plant().config
     object.__setattr__(config, "variant", "torchvision:resnet50")
     verdict = judge(Run(**{**vars(run), "config": config}))
-    assert verdict.name == "exploded_at_init"
+    assert verdict.name == "grows_at_init"
     assert "by theory" not in verdict.why
     assert not [line for line in verdict.next if line.startswith("resdiag run")]
 
@@ -386,8 +402,8 @@ def test_json_has_no_nan_and_no_infinity():
     assert again == fields
     assert again["evidence"][0]["value"] == "inf"
     assert set(again) == {
-        "name", "cause", "step", "block", "confidence", "summary", "why", "evidence", "next",
-        "findings", "not_judged", "waiting",
+        "name", "cause", "step", "block", "summary", "why", "evidence", "next",
+        "findings", "not_judged", "waiting", "checks",
     }  # fmt: skip
 
 
@@ -451,10 +467,16 @@ def frames(draw, columns):
 def test_no_frame_makes_a_verdict_raise(metrics, curve, variant, blocks, classes):
     run = fake(metrics, curve, variant=variant, blocks=blocks, data={"classes": classes})
     verdict = judge(run)
-    assert verdict.name in (*FINDINGS, HEALTHY)
+    assert verdict.name in (*FINDINGS, HEALTHY, UNDETERMINED)
     json.dumps(verdict.to_dict(), allow_nan=False)
     assert all(len(line) <= 100 for line in render(verdict).splitlines())
-    assert (verdict.name == "healthy") == (not verdict.findings)
+    conditions = {name for name, row in FINDINGS.items() if row.is_condition}
+    if verdict.is_named:
+        assert verdict.name == verdict.findings[0].name
+    else:
+        assert {finding.name for finding in verdict.findings} <= conditions
+    ran, applied = verdict.checks
+    assert 0 <= ran <= applied <= len(FINDINGS)
 
 
 def test_what_waits_for_more_steps_is_one_line_and_stays_in_the_document():

@@ -58,7 +58,6 @@ class FindingConformance:
             assert outcome.cause
             assert outcome.why
             assert outcome.evidence
-            assert 0.5 <= outcome.confidence <= 1
         return found
 
     def findings(self, outcomes: list[Finding | NotJudged]) -> list[Finding]:

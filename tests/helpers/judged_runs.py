@@ -51,11 +51,10 @@ def run_of(change=None, *, steps=STEPS, blocks=None, **fields):
     return Run(
         config=WatchedConfig(model="net", optimizer="SGD", lr=0.1),
         blocks=rows,
-        data={"classes": 10},
         steps=steps,
         metrics_frame=metrics.reset_index(),
         curve_frame=curve,
-        **fields,
+        **{"data": {"classes": 10}, **fields},
     )
 
 
@@ -88,6 +87,9 @@ def plant(variant="elu", depth=20, *, steps=30, lr=0.01, change=None, **options)
         "grad_output": np.append(back[1:], 1.0),
         "grad_nonfinite": np.zeros(count),
         **{f"{site}_nonfinite": np.zeros(count) for site in SITES},
+        "branch_ratio": np.full(count, 0.5),
+        "shortcut_share": np.full(count, 0.8),
+        "update_ratio": np.full(count, 1e-3),
     }
     metrics = pd.concat([pd.DataFrame({"step": s, **one_step}) for s in range(steps)])
     metrics = metrics.reset_index(drop=True).astype(dict.fromkeys(one_step, float))

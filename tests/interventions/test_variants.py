@@ -47,13 +47,13 @@ def test_the_control_arm_is_the_plain_run_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("variant", ["elu_nobn", "elu_pre"])
 def test_normalisation_before_the_addition_removes_the_explosion(variant):
     (effect,) = run_lesions(
-        config(variant), tiny_data(), ["bn_before_add"], claim="exploded_at_init", seeds=2, steps=6
+        config(variant), tiny_data(), ["bn_before_add"], claim="grows_at_init", seeds=2, steps=6
     )
     for old, new in zip(effect.control, effect.changed, strict=True):
         assert not old.survived
         assert new.survived
-        assert "exploded_at_init" in old.findings
-        assert "exploded_at_init" not in new.findings
+        assert "grows_at_init" in old.findings
+        assert "grows_at_init" not in new.findings
         # BatchNorm's branch adds 1 to E[H^2]: the theory of d, whatever the branch was
         assert new.growth < old.growth
         assert new.batches[: len(old.batches)] == old.batches
@@ -65,15 +65,15 @@ def test_what_is_survived_is_not_thereby_cured():
     # a tenth of a tenth: b lives, and its signal grows as before
     gentle = config("elu_pre", lr=0.01)
     (effect,) = run_lesions(
-        gentle, tiny_data(), ["lower_lr"], claim="exploded_at_init", seeds=1, steps=3
+        gentle, tiny_data(), ["lower_lr"], claim="grows_at_init", seeds=1, steps=3
     )
     assert all(arm.survived for arm in effect.changed)
     assert effect.changed[0].growth == effect.control[0].growth
     assert not effect.confirmed
-    assert "still 'exploded_at_init'" in effect.reason
+    assert "still 'grows_at_init'" in effect.reason
 
 
-@pytest.mark.parametrize("claim", ["", "exploded_at_init", "exploded"])
+@pytest.mark.parametrize("claim", ["", "grows_at_init", "exploded"])
 def test_a_useless_remedy_is_not_confirmed(claim):
     useless = Intervention(
         name="nothing", words="doing nothing", expects="nothing", source="", variant=VariantChange()
@@ -182,7 +182,7 @@ def test_explain_proves_what_its_verdict_proposes(tmp_path, capsys):
     assert app.run([*words, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     effects = {effect["name"]: effect for effect in document["lesions"]}
-    assert document["verdict"]["name"] == "exploded_at_init"
+    assert document["verdict"]["name"] == "grows_at_init"
     assert effects["bn_before_add"]["confirmed"] is True
     assert list(effects) == ["bn_before_add", "skipinit", "swap_activation", "lower_lr"]
     assert app.run([*words, "bn_before_add"]) == 0

@@ -343,7 +343,7 @@ def test_steps_that_skip_or_repeat_a_unit_say_so():
 def test_the_verdict_names_a_plain_network_that_explodes():
     torch.manual_seed(0)
     exploding = watch(mlp(20, 64, 4.0), torch.randn(16, 64))
-    assert resdiag.judge(exploding).name == "exploded_at_init"
+    assert resdiag.judge(exploding).name == "grows_at_init"
     kept = watch(mlp(20, 64, 2.0), torch.randn(16, 64))
     assert resdiag.judge(kept).name == "healthy"
 
