@@ -143,6 +143,12 @@ def _named_block(name: str, block: int | None) -> str:
 
 
 _SUITE = """\
+**What these figures are worth.** The rules were tuned to faults of this suite. In an independent
+trial with 82 faults and 49 healthy trainings on 20 architectures that the rules had not been tuned
+to (one seed, 60 to 120 steps, November 2026), 43 faults were named, 6 were reported as a symptom
+only, 13 got a wrong cause and 20 none; 7 healthy trainings had a finding. Expect that of your own
+training, and not the figures below.
+
 `benchmarks/planted_faults.py` puts known faults into small trainings and counts how often resdiag
 gives the verdict that names the fault. Precision is the share of trainings with a given verdict
 that had the corresponding fault. Recall is the share of trainings with a fault that got the
