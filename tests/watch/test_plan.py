@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -237,6 +237,15 @@ def test_a_pass_that_differs_is_missed_where_it_does_and_the_next_one_is_traced(
     ),
     st.booleans(),
     st.sampled_from(["core", "full"]),
+)
+@example(  # what follows a block's sum became an after-add
+    [
+        (("plain",) * 3, [0, 1, 2], 0),
+        (("plain", "plain", "more"), [2, 0, 1], 1),
+        (("plain", "plain", "steep"), [2, 0, 1], 1),
+    ],
+    False,
+    "core",
 )
 def test_whatever_passes_do_a_number_is_right_or_missing(script, frozen, metrics):
     torch.manual_seed(2)

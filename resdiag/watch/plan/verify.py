@@ -185,10 +185,21 @@ class Pattern:
                 parts = (*parts, graph.tokens(row, ("input", "shortcut"), path=True))
             self.blocks.append(parts)
             graph.end(row)
-        # those of the classifier and of the outputs
+        # those of the classifier and of the outputs, the way to the last block at the end
         ends = [("features", "logits"), *(("logits", f"output {k}") for k in range(outputs))]
         self.ends = [graph.tokens(_ENDS, sites) for sites in ends]
         self.ends.append(graph.behind(_ENDS, "features"))
+
+    def followed(self, known: "Pattern") -> set[str]:
+        """Sums and outputs, as in `PassGraph.end`, that other operations take than when planned.
+
+        One of them may be an after-add, which the block itself does not show.
+        """
+        ways = [(now[1], then[1]) for now, then in zip(self.blocks, known.blocks, strict=True)]
+        pairs = [
+            (_takers(now), _takers(then)) for now, then in (*ways, (self.ends[-1], known.ends[-1]))
+        ]
+        return {end for now, then in pairs for end in now | then if now.get(end) != then.get(end)}
 
     def unseen(self, plan: Plan) -> frozenset[int]:
         """Rows of a traced pass whose sums no gradient shows: frozen, or run without gradients."""
@@ -199,3 +210,14 @@ class Pattern:
             if block.unit is None and (hidden or (path and path[0] is None)):
                 unseen.add(row)
         return frozenset(unseen)
+
+
+def _takers(tokens: Tokens | None) -> dict[str, list[object]]:
+    """What takes each sum or output that a way ends in: kinds of nodes, None for nothing."""
+    kind, found = None, dict[str, list[object]]()
+    for token in tokens or ():
+        if isinstance(token, type):
+            kind = token
+        elif isinstance(token, str) and " " in token:
+            found.setdefault(token, []).append(kind)
+    return found

@@ -267,6 +267,7 @@ class TappedPass:
         has_changed = any(frame.has_changed for frame in frames.values())
         changed = self._expected.unseen if has_changed else frozenset()
         order = [row for row in self._expected.reads.order if row in self._order]
+        elsewhere = pattern.followed(known)
         wrong = [
             block.key
             for row, (block, seen, now, then) in enumerate(pairs)
@@ -274,6 +275,7 @@ class TappedPass:
             if self._order != order
             or row in changed
             or now != then
+            or elsewhere & {f"sum {row}", f"output {row}"}
             or (block.unit is None and seen.told != _WHOLE)
         ]
         if wrong:
