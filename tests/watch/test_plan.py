@@ -247,6 +247,9 @@ def test_a_pass_that_differs_is_missed_where_it_does_and_the_next_one_is_traced(
     False,
     "core",
 )
+@example(  # no gradient leads to the tensor that the branch is given
+    [(("plain", "other input", "plain"), [0, 1, 2], 3)], True, "full"
+)
 def test_whatever_passes_do_a_number_is_right_or_missing(script, frozen, metrics):
     torch.manual_seed(2)
     model = Net(frozen=frozen)

@@ -11,6 +11,7 @@ fit too.
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import TypeAlias
 
 import torch
@@ -27,6 +28,7 @@ Edge: TypeAlias = tuple[Node, int]
 Tokens: TypeAlias = list[object]
 
 AWAY = "away"  # stands for a tensor that does not lie on the way
+BARE = "bare"  # stands for the block's input, where no gradient leads to it
 _LIMIT = 20_000  # nodes of one block; a longer way is not written down
 _NUMBERS = frozenset(f"_saved_{name}" for name in (
     "alpha", "beta", "scale", "input_scale", "value", "negative_slope", "min", "max", "min_val",
@@ -59,10 +61,15 @@ class PassGraph:
         self._kept = kept
         self._edges: dict[tuple[int, str], Edge | None] = {}
         self._ends: dict[Edge, str] = {}
+        # where tensors lie in memory to which no gradient leads
+        self._bare: dict[tuple[int, str], int] = {}
 
     def see(self, row: int, site: str, x: Tensor | None) -> None:
         """A tensor of a block was seen."""
-        self.see_edge(row, site, edge_of(x))
+        self.see_edge(row, site, edge := edge_of(x))
+        if x is not None and edge is None and row != _ENDS:
+            with suppress(RuntimeError):  # a subclass of tensors may lie nowhere
+                self._bare[row, site] = x.data_ptr()
 
     def see_edge(self, row: int, site: str, edge: Edge | None) -> None:
         """The same for a tensor that may have been overwritten since."""
@@ -91,10 +98,13 @@ class PassGraph:
         stops = dict(self._ends)
         if target is not None:
             stops.setdefault(target, "start")
-        found, at = _walk(start, stops, self._kept, path=path)
-        for edge in edges[:-1]:
-            if edge is None or edge in stops:
-                found.append(edge and stops[edge])
+        bare = self._bare.get((row, "input")) if "branch" in sites else None
+        found, at = _walk(start, stops, self._kept, path=path, bare=bare)
+        for site, edge in zip(sites[:-1], edges[:-1], strict=True):
+            if edge is None:
+                found.append(BARE if bare and self._bare.get((row, site)) == bare else None)
+            elif edge in stops:
+                found.append(stops[edge])
             else:
                 found.append((at[edge[0]], edge[1]) if edge[0] in at else AWAY)
         return found
@@ -112,9 +122,18 @@ class PassGraph:
 
 
 def _walk(
-    start: Edge, stops: Mapping[Edge, str], stay: frozenset[int], *, path: bool
+    start: Edge,
+    stops: Mapping[Edge, str],
+    stay: frozenset[int],
+    *,
+    path: bool,
+    bare: int | None = None,
 ) -> tuple[Tokens, dict[Node, int]]:
-    """Tokens of the nodes behind an edge, breadth first, and the places of the nodes."""
+    """Tokens of the nodes behind an edge, breadth first, and the places of the nodes.
+
+    No edge leads to an input without a gradient: nodes at whose end one is missing say whether they
+    keep what lies at `bare`.
+    """
     if start in stops:
         return [stops[start]], {}
     nodes, at = [start[0]], {start[0]: 0}
@@ -123,7 +142,7 @@ def _walk(
         tokens += (type(node), *_numbers(node, type(node), path=path))
         for ahead, place in node.next_functions:
             if ahead is None:
-                tokens.append(None)
+                tokens.append(None if bare is None else _keeps(node, bare))
             elif (stop := stops.get((ahead, place))) is not None:
                 tokens.append(stop)
             elif type(ahead) is _ACCUMULATES:
@@ -137,6 +156,15 @@ def _walk(
         if len(nodes) > _LIMIT:
             break
     return tokens, at
+
+
+def _keeps(node: Node, place: int) -> bool:
+    """Whether a node keeps a tensor that lies at a place in memory."""
+    for name in _tensors_of(type(node)):
+        with suppress(Gone, RuntimeError):
+            if kept(node, name).data_ptr() == place:
+                return True
+    return False
 
 
 def _numbers(node: Node, kind: type, *, path: bool) -> Iterator[object]:
@@ -206,7 +234,7 @@ class Pattern:
         unseen = set[int]()
         for row, block in enumerate(plan.blocks):
             whole, _, *path = self.blocks[row]
-            hidden = whole is None or any(place in (None, AWAY) for place in whole[-4:])
+            hidden = whole is None or any(place in (None, AWAY, BARE) for place in whole[-4:])
             if block.unit is None and (hidden or (path and path[0] is None)):
                 unseen.add(row)
         return frozenset(unseen)
