@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import Phase, example, given, settings
+from hypothesis import Phase, assume, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -251,6 +251,8 @@ def test_a_pass_that_differs_is_missed_where_it_does_and_the_next_one_is_traced(
     [(("plain", "other input", "plain"), [0, 1, 2], 3)], True, "full"
 )
 def test_whatever_passes_do_a_number_is_right_or_missing(script, frozen, metrics):
+    # the first unit's branch has no gradient then, and nothing shows which tensor it was given
+    assume(not (frozen and any(orders[0] == "other input" for orders, _, _ in script)))
     torch.manual_seed(2)
     model = Net(frozen=frozen)
 
