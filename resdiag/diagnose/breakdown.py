@@ -39,7 +39,10 @@ def _explain(seen: RunData, broken: Sequence[Evidence]) -> Finding:
     elif row and not row.norm:
         why = "Nothing normalises the branches, so weights that grow multiply E[H^2] in every block"
     if seen.first_nonfinite and seen.first_nonfinite.direction == "backward":
-        why += "; all activations were finite, the backward pass broke first"
+        outputs = seen.profile("output_nonfinite", seen.first_nonfinite.step)
+        whole = outputs.notna().all() and len(outputs) == len(seen.indices)
+        why += "; all activations were finite" if whole else "; of the activations that are known"
+        why += ", the backward pass broke first" if whole else " at that step none was non-finite"
     finding = EXPLODED.found(
         *broken,
         cause=_breakdown_cause(seen, broken),

@@ -78,6 +78,8 @@ def grows_at_init(seen: RunData) -> Outcome:
     if classes is None or 0 not in seen.series("loss").index:
         missing = "the number of classes" if classes is None else "the loss"
         yield GROWS_AT_INIT.not_judged(f"loss at step 0 against 3 ln K: {missing} is unknown")
+    elif seen.first_nonfinite and seen.first_nonfinite.step == 0:
+        pass  # a block is broken: its numbers did not grow
     elif not loss <= INIT_LOSS * math.log(classes):  # NaN as well
         guess = math.log(classes)
         text = f"loss at step 0 is {loss:.3g}, guessing is ln {classes} = {guess:.2f}"

@@ -118,6 +118,16 @@ def test_a_large_loss_at_step_0_is_enough(loss):
     assert (verdict.name, verdict.block) == ("grows_at_init", None)
 
 
+def test_a_block_that_is_broken_at_step_0_has_exploded_and_not_grown():
+    def break_down(metrics, curve):
+        metrics.loc[metrics["block"] >= 4, ["branch_nonfinite", "output_nonfinite"]] = 1.0
+        curve[["loss", "grad_norm"]] = math.nan
+
+    verdict = judge(plant(change=break_down))
+    assert (verdict.name, verdict.step, verdict.block) == ("exploded", 0, 4)
+    assert "grows_at_init" not in {finding.name for finding in verdict.findings}
+
+
 def test_growth_in_one_stage_only_is_healthy():
     def grow(metrics, curve):
         factor = 2.0 ** (metrics["block"].clip(upper=5) / 2)
@@ -178,6 +188,14 @@ def test_gradients_break_in_backward_order_if_the_forward_pass_is_finite():
     assert (verdict.name, verdict.step, verdict.block) == ("exploded", 9, 3)
     assert "backward" in verdict.summary
     assert find_first_nonfinite(run.metrics()).direction == "backward"
+    assert "all activations were finite" in verdict.why
+
+    def explode_unseen(metrics, curve):
+        explode(metrics, curve)
+        metrics.loc[at(metrics, 9) & (metrics["block"] == 5), "output_nonfinite"] = math.nan
+
+    why = judge(plant(change=explode_unseen)).why
+    assert "of the activations that are known at that step none was non-finite" in why
 
 
 def test_a_jump_of_the_gradient_is_an_explosion_after_five_norms():

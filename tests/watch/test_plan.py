@@ -247,6 +247,15 @@ def test_a_pass_that_differs_is_missed_where_it_does_and_the_next_one_is_traced(
     False,
     "core",
 )
+@example(  # in another order, a block that was missed lies before one that was not
+    [
+        (("plain", "branch scaled", "more"), [2, 1, 0], 3),
+        (("plain", "branch scaled", "more"), [2, 1, 0], 3),
+        (("plain", "swapped", "plain"), [2, 1, 0], 3),
+    ],
+    False,
+    "full",
+)
 @example(  # no gradient leads to the tensor that the branch is given
     [(("plain", "other input", "plain"), [0, 1, 2], 3)], True, "full"
 )

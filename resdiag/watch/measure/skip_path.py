@@ -5,7 +5,7 @@ position), and one number per unit costs as much as a batch of activations.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,11 +168,11 @@ class SkipPath:
         """Pass a block that has had no after-add so far: of the core set nothing is to be kept."""
         self._passages[row] = _Passage(row)
 
-    def reject(self, stages: Mapping[int, int]) -> None:
-        """Nothing that was seen of some blocks, of these stages, holds."""
+    def reject(self, stages: Mapping[int, int], order: Sequence[int]) -> None:
+        """Nothing that was seen of some blocks, of these stages, holds; `order` is the pass's."""
         for row, stage in stages.items():
             self._passages[row] = _Passage(row, stage=stage, rejected=True)
-        self._passages = {row: self._passages[row] for row in sorted(self._passages)}
+        self._passages = {row: self._passages[row] for row in order if row in self._passages}
 
     def close(self, row: int, output: Tensor, after: tuple[Call, ...]) -> None:
         """Pass a block's end, after the after-add's calls, () for none."""

@@ -234,8 +234,11 @@ class Recorder(Observer):
         self._units.settle(row, "output", unit.output)
 
     @guarded
-    def reject(self, keys: Iterable[tuple[str, int]]) -> None:
-        """Blocks of this pass are not those that were traced: what was seen of them is nothing."""
+    def reject(self, keys: Iterable[tuple[str, int]], order: Iterable[tuple[str, int]]) -> None:
+        """Blocks of this pass are not those that were traced: what was seen of them is nothing.
+
+        `order` has all blocks of the traced pass.
+        """
         rows = {self.anatomy.rows[key] for key in keys if key in self.anatomy.rows}
         self.backward.rejected |= rows
         columns = (*RECORDED, *self.custom.ids)
@@ -249,7 +252,8 @@ class Recorder(Observer):
         for row in rows:
             self.sites.forget(row, SITE_COLUMNS)
         if rows:
-            self.skip.reject({row: self.anatomy.blocks[row].stage for row in rows})
+            stages = {row: self.anatomy.blocks[row].stage for row in rows}
+            self.skip.reject(stages, [self.anatomy.rows[key] for key in order])
         self._saturation.forget(rows)
 
     @guarded

@@ -279,7 +279,7 @@ class TappedPass:
             or (block.unit is None and seen.told != _WHOLE)
         ]
         if wrong:
-            self._recorder.reject(wrong)
+            self._recorder.reject(wrong, [block.key for block in self._blocks])
         ends = pattern.ends == known.ends
         if ends:
             self._recorder.finished(features, logits, outputs)
