@@ -72,7 +72,7 @@ def test_the_quick_set_is_judged_right(capsys, tmp_path):
     assert written == [Result.from_dict(case) for case in said["cases"]]
     wrong = [(r.name, r.verdict) for r in written if r.verdict != r.wanted]
     # a known miss, on the page too: the loss is still on its way down to that of guessing
-    assert wrong == [("random labels | residual-mlp | 0", "healthy")]
+    assert wrong == [("random labels | residual-mlp | 0", "undetermined")]
     counts = said["scores"]["quick"]
     assert counts["healthy"]["alarms"] == 0
     assert counts["healthy"]["trainings"] >= 3

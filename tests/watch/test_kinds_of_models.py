@@ -88,7 +88,9 @@ def test_blocks_that_a_later_pass_left_out_are_reported():
             model.times = times
             F.cross_entropy(model(x), y).backward()
             with (
-                pytest.warns(WatchWarning, match=r"left out of a later one, NaN there: blocks\.0#2")
+                pytest.warns(
+                    WatchWarning, match=r"did not run in a later one and are NaN there: blocks\.0#2"
+                )
                 if times == 2
                 else nullcontext()
             ):

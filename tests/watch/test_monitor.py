@@ -447,7 +447,7 @@ def test_an_addition_that_the_first_pass_had_not_is_reported():
         model.times = 2
         with pytest.warns(WatchWarning, match="was not like the one that had been traced"):
             train(model, 1, monitor=monitor)
-        with pytest.warns(WatchWarning, match="additions that the first one had not"):
+        with pytest.warns(WatchWarning, match="additions that the first pass did not have"):
             train(model, 1, monitor=monitor)
     assert len(monitor.to_frame()) == 3
 
