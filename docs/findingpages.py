@@ -185,8 +185,8 @@ memorised training images.
 
 On 30 November 2026 `undetermined` was added, conditions were told apart from events, `lr_too_high`
 was restricted to runs that do not learn in the end, and all sets were run again: the fresh set too
-has been seen by now. The fault "NaN in a branch at step 9" leaves the operations of the pass as they
-are since then, as a real one does.
+has been seen by now. Since then the fault "NaN in a branch at step 9" leaves the operations of the
+pass as they are, as a real one does.
 
 `degraded` needs several runs and is not in the suite. With random labels, a loss that began above
 ln K can still fall after 60 steps. It is then listed as unjudged and counts as a miss.

@@ -16,9 +16,10 @@ from resdiag.runs.lock import find_holder
 from resdiag.study.ledger import find_run, read_ledger
 from resdiag.study.study import load_study
 
-pytest.importorskip("ray", reason="Ray is not installed: pip install 'resdiag[ray]'")
 # a cluster is a dozen processes: beside others its start and its answers take ten times as long
 pytestmark = pytest.mark.timeout(900)
+
+pytest.importorskip("ray", reason="Ray is not installed: pip install 'resdiag[ray]'")
 
 SMALL = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
 LONG = (
