@@ -187,9 +187,11 @@ def drift(seen: RunData) -> Outcome:
     together = len(signs) >= 3 and abs(signs.sum()) >= 0.6 * len(signs)
     if now >= LARGEST_DRIFT and now >= 2 * first and together:
         mean = seen.value("output_mean", end, last)
+        bar = max(float(LARGEST_DRIFT), 2 * first)
+        since = _since(seen.table("output_bias")[last] >= bar)
         text = f"the mean of the stream is {mean:.3g} behind {seen.name(last)} at step {end}: "
-        text += f"B2 {now:.2g}, it began at {first:.2g}"
-        item = DRIFT.evidence("output_bias", now, LARGEST_DRIFT, text, step=end, block=last)
+        text += f"B2 {now:.2g}, it began at {first:.2g}; above {bar:.2g} since step {since}"
+        item = DRIFT.evidence("output_bias", now, LARGEST_DRIFT, text, step=since, block=last)
         yield DRIFT.found(item)
 
 

@@ -289,6 +289,17 @@ def test_a_condition_does_not_name_the_verdict_on_a_run_that_learned():
     assert "learns although vanishing was found" in verdict.summary
 
 
+def test_a_drift_is_dated_by_the_step_at_which_it_became_large():
+    def move(cell, curve):
+        for step in range(STEPS):
+            cell("output_channel_mean_rms", 0.1 + 0.1 * step, step=step)
+            cell("branch_mean", 0.05 + 0.1 * step, step=step)
+
+    (found,) = [one for one in judge(run_of(move)).findings if one.name == "drift"]
+    assert found.step == 9  # 0.1 + 0.1 x 9 = 1
+    assert "above 1 since step 9" in found.summary
+
+
 def test_an_overflow_of_float16_is_told_from_other_explosions():
     def overflow(cell, curve):
         cell("output_channel_std", 3000.0, step=slice(5, 7))
