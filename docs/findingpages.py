@@ -147,7 +147,7 @@ _SUITE = """\
 trial with 82 faults and 49 healthy trainings on 20 architectures that the rules had not been tuned
 to (one seed, 60 to 120 steps, November 2026), 43 faults were named, 6 were reported as a symptom
 only, 13 got a wrong cause and 20 none; 7 healthy trainings had a finding. Expect that of your own
-training, and not the figures below.
+training, and not the figures below. The faults of that trial are not in this repository.
 
 `benchmarks/planted_faults.py` puts known faults into small trainings and counts how often resdiag
 gives the verdict that names the fault. Precision is the share of trainings with a given verdict

@@ -107,8 +107,9 @@ def _explain_rate(
         why = cause[:1].upper() + cause[1:]
     remedy = LR_TOO_HIGH.remedy
     moved = updates[(updates > 0) & np.isfinite(updates)]
-    if len(moved) and lr * USUAL_STEP / float(moved.iloc[0]) < lr / 10:
-        gentle = lr * USUAL_STEP / float(moved.iloc[0])  # an update is proportional to the rate
+    # an update is proportional to the rate
+    gentle = lr * USUAL_STEP / float(moved.iloc[0]) if len(moved) else math.inf
+    if gentle < lr / 10:
         remedy = f"learning rate {gentle:.2g}: the first step then moves 0.1 % of the weights"
     elif lr > 0:
         remedy += f": {lr / 10:.2g}"

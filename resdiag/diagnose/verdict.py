@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from resdiag.diagnose.advice import plots
-from resdiag.diagnose.breakdown import find_breakdown
+from resdiag.diagnose.breakdown import EXPLODED
 from resdiag.diagnose.finding import Evidence, Finding, NotJudged, Rule, plain
 from resdiag.diagnose.progress import LEAST_CHECKS, LEAST_LOSSES, find_doubts
 from resdiag.diagnose.registry import (
@@ -100,8 +100,8 @@ def judge(run: "Run | Monitor") -> Verdict:
     doubts, checks = find_doubts(seen), _count_checks(outcomes, seen)
     if checks[0] < LEAST_CHECKS * checks[1]:
         doubts.append(f"only {checks[0]} of {checks[1]} checks had the numbers that they need")
-    survived = not doubts and not find_breakdown(seen)
     found = sorted((i for i in every if isinstance(i, Finding)), key=_place)
+    survived = not doubts and EXPLODED.name not in {finding.name for finding in found}
     naming = [i for i in found if not (survived and FINDINGS[i.name].is_condition)]
     findings = (*naming, *(i for i in found if i not in naming))
     verdict = _named(naming[0]) if naming else _unnamed(seen, doubts, checks, findings)

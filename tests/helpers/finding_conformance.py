@@ -51,6 +51,7 @@ class FindingConformance:
     def outcomes(self, rule: Rule, run: Run) -> list[Finding | NotJudged]:
         """What the rule yields; all of it is named after the rule and can be written as JSON."""
         found = list(rule.judge(RunData(run)))
+        assert all(isinstance(outcome, Finding | NotJudged) for outcome in found)
         assert {outcome.name for outcome in found} <= {rule.name}
         for outcome in self.findings(found):
             json.dumps(outcome.to_dict(), allow_nan=False)
