@@ -223,9 +223,7 @@ def test_a_pass_that_differs_is_missed_where_it_does_and_the_next_one_is_traced(
         assert planned[1].warnings
 
 
-@pytest.mark.filterwarnings(WARNING)
-@settings(max_examples=20, deadline=None, phases=PHASES)
-@given(
+SCRIPTS = (
     st.lists(
         st.tuples(
             st.tuples(*[st.sampled_from(DO)] * 3),
@@ -238,6 +236,31 @@ def test_a_pass_that_differs_is_missed_where_it_does_and_the_next_one_is_traced(
     st.booleans(),
     st.sampled_from(["core", "full"]),
 )
+"""What each unit does in each pass, in which order they run and how many; frozen; metrics."""
+
+
+def assert_passes_are_right_or_missing(script, frozen, metrics):
+    # the first unit's branch has no gradient then, and nothing shows which tensor it was given
+    assume(not (frozen and any(orders[0] == "other input" for orders, _, _ in script)))
+    torch.manual_seed(2)
+    model = Net(frozen=frozen)
+
+    def turn(net, step):
+        orders, net.order, net.exit = (
+            script[step - 2] if step >= 2 else (("plain",) * 3, [0, 1, 2], 3)
+        )
+        net.tell(orders)
+
+    options = {"before": turn, "metrics": metrics}
+    passes = [classify] * (len(script) + 2)
+    assert_right_or_missing(
+        record(model, passes, **options), record(model, passes, trace="always", **options)
+    )
+
+
+@pytest.mark.filterwarnings(WARNING)
+@settings(max_examples=20, deadline=None, phases=PHASES)
+@given(*SCRIPTS)
 @example(  # what follows a block's sum became an after-add
     [
         (("plain",) * 3, [0, 1, 2], 0),
@@ -260,22 +283,16 @@ def test_a_pass_that_differs_is_missed_where_it_does_and_the_next_one_is_traced(
     [(("plain", "other input", "plain"), [0, 1, 2], 3)], True, "full"
 )
 def test_whatever_passes_do_a_number_is_right_or_missing(script, frozen, metrics):
-    # the first unit's branch has no gradient then, and nothing shows which tensor it was given
-    assume(not (frozen and any(orders[0] == "other input" for orders, _, _ in script)))
-    torch.manual_seed(2)
-    model = Net(frozen=frozen)
+    assert_passes_are_right_or_missing(script, frozen, metrics)
 
-    def turn(net, step):
-        orders, net.order, net.exit = (
-            script[step - 2] if step >= 2 else (("plain",) * 3, [0, 1, 2], 3)
-        )
-        net.tell(orders)
 
-    options = {"before": turn, "metrics": metrics}
-    passes = [classify] * (len(script) + 2)
-    assert_right_or_missing(
-        record(model, passes, **options), record(model, passes, trace="always", **options)
-    )
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.filterwarnings(WARNING)
+@settings(max_examples=1000, deadline=None, phases=(Phase.generate,))
+@given(*SCRIPTS)
+def test_whatever_a_thousand_scripts_do_a_number_is_right_or_missing(script, frozen, metrics):
+    assert_passes_are_right_or_missing([one for one in script for _ in range(2)], frozen, metrics)
 
 
 @pytest.mark.filterwarnings(WARNING)
