@@ -1,7 +1,6 @@
 """What to try next: commands that fit the run; and its row in the table of variants."""
 
 import math
-from pathlib import Path
 
 from resdiag.diagnose.finding import Threshold
 from resdiag.diagnose.rundata import RunData
@@ -26,11 +25,9 @@ def normalised_variant(seen: RunData) -> str:
     return f"{'no_relu' if row and row.activation == 'relu' else 'elu'} --depth {seen.depth}"
 
 
-def plots(seen: RunData, *kinds: str) -> tuple[str, ...]:
-    """Commands that draw kinds of plots of the run."""
-    path = seen.run.path
-    where = "" if path == Path() else f" {path}"
-    return tuple(f"resdiag plot {kind}{where}" for kind in kinds)
+def plots(*kinds: str) -> tuple[str, ...]:
+    """Commands that draw kinds of plots; the verdict puts the run's folder behind them."""
+    return tuple(f"resdiag plot {kind}" for kind in kinds)
 
 
 def lower_lr(seen: RunData) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ def _explain(seen: RunData, broken: Sequence[Evidence]) -> Finding:
         cause=_breakdown_cause(seen, broken),
         summary=describe_end(seen, broken),
         why=why,
-        next=(*plots(seen, *EXPLODED.plots), *lower_lr(seen)),
+        next=(*plots(*EXPLODED.plots), *lower_lr(seen)),
     )
     return replace(finding, block=block)
 

@@ -129,7 +129,7 @@ def _explain_collapse(seen: RunData, evidence: Sequence[Evidence]) -> Finding:
         summary="; ".join(item.text for item in evidence),
         why=what + at_init,
         next=(
-            *plots(seen, *SKIP_COLLAPSED.plots),
+            *plots(*SKIP_COLLAPSED.plots),
             *run_variant(seen, f"elu --depth {seen.depth}", "nothing on the skip path"),
             *lower_lr(seen),
         ),
@@ -178,7 +178,7 @@ def stalled(seen: RunData) -> Outcome:
         text = f"mean loss over {span} is {mean:.3f}, ln {classes} is {math.log(classes):.3f}"
         least = (1 - STALL) * math.log(classes)
         item = STALLED.evidence("loss", mean, least, text, step=int(last.index[0]))
-        yield STALLED.found(item, next=plots(seen, *STALLED.plots))
+        yield STALLED.found(item)
 
 
 def at_risk(seen: RunData) -> Outcome:
@@ -211,7 +211,7 @@ def at_risk(seen: RunData) -> Outcome:
         AT_RISK.evidence("lr_grad_norm", lr * norm, CRITICAL, text, step=0),
         summary=f"{AT_RISK.cause} for the gradient: {text}",
         why=why,
-        next=(*plots(seen, *AT_RISK.plots), *lower_lr(seen)),
+        next=(*plots(*AT_RISK.plots), *lower_lr(seen)),
     )
 
 
@@ -243,7 +243,6 @@ def overfit(seen: RunData) -> Outcome:
         worst, limit = float(test.iloc[-1]), RISEN * float(test[best])
         yield OVERFIT.found(
             OVERFIT.evidence("test_loss", worst, limit, text, step=best),
-            next=plots(seen, *OVERFIT.plots),
         )
 
 

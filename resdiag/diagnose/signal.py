@@ -105,7 +105,7 @@ def _explain_growth(
         summary="; ".join(filter(None, parts)),
         why=_why_growth(seen, growth),
         next=(
-            *plots(seen, *GROWS_AT_INIT.plots, *["nonfinite"] * bool(broken)),
+            *plots(*GROWS_AT_INIT.plots, *["nonfinite"] * bool(broken)),
             *run_variant(
                 seen, normalised_variant(seen), "normalised branch, nothing on the skip path"
             ),
@@ -249,7 +249,6 @@ def vanishing(seen: RunData) -> Outcome:
             *evidence,
             cause=cause + " at initialisation",
             summary="; ".join(item.text for item in evidence),
-            next=plots(seen, *VANISHING.plots),
         )
         yield replace(finding, block=None)
 

@@ -1,11 +1,12 @@
 """The verdict on a run: what happened, where, since when, why, and what to look at next."""
 
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from resdiag.diagnose.advice import plots
 from resdiag.diagnose.breakdown import EXPLODED
@@ -75,6 +76,9 @@ class Verdict:
         return {name: plain(value) for name, value in asdict(self).items()}
 
 
+Said = TypeVar("Said", Finding, Verdict)
+
+
 def judge(run: "Run | Monitor") -> Verdict:
     """Judge a run by every rule of `resdiag.FINDINGS`; the most upstream one names it.
 
@@ -91,7 +95,7 @@ def judge(run: "Run | Monitor") -> Verdict:
     """
     seen = RunData(run := opened(run))
     outcomes = {row.name: _apply(row, seen) for row in FINDINGS.values()}
-    every = [_of_run(outcome, run) for of_rule in outcomes.values() for outcome in of_rule]
+    every = [outcome for of_rule in outcomes.values() for outcome in of_rule]
     unanswered = [i for i in every if isinstance(i, NotJudged)]
     open_questions = [str(i) for i in unanswered]
     if run.status != "diverged" and run.steps < run.config.steps:
@@ -100,13 +104,13 @@ def judge(run: "Run | Monitor") -> Verdict:
     doubts, checks = find_doubts(seen), _count_checks(outcomes, seen)
     if checks[0] < LEAST_CHECKS * checks[1]:
         doubts.append(f"only {checks[0]} of {checks[1]} checks had the numbers that they need")
-    found = sorted((i for i in every if isinstance(i, Finding)), key=_place)
+    found = sorted((_of_run(i, run) for i in every if isinstance(i, Finding)), key=_place)
     survived = not doubts and EXPLODED.name not in {finding.name for finding in found}
     naming = [i for i in found if not (survived and FINDINGS[i.name].is_condition)]
     findings = (*naming, *(i for i in found if i not in naming))
     verdict = _named(naming[0]) if naming else _unnamed(seen, doubts, checks, findings)
     return replace(
-        verdict,
+        _of_run(verdict, run),
         # a breakdown is evidence of two rules, and said once
         evidence=_once([item for finding in findings for item in finding.evidence]),
         findings=findings,
@@ -152,13 +156,13 @@ def _apply(row: Rule, seen: RunData) -> list[Finding | NotJudged]:
         return [row.not_judged(f"{type(error).__name__}: {error}")]
 
 
-def _of_run(outcome: Finding | NotJudged, run: Run) -> Finding | NotJudged:
+def _of_run(said: Said, run: Run) -> Said:
     """With the run's folder behind the commands that draw it."""
-    if isinstance(outcome, NotJudged) or run.path == Path():
-        return outcome
-    bare = {f"resdiag plot {kind}" for kind in FINDINGS[outcome.name].plots}
-    commands = (f"{line} {run.path}" if line in bare else line for line in outcome.next)
-    return replace(outcome, next=tuple(commands))
+    if run.path == Path():
+        return said
+    draws = re.compile(r"resdiag plot \w+")
+    commands = (f"{line} {run.path}" if draws.fullmatch(line) else line for line in said.next)
+    return replace(said, next=tuple(commands))
 
 
 def _place(finding: Finding) -> int:
@@ -201,7 +205,7 @@ def _unnamed(
     if not doubts:
         why = "Growth, gradients, skip path and loss stayed within the thresholds of every rule"
         why += f" that could be applied, and {_describe_learning(seen)}."
-        kinds = plots(seen, "signal", "gradnorms", "biasshift")
+        kinds = plots("signal", "gradnorms", "biasshift")
         return Verdict(name=HEALTHY, summary=summary, why=why, next=kinds)
     why = "That does not show that the training works: " + "; ".join(doubts) + "."
     notes = [f"The recording says: {note}" for note in seen.run.notes[:2]]
