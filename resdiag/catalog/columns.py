@@ -17,10 +17,11 @@ HEAD_CELLS = (
     *("head_mean", "head_channel_mean_rms", "head_channel_std", "head_gap", "head_size"),
     *DATA,
     *HEAD_LOSS,
+    "output_loss",
 )
 """Cells of a step that a pass's batch and classifier fill."""
 
-STEP_CELLS = (*HEAD_CELLS, "grad_norm", "grad_scale", "skipped")
+STEP_CELLS = (*HEAD_CELLS, "grad_norm", "grad_kept", "grad_scale", "skipped")
 """All cells of a step."""
 
 
@@ -65,7 +66,7 @@ def step_columns(
             "head_mean": get["head_mean"],
             "head_bias": get["head_channel_mean_rms"] / get["head_channel_std"],
             "head_kick": lr * (1 + momentum) * (squared + 1) * get["head_gap"],
-            **{name: get[name] for name in (*HEAD_LOSS, *DATA)},
+            **{name: get[name] for name in (*HEAD_LOSS, "output_loss", "grad_kept", *DATA)},
             "momentum": momentum,
             "weight_decay": decay,
         }

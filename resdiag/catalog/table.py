@@ -156,6 +156,29 @@ _RUN = [
     Metric("label_share", "share of the most frequent label in the batch",
         "max_k of the share of rows with label k", "1", "run", "definition",
         "1 in every batch: the labels are constant"),
+    Metric("head_factor", "factor on the mean cross-entropy",
+        "number of rows with a gradient times the median over them of -g_k / (1 - p_k)", "1",
+        "run", "dL/dlogits = (p - y) / N",
+        "1 for a mean over the batch, the number of rows for a sum, 1/k where a step adds up k "
+        "batches"),
+    Metric("rows_ignored", "share of rows without a gradient at the logits",
+        "share of rows of dL/dlogits that are 0", "1", "run", "definition",
+        "1: no sample counts, as where every label is ignored"),
+    Metric("softmax_twice", "share of rows that fit a cross-entropy of probabilities",
+        "share of rows with dL/dz parallel to J (q - y), p = softmax(z), q = softmax(p), J = dp/dz",
+        "1", "run", "definition",
+        "1: softmax is applied twice, before the loss and in it"),
+    Metric("label_copies", "share of labels that are the token at the same place",
+        "share of rows with a gradient whose label is the model's input there", "1", "run",
+        "definition", "1 in every batch: the targets are the input"),
+    Metric("output_loss", "cross-entropy at the model's output behind an activation",
+        "as head_loss, of the activated output in place of the logits", "nat", "run",
+        "dL/dlogits = (p - y) / N",
+        "not NaN: the loss takes the output of an activation for logits"),
+    Metric("grad_kept", "norm of the gradients that are there before the backward pass",
+        "||dL/dtheta||_2 of the first half of the blocks when the backward pass begins, of steps "
+        "with one forward pass that follow an update", "loss/parameter", "run", "definition",
+        "above 0: the gradients of the step before were not set to zero"),
     Metric("data_mean", "mean of the model's input",
         "mean of the model's first floating-point input", "input", "run",
         _LECUN,
@@ -167,6 +190,10 @@ _RUN = [
     Metric("data_nonfinite", "non-finite fraction of the model's input",
         "share of NaN and infinite elements of the model's first floating-point input", "1", "run",
         "definition", "above 0: the data contain NaN or infinity"),
+    Metric("data_between", "spread between samples of the model's input",
+        "RMS deviation of the first 8 samples from their mean over the input's standard deviation; "
+        "of whole numbers, the share that differ from those of the first sample", "1", "run",
+        "definition", "0: every sample is the same"),
     Metric("momentum", "momentum", "of the optimizer's first group; 0 where it has no such setting",
         "1", "run", "definition", "the step is 1 / (1 - momentum) times as large in the long run"),
     Metric("weight_decay", "weight decay", "the largest of the optimizer's groups", "1", "run",
@@ -196,15 +223,21 @@ CORE = tuple(
 """The columns of `attach(metrics="core")`: gradient norms by parameter and by output, moments of
 branch, shortcut and output, branch over shortcut, and P1. The others are NaN."""
 
-DATA = ("data_mean", "data_std", "data_nonfinite")
+DATA = ("data_mean", "data_std", "data_nonfinite", "data_between")
 """What a batch shows of the data."""
 
-HEAD_LOSS = ("head_loss", "label_share")
+HEAD_LOSS = (
+    *("head_loss", "label_share", "head_factor", "rows_ignored", "softmax_twice"),
+    "label_copies",
+)
 """What the gradient at the logits tells."""
 
+LOCAL = (*DATA, *HEAD_LOSS, "output_loss", "grad_kept")
+"""What is recorded of eager passes that one process records alone."""
+
 RECORDED_PER_STEP = (
-    *("lr", "grad_norm", "head_mean", "head_bias", "head_kick", "head_loss", "label_share"),
-    *("data_mean", "data_std", "data_nonfinite", "momentum", "weight_decay"),
+    *("lr", "grad_norm", "head_mean", "head_bias", "head_kick", *HEAD_LOSS, "output_loss"),
+    *("grad_kept", *DATA, "momentum", "weight_decay"),
 )
 """What a Monitor records once per step; training adds loss, error and speed."""
 

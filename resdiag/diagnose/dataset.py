@@ -1,11 +1,12 @@
-"""Rules about the data and the objective: inputs, labels, the sign of the loss."""
+"""Rules about the data: inputs and labels."""
 
 import math
 
 import numpy as np
+import pandas as pd
 
 from resdiag.diagnose.finding import Evidence, Finding, Outcome, Rule, Threshold
-from resdiag.diagnose.rundata import RunData
+from resdiag.diagnose.rundata import RunData, trailing
 
 LARGEST_INPUT = Threshold(
     20.0,
@@ -13,17 +14,30 @@ LARGEST_INPUT = Threshold(
 )
 LEAST_INPUT = Threshold(1e-4, "RMS of the input below which it is lost beside any bias.")
 LARGEST_OFFSET = Threshold(20.0, "Mean of the input in units of its standard deviation.")
+SAME_SAMPLES = Threshold(1e-5, "Spread between the samples of a batch over that of the input.")
+CHANGED = (
+    Threshold(5.0, "Standard deviation of the input over its median so far, or its inverse,"),
+    Threshold(3.0, "or distance of its mean from the median so far, in such deviations."),
+)
+SPIKE = Threshold(10.0, "The same ratio of single batches.")
+BEFORE_CHANGE = Threshold(5, "Recorded steps before a change of the input is one.")
 CONSTANT_LABELS = Threshold(0.999, "Share of the most frequent label, in every recorded batch.")
 LEAST_BATCHES = Threshold(3, "Recorded batches before constant labels are believed.")
 
 
 def data_fault(seen: RunData) -> Outcome:
-    """The input is not finite, constant or not normalised, or every label is the same.
+    """The input is broken, not normalised, or changes; or all samples, or all labels, are the same.
 
-    Thresholds: RMS of the input above 20 or below 1e-4, or its mean above 20 standard deviations,
-    at step 0; one label for 99.9 % of every batch, in 3 recorded batches or more.
+    - RMS of the input above 20 or below 1e-4, or its mean above 20 standard deviations, at the
+      first step; a share of it that is not finite, at any;
+    - *every sample is the same*: the samples of a batch do not differ, in the last 3 recorded
+      batches or more;
+    - *normalisation changes*: its standard deviation changes 5-fold, or its mean by 3 of them, and
+      stays there; *input spikes*: single batches are 10 times as large as the others;
+    - *constant labels*: one label for 99.9 % of every batch, in 3 recorded batches or more.
     """
-    yield from _input(seen)
+    faults = [*_input(seen), *_same_samples(seen), *_changes(seen)]
+    yield from faults[:1] if faults and isinstance(faults[0], Finding) else faults
     share = seen.series("label_share").dropna()
     if len(share) < LEAST_BATCHES:
         reason = f"labels: {len(share)} batches of class labels seen, {LEAST_BATCHES} needed"
@@ -34,24 +48,6 @@ def data_fault(seen: RunData) -> Outcome:
         why = "Whatever the network is shown, one answer is right; it learns the bias of its head"
         seen_in = DATA_FAULT.evidence("label_share", least, CONSTANT_LABELS, text, step=step)
         yield _fault("constant labels", seen_in, why)
-
-
-def loss_fault(seen: RunData) -> Outcome:
-    """The loop maximises its loss: read off the logits it is minus a cross-entropy, first 3 times.
-
-    A cross-entropy with one label a row and 3 classes or more shows it; other losses do not.
-    """
-    losses = seen.series("head_loss").dropna()
-    if losses.empty:
-        yield LOSS_FAULT.not_judged("no cross-entropy could be read off the logits")
-    elif len(losses) < LEAST_BATCHES:
-        yield LOSS_FAULT.not_judged(f"{len(losses)} losses read", f"{LEAST_BATCHES} steps")
-    elif (losses.iloc[: int(LEAST_BATCHES)] < 0).all():  # later ones saturate, and show no sign
-        step, value = int(losses.index[0]), float(losses.iloc[0])
-        text = f"the gradient at the logits is that of minus a cross-entropy of {-value:.3g}"
-        sign = LOSS_FAULT.evidence("head_loss", value, 0, text, step=step)
-        summary = f"{LOSS_FAULT.cause}: {text}"
-        yield LOSS_FAULT.found(sign, summary=summary)
 
 
 def _input(seen: RunData) -> Outcome:
@@ -90,6 +86,58 @@ def _input(seen: RunData) -> Outcome:
         yield _fault("input not centred", item, why)
 
 
+def _same_samples(seen: RunData) -> Outcome:
+    between = seen.series("data_between").dropna()
+    count = trailing(between <= SAME_SAMPLES)
+    if count >= LEAST_BATCHES:
+        since, value = int(between.index[len(between) - count]), float(between.iloc[-1])
+        text = f"the samples of a batch do not differ from step {since} on"
+        item = DATA_FAULT.evidence("data_between", value, SAME_SAMPLES, text, step=since)
+        yield _fault("every sample is the same", item, "One sample, however often, teaches one")
+
+
+def _changes(seen: RunData) -> Outcome:
+    """The input's size or mean leaves what it was so far, for good or in single batches."""
+    means, stds = (seen.series(name).dropna() for name in ("data_mean", "data_std"))
+    stds = stds[stds.index.isin(means.index)]
+    if len(stds) <= BEFORE_CHANGE:
+        return
+    # the median of what came before: a few spikes do not move it
+    usual, middle = (s.expanding(int(BEFORE_CHANGE)).median().shift() for s in (stds, means))
+    larger, other = stds / usual, _differs(stds, means, usual, middle)
+    for cause, limit, off in (
+        ("normalisation changes", CHANGED[0], other),
+        ("input spikes", SPIKE, larger > SPIKE),
+    ):
+        if not off.any():
+            continue
+        at = int(off.index[int(off.to_numpy().argmax())])
+        # of a change that stays the median of all steps so far becomes what is usual
+        late = stds.index >= at
+        was = float(stds[~late].median()), float(means[stds.index][~late].median())
+        away = _differs(stds[late], means, *was)
+        stays = trailing(away) >= max(LEAST_BATCHES, 0.8 * len(away))
+        if stays is (cause == "input spikes"):
+            continue
+        text = f"the input has mean {means[at]:.3g} and standard deviation {stds[at]:.3g} at step "
+        text += f"{at}, before it {middle[at]:.3g} and {usual[at]:.3g} in the median"
+        item = DATA_FAULT.evidence("data_std", float(larger[at]), limit, text, step=at)
+        yield _fault(cause, item, "What was learned so far is of inputs of another size")
+        return
+
+
+def _differs(
+    stds: "pd.Series[float]",
+    means: "pd.Series[float]",
+    usual: "pd.Series[float] | float",
+    middle: "pd.Series[float] | float",
+) -> "pd.Series[bool]":
+    """Whether size or mean of the input are far from these, step by step."""
+    ratio = stds / usual
+    shift = (means[stds.index] - middle).abs() / usual
+    return (ratio > CHANGED[0]) | (ratio < 1 / CHANGED[0]) | (shift > CHANGED[1])
+
+
 def _fault(cause: str, item: Evidence, why: str) -> Finding:
     summary = f"{cause}: {item.text}"
     return DATA_FAULT.found(item, summary=summary, cause=cause, why=why)
@@ -101,21 +149,13 @@ _REMEDY = "look at one batch as the model gets it: range, mean, labels"
 DATA_FAULT = Rule(
     name="data_fault",
     judge=data_fault,
-    needs=("data_mean", "data_std", "data_nonfinite", "label_share"),
+    needs=("data_mean", "data_std", "data_nonfinite", "data_between", "label_share"),
     cause="input or labels are broken",
     why="No network learns from inputs that are lost or labels that say nothing",
     remedy=_REMEDY,
-    thresholds=(LARGEST_INPUT, LEAST_INPUT, LARGEST_OFFSET, CONSTANT_LABELS, LEAST_BATCHES),
-    source=_SOURCE,
-)
-LOSS_FAULT = Rule(
-    name="loss_fault",
-    judge=loss_fault,
-    needs=("head_loss",),
-    applies="a cross-entropy of 3 classes or more, read off the logits",
-    cause="wrong sign of the loss",
-    why="Gradient descent on minus a loss makes every answer worse without end",
-    remedy=_REMEDY,
-    thresholds=(LEAST_BATCHES,),
+    thresholds=(
+        *(LARGEST_INPUT, LEAST_INPUT, LARGEST_OFFSET, SAME_SAMPLES, *CHANGED, SPIKE),
+        *(BEFORE_CHANGE, CONSTANT_LABELS, LEAST_BATCHES),
+    ),
     source=_SOURCE,
 )

@@ -4,9 +4,26 @@ To add a built-in one, write its row in the module of its subject and enter it i
 """
 
 from resdiag.diagnose.breakdown import EXPLODED
-from resdiag.diagnose.dataset import DATA_FAULT, LOSS_FAULT
+from resdiag.diagnose.dataset import DATA_FAULT
 from resdiag.diagnose.finding import Rule
 from resdiag.diagnose.learning import AT_RISK, OVERFIT, SKIP_COLLAPSED, STALLED
+from resdiag.diagnose.loop import (
+    EVAL_MODE,
+    GRADIENTS_NOT_ZEROED,
+    GROUP_LR,
+    LR_SCHEDULE,
+    OPTIMIZER_MISMATCH,
+    STEPS_SKIPPED,
+)
+from resdiag.diagnose.network import (
+    ATTENTION_COLLAPSED,
+    DETACHED_OUTPUT,
+    DROPOUT_ON_SKIP,
+    MISSING_SKIP,
+    NORM_FAULT,
+    SYMMETRIC_UNITS,
+)
+from resdiag.diagnose.objective import LOSS_FAULT
 from resdiag.diagnose.rates import LR_TOO_HIGH, LR_TOO_LOW, WEIGHT_DECAY_TOO_LARGE
 from resdiag.diagnose.signal import GROWS_AT_INIT, VANISHING
 from resdiag.diagnose.structure import (
@@ -27,13 +44,23 @@ UNDETERMINED = "undetermined"
 """The verdict where no rule reports anything, and too little is known to call the run healthy."""
 
 _ORDER = (
+    OPTIMIZER_MISMATCH,
+    EVAL_MODE,
     DATA_FAULT,
     LOSS_FAULT,
+    GRADIENTS_NOT_ZEROED,
     FP16_OVERFLOW,
+    STEPS_SKIPPED,
+    DETACHED_OUTPUT,
     DETACHED_SHORTCUT,
     DETACHED_BRANCH,
+    MISSING_SKIP,
+    DROPOUT_ON_SKIP,
     SHORTCUT_SCALED,
+    SYMMETRIC_UNITS,
+    ATTENTION_COLLAPSED,
     BRANCH_TOO_LARGE,
+    NORM_FAULT,
     MISSING_NORM,
     BIAS_SHIFT,
     GROWS_AT_INIT,
@@ -41,6 +68,8 @@ _ORDER = (
     FROZEN_BLOCK,
     DEAD_BLOCK,
     SATURATED_BLOCK,
+    LR_SCHEDULE,
+    GROUP_LR,
     WEIGHT_DECAY_TOO_LARGE,
     LR_TOO_HIGH,
     LR_TOO_LOW,

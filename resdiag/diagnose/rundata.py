@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from resdiag.diagnose.finding import NotJudged, Rule
 from resdiag.diagnose.nonfinite import FirstNonfinite, find_first_nonfinite
 from resdiag.runs.folder import Run
 from resdiag.runs.watched_config import WatchedConfig
@@ -41,12 +42,41 @@ class RunData:
 
     def has(self, need: str) -> bool:
         """Whether the run has what a rule needs, see `Rule.needs`, in at least one step."""
-        if need in ("blocks", "unavailable"):
-            return need == "unavailable" or bool(self.run.blocks)
+        if need in ("blocks", "unavailable", "inventory"):
+            return need == "unavailable" or bool(getattr(self.run, need))
         if need == "loss":
             return not self.series("loss").empty
         tables = (self.metrics, self.curve)
         return any(need in table and bool(table[need].notna().any()) for table in tables)
+
+    @property
+    def inventory(self) -> dict[str, Any]:
+        """What model, optimizers and loop consist of; empty if that was not recorded."""
+        return self.run.inventory
+
+    @property
+    def inspected(self) -> bool:
+        """Whether the inventory has what a traced pass shows."""
+        kinds = ("normalisations", "constant", "lacking", "attentions")
+        return all(isinstance(self.inventory.get(kind), list) for kind in kinds)
+
+    def part(self, name: str) -> dict[str, Any]:
+        """A part of the inventory, empty if it is not there."""
+        found = self.inventory.get(name)
+        return found if isinstance(found, dict) else {}
+
+    def event(self, name: str) -> dict[str, int] | None:
+        """How often something happened in the loop, and in which steps; None if it did not."""
+        found = self.part("events").get(name)
+        return found if isinstance(found, dict) else None
+
+    def without_inventory(self, row: Rule) -> NotJudged:
+        """Why a rule that needs the inventory is not applied."""
+        if not isinstance(self.run.config, WatchedConfig):
+            return row.not_applicable("the network and the loop are resdiag's own")
+        if self.inventory:
+            return row.not_judged("no pass was traced", "a recorded step")
+        return row.not_judged("the record has no inventory of model and optimizer")
 
     @property
     def _diverged(self) -> bool:
@@ -195,6 +225,16 @@ class RunData:
             if np.isnan(first) and self.run.blocks and self.run.blocks[0].get("shortcut") == "none":
                 first = np.float64(self.value("grad_output", step, self.indices[0]))
             return float(first / np.float64(self.value("grad_output", step, self.indices[-1])))
+
+
+def trailing(marks: "pd.Series[bool]") -> int:
+    """How many of the last entries are true, without a gap.
+
+    >>> trailing(pd.Series([True, False, True, True]))
+    2
+    """
+    held = marks.to_numpy(dtype=bool)[::-1]
+    return len(held) if held.all() else int(held.argmin())
 
 
 def count_classes(run: Run) -> int | None:

@@ -39,6 +39,8 @@ class Run:
         point: Where gradients were read, one of `catalog.POINTS`.
         notes: What could not be watched, in words.
         custom_metrics: Custom metrics among the columns: id, label, unit, site, ...
+        inventory: What model, optimizers and loop consist of, see `Monitor.inventory`; empty for
+            runs of `resdiag run`, whose loop is ours.
         verdict: The conclusion, once there is one.
         drift: Changes of environment between resumes.
         metrics_frame: Recorded block-level rows of a run that has no folder.
@@ -57,6 +59,7 @@ class Run:
     point: str = "local"
     notes: tuple[str, ...] = ()
     custom_metrics: list[dict[str, Any]] = field(default_factory=list)
+    inventory: dict[str, Any] = field(default_factory=dict)
     verdict: dict[str, Any] | None = None
     drift: tuple[dict[str, Any], ...] = ()
     metrics_frame: "pd.DataFrame | None" = None
@@ -243,6 +246,7 @@ def _open(folder: Path, commit: Commit | None) -> Run:
         custom_metrics=_entries(
             folder, blocks, "custom_metrics", {"id": str, "label": str, "unit": str}
         ),
+        inventory=inventory if isinstance(inventory := blocks.get("inventory"), dict) else {},
         verdict=_read_json(folder, commit, VERDICT) if commit else None,
         drift=commit.drift if commit else (),
         commit=commit,

@@ -131,6 +131,7 @@ class RunWriter:
         point: str = "local",
         notes: Sequence[str] = (),
         custom: Sequence[Mapping[str, str]] = (),
+        inventory: Mapping[str, Any] | None = None,
     ) -> None:
         """Write blocks.json, once, before the first commit; later calls change nothing.
 
@@ -140,6 +141,7 @@ class RunWriter:
             point: Where gradients are read, one of `catalog.POINTS`.
             notes: What could not be watched, in words.
             custom: Custom metrics among the columns: id, label, unit, site, ...
+            inventory: What model, optimizers and loop consist of.
         """
         self._keys["point"] = point
         if custom:
@@ -148,6 +150,7 @@ class RunWriter:
             document: dict[str, Any] = {
                 "schema": SCHEMA, "point": point, "blocks": blocks, "unavailable": unavailable,
                 **({"notes": list(notes)} if notes else {}),
+                **({"inventory": dict(inventory)} if inventory else {}),
             }  # fmt: skip
             if custom:
                 document[CUSTOM] = [dict(entry) for entry in custom]

@@ -68,6 +68,7 @@ def as_run(
         point=monitor.point,
         notes=tuple(monitor.warnings),
         custom_metrics=[dict(entry) for entry in monitor.custom_metrics],
+        inventory=monitor.inventory,
         metrics_frame=frame[recorded],
         curve_frame=per_step,
     )
@@ -111,7 +112,9 @@ def write_run(
         folder=folder,
     )
     with writer:
-        writer.describe(run.blocks, run.unavailable, run.point, run.notes, run.custom_metrics)
+        writer.describe(
+            run.blocks, run.unavailable, run.point, run.notes, run.custom_metrics, run.inventory
+        )
         metrics, curve = columns_of(run.metrics_frame), columns_of(run.curve_frame)
         writer.commit(run.steps, metrics, curve, None, None, run.status)
         writer.finish(run.status, verdict)

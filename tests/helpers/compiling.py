@@ -6,7 +6,7 @@ import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
 
-from resdiag.catalog.table import DATA, HEAD_LOSS, RECORDED, RECORDED_PER_STEP
+from resdiag.catalog.table import LOCAL, RECORDED, RECORDED_PER_STEP
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def assert_same(seen, wanted, missing=(), rtol=1e-4):
     for per, columns in (("block", RECORDED), ("step", RECORDED_PER_STEP)):
         a, b = seen.to_frame(per), wanted.to_frame(per)
         for column in columns:
-            if column in (*DATA, *HEAD_LOSS):  # the batch is not looked at in a graph
+            if column in LOCAL:  # the batch is not looked at in a graph
                 assert a[column].isna().all(), column
                 continue
             if column in missing:

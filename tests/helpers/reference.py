@@ -186,6 +186,11 @@ def _change(changed, reference):
     return 0.0 if difference == 0 else difference / math.sqrt((reference**2).sum())
 
 
+def between(samples):
+    """RMS deviation of samples from their mean."""
+    return math.sqrt(((samples - samples.mean(0)) ** 2).mean())
+
+
 def step_columns(model, optimizer, images, labels, features, logits):
     """Every column that is recorded once per step; call after backward, before the step."""
     group, head = optimizer.param_groups[0], statistics(features)
@@ -202,6 +207,11 @@ def step_columns(model, optimizer, images, labels, features, logits):
         "head_kick": kick * np.abs((p - y).mean(0)).max(),
         "head_loss": -np.log((p * y).sum(1)).mean(),
         "label_share": y.mean(0).max(),
+        "head_factor": 1.0,  # the loss is a mean over the batch
+        "rows_ignored": 0.0,
+        "softmax_twice": 0.0,
+        "grad_kept": 0.0,
+        "data_between": between(pixels[:8]) / pixels.std(ddof=1),
         "data_mean": pixels.mean(),
         "data_std": pixels.std(ddof=1),
         "data_nonfinite": 1 - np.isfinite(pixels).mean(),

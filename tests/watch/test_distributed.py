@@ -12,7 +12,7 @@ import torch
 import two_ranks
 from torch import nn
 
-from resdiag.catalog.table import DATA, HEAD_LOSS
+from resdiag.catalog.table import LOCAL
 from resdiag.watch.loop.attach import attach
 
 pytestmark = pytest.mark.timeout(900)  # the first one starts the ranks
@@ -33,7 +33,7 @@ def assert_same_run(found, expected):
     assert found["notes"] == expected["notes"]
     assert found["blocks"] == expected["blocks"]
     assert_equal(found["frame"], expected["frame"])
-    local = [*DATA, *HEAD_LOSS]  # of a rank's own batch: missing, and said to be
+    local = [*LOCAL]  # of a rank's own batch: missing, and said to be
     assert found["curve"][local].isna().all(axis=None)
     reasons = {item["metric"]: item["reason"] for item in found["unavailable"]}
     assert {reasons[metric] for metric in local} == {"not added up over ranks"}
@@ -80,7 +80,7 @@ def test_two_ranks_that_run_compiled_record_what_one_records_eagerly(ranks, name
     assert found["notes"] == []
     assert (found["graphs"], found["breaks"]) == (1, {})
     assert_equal(found["frame"], expected["frame"])
-    local = [*DATA, *HEAD_LOSS]
+    local = [*LOCAL]
     assert_equal(found["curve"].drop(columns=local), expected["curve"].drop(columns=local))
     for name, weight in expected["weights"].items():
         torch.testing.assert_close(found["weights"][name], weight)

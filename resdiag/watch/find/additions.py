@@ -140,6 +140,7 @@ class Ways:
     parameters: list[nn.Parameter]  # of branch, shortcut and (at the block's end) after-add
     activations: list[Call]
     calls: tuple[Call, ...] = ()  # the operations on the branch, in order
+    shortcut_calls: tuple[Call, ...] = ()  # the operations on the shortcut, in order
     features: int | None = None  # the channel dimension of the sum, None if no operation says it
     # in t * f(x) + (1 - t) * x a gate multiplies the shortcut; the two products are the ways
     is_gated: bool = False

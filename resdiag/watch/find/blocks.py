@@ -41,6 +41,7 @@ class Block:
             it is not known and the usual position is assumed.
         dtype: Of the shortcut's elements; "" for a unit.
         frozen_norm: Whether a BatchNorm on the branch ran on running statistics in training.
+        shortcut_path: The operations on the shortcut by name, in order, without idle dropout.
     """
 
     index: int
@@ -58,6 +59,7 @@ class Block:
     features: int | None = None
     dtype: str = ""
     frozen_norm: bool = False
+    shortcut_path: tuple[str, ...] = ()
 
     @property
     def channels(self) -> int:
@@ -71,7 +73,7 @@ class Block:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**asdict(self), "shape": list(self.shape), "branch": list(self.branch)}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
 
 def describe_units(blocks: Sequence[Block]) -> str:
@@ -104,6 +106,7 @@ class Anatomy:
             shortcut_module=addition.shortcut_module,
             dtype=str(addition.dtype).removeprefix("torch."),
             frozen_norm=torch.is_grad_enabled() and any(map(_is_frozen, addition.calls)),
+            shortcut_path=tuple(c.name for c in addition.shortcut_calls if not _is_idle(c)),
         )
 
     def add_unit(self, unit: Unit) -> int:
@@ -155,6 +158,13 @@ def _is_frozen(call: Call) -> bool:
     """Whether a call is a BatchNorm that normalises with running statistics."""
     training = call.kwargs.get("training", call.args[4] if len(call.args) > 4 else False)
     return call.name == "batch_norm" and not training
+
+
+def _is_idle(call: Call) -> bool:
+    """Whether a call is a dropout that drops nothing."""
+    p = call.kwargs.get("p", call.args[0] if call.args else 0.5)
+    training = call.kwargs.get("training", call.args[1] if len(call.args) > 1 else True)
+    return "dropout" in call.name and not (p and training)
 
 
 def _order(calls: Sequence[Call], *, ends: bool = False) -> str:
@@ -249,13 +259,13 @@ def trace_once(
     keywords: Mapping[str, Any],
     observers: Sequence[Observer],
     units: frozenset[str] | None = None,
-    surveyor: Surveyor | None = None,
+    surveyors: Sequence[Surveyor] = (),
     *,
     evaluate: bool = True,
 ) -> None:
     """Trace one pass without gradients; modes, buffers and random state are put back."""
     tracing = Tracing(model, units)
-    driver = PassDriver(model, lambda: TracedPass(tracing, observers, surveyor))
+    driver = PassDriver(model, lambda: TracedPass(tracing, observers, surveyors))
     try:
         with put_back(model, evaluate=evaluate), torch.no_grad():
             model(*inputs, **keywords)

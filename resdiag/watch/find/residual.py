@@ -189,6 +189,7 @@ class Residuals:
             path=self._path(shortcut, origin) if mix is None else None,
             parameters=self._flow.parameters(inside),
             calls=self._flow.calls(on_branch),
+            shortcut_calls=self._flow.calls(on_shortcut),
             activations=[call for call in self._flow.calls(inside) if call.is_activation],
             is_learned=any(node(n).depth[0] for n in on_branch),
             features=next((known for known in features if known is not None), None),

@@ -61,15 +61,15 @@ class TracedPass(TorchFunctionMode):
         self,
         tracing: Tracing,
         observers: Sequence[Observer],
-        surveyor: Surveyor | None = None,
+        surveyors: Sequence[Surveyor] = (),
         ended: "Callable[[TracedPass], None]" = lambda followed: None,
     ) -> None:
         super().__init__()
         self._ended = ended
         self.calls: Counter[str] = Counter()  # of each module
-        self._tracing, self._survey = tracing, surveyor or Surveyor()
-        self._sees_all = surveyor is not None or tracing.searching  # modules that add nothing, too
-        self._bus = Bus([*observers, self._survey])
+        self._tracing, self._surveyors = tracing, surveyors
+        self._sees_all = len(surveyors) > 0 or tracing.searching  # modules that add nothing, too
+        self._bus = Bus([*observers, *surveyors])
         self._flow = Dataflow()
         chosen = tracing.units is not None
         self._stack = ModuleStack(self._flow, self._bus, tracing.tails, chosen=chosen)
@@ -86,7 +86,8 @@ class TracedPass(TorchFunctionMode):
     def start(self, root: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The forward of a module begins: the model's, or of one that runs alone."""
         self._root = root
-        self._survey.begin(self._flow)
+        for one in self._surveyors:
+            one.begin(self._flow)
         if root is self._tracing.model:
             self._bus.tell("started", [*tensors_in(args), *tensors_in(kwargs)])
         self._install(root)
@@ -159,15 +160,18 @@ class TracedPass(TorchFunctionMode):
         if self._tracing.is_framed(module) or module is self._root:
             self.calls[name] += 1
             self._stack.push(name, module, inputs)
-        self._survey.enters(name, args, kwargs)
+        for one in self._surveyors:
+            one.enters(name, args, kwargs)
 
-    def _leave(self, name: str, module: nn.Module, output: object) -> object:
+    def _leave(self, name: str, module: nn.Module, output: Any) -> Any:  # noqa: ANN401
         """A module's forward has ended."""
         if self._search is not None and module is not self._root:
             self._search.leave(module, first_floating(tensors_in(output)))
         if any(frame.module is module for frame in self._stack.frames):
             self._stack.pop(module, output)
-        handed_on = self._survey.leaves(name, module, output)
+        handed_on = output
+        for one in self._surveyors:
+            handed_on = one.leaves(name, module, handed_on)
         if handed_on is not output and isinstance(output, Tensor):
             self.same(output, handed_on)
         return handed_on
@@ -192,7 +196,8 @@ class TracedPass(TorchFunctionMode):
         kwargs = kwargs or {}
         if is_question(func) or not self._stack.frames:
             return func(*args, **kwargs)
-        self._survey.reads(func, args, kwargs)
+        for one in self._surveyors:
+            one.reads(func, args, kwargs)
         is_sum = func in ADDITIONS
         spelled = read_sum(func, args, kwargs) if is_sum else self._stacked.read(func, args)
         residual = None if spelled is None else self._residual(spelled)
@@ -203,7 +208,9 @@ class TracedPass(TorchFunctionMode):
             self._bus.tell("activation", call, first)
         inputs = [*tensors_in(args), *tensors_in(kwargs)]
         descent = self._flow.descend(call.operands(inputs))
-        result = self._survey.returns(func(*args, **kwargs))
+        result = func(*args, **kwargs)
+        for one in self._surveyors:
+            result = one.returns(result)
         # setitem returns nothing, and makes the whole what it is
         results = list(tensors_in(args[:1] if call.name == "setitem" else result))
         for index, tensor in enumerate(results):
@@ -212,7 +219,8 @@ class TracedPass(TorchFunctionMode):
             if number is None:
                 continue
             owner = self._stack.owner_of(first, call, tensor)
-            self._survey.wrote(tensor)
+            for one in self._surveyors:
+                one.wrote(tensor)
             self._stack.trail(first, call, number, tensor)
             if self._search is not None:
                 self._search.operation(call, descent.parents, number, tensor)

@@ -70,6 +70,7 @@ class ForwardPasses:
         if self.taps is not None:
             self.taps.begin(on=False)
         if not self._is_training():
+            self._step.evaluations += not self.is_paused and torch.is_grad_enabled()
             return False
         self._step.passes += 1
         if not self._can_trace() or not self._is_due_now():

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from resdiag.watch.base.tensors import local
 from resdiag.watch.loop.parameters import ParameterNorms, Shards, is_sharded, may_reduce
 from resdiag.watch.loop.state import State
+from resdiag.watch.measure.reductions import norms, on_host
 from resdiag.watch.record.pool import Pool
 
 _SCALED = ("grad_input", "grad_sum", "grad_output")
@@ -49,8 +51,8 @@ class Gradients:
 
     def forget(self) -> None:
         """Begin a step: nothing has been read."""
-        for norms in self._norms.values():
-            norms.forget()
+        for known in self._norms.values():
+            known.forget()
 
     def close(self) -> None:
         """Remove the hook on a parameter."""
@@ -67,6 +69,8 @@ class Gradients:
     def backward_begins(self) -> None:
         """The first gradient of the recorded pass has come: the loss scale is known now."""
         self._step.factor = self._recorder.backward.factor = self._scale.now()
+        if self._step.follows and self._step.passes == 1 and self._pool is None:
+            self._write_head("grad_kept", self._kept())
         if self._clipping.parameter is None:
             blocks = [p for members in self._recorder.anatomy.parameters for p in members]
             self._clipping.follow([*blocks, *self._model.parameters()])
@@ -123,8 +127,26 @@ class Gradients:
         self._record.cells.settle()
         if works:
             self._write()
+        if self._step.passes > 1 and self._step.follows:  # zeroed between the passes, perhaps
+            self._write_head("grad_kept", torch.full((), math.nan, device=self.device()))
         if skipped:
             self._write_head("skipped", torch.ones(()))
+
+    def _kept(self) -> Tensor:
+        """Norm of the gradients that were there before this backward pass, of the first blocks.
+
+        Those of the last layers may have come already.
+        """
+        groups = self._recorder.anatomy.parameters
+        early = groups[: max(1, len(groups) // 2)]
+        grads = [p.grad for own in early for p in own if p.grad is not None]
+        there = [local(grad) for grad in grads if not grad.is_sparse]
+        if not there:
+            return torch.zeros((), dtype=torch.float64, device=self.device())
+        on_cpu = on_host(there[0].device)
+        sizes = norms(there) if on_cpu else torch.stack(torch._foreach_norm(there))
+        total: Tensor = torch.linalg.vector_norm(sizes.double())
+        return total
 
     def divide_scale(self) -> None:
         """Gradients at activations came with the loss scale; parameters' were read without it."""
@@ -133,7 +155,7 @@ class Gradients:
         if self._recorder.anatomy.blocks and not self._recorder.guard.failure:
             cells.divide(cells.slot, _SCALED, factor)
         head.reserve(1, self.device())
-        head.divide(head.slot, ("head_gap",), factor)
+        head.divide(head.slot, ("head_gap", "head_factor"), factor)
         if self._step.factor is not None:
             self._write_head("grad_scale", torch.as_tensor(factor, dtype=torch.float64))
 

@@ -17,6 +17,7 @@ from resdiag.watch.find.passes import PassDriver
 from resdiag.watch.find.tracer import Tracing
 from resdiag.watch.loop.forward_passes import Checks, ForwardPasses
 from resdiag.watch.loop.gradients import Gradients
+from resdiag.watch.loop.inventory import Inventory
 from resdiag.watch.loop.parameters import OptimizerSteps, Shards
 from resdiag.watch.loop.ranks import RankReduction, Ranks
 from resdiag.watch.loop.state import LossScale, State, Step
@@ -78,6 +79,7 @@ class Monitor:
         self._driver = PassDriver(model, self._passes.begin, self._passes.seen)
         self._shards.same = self._driver.same
         self._steps = OptimizerSteps(model, optimizers, self._before_update, self._after_update)
+        self._inventory = Inventory(model, optimizers)
 
     def prepare(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
         """Find the blocks by one pass over example inputs, and get ready for torch.compile."""
@@ -117,6 +119,7 @@ class Monitor:
         if loss is not None:
             self._record.losses.tell(self._now.number, loss)
         self._checks.order()
+        self._note_events()
         self._passes.adopt_hidden()
         if self._now.forward:
             self._finish()
@@ -273,6 +276,14 @@ class Monitor:
         """The custom metrics that are recorded, as plain data: id, label, unit, site, ..."""
         return [one.to_dict() for one in self._custom.metrics]
 
+    @property
+    def inventory(self) -> dict[str, Any]:
+        """What model, optimizers and loop consist of, for the verdict; see `Inventory.take`."""
+        recorder, follower = self._recorder, self._passes.follower
+        return self._inventory.take(
+            recorder.anatomy, follower.inspection, follower.later, recorder.head.activation
+        )
+
     def drain(self) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
         """Take what was recorded since the last drain: per-block and per-step columns."""
         self._flush()
@@ -296,13 +307,24 @@ class Monitor:
         frame = pd.DataFrame({**columns, **derive(columns, per_step=per == "step")})
         return frame.assign(point=pd.Categorical([self.point] * len(frame)))
 
+    def _note_events(self) -> None:
+        now, events = self._now, self._inventory.events
+        if now.updates:
+            events.note("update", now.number)
+            if now.evaluations and not now.passes:
+                events.note("update_in_evaluation", now.number)
+        elif now.passes:
+            events.note("no_update", now.number)
+
     def _before_update(self, optimizer: Optimizer, owned: Collection[int] | None) -> None:
         now = self._now
         if owned is None:
             now.foreign = True
             return
         now.updates[id(optimizer)] += 1
-        times = now.updates[id(optimizer)]
+        times, holdings = now.updates[id(optimizer)], self._inventory.holdings
+        if now.forward or not holdings.knows(optimizer):
+            holdings.see(optimizer)
         if times == 2:
             self._warnings.say(
                 "the optimizer stepped twice without monitor.step() in between: call it after each "

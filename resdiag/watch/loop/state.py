@@ -18,8 +18,9 @@ class Step:
     """One training step after another: its number, and what was seen of it so far.
 
     `number` steps ended before, `recorded` of them were recorded; `updated`: an optimizer of the
-    model has ever stepped. Of this step: `forward`: a pass is recorded; `passes` were in training
-    mode; `compiled`: torch.compile runs the recorded one; `hidden`: it hid one that was due;
+    model has ever stepped; `follows`: one has in the step before. Of this step: `forward`: a pass
+    is recorded; `passes` were in training mode, `evaluations` in evaluation mode with gradients;
+    `compiled`: torch.compile runs the recorded one; `hidden`: it hid one that was due;
     `stepped`: an optimizer of the model has stepped; `updating`: one is stepping now; `updates`:
     how often each has, by `id`; `foreign`: one of other parameters has; `repeated`:
     `Monitor.step()` came twice; `pending`: parameters are remembered whose update has not been
@@ -29,14 +30,16 @@ class Step:
     def __init__(self) -> None:
         self.number = self.recorded = 0
         self.updated = False
+        self.updates: Counter[int] = Counter()
         self.begin()
+        self.follows = True  # nothing was to be added to the first step's gradients
 
     def begin(self) -> None:
         """Nothing has happened yet in this step."""
         self.forward = self.compiled = self.hidden = False
         self.stepped = self.updating = self.foreign = self.repeated = self.pending = False
-        self.passes = 0
-        self.updates: Counter[int] = Counter()
+        self.passes = self.evaluations = 0
+        self.follows, self.updates = bool(self.updates), Counter()
         self.factor: Tensor | float | None = None
 
 

@@ -294,10 +294,10 @@ def plan_of_example(
     """
     try:
         survey = Survey(example=True)
-        trace_once(model, inputs, keywords, [], units, survey, evaluate=False)
+        trace_once(model, inputs, keywords, [], units, [survey], evaluate=False)
     except Exception:
         survey = Survey(example=True)
-        trace_once(model, inputs, keywords, [], units, survey)
+        trace_once(model, inputs, keywords, [], units, [survey])
     return survey.plan
 
 

@@ -17,6 +17,7 @@ from resdiag.watch.find.additions import Addition
 from resdiag.watch.find.passes import Operands
 from resdiag.watch.measure import changes, reductions
 from resdiag.watch.measure.changes import TANGLED, ShortcutGradient, entries
+from resdiag.watch.measure.model_ends import Logits
 from resdiag.watch.measure.reductions import Scalar
 from resdiag.watch.record.buffer import Key
 from resdiag.watch.record.sites import Head, Parts
@@ -193,6 +194,16 @@ class Backward:
                 self._head.gap(slot, g, kept)
 
         logits.register_hook(back)
+
+    def watch_output(self, output: Tensor) -> None:
+        """Read the gradient of the model's output, which an activation made."""
+        begun, slot, kept = self._begun, self._head.slot, Logits(output)
+
+        def back(g: Tensor) -> None:
+            if self._is_current(begun) and not self.guard.failure:
+                self._head.write_output(slot, g, kept)
+
+        output.register_hook(back)
 
     def awaited(self) -> list[str]:
         """Owners of the blocks that ran without gradients in the pass that is recorded."""

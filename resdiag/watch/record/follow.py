@@ -9,12 +9,16 @@ from torch import Tensor, nn
 
 from resdiag.watch.base.safety import never_alone
 from resdiag.watch.find.additions import Addition
-from resdiag.watch.find.passes import FollowedPass, Observer, Operands
+from resdiag.watch.find.inspection import Inspection
+from resdiag.watch.find.passes import FollowedPass, Observer, Operands, Surveyor
 from resdiag.watch.find.tracer import TracedPass, Tracing
 from resdiag.watch.plan.ports import is_in, place_reads
 from resdiag.watch.plan.survey import Survey
 from resdiag.watch.record.forward import Recorder
 from resdiag.watch.record.hooks import Expected, TappedPass
+
+_LATER = 8
+"""Recorded passes before one is traced again, to look at the parts beside the blocks."""
 
 _MISSES = 2
 """How many more passes may differ from the expected one than be like it; then all are traced."""
@@ -28,7 +32,9 @@ class Follower:
     again. A model whose passes differ all the time is always traced.
 
     `reason` says why every pass is traced although none differed, or is ""; `missed` that the last
-    pass was not the expected one; `reads` counts passes that were read by hooks.
+    pass was not the expected one; `reads` counts passes that were read by hooks; `inspection` is
+    what the first pass showed of parts beside the blocks, None before it; `later` what the
+    ninth one did, which is traced again.
     """
 
     def __init__(self, tracing: Tracing, recorder: Recorder, *, always: bool = False) -> None:
@@ -37,20 +43,31 @@ class Follower:
         self._expected: Expected | None = None
         self._again = Recompute(tracing, recorder)
         self.reason, self.missed = "", False
-        self.reads = self._misses = 0
+        self.inspection: Inspection | None = None
+        self.later: Inspection | None = None
+        self.reads = self._misses = self._passes = 0
 
     def begin(self) -> FollowedPass:
         """A pass that is to be recorded begins."""
         self.end()
-        if self._expected is not None:
+        again = self.later is None and self._passes == _LATER
+        self._passes += 1
+        if self._expected is not None and not again:
             return TappedPass(self._expected, self._recorder, self._judge)
         self.missed = False
         model = self._tracing.model
         kept = frozenset(id(x) for x in (*model.parameters(), *model.buffers()))
         planless = self._always or self.reason or self._misses > _MISSES + self.reads
-        planner = None if planless else Survey(kept, self._plan)
+        surveyors: list[Surveyor] = [] if planless or again else [Survey(kept, self._plan)]
+        inspection = Inspection(self._names)
+        if self.inspection is None or not self.inspection.is_whole:
+            self.inspection = inspection
+            surveyors.insert(0, inspection)
+        elif again:
+            self.later = inspection
+            surveyors.insert(0, inspection)
         return TracedPass(
-            self._tracing, [self._recorder], planner, lambda one: self._again.arm(one.calls)
+            self._tracing, [self._recorder], surveyors, lambda one: self._again.arm(one.calls)
         )
 
     def end(self) -> None:

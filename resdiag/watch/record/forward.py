@@ -272,6 +272,9 @@ class Recorder(Observer):
         self.complete()
         if self.head.classify(features, logits, reason) and logits is not None:
             self.backward.watch_logits(logits)
+        output = self.head.ending(outputs)
+        if output is not None and output.requires_grad:
+            self.backward.watch_output(output)
         self.backward.let_go()
 
     def complete(self) -> None:

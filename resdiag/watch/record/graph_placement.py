@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resdiag.catalog.table import DATA, HEAD_LOSS, RECORDED, SITES
+from resdiag.catalog.table import LOCAL, RECORDED, SITES
 from resdiag.watch.measure import reductions
 from resdiag.watch.measure.skip_path import COLUMNS
 from resdiag.watch.plan.ports import BlockPlan, Plan, Port, Trail
@@ -40,7 +40,7 @@ class Placement:
         self.gradients: list[tuple[int, str, Tap, float]] = []
         self.custom: list[tuple[int, str, Written, int]] = []
         self._values: dict[int, Tap] = {}
-        recorder.head.miss(*DATA, *HEAD_LOSS, reason="a compiled pass does not show its batch")
+        recorder.head.miss(*LOCAL, reason="a compiled pass does not show its batch")
         for row, block in enumerate(plan.blocks):
             self._place(row, block)
         self._place_classifier()

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from resdiag.catalog.custom import CustomValues
-from resdiag.catalog.table import DATA, HEAD_LOSS, SITES
+from resdiag.catalog.table import DATA, HEAD_LOSS, LOCAL, SITES
 from resdiag.watch.base.safety import Guard
 from resdiag.watch.base.tensors import TensorTable
 from resdiag.watch.find.blocks import Anatomy
 from resdiag.watch.measure import moments
 from resdiag.watch.measure.changes import fractions
-from resdiag.watch.measure.model_ends import Logits, describe_input
+from resdiag.watch.measure.model_ends import Logits, activation_of, describe_input, is_tokens
 from resdiag.watch.measure.moments import Normalised, Sums
 from resdiag.watch.measure.reductions import Scalar, stack
 from resdiag.watch.measure.skip_path import COLUMNS as SKIP_COLUMNS
@@ -195,8 +195,10 @@ class Head:
 
     def __init__(self, buffer: Buffer, pool: Pool | None, reasons: Reasons) -> None:
         self.classes = 0  # the width of the last linear layer, once it is known
+        self.activation = ""  # that the model ends with, behind its logits
         self._buffer, self._pool, self._reasons = buffer, pool, reasons
         self._moments: Tensor | None = None
+        self._tokens: Tensor | None = None
 
     @property
     def slot(self) -> int:
@@ -211,11 +213,16 @@ class Head:
     def batch(self, inputs: Sequence[Tensor]) -> None:
         """Measure what goes into the model."""
         if self._pool is not None:
-            self.miss(*DATA, *HEAD_LOSS, reason="not added up over ranks")
+            self.miss(*LOCAL, reason="not added up over ranks")
             return
         self._moments = describe_input(inputs)
+        self._tokens = next(filter(is_tokens, inputs), None)
+        if self._tokens is None:
+            self.miss("label_copies", reason="the model's input is not token ids")
+        if not any(x.is_floating_point() for x in inputs):
+            self.miss(*DATA[:3], reason="the model has no floating-point input")
         if self._moments is None:
-            self.miss(*DATA, reason="the model has no floating-point input")
+            self.miss(*DATA, reason="the model has no input with several samples")
 
     def classify(self, features: Tensor | None, logits: Tensor | None, reason: str = "") -> bool:
         """Measure what goes into the last linear layer; whether a gradient will come to `logits`.
@@ -246,7 +253,22 @@ class Head:
 
     def keep(self, logits: Tensor) -> Logits | None:
         """What of the logits has to wait for their gradient."""
-        return None if self._pool is not None else Logits(logits)
+        tokens, self._tokens = self._tokens, None
+        return None if self._pool is not None else Logits(logits, tokens)
+
+    def ending(self, outputs: Sequence[Tensor]) -> Tensor | None:
+        """The model's output if an activation made it, which a loss may take for logits."""
+        found = next((x for x in outputs if x.is_floating_point() and x.dim() > 1), None)
+        self.activation = "" if found is None else activation_of(found)
+        if not self.activation and self._pool is None:
+            self.miss("output_loss", reason="the model does not end with an activation")
+        return found if self.activation and self._pool is None else None
+
+    def write_output(self, slot: int, g: Tensor, output: Logits) -> None:
+        """Write the cross-entropy that the gradient at the model's output shows."""
+        if (read := output.read(g)) is not None:
+            self.classes = self.classes or output.classes
+            self._buffer.write(slot, 0, "output_loss", read[0])
 
     def gap(self, slot: int, g: Tensor, logits: Logits | None) -> None:
         """max_k |p_k - y_k|: the batch sum of dL/dlogits of a mean cross-entropy; and the loss."""
