@@ -13,6 +13,7 @@ from resdiag.pathologies.suite import read_results
 
 _FILE = RESULTS / "pathologies.jsonl"
 _LONG = 110
+_PLACES = {"one": "a block", "stage": "a stage", "all": "all blocks"}
 
 
 def calibration_page() -> str:
@@ -111,8 +112,9 @@ def _kinds() -> str:
     rows = [
         (
             kind.name,
-            f"`{kind.finding}`" + (f": {kind.cause}" if kind.cause else ""),
-            " or ".join(kind.extents) + " block(s)" if kind.place else "-",
+            " or ".join(f"`{name}`" for name in (kind.finding, *kind.also))
+            + (f": {kind.cause}" if kind.cause else ""),
+            ", ".join(_PLACES[extent] for extent in kind.extents) if kind.place else "-",
             ", ".join(map(str, kind.onsets)),
             ", ".join(f"{strength:g}" for strength in kind.strengths),
             "yes" if kind.hurts else "",
@@ -158,11 +160,11 @@ resdiag bench pathologies --set locked --seed N --jobs 8 --to results.jsonl
 ```
 
 A set is drawn by a seed: for every kind of fault up to {FORMS} combinations of place, step and
-strength, each in {REPEATS} architectures of different families (fewer where fewer have what the
-fault needs) with {REPEATS} seeds of weights and data, under different optimizers; and {PER_RECIPE}
-healthy trainings by each of {len(WAYS)} recipes. Trainings have 60 steps, a few 120, on 16x16 or
-32x32 digits, short sequences of words, or vectors. A quarter of the loops do not pass their loss to
-the monitor.
+strength, each in {REPEATS} architectures of different families with {REPEATS} seeds of weights and
+data, under different optimizers; and {PER_RECIPE} healthy trainings by each of {len(WAYS)} recipes.
+Faults that need what few families have are planted in fewer. Trainings have 60 steps, a few 120, on
+16x16 or 32x32 digits, short sequences of words, or vectors. A quarter of the loops do not pass
+their loss to the monitor.
 
 - A verdict is right if it is the finding below, and its cause contains the words below, if any. A
   training in which nothing is wrong is right if its verdict names no fault; it may be undetermined.

@@ -217,11 +217,11 @@ DEVELOPMENT = (
         "plain-mlp-bn", "plain perceptron",
         partial(_P.plain_perceptron, 4, _RELU, 1.41, norm=True), "vectors", 0.05, 3e-3, 32,
     ),
-    Architecture("vit", "vision transformer", _L.vision_transformer, "images 16", 0.0, 4e-3),
+    Architecture("vit", "vision transformer", _L.vision_transformer, "images 16", 0.0, 1.5e-3),
     Architecture("vit-mean", "vision transformer", _T.vision_encoder, "images 16", 0.0, 3e-3),
     Architecture("gpt", "decoder", _T.decoder, "next word", 0.0, 5e-3),
     Architecture("gpt-tied", "decoder", partial(_T.decoder, 2, tied=True), "next word", 0.0, 5e-3),
-    Architecture("bottlenecks-gn", "bottleneck", _C.bottlenecks, "images 16", 0.1, 1e-2),
+    Architecture("bottlenecks-gn", "bottleneck", _C.bottlenecks, "images 16", 0.05, 3e-3),
     Architecture("resnet18", "basic resnet", _L.basic_resnet, "images 32", 0.02, 2e-3),
     Architecture("mobilenet", "mobilenet", _L.mobilenet, "images 32", 0.02, 3e-3),
     Architecture("gru", "gated recurrent", _P.gru, "sequences", 0.0, 5e-3),
@@ -244,7 +244,10 @@ LOCKED = (
     ),
     Architecture("llama", "llama", _T.llama, "next word", 0.0, 5e-3),
     Architecture("gpt-j", "parallel decoder", _T.parallel_decoder, "next word", 0.0, 5e-3),
-    Architecture("bert", "post-norm encoder", _T.masked_encoder, "masked words", 0.0, 6e-3),
+    Architecture(
+        "bert", "post-norm encoder", partial(_T.masked_encoder, 2, 48),
+        "masked words", 0.0, 3e-3, 32,
+    ),
     Architecture(
         "post-norm", "post-norm encoder", _T.post_norm_classifier, "sequences", 0.0, 2e-3
     ),
@@ -268,7 +271,7 @@ LOCKED = (
     ),
     Architecture("fixup", "bare residual convnet", _C.bare_residual, "images 16", 0.0, 5e-3),
     Architecture(
-        "convnet-bare", "bare convnet", partial(_C.plain, 4, norm=False), "images 16", 0.0, 4e-3
+        "convnet-bare", "bare convnet", partial(_C.plain, 3, 32, norm=False), "images 16", 0.0, 2e-3
     ),
     Architecture(
         "tanh-mlp", "tanh perceptron", partial(_P.plain_perceptron, 4, _TANH, 1.0),
@@ -284,7 +287,7 @@ LOCKED = (
     Architecture("vgg", "vgg", _L.vgg, "images 32", 0.02, 1e-3),
     Architecture("efficientnet", "efficientnet", _L.efficient, "images 32", 0.05, 3e-3),
     Architecture("convnext", "convnext", _L.convnext, "images 32", 0.0, 3e-3),
-    Architecture("swin", "swin", _L.swin, "images 32", 0.0, 5e-3),
+    Architecture("swin", "swin", _L.swin, "images 32", 0.0, 1e-3, 32),
     Architecture("shufflenet", "shufflenet", _L.shuffle, "images 32", 0.05, 3e-3),
     Architecture("lstm", "long short-term memory", _P.lstm, "sequences", 0.0, 1e-2),
     Architecture("autoencoder", "autoencoder", _C.autoencoder, "denoising", 0.0, 5e-3),
