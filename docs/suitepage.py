@@ -156,7 +156,7 @@ on it, and its first score is the one that is published here.
 
 ```sh
 resdiag bench pathologies                       # the quick set
-resdiag bench pathologies --set locked --seed N --jobs 8 --to results.jsonl
+resdiag bench pathologies --set locked --seed 7 --jobs 8 --to results.jsonl
 ```
 
 A set is drawn by a seed: for every kind of fault up to {FORMS} combinations of place, step and

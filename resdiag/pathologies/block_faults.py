@@ -137,18 +137,26 @@ def set_join(join: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Trial], None
 
 
 def constant_weights(trial: Trial) -> None:
-    """Every weight of the blocks, or of the network, is 0.01."""
-    for module in trial.owners or [trial.model]:
-        for parameter in module.parameters():
-            if parameter.dim() > 1:
+    """Every weight and bias of the blocks, or of the network, is 0.01; norms stay as they are."""
+    for place in trial.owners or [trial.model]:
+        normal = {id(p) for norm in norms_in(place) for p in norm.parameters()}
+        for parameter in place.parameters():
+            if id(parameter) not in normal:
                 nn.init.constant_(parameter, 0.01)
 
 
 def set_eps(trial: Trial) -> None:
-    """The norms' epsilon is the strength."""
+    """The norms' epsilon is the strength times the variance of what first enters them."""
+    seen: set[nn.Module] = set()
+
+    def hook(norm: nn.Module, entering: tuple[Tensor]) -> None:
+        if norm not in seen:
+            seen.add(norm)
+            norm.eps = trial.strength * float(entering[0].detach().var())  # type: ignore[assignment]
+
     for owner in trial.owners:
         for norm in norms_in(owner):
-            norm.eps = trial.strength  # type: ignore[assignment]
+            norm.register_forward_pre_hook(hook)
 
 
 def zero_gain(trial: Trial) -> None:

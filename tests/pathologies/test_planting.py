@@ -14,6 +14,7 @@ from resdiag.pathologies.optimizers import Lion
 from resdiag.pathologies.result import prepare
 from resdiag.pathologies.tasks import IGNORED, TASKS
 from resdiag.pathologies.train import Loop, train_unwatched
+from resdiag.pathologies.trial import norms_in
 
 CASE = Case(set="quick", drawn=0, architecture="residual-mlp", optimizer="sgd", seed=4)
 
@@ -92,9 +93,27 @@ def test_nothing_before_a_detached_output_gets_a_gradient(kind):
 
 
 def test_equal_weights_give_equal_units():
-    trial = planted("all weights constant", extent="", at=())
-    grad = gradients(trial)[f"{trial.blocks[0].owner}.branch.1.weight"].grad
+    trial = planted("all weights constant", architecture="plain-mlp", extent="", at=())
+    grad = gradients(trial)[f"{trial.blocks[2].owner}.0.weight"].grad
+    assert grad.any()
     torch.testing.assert_close(grad, grad[:1].expand_as(grad))
+
+
+def test_a_large_epsilon_shrinks_what_a_norm_returns():
+    """By sqrt(1 + strength): epsilon is so many times the variance of the input."""
+    for strength in (10.0, 100.0):
+        trial, healthy = planted("large epsilon", strength=strength), prepare(CASE)
+        x = torch.randn(64, 48)
+        ill, well = (
+            next(
+                m
+                for m in t.model.get_submodule(t.blocks[1].owner).modules()
+                if norms_in(m)[:1] == [m]
+            )
+            for t in (trial, healthy)
+        )
+        shrunk = float((well(x).std() / ill(x).std()).detach())
+        assert shrunk == pytest.approx((1 + strength) ** 0.5, rel=0.02)
 
 
 def test_a_skipped_step_changes_no_weight():
