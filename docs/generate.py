@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
-from findingpages import calibration_page, findings_page
+from findingpages import findings_page
 from measuredtables import HEAD, peers_table, performance_page, table
+from suitepage import calibration_page
 from typer.main import get_command
 
 import resdiag

@@ -1,6 +1,7 @@
 """The command line, put together: one file a command in `resdiag/cli`."""
 
 from resdiag.cli.app import App, print_help
+from resdiag.cli.bench import bench_app
 from resdiag.cli.data import data_app
 from resdiag.cli.explain import explain
 from resdiag.cli.export import export
@@ -37,5 +38,6 @@ for command in (
     app.command()(command)
 study_app.command("report")(report_study)
 study_app.command("freeze")(freeze_study)
+app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")
 app.add_typer(study_app, name="study")

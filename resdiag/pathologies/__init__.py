@@ -1,0 +1,1 @@
+"""How often the verdict is right: small trainings with a planted fault, and healthy ones."""
