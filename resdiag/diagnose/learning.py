@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,8 +18,11 @@ from resdiag.diagnose.finding import (
 )
 from resdiag.diagnose.progress import FALLING, STALL, is_falling
 from resdiag.diagnose.rundata import RunData
-from resdiag.diagnose.signal import LEAST_GRADIENT_ELSEWHERE
+from resdiag.diagnose.signal import LEAST_GRADIENT_ELSEWHERE, kept_gradient
 from resdiag.theory.prediction import CRITICAL, critical_lr
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 GUESSING = Threshold(
     1.25,
@@ -41,7 +45,13 @@ EVALUABLE = Threshold(
     100,
     "Steps before evaluations count: BatchNorm's running averages lag behind the first.",
 )
-STALL_STEPS = Threshold(50, "steps of a stall if no epoch is complete: healthy networks may guess")
+STALL_STEPS = Threshold(50, "Steps of a stall, the least: healthy networks may guess that long.")
+MOVED = Threshold(
+    0.1,
+    "Update over weights of the median block, added up over the steps, before a loss that is that "
+    "of guessing is a stall.",
+)
+LONG_STALL = Threshold(1000, "Steps after which it is one however little the weights have moved.")
 LEAST_GAIN = Threshold(0.05, "Skip gain at the last block.")
 LEAST_GRADIENT = Threshold(
     0.3,
@@ -59,7 +69,7 @@ def skip_collapsed(seen: RunData) -> Outcome:
         return
     end = seen.steps[-1]
     gain = seen.value("skip_gain", end, seen.indices[-1])
-    ratio = seen.gradient_ratio(end)
+    ratio = kept_gradient(seen, end)
     for value, what in ((gain, "skip gain"), (ratio, "gradient ratio")):
         if not math.isfinite(value):
             yield SKIP_COLLAPSED.not_judged(
@@ -84,7 +94,7 @@ def skip_collapsed(seen: RunData) -> Outcome:
         )
     least = LEAST_GRADIENT if seen.variant else LEAST_GRADIENT_ELSEWHERE
     if ratio < least:
-        since = _since(seen, end, lambda step: seen.gradient_ratio(step) < least)
+        since = _since(seen, end, lambda step: kept_gradient(seen, step) < least)
         evidence.append(
             SKIP_COLLAPSED.evidence(
                 "grad_input",
@@ -150,35 +160,61 @@ def _since(seen: RunData, end: int, bad: Callable[[int], bool]) -> int:
 def stalled(seen: RunData) -> Outcome:
     """Mean training loss from 0.98 to 1.25 ln K over the last epoch, and not falling.
 
-    Where there is no whole epoch, over the last 50 steps: healthy networks may guess that long.
+    Over the last 50 steps at least: healthy networks may guess that long, and an epoch may be
+    shorter. They guess until their weights have moved, so a run counts only once its updates, over
+    the weights and added up, come to a tenth of the weights; or after 1000 steps, whatever they
+    moved. Of trainings that learn, the slowest was below guessing at 0.2, most at 0.05.
     """
     losses, classes = seen.series("loss"), seen.classes
     if classes is None:
         yield STALLED.not_judged("the number of classes is unknown")
         return
-    epochs = seen.series("epoch").reindex(losses.index)
-    epochs = epochs.where(np.isfinite(epochs))
-    whole = epochs.max() - epochs.min() >= 1
-    last = losses[epochs > epochs.max() - 1] if whole else losses.iloc[-int(STALL_STEPS) :]
-    if not whole and len(losses) < STALL_STEPS:
-        reason = f"{len(losses)} steps: less than an epoch and than {STALL_STEPS}"
+    if len(losses) < STALL_STEPS:
+        reason = f"{len(losses)} steps, {STALL_STEPS} needed"
         yield STALLED.not_judged(reason, f"{STALL_STEPS} steps")
         return
+    last, span = _last_epoch(seen, losses)
     with np.errstate(all="ignore"):
         mean = float(np.mean(last.to_numpy(dtype=float)))
     if not math.isfinite(mean):
         yield STALLED.not_judged("the loss is not finite at the end")
         return
-    guessing = 1 - STALL <= mean / math.log(classes) <= GUESSING
-    if guessing and is_falling(last, math.log(classes)):
+    if not 1 - STALL <= mean / math.log(classes) <= GUESSING:
+        return
+    moved, needed = _path(seen, losses), f"updates that add up to {MOVED} of the weights"
+    if is_falling(last, math.log(classes)):
         reason = f"mean loss {mean:.3f} is that of guessing, and still falling"
         yield STALLED.not_judged(reason, "a loss that has settled")
-    elif guessing:
-        span = "the last epoch" if whole else f"the last {len(last)} steps"
+    elif not moved >= MOVED and len(losses) < LONG_STALL:
+        way = "are not known" if math.isnan(moved) else f"add up to {moved:.2g} of the weights"
+        reason = f"the loss is that of guessing, but the updates of {len(losses)} steps {way}"
+        yield STALLED.not_judged(reason, f"{needed}, or {LONG_STALL} steps")
+    else:
         text = f"mean loss over {span} is {mean:.3f}, ln {classes} is {math.log(classes):.3f}"
+        text += f"; updates add up to {moved:.2g} of the weights" if moved >= 0 else ""
         least = (1 - STALL) * math.log(classes)
         item = STALLED.evidence("loss", mean, least, text, step=int(last.index[0]))
         yield STALLED.found(item)
+
+
+def _last_epoch(seen: RunData, losses: "pd.Series[float]") -> tuple["pd.Series[float]", str]:
+    """The losses of the last epoch or of the last 50 steps, the longer of them, and its name."""
+    epochs = seen.series("epoch").reindex(losses.index)
+    epochs = epochs.where(np.isfinite(epochs))
+    whole = losses[epochs > epochs.max() - 1]
+    if epochs.max() - epochs.min() >= 1 and len(whole) >= STALL_STEPS:
+        return whole, "the last epoch"
+    return losses.iloc[-int(STALL_STEPS) :], f"the last {STALL_STEPS} steps"
+
+
+def _path(seen: RunData, losses: "pd.Series[float]") -> float:
+    """The median block's updates over its weights, added up over all steps; NaN if not known."""
+    updates = seen.table("update_ratio").dropna(how="all")
+    known = updates.loc[:, (updates > 0).any()].median(axis=1).dropna()
+    if known.empty:
+        return math.nan if updates.empty else 0.0
+    # between recorded steps as at the recorded ones around
+    return float(np.interp(losses.index, known.index, known.to_numpy(dtype=float)).sum())
 
 
 def at_risk(seen: RunData) -> Outcome:
@@ -256,7 +292,7 @@ STALLED = Rule(
     "saturated units, for updates that are too small, and for labels that do not fit",
     remedy="check that labels fit their images, and that the updates are about 1e-3 of the weights",
     plots=("curves", "updates", "skip"),
-    thresholds=(STALL, GUESSING, FALLING, STALL_STEPS),
+    thresholds=(STALL, GUESSING, FALLING, STALL_STEPS, MOVED, LONG_STALL),
 )
 AT_RISK = Rule(
     name="at_risk",
