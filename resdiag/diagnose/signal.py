@@ -230,12 +230,7 @@ def vanishing(seen: RunData) -> Outcome:
     step, first, last = seen.steps[0], seen.indices[0], seen.indices[-1]
     if _is_cut(seen, step):
         return
-    with np.errstate(all="ignore"):
-        signal = np.float64(seen.value("output_channel_std", step, last)) / np.float64(
-            seen.value("input_channel_std", step, first)
-        )
-    along = _along_blocks(seen, step, "output_channel_std", "input_channel_std")
-    signal, gradient = max(signal, along), kept_gradient(seen, step)
+    signal, gradient = kept_signal(seen, step), kept_gradient(seen, step)
     evidence = []
     for value, metric, least, what in (
         (signal, "output_channel_std", LEAST_SIGNAL, "spread behind the last block"),
@@ -254,6 +249,15 @@ def vanishing(seen: RunData) -> Outcome:
             summary="; ".join(item.text for item in evidence),
         )
         yield replace(finding, block=None)
+
+
+def kept_signal(seen: RunData, step: int) -> float:
+    """The spread behind the last block over that before the first, as `kept_gradient`."""
+    first, last = seen.indices[0], seen.indices[-1]
+    with np.errstate(all="ignore"):
+        end = np.float64(seen.value("output_channel_std", step, last))
+        whole = float(end / np.float64(seen.value("input_channel_std", step, first)))
+    return max(whole, _along_blocks(seen, step, "output_channel_std", "input_channel_std"))
 
 
 def kept_gradient(seen: RunData, step: int) -> float:
