@@ -77,7 +77,7 @@ def lr_too_high(seen: RunData) -> Outcome:
     if len(losses) < 3 and updates.empty and not seen.steps:
         yield LR_TOO_HIGH.not_judged("neither losses nor updates were recorded")
         return
-    if len(updates) and not updates.max() > 1e-3:
+    if len(updates) and not float(seen.table("update_ratio").max().max()) > 1e-3:
         return  # whatever gets worse, it is not the steps
     broken, undone = find_breakdown(seen), learning_undone(seen, losses, updates)
     if not broken and undone is None and not find_doubts(seen):
