@@ -9,7 +9,7 @@ import pandas as pd
 
 from resdiag.diagnose.advice import lower_lr, plots, variant_of
 from resdiag.diagnose.finding import DEFINITION, Evidence, Finding, Outcome, Rule, Threshold
-from resdiag.diagnose.rundata import RunData
+from resdiag.diagnose.rundata import RunData, once_per_run
 from resdiag.theory.prediction import CRITICAL
 
 JUMP = Threshold(1e3, "Gradient norm over the median of the recorded steps before.")
@@ -74,7 +74,8 @@ def describe_end(seen: RunData, broken: Sequence[Evidence]) -> str:
     return text if first.step == found.step else f"{first.text}; {text}"
 
 
-def find_breakdown(seen: RunData) -> list[Evidence]:
+@once_per_run
+def find_breakdown(seen: RunData) -> tuple[Evidence, ...]:
     """Everything that shows that the run broke, the earliest step first; empty if it did not.
 
     A loss or gradient norm that is not finite, the first block that is not (see
@@ -86,7 +87,7 @@ def find_breakdown(seen: RunData) -> list[Evidence]:
     if seen.first_nonfinite:
         found.append(_first_nonfinite(seen))
     found += _jump(norms)
-    return sorted(found, key=lambda item: item.step or 0)
+    return tuple(sorted(found, key=lambda item: item.step or 0))
 
 
 def count_norms(seen: RunData) -> int:

@@ -1,10 +1,11 @@
 """Rules about what training comes to: a lost skip path, a loss that stalls, dies or overfits."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 
 from resdiag.diagnose.advice import lower_lr, plots, run_variant, variant_of
 from resdiag.diagnose.finding import (
@@ -15,9 +16,17 @@ from resdiag.diagnose.finding import (
     Rule,
     Threshold,
 )
-from resdiag.diagnose.progress import FALLING, STALL, is_falling
+from resdiag.diagnose.progress import (
+    FALLING,
+    SETTLED_FALL,
+    STALL,
+    STALL_STEPS,
+    has_settled,
+    spans_at_end,
+    sum_updates,
+)
 from resdiag.diagnose.rundata import RunData
-from resdiag.diagnose.signal import LEAST_GRADIENT_ELSEWHERE
+from resdiag.diagnose.signal import LEAST_GRADIENT_ELSEWHERE, kept_gradient
 from resdiag.theory.prediction import CRITICAL, critical_lr
 
 GUESSING = Threshold(
@@ -41,7 +50,16 @@ EVALUABLE = Threshold(
     100,
     "Steps before evaluations count: BatchNorm's running averages lag behind the first.",
 )
-STALL_STEPS = Threshold(50, "steps of a stall if no epoch is complete: healthy networks may guess")
+MOVED = Threshold(
+    0.1,
+    "Update over weights of the median block, added up over the steps, before a loss that is that "
+    "of guessing is a stall.",
+)
+LONG_STALL = Threshold(1000, "Steps after which it is one however little the weights have moved.")
+HELD = Threshold(
+    3, "Recorded steps for which a collapse has held at the end, if there are as many."
+)
+LONG_BEFORE = Threshold(20, "Steps at a loss of guessing before it, of which it is a consequence.")
 LEAST_GAIN = Threshold(0.05, "Skip gain at the last block.")
 LEAST_GRADIENT = Threshold(
     0.3,
@@ -50,55 +68,72 @@ LEAST_GRADIENT = Threshold(
 
 
 def skip_collapsed(seen: RunData) -> Outcome:
-    """Skip gain at the last block below 0.05, or total gradient ratio below 0.3, at the end."""
+    """Skip gain at the last block below 0.05, or total gradient ratio below 0.3, at the end.
+
+    For the last 3 recorded steps at least. Not where the loss was that of guessing for 20 steps
+    before it came to that: then it is a consequence, and what stalls the training another cause.
+    """
     if seen.run.blocks and all(row.get("shortcut") == "none" for row in seen.run.blocks):
         yield SKIP_COLLAPSED.not_applicable("the network has no shortcuts")
         return
     if not seen.steps:
         yield SKIP_COLLAPSED.not_judged("no step was recorded")
         return
+    last, evidence = seen.indices[-1], []
+    gains = pd.Series({step: seen.value("skip_gain", step, last) for step in seen.steps})
+    ratios = pd.Series({step: kept_gradient(seen, step) for step in seen.steps})
     end = seen.steps[-1]
-    gain = seen.value("skip_gain", end, seen.indices[-1])
-    ratio = seen.gradient_ratio(end)
-    for value, what in ((gain, "skip gain"), (ratio, "gradient ratio")):
-        if not math.isfinite(value):
+    for values, what in ((gains, "skip gain"), (ratios, "gradient ratio")):
+        if not math.isfinite(values[end]):
             yield SKIP_COLLAPSED.not_judged(
                 f"{what} at the last recorded step {end}: not recorded or NaN"
             )
-    last = seen.indices[-1]
-    evidence = []
-    if gain < LEAST_GAIN:
-        since = _since(seen, end, lambda step: seen.value("skip_gain", step, last) < LEAST_GAIN)
-        gains = seen.profile("skip_gain", end)
-        first = int((gains < LEAST_GAIN).to_numpy().argmax())
+    if (since := _since(gains < LEAST_GAIN)) is not None:
+        profile = seen.profile("skip_gain", end)
+        first = int(profile.index[int((profile < LEAST_GAIN).to_numpy().argmax())])
+        text = f"skip gain at the last block is {gains[end]:.2g} at step {end}, "
+        text += f"below {LEAST_GAIN} since step {since}"
         evidence.append(
             SKIP_COLLAPSED.evidence(
-                "skip_gain",
-                gain,
-                LEAST_GAIN,
-                f"skip gain at the last block is {gain:.2g} at step {end}, "
-                f"below {LEAST_GAIN} since step {since}",
-                step=since,
-                block=int(gains.index[first]),
+                "skip_gain", float(gains[end]), LEAST_GAIN, text, step=since, block=first
             )
         )
     least = LEAST_GRADIENT if seen.variant else LEAST_GRADIENT_ELSEWHERE
-    if ratio < least:
-        since = _since(seen, end, lambda step: seen.gradient_ratio(step) < least)
+    if (since := _since(ratios < least)) is not None:
+        text = f"gradient at the first block's input is {ratios[end]:.2g} of that at the last "
+        text += f"block's output at step {end}, below {least} since step {since}"
+        source = "Zaeemzadeh et al. 2018, arXiv:1805.07477; " + DEFINITION
         evidence.append(
             SKIP_COLLAPSED.evidence(
                 "grad_input",
-                ratio,
+                float(ratios[end]),
                 least,
-                f"gradient at the first block's input is {ratio:.2g} of that at the last "
-                f"block's output at step {end}, below {least} since step {since}",
+                text,
                 step=since,
+                source=source,
                 block=seen.indices[0],
-                source="Zaeemzadeh et al. 2018, arXiv:1805.07477; " + DEFINITION,
             )
         )
-    if evidence:
+    if not evidence:
+        return
+    began = min(item.step for item in evidence if item.step is not None)
+    if (why := _guessed_before(seen, began)) is not None:
+        yield SKIP_COLLAPSED.not_judged(why)
+    else:
         yield _explain_collapse(seen, evidence)
+
+
+def _guessed_before(seen: RunData, step: int) -> str | None:
+    """Why a collapse is a consequence: the network guessed before it, and did so for long."""
+    losses = seen.series("loss")
+    before = losses[losses.index < step].iloc[-int(LONG_BEFORE) :]
+    if seen.classes is None or len(before) < LONG_BEFORE:
+        return None
+    if not before.mean() >= (1 - STALL) * math.log(seen.classes):
+        return None
+    return (
+        f"the skip path collapsed at step {step}, after {len(before)} steps at a loss of guessing"
+    )
 
 
 def _explain_collapse(seen: RunData, evidence: Sequence[Evidence]) -> Finding:
@@ -137,48 +172,57 @@ def _explain_collapse(seen: RunData, evidence: Sequence[Evidence]) -> Finding:
     return replace(finding, step=min(item.step for item in evidence if item.step is not None))
 
 
-def _since(seen: RunData, end: int, bad: Callable[[int], bool]) -> int:
-    """The first recorded step from which on `bad` holds until the end."""
-    since = end
-    for step in reversed(seen.steps):
-        if not bad(step):
-            break
-        since = step
-    return since
+def _since(bad: "pd.Series[bool]") -> int | None:
+    """The first step from which on it holds until the end; None if it does not, or only since now.
+
+    It has to have held for 3 recorded steps: a skip gain is measured on few samples.
+    """
+    held = bad.to_numpy()[::-1]
+    count = len(held) if held.all() else int(held.argmin())
+    return int(bad.index[len(held) - count]) if count >= min(HELD, len(held)) else None
 
 
 def stalled(seen: RunData) -> Outcome:
-    """Mean training loss from 0.98 to 1.25 ln K over the last epoch, and not falling.
+    """The training loss stays at 0.98 to 1.25 ln K, although the weights have moved.
 
-    Where there is no whole epoch, over the last 50 steps: healthy networks may guess that long.
+    In the mean over the last epoch, the last 50 steps at least, or over the last half of the steps.
+    That it stays has to be shown: a line through the losses falls by less than 3 % of ln K, within
+    2 standard errors. Noisy losses take more steps for that. Healthy networks guess until their
+    weights have moved, so the updates, over the weights and added up, have to come to a tenth; or
+    the run to 1000 steps, whatever they moved.
     """
     losses, classes = seen.series("loss"), seen.classes
     if classes is None:
         yield STALLED.not_judged("the number of classes is unknown")
         return
-    epochs = seen.series("epoch").reindex(losses.index)
-    epochs = epochs.where(np.isfinite(epochs))
-    whole = epochs.max() - epochs.min() >= 1
-    last = losses[epochs > epochs.max() - 1] if whole else losses.iloc[-int(STALL_STEPS) :]
-    if not whole and len(losses) < STALL_STEPS:
-        reason = f"{len(losses)} steps: less than an epoch and than {STALL_STEPS}"
+    if len(losses) < STALL_STEPS:
+        reason = f"{len(losses)} steps, {STALL_STEPS} needed"
         yield STALLED.not_judged(reason, f"{STALL_STEPS} steps")
         return
-    with np.errstate(all="ignore"):
-        mean = float(np.mean(last.to_numpy(dtype=float)))
-    if not math.isfinite(mean):
+    guess, moved = math.log(classes), sum_updates(seen, losses)
+    spans = spans_at_end(seen, losses)
+    if not all(np.isfinite(last.to_numpy(dtype=float)).all() for last in spans.values()):
         yield STALLED.not_judged("the loss is not finite at the end")
         return
-    guessing = 1 - STALL <= mean / math.log(classes) <= GUESSING
-    if guessing and is_falling(last, math.log(classes)):
-        reason = f"mean loss {mean:.3f} is that of guessing, and still falling"
-        yield STALLED.not_judged(reason, "a loss that has settled")
-    elif guessing:
-        span = "the last epoch" if whole else f"the last {len(last)} steps"
-        text = f"mean loss over {span} is {mean:.3f}, ln {classes} is {math.log(classes):.3f}"
-        least = (1 - STALL) * math.log(classes)
-        item = STALLED.evidence("loss", mean, least, text, step=int(last.index[0]))
+    at_guessing = {s: w for s, w in spans.items() if 1 - STALL <= w.mean() / guess <= GUESSING}
+    flat = {s: w for s, w in at_guessing.items() if has_settled(w, guess)}
+    if at_guessing and not moved >= MOVED and len(losses) < LONG_STALL:
+        way = "are not known" if math.isnan(moved) else f"add up to {moved:.2g} of the weights"
+        reason = f"the loss is that of guessing, but the updates of {len(losses)} steps {way}"
+        needs = f"updates that add up to {MOVED} of the weights, or {LONG_STALL} steps"
+        yield STALLED.not_judged(reason, needs)
+    elif flat:
+        span, last = next(iter(flat.items()))
+        text = f"mean loss over {span} is {last.mean():.3f}, ln {classes} is {guess:.3f}"
+        text += f"; updates add up to {moved:.2g} of the weights" if moved >= 0 else ""
+        item = STALLED.evidence(
+            "loss", float(last.mean()), (1 - STALL) * guess, text, step=int(last.index[0])
+        )
         yield STALLED.found(item)
+    elif at_guessing:
+        mean = float(next(iter(at_guessing.values())).mean())
+        reason = f"mean loss {mean:.3f} is that of guessing, and may still fall"
+        yield STALLED.not_judged(reason, "a loss that has settled")
 
 
 def at_risk(seen: RunData) -> Outcome:
@@ -256,7 +300,7 @@ STALLED = Rule(
     "saturated units, for updates that are too small, and for labels that do not fit",
     remedy="check that labels fit their images, and that the updates are about 1e-3 of the weights",
     plots=("curves", "updates", "skip"),
-    thresholds=(STALL, GUESSING, FALLING, STALL_STEPS),
+    thresholds=(STALL, GUESSING, FALLING, STALL_STEPS, SETTLED_FALL, MOVED, LONG_STALL),
 )
 AT_RISK = Rule(
     name="at_risk",
@@ -294,6 +338,6 @@ SKIP_COLLAPSED = Rule(
     remedy="put nothing on the skip path: no activation after the addition; lower the learning "
     "rate if it collapsed in training",
     plots=("skip", "biasshift", "gradnorms"),
-    thresholds=(LEAST_GAIN, LEAST_GRADIENT, LEAST_GRADIENT_ELSEWHERE),
+    thresholds=(LEAST_GAIN, LEAST_GRADIENT, LEAST_GRADIENT_ELSEWHERE, HELD, LONG_BEFORE),
     source="He et al. 2016, arXiv:1603.05027, eq. 5; " + DEFINITION,
 )

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from resdiag.diagnose.rundata import RunData
 
 STALL = Threshold(0.02, "How far below ln K the loss is, in units of ln K, where guessing ends.")
+STALL_STEPS = Threshold(50, "Steps of a stall, the least: healthy networks may guess that long.")
+SETTLED_FALL = Threshold(
+    0.03, "Fall of the loss over those steps in units of ln K, which two standard errors exclude."
+)
 FALLING = Threshold(
     0.005,
     "Fall of the loss over the steps looked at, in units of ln K, that is more than noise.",
@@ -77,13 +81,52 @@ def is_falling(losses: "pd.Series[float]", unit: float) -> bool:
         losses: By step.
         unit: What the fall is measured in, such as ln K.
     """
+    fall, error = fall_of_line(losses)
+    return fall > ERRORS * error and fall > FALLING * unit
+
+
+def fall_of_line(losses: "pd.Series[float]") -> tuple[float, float]:
+    """How far a straight line through the losses falls from end to end, and its standard error.
+
+    NaN and infinity where there are fewer than 3.
+    """
     y = losses.to_numpy(dtype=float)
     if len(y) < 3:
-        return False
+        return math.nan, math.inf
     x = np.arange(len(y)) - (len(y) - 1) / 2
     slope = float(x @ y / (x @ x))
     noise = float(np.std(y - y.mean() - slope * x)) / math.sqrt(float(x @ x))
-    return slope < -ERRORS * noise and -slope * len(y) > FALLING * unit
+    return -slope * len(y), noise * len(y)
+
+
+def has_settled(losses: "pd.Series[float]", unit: float) -> bool:
+    """Whether a fall that would matter, 3 % of the unit, is excluded by 2 standard errors."""
+    fall, error = fall_of_line(losses)
+    return fall + 2 * error < SETTLED_FALL * unit and not is_falling(losses, unit)
+
+
+def spans_at_end(seen: "RunData", losses: "pd.Series[float]") -> dict[str, "pd.Series[float]"]:
+    """The losses of the last epoch, of 50 steps at least, and of the last half of the steps."""
+    epochs = seen.series("epoch").reindex(losses.index)
+    epochs = epochs.where(np.isfinite(epochs))
+    epoch = losses[epochs > epochs.max() - 1]
+    spans = {f"the last {STALL_STEPS} steps": losses.iloc[-int(STALL_STEPS) :]}
+    if epochs.max() - epochs.min() >= 1 and len(epoch) >= STALL_STEPS:
+        spans = {"the last epoch": epoch}
+    half = losses.iloc[len(losses) // 2 :]
+    return spans | ({f"the last {len(half)} steps": half} if len(half) > STALL_STEPS else {})
+
+
+def sum_updates(seen: "RunData", losses: "pd.Series[float]") -> float:
+    """The median block's updates over its weights, added up over all steps; NaN if not known.
+
+    Steps that were not recorded count as the recorded ones around them.
+    """
+    updates = seen.table("update_ratio").dropna(how="all")
+    known = updates.loc[:, (updates > 0).any()].median(axis=1).dropna()
+    if known.empty:
+        return math.nan if updates.empty else 0.0
+    return float(np.interp(losses.index, known.index, known.to_numpy(dtype=float)).sum())
 
 
 def _ends(losses: "pd.Series[float]") -> tuple["pd.Series[float]", "pd.Series[float]"]:

@@ -8,34 +8,33 @@ import numpy as np
 import pandas as pd
 
 from resdiag.diagnose.breakdown import find_breakdown
-from resdiag.diagnose.finding import DEFINITION, Evidence, Finding, Outcome, Rule, Threshold
-from resdiag.diagnose.progress import FALLEN, find_doubts, has_fallen
+from resdiag.diagnose.finding import Evidence, Finding, Outcome, Rule, Threshold
+from resdiag.diagnose.freezing import without_gradient
+from resdiag.diagnose.overshoot import (
+    BESIDE_MEDIAN,
+    LARGE_STEP,
+    PATIENCE,
+    PEAK,
+    REPLACING_STEP,
+    SETTLED,
+    SOURCE,
+    SUDDEN,
+    WHOLE_STEP,
+    WORSE,
+    evidence_of,
+    first_step,
+    large_step_before,
+    learning_undone,
+    loss_got_worse,
+    loss_peaked,
+    median_updates,
+    recovers,
+    replaces_one_block,
+    replaces_weights,
+)
+from resdiag.diagnose.progress import FALLEN, find_doubts
 from resdiag.diagnose.rundata import RunData
-from resdiag.theory.prediction import CRITICAL
 
-WORSE = Threshold(
-    1.5,
-    "Mean loss of the last fifth of the steps over the loss at step 0 and over ln K.",
-)
-SETTLED = Threshold(
-    20,
-    "Steps before a higher loss counts: at depth 110 and rate 0.1 that of the first ten is "
-    "passing.",
-)
-PEAK = Threshold(8.0, "Largest loss over the larger of ln K and the loss at step 0.")
-WHOLE_STEP = Threshold(
-    0.5,
-    "Median over the blocks of update over weights: such a step replaces the weights.",
-)
-LARGE_STEP = Threshold(0.1, "The same before an explosion or beside a loss that got worse.")
-SUDDEN = Threshold(
-    30.0,
-    "Growth of the largest activation in the step before a breakdown that is no sudden fault.",
-)
-REPLACING_STEP = Threshold(
-    1.0,
-    "The same in any one step: it moves the weights by more than they are.",
-)
 USUAL_STEP = Threshold(
     1e-3, "Update over weights of the first step at the learning rate that is proposed."
 )
@@ -58,34 +57,40 @@ FIRST_STEPS = Threshold(
     3,
     "Recorded steps, from where the decay is that large, of which the largest counts.",
 )
-_SOURCE = "You et al. 2017, arXiv:1708.03888; " + DEFINITION
 
 
 def lr_too_high(seen: RunData) -> Outcome:
     """Steps are too large: the loss gets worse, or breaks down, and the weights are replaced.
 
     Any of: (1) the mean loss of the last fifth of the steps, 20 steps or more, is 1.5 times that of
-    step 0 and that of guessing; (2) the loss peaks at 8 times those; (3) the run breaks down, not
-    out of nothing, and before it a step moved the median block by 10 % of its weights or, at
-    step 0, lr x ||g_0|| >= 0.6; (4) a step replaces half of the median block's weights at most of
-    the steps while nothing is learned; (5) one step moves the median block by more than its
-    weights. All need a step of 1e-3 at least, if steps are known. Not where the run shows in the
+    step 0 and that of guessing, unless it falls again, in 100 steps; (2) the loss peaks at 8 times
+    those; (3) the run breaks down, not out of nothing, and before it a step moved the median block
+    by 10 % of its weights or, at step 0, lr x ||g_0|| >= 0.6; (4) such a step undoes what the run
+    had learned: the loss is 1.5 times its best since; (5) a step replaces half of the median
+    block's weights at most of the steps while nothing is learned; (6) one step moves the median
+    block by more than its weights, or one block so and 20 times as far as the median. All need a
+    step of 1e-3 at least, if steps are known. But for (3) and (4), not where the run shows in the
     end that it learned. Its step is the first at which one of these thresholds was crossed.
     """
     losses = seen.series("loss")
-    updates = _updates(seen)
+    updates = median_updates(seen)
     if len(losses) < 3 and updates.empty and not seen.steps:
         yield LR_TOO_HIGH.not_judged("neither losses nor updates were recorded")
         return
-    if len(updates) and not updates.max() > 1e-3:
+    if len(updates) and not float(seen.table("update_ratio").max().max()) > 1e-3:
         return  # whatever gets worse, it is not the steps
-    broken = find_breakdown(seen)
-    if not broken and not find_doubts(seen):
+    broken, undone = find_breakdown(seen), learning_undone(seen, losses, updates)
+    if not broken and undone is None and not find_doubts(seen):
         return
-    evidence = [e for e in (_worse(seen, losses), _peak(seen, losses)) if e is not None]
-    if broken and (large := _large_before(seen, updates, broken[0].step or 0)) is not None:
+    worse, peak = loss_got_worse(seen, losses), loss_peaked(seen, losses)
+    if worse and not (broken or undone or peak) and recovers(losses, updates):
+        reason = "the loss is above that of guessing, and falls again"
+        yield LR_TOO_HIGH.not_judged(reason, f"{PATIENCE} steps")
+        return
+    evidence = [e for e in (undone, worse, peak) if e is not None]
+    if broken and (large := large_step_before(seen, updates, broken[0].step or 0)) is not None:
         evidence = [large, *evidence, *broken[:2]]
-    evidence = evidence or _replaces(updates, losses)
+    evidence = evidence or replaces_weights(updates, losses) or replaces_one_block(seen)
     if evidence:
         yield _explain_rate(seen, evidence, updates)
     elif len(losses) < SETTLED:
@@ -113,8 +118,9 @@ def _explain_rate(
         remedy = f"learning rate {gentle:.2g}: the first step then moves 0.1 % of the weights"
     elif lr > 0:
         remedy += f": {lr / 10:.2g}"
+    block = evidence[0].block if len(evidence) == 1 else None
     finding = LR_TOO_HIGH.found(*evidence, cause=cause, why=why, next=(f"{remedy} (not tried)",))
-    return replace(finding, step=since, block=None)
+    return replace(finding, step=since, block=block)
 
 
 def lr_too_low(seen: RunData) -> Outcome:
@@ -134,10 +140,15 @@ def lr_too_low(seen: RunData) -> Outcome:
         return
     if not idle and len(updates) < LEAST_STEPS:
         return
+    gradient = seen.table("grad_param")
+    if len(without_gradient(seen, "grad_output")) == len(seen.indices):
+        reason = "no watched block requires a gradient: taken for a linear probe"
+        yield LR_TOO_LOW.not_judged(reason)
+        return
     norms = seen.series("grad_norm").dropna()
     lr = float(rates.max()) if len(rates) else math.nan
-    if largest == 0 and not (seen.table("grad_param") > 0).any(axis=None):
-        cause, why = "no gradient reaches the blocks", "Detached, under no_grad, or frozen"
+    if largest == 0 and not (gradient > 0).any(axis=None):
+        cause, why = "no gradient reaches the blocks", "They require one: detached behind the last?"
     elif idle or largest == 0:
         cause, why = "no optimizer step", "No optimizer was seen to move any watched parameter"
     elif len(norms) and norms.median() < 1e-4:
@@ -147,7 +158,7 @@ def lr_too_low(seen: RunData) -> Outcome:
         cause, why = LR_TOO_LOW.cause, f"At learning rate {lr:.3g} nothing moves"
     text = f"the largest update of any block is {largest:.2g} of its weights in "
     text += f"{len(seen.steps)} recorded steps"
-    item = _evidence("update_ratio", seen.steps[0], largest, _least_step(seen), text)
+    item = evidence_of("update_ratio", seen.steps[0], largest, _least_step(seen), text)
     yield LR_TOO_LOW.found(
         item,
         cause=cause,
@@ -167,102 +178,16 @@ def weight_decay_too_large(seen: RunData) -> Outcome:
         return
     taken = (rates * decays).dropna()
     value = float(taken.median()) if len(taken) else math.nan
-    updates = _updates(seen)
+    updates = median_updates(seen)
     if value >= LARGEST_DECAY:
-        since = _first(taken >= LARGEST_DECAY)
+        since = first_step(taken >= LARGEST_DECAY)
         # of more steps momentum would sum up the decay; a single one may have no gradient yet
         moved = updates[updates.index >= since].iloc[: int(FIRST_STEPS)]
         if len(moved) and taken[since] < DECAY_SHARE * moved.max():
             return  # such a learning rate moves the weights by far more than the decay does
         text = f"lr x weight decay = {value:.2g}: each step takes that share of the weights away"
-        item = _evidence("weight_decay", since, value, LARGEST_DECAY, text)
+        item = evidence_of("weight_decay", since, value, LARGEST_DECAY, text)
         yield WEIGHT_DECAY_TOO_LARGE.found(item)
-
-
-def _worse(seen: RunData, losses: "pd.Series[float]") -> Evidence | None:
-    known = losses[np.isfinite(losses)]
-    if len(known) < SETTLED:
-        return None
-    guess = math.log(seen.classes) if seen.classes else -math.inf
-    last = known.iloc[-max(2, len(known) // 5) :]
-    bar = WORSE * max(float(known.iloc[0]), guess)
-    if not (bar > 0 and last.mean() > bar):
-        return None
-    # from there on it is above the bar in the mean
-    onward = known.iloc[::-1].expanding().mean().iloc[::-1]
-    since = _first((known > bar) & (onward > bar))
-    text = f"the mean loss of the last {len(last)} steps is {last.mean():.3g}, "
-    text += f"it began at {float(known.iloc[0]):.3g}; above {bar:.3g} since step {since}"
-    return _evidence("loss", since, float(last.mean()), bar, text)
-
-
-def _peak(seen: RunData, losses: "pd.Series[float]") -> Evidence | None:
-    known = losses[np.isfinite(losses)]
-    if len(known) < 2 or not seen.classes:
-        return None
-    bar = PEAK * max(float(known.iloc[0]), math.log(seen.classes))
-    if not known.max() > bar:
-        return None
-    top = int(known.index[int(known.to_numpy().argmax())])
-    text = f"the loss peaks at {known.max():.3g} at step {top}, it began at {known.iloc[0]:.3g}"
-    return _evidence("loss", _first(known > bar), float(known.max()), bar, text)
-
-
-def _replaces(updates: "pd.Series[float]", losses: "pd.Series[float]") -> list[Evidence]:
-    """Steps that replace the weights: most of them by half while nothing is learned, or one."""
-    whole = updates > WHOLE_STEP
-    if len(updates) >= 3 and whole.mean() > 0.5 and len(losses) and not has_fallen(losses):
-        value = float(updates.median())
-        text = f"the median step moves the median block by {value:.2g} of its weights"
-        return [_evidence("update_ratio", _first(whole), value, WHOLE_STEP, text)]
-    if len(updates) and updates.max() >= REPLACING_STEP:
-        at = _first(updates >= REPLACING_STEP)
-        text = f"step {at} moves the median block by {updates[at]:.2g} of its weights"
-        return [_evidence("update_ratio", at, float(updates[at]), REPLACING_STEP, text)]
-    return []
-
-
-def _first(crossed: "pd.Series[bool]") -> int:
-    """The first step at which it is so."""
-    return int(crossed.index[int(crossed.to_numpy().argmax())])
-
-
-def _large_before(seen: RunData, updates: "pd.Series[float]", step: int) -> Evidence | None:
-    """A step that was too large before a breakdown that did not come out of nothing."""
-    if step == 0 or _is_sudden(seen, step):
-        return None
-    before = updates[updates.index < step]
-    if len(before) and before.max() >= LARGE_STEP:
-        at = _first(before >= LARGE_STEP)
-        text = f"step {at} moved the median block by {before[at]:.2g} of its weights"
-        return _evidence("update_ratio", at, float(before[at]), LARGE_STEP, text)
-    kick = seen.scalar("lr", 0) * seen.scalar("grad_norm", 0)
-    if not len(before) and kick >= CRITICAL:
-        text = f"lr x ||g_0|| = {kick:.3g} at step 0"
-        return _evidence("lr_grad_norm", 0, kick, CRITICAL, text)
-    return None
-
-
-def _is_sudden(seen: RunData, step: int) -> bool:
-    """Whether everything was as usual in the recorded step before the breakdown.
-
-    The largest RMS of an output and the largest gradient are within 30 times their medians so far.
-    """
-    for metric in ("output_channel_std", "grad_output"):
-        table = seen.table(metric)
-        before = table[table.index < step].max(axis=1)
-        if before.empty or not before.iloc[-1] <= SUDDEN * before.iloc[:3].median():
-            return False
-    losses = seen.series("loss")
-    before = losses[losses.index < step]
-    return not len(before) or bool(before.iloc[-1] <= 2 * before.iloc[0] + 1)
-
-
-def _updates(seen: RunData) -> "pd.Series[float]":
-    """Median over the blocks of update over weights, by recorded step."""
-    updates = seen.table("update_ratio").dropna(how="all")
-    moving = updates.loc[:, (updates > 0).any()]
-    return moving.median(axis=1).dropna()
 
 
 def _changed(losses: "pd.Series[float]") -> bool:
@@ -283,12 +208,6 @@ def _least_step(seen: RunData) -> float:
     return max(LEAST_STEP, 3 * alone) if alone < LARGEST_DECAY / 10 else LEAST_STEP
 
 
-def _evidence(metric: str, step: int, value: float, threshold: float, text: str) -> Evidence:
-    return Evidence(
-        metric=metric, step=step, value=value, threshold=threshold, text=text, source=_SOURCE
-    )
-
-
 LR_TOO_HIGH = Rule(
     name="lr_too_high",
     judge=lr_too_high,
@@ -300,15 +219,17 @@ LR_TOO_HIGH = Rule(
     thresholds=(
         WORSE,
         SETTLED,
+        PATIENCE,
         PEAK,
         WHOLE_STEP,
         LARGE_STEP,
         SUDDEN,
         REPLACING_STEP,
+        BESIDE_MEDIAN,
         USUAL_STEP,
         FALLEN,
     ),
-    source=_SOURCE,
+    source=SOURCE,
 )
 LR_TOO_LOW = Rule(
     name="lr_too_low",
@@ -321,7 +242,7 @@ LR_TOO_LOW = Rule(
     "gradients reach the optimizer",
     plots=("updates",),
     thresholds=(LEAST_STEP, *STILL, LEAST_STEPS),
-    source=_SOURCE,
+    source=SOURCE,
 )
 WEIGHT_DECAY_TOO_LARGE = Rule(
     name="weight_decay_too_large",
@@ -333,5 +254,5 @@ WEIGHT_DECAY_TOO_LARGE = Rule(
     remedy="lower the weight decay",
     plots=("updates",),
     thresholds=(LARGEST_DECAY, DECAY_SHARE, FIRST_STEPS),
-    source=_SOURCE,
+    source=SOURCE,
 )

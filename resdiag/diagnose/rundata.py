@@ -1,9 +1,10 @@
 """What was observed in a run: its two tables, read so that nothing missing or odd can raise."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,8 @@ from resdiag.diagnose.nonfinite import FirstNonfinite, find_first_nonfinite
 from resdiag.runs.folder import Run
 from resdiag.runs.watched_config import WatchedConfig
 from resdiag.theory.prediction import Prediction, predict_run
+
+Found = TypeVar("Found")
 
 
 class RunData:
@@ -30,6 +33,7 @@ class RunData:
         self.metrics = _clean(run.metrics(), ["step", "block"])
         self.curve = _clean(run.curve(), ["step"])
         self._tables: dict[str, pd.DataFrame] = {}
+        self._found: dict[Callable[[RunData], object], object] = {}
         self.steps: list[int] = sorted({int(step) for step in self.metrics.get("step", ())})
 
     @cached_property
@@ -235,6 +239,19 @@ def trailing(marks: "pd.Series[bool]") -> int:
     """
     held = marks.to_numpy(dtype=bool)[::-1]
     return len(held) if held.all() else int(held.argmin())
+
+
+def once_per_run(find: "Callable[[RunData], Found]") -> "Callable[[RunData], Found]":
+    """A function of a run that is computed once, as several rules ask for it."""
+
+    @functools.wraps(find)
+    def remembered(seen: RunData) -> Found:
+        if find not in seen._found:
+            seen._found[find] = find(seen)
+        found: Any = seen._found[find]
+        return found  # type: ignore[no-any-return]
+
+    return remembered
 
 
 def count_classes(run: Run) -> int | None:

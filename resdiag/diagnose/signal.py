@@ -218,9 +218,11 @@ def vanishing(seen: RunData) -> Outcome:
     """At the first recorded step signal or gradient falls by 1000 over the network.
 
     The spread within channels of the last block's output, which is what differs between samples,
-    is below 1e-3 of that of the first block's input, or the
-    gradient at that input below 1e-3 of that at that output. Not where one block loses it all:
-    that is `dead_block`.
+    is below 1e-3 of that of the first block's input, or the gradient at that input below 1e-3 of
+    that at that output; and the product of these ratios over the blocks is below 1e-3 as well,
+    which leaves out what lies between two blocks: a downsampling, a normalisation, or the change
+    to another stream, such as the class token's in CaiT. Not where one block loses it all: that is
+    `dead_block`.
     """
     if not seen.steps or len(seen.indices) < 2:
         yield VANISHING.not_judged("fewer than 2 blocks were recorded")
@@ -228,11 +230,7 @@ def vanishing(seen: RunData) -> Outcome:
     step, first, last = seen.steps[0], seen.indices[0], seen.indices[-1]
     if _is_cut(seen, step):
         return
-    with np.errstate(all="ignore"):
-        signal = np.float64(seen.value("output_channel_std", step, last)) / np.float64(
-            seen.value("input_channel_std", step, first)
-        )
-    gradient = seen.gradient_ratio(step)
+    signal, gradient = kept_signal(seen, step), kept_gradient(seen, step)
     evidence = []
     for value, metric, least, what in (
         (signal, "output_channel_std", LEAST_SIGNAL, "spread behind the last block"),
@@ -251,6 +249,36 @@ def vanishing(seen: RunData) -> Outcome:
             summary="; ".join(item.text for item in evidence),
         )
         yield replace(finding, block=None)
+
+
+def kept_signal(seen: RunData, step: int) -> float:
+    """The spread behind the last block over that before the first, as `kept_gradient`."""
+    first, last = seen.indices[0], seen.indices[-1]
+    with np.errstate(all="ignore"):
+        end = np.float64(seen.value("output_channel_std", step, last))
+        whole = float(end / np.float64(seen.value("input_channel_std", step, first)))
+    return max(whole, _along_blocks(seen, step, "output_channel_std", "input_channel_std"))
+
+
+def kept_gradient(seen: RunData, step: int) -> float:
+    """The gradient at the first block's input over that at the last one's output.
+
+    Where the blocks are of several streams, these gradients do not belong together: at least the
+    product of the ratios of every block counts.
+    """
+    return max(seen.gradient_ratio(step), _along_blocks(seen, step, "grad_input", "grad_output"))
+
+
+def _along_blocks(seen: RunData, step: int, end: str, start: str) -> float:
+    """The product over the blocks of `end` over `start`; 0 where more than one block lacks it.
+
+    The first unit of a network has no gradient at its input. Ratios of 0 and to 0 are left out.
+    """
+    with np.errstate(all="ignore"):
+        logs = np.log((seen.profile(end, step) / seen.profile(start, step)).to_numpy(dtype=float))
+        if np.isnan(logs).sum() > 1:
+            return 0.0
+        return float(np.exp(logs[np.isfinite(logs)].sum()))
 
 
 def _is_cut(seen: RunData, step: int) -> bool:

@@ -10,10 +10,24 @@ import numpy as np
 import pandas as pd
 
 from resdiag.diagnose.finding import DEFINITION, Outcome, Rule, Threshold
+from resdiag.diagnose.freezing import (
+    CUT_OFF,
+    FROZEN,
+    FROZEN_BEGINNING,
+    MOST_FROZEN,
+    NOT_OWNED,
+    STARVED,
+    VANISHED,
+    explain_still,
+    is_method,
+)
 from resdiag.diagnose.rundata import RunData
 from resdiag.watch.base.functions import NORMALISATIONS
 
-LARGEST_BRANCH = Threshold(50.0, "RMS of a branch over that of its shortcut.")
+FIRST_BRANCH = Threshold(
+    1.0, "RMS of a branch over that of its shortcut, at the first recorded step."
+)
+LARGEST_BRANCH = Threshold(50.0, "The same at any later step: training makes branches differ.")
 BESIDE_OTHERS = Threshold(20.0, "The same, in units of the other blocks' median.")
 OUTLIER = (
     Threshold(5.0, "RMS of a branch over that of its shortcut, where branches are small"),
@@ -120,44 +134,44 @@ def detached_branch(seen: RunData) -> Outcome:
 def frozen_block(seen: RunData) -> Outcome:
     """A block's parameters do not move while other blocks' do.
 
-    A run of frozen blocks at the beginning of the network, through which no gradient passes, is
-    taken for what it mostly is, a deliberate fine-tuning, and only mentioned.
+    Not where that is the method, as in a probe, with adapters or LoRA, or in a fine-tuning: more
+    than a quarter of the blocks are frozen, or several at one end of the network. That is only
+    mentioned. A block is not blamed where the gradient has vanished behind it, or where its output
+    is constant, which is `dead_block`.
     """
     updates = seen.table("update_ratio").dropna(how="all")
-    moved = updates.max()
+    moved = updates.max().dropna()
     still = [int(b) for b in moved.index if moved[b] == 0]
     if updates.empty:
         yield FROZEN_BLOCK.not_judged(*seen.why_no_updates)
     if not still or not (moved > 0).any():
         return
-    gradient = seen.table("grad_param")
-    flowing = seen.table("grad_input").notna().any()
-    fault = [b for b in still if flowing.get(b, False) and not _is_dead(seen, b)]
-    prefix = still == list(range(len(still))) and not flowing.get(still[-1], False)
-    if prefix and not fault:
-        reason = f"blocks 0 to {still[-1]} are frozen, and everything before them"
+    causes = explain_still(seen, still)
+    asked = [b for b in still if causes[b] in (FROZEN_BEGINNING, FROZEN, NOT_OWNED)]
+    if not is_method(asked, [int(b) for b in moved.index]):
+        asked = [b for b in asked if causes[b] == FROZEN_BEGINNING]
+    if asked:
+        reason = f"{len(asked)} of {len(moved)} blocks are frozen, {seen.name(asked[0])} first"
         yield FROZEN_BLOCK.not_judged(f"{reason}: taken for a deliberate fine-tuning")
-    if not fault:
+    blamed = [b for b in still if b not in asked and causes[b] != VANISHED]
+    blamed = [b for b in blamed if not _is_dead(seen, b)]
+    if not blamed:
         return
-    block = fault[0]
-    known = gradient[block].dropna() if block in gradient else pd.Series(dtype=float)
-    cause = "requires_grad is False"
-    if len(known):
-        cause = "their gradient is 0"
-    if (known > 0).any():
-        cause = "the parameters get gradients, but no optimizer updates them"
-    text = f"the parameters of {seen.name(block)} do not move: {cause}"
+    cut = [b for b in blamed if causes[b] == CUT_OFF]
+    block = cut[-1] if cut else blamed[0]
+    text = f"the parameters of {seen.name(block)} do not move: {causes[block]}"
     step = int(updates.index[0])
     item = FROZEN_BLOCK.evidence("update_ratio", 0.0, 0.0, text, step=step, block=block)
-    yield FROZEN_BLOCK.found(item, cause=cause)
+    yield FROZEN_BLOCK.found(item, cause=causes[block])
 
 
 def branch_too_large(seen: RunData) -> Outcome:
-    """A branch is 50 times its shortcut and 20 times the other blocks' median, at any step.
+    """A branch is larger than its shortcut and 20 times the other blocks' median, at first.
 
-    Or 5 times its shortcut and 300 times the others' median, as where branches begin small. Not
-    where it is large by a constant. Of blocks without an addition: the RMS grows 50-fold in one
-    block, 20 times the others' median.
+    At the first recorded step, that is: the largest of 30 healthy networks was 3 times the median.
+    Later healthy ones come to 50 times, so there a branch counts that is 50 times its shortcut and
+    20 times the others' median, or 5 times its shortcut and 300 times the median. Not where it is
+    large by a constant. Of blocks without an addition it is the growth of the RMS in the block.
     """
     ratio = seen.table("branch_ratio")
     if not seen.steps:
@@ -175,14 +189,15 @@ def branch_too_large(seen: RunData) -> Outcome:
         block = int(known.index[int(known.to_numpy().argmax())])
         others = float(known.drop(block).median())
         value = float(known[block])
-        pairs = ((limit, BESIDE_OTHERS), OUTLIER)
+        first = int(str(step)) == seen.steps[0]
+        pairs = ((FIRST_BRANCH if first else limit, BESIDE_OTHERS), OUTLIER)
         if any(value > least and value > times * others > 0 for least, times in pairs):
             if seen.value("branch_bias", int(str(step)), block) >= LARGEST_SHIFT:
                 continue  # a constant, which is bias_shift's to name
             text = f"{what} is {value:.3g} in {seen.name(block)} at step {step}, "
             text += f"the other blocks' median is {others:.3g}"
             item = BRANCH_TOO_LARGE.evidence(
-                metric, value, limit, text, step=int(str(step)), block=block
+                metric, value, pairs[0][0], text, step=int(str(step)), block=block
             )
             yield BRANCH_TOO_LARGE.found(item)
             return
@@ -256,8 +271,10 @@ def _shortcut_factors(seen: RunData, step: int) -> "pd.Series[float]":
 
 
 def _is_dead(seen: RunData, block: int) -> bool:
-    """Whether a branch is constant: nothing of it can learn."""
+    """Whether a branch, or a unit's output, is constant: nothing of it can learn."""
     spread, whole = seen.table("branch_channel_std"), seen.table("shortcut_channel_std")
+    if not spread.notna().any(axis=None):
+        spread, whole = seen.table("output_channel_std"), seen.table("input_channel_std")
     if block not in spread or block not in whole:
         return False
     ratio = (spread[block] / whole[block]).dropna()
@@ -306,6 +323,7 @@ FROZEN_BLOCK = Rule(
     why="The block stays as initialised while its neighbours learn",
     remedy="give the optimizer this block's parameters, and let them require gradients",
     plots=_PLOTS,
+    thresholds=(MOST_FROZEN, STARVED),
 )
 BRANCH_TOO_LARGE = Rule(
     name="branch_too_large",
@@ -315,7 +333,7 @@ BRANCH_TOO_LARGE = Rule(
     why="One block drowns what all blocks before it have computed",
     remedy="look at that block's initialisation and at factors on its branch",
     plots=_PLOTS,
-    thresholds=(LARGEST_BRANCH, BESIDE_OTHERS, *OUTLIER, LARGEST_JUMP, LARGEST_SHIFT),
+    thresholds=(FIRST_BRANCH, LARGEST_BRANCH, BESIDE_OTHERS, *OUTLIER, LARGEST_JUMP, LARGEST_SHIFT),
     source="De & Smith 2020, arXiv:2002.10444; " + DEFINITION,
 )
 MISSING_NORM = Rule(

@@ -21,6 +21,9 @@ DEAD = Threshold(
     0.999,
     "Share of a block's activation channels that pass nothing, for every sample looked at.",
 )
+NO_SHARE = Threshold(
+    1e-6, "Distance from 1 of the gradient's share through the shortcut, of a branch with dropout."
+)
 SATURATED = Threshold(
     0.9,
     "Share of a block's activation outputs whose slope is below 0.05, of curves that saturate.",
@@ -46,7 +49,9 @@ def dead_block(seen: RunData) -> Outcome:
     The spread of the branch within its channels is below 1e-5 of the shortcut's in the last
     recorded steps before any breakdown, after an update; where other blocks' branches are as small,
     it is a design (zero initialisation, layer scale) until they grow. Without an addition: the
-    output is constant, or 99.9 % of the activation channels pass nothing.
+    output is constant, or 99.9 % of the activation channels pass nothing. Dropout gives a constant
+    branch the spread of its mask; there it is constant if all gradient comes back through the
+    shortcut although the block's parameters have one.
     """
     spreads = seen.table("output_channel_std")
     known = [int(s) for s in spreads[np.isfinite(spreads)].dropna(how="all").index] or seen.steps
@@ -63,14 +68,38 @@ def dead_block(seen: RunData) -> Outcome:
             bar = CONSTANT_OUTPUT
     worst = ratio.reindex(steps).max().dropna()  # behind a dead network there is only 0 / 0
     dead = seen.table("dead_fraction")
-    closed = dead.reindex(steps).min() if len(dead) else pd.Series(dtype=float)
-    alive = worst[worst > 100 * bar]
+    closed = dead.reindex(steps).min().dropna() if len(dead) else pd.Series(dtype=float)
+    alive, masked = worst[worst > 100 * bar], _only_masks(seen, steps)
     for block in worst.index:
         gone = worst[block] <= bar and 2 * len(alive) >= len(worst)
         shut = closed.get(block, math.nan) >= DEAD and 2 * (closed < DEAD).sum() >= len(closed)
         if gone or shut:
             yield _dead(seen, int(block), float(worst[block]), bar, ratio, dead)
             return
+        if block in masked:
+            yield _masked(seen, int(block), steps[0])
+            return
+
+
+def _only_masks(seen: RunData, steps: list[int]) -> set[int]:
+    """Blocks through whose branch no gradient comes although it is trained and has dropout.
+
+    None where half of the branches are so small that no gradient is seen to come through them.
+    """
+    share, own = (seen.table(name).reindex(steps) for name in ("shortcut_share", "grad_param"))
+    distance = (share - 1).abs().max().dropna()
+    if 2 * (distance > 100 * NO_SHARE).sum() < len(distance):
+        return set()
+    drops = {int(row["index"]) for row in seen.rows if "dropout" in (row.get("branch") or ())}
+    learning = {int(block) for block in own.columns[(own > 0).all()]}
+    return {int(b) for b in distance[distance <= NO_SHARE].index} & drops & learning
+
+
+def _masked(seen: RunData, block: int, step: int) -> Finding:
+    text = f"no gradient comes back through the branch of {seen.name(block)}, which is trained: "
+    text += "it is constant, and only the mask of its dropout varies"
+    item = DEAD_BLOCK.evidence("shortcut_share", 1.0, 1 - NO_SHARE, text, step=step, block=block)
+    return DEAD_BLOCK.found(item)
 
 
 def _dead(
@@ -239,7 +268,7 @@ DEAD_BLOCK = Rule(
     why="Without a spread in it there is no gradient for its parameters",
     remedy="look for a bias that closes the activations, and for a weight or factor of zero",
     plots=_PLOTS,
-    thresholds=(CONSTANT_BRANCH, CONSTANT_OUTPUT, DEAD),
+    thresholds=(CONSTANT_BRANCH, CONSTANT_OUTPUT, DEAD, NO_SHARE),
 )
 SATURATED_BLOCK = Rule(
     name="saturated_block",

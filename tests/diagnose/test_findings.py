@@ -87,15 +87,34 @@ def test_shortcuts_that_are_all_scaled_a_little_are_a_design():
 
 
 @pytest.mark.parametrize(("ratio", "name"), [(51, "branch_too_large"), (49, "healthy")])
-def test_a_branch_far_larger_than_its_shortcut(ratio, name):
-    assert verdict_of(lambda cell, curve: cell("branch_ratio", ratio, block=2))[0] == name
+def test_a_branch_that_becomes_far_larger_than_its_shortcut(ratio, name):
+    later = slice(1, None)
+    assert verdict_of(lambda cell, _: cell("branch_ratio", ratio, block=2, step=later))[0] == name
+
+
+@pytest.mark.parametrize(
+    ("ratio", "others", "name"),
+    [
+        (10.1, 0.5, "branch_too_large"),
+        (9.9, 0.5, "healthy"),
+        (1.01, 0.01, "branch_too_large"),
+        (0.99, 0.01, "healthy"),  # smaller than its shortcut
+        (1.01, 0.0, "healthy"),  # zero initialisation
+    ],
+)
+def test_a_branch_that_is_larger_than_the_others_at_first(ratio, others, name):
+    def begin(cell, curve):
+        cell("branch_ratio", others, step=0)
+        cell("branch_ratio", ratio, step=0, block=2)
+
+    assert verdict_of(begin)[0] == name
 
 
 def test_a_branch_among_small_ones():
     def grow(size):
         def change(cell, curve):
             cell("branch_ratio", 0.01)
-            cell("branch_ratio", size, block=4)
+            cell("branch_ratio", size, block=4, step=slice(1, None))
 
         return change
 
@@ -125,24 +144,97 @@ def test_a_frozen_block_among_moving_ones():
     assert verdict_of(lambda c, _: c("update_ratio", 0.0, block=4)) == ("frozen_block", 4)
 
 
-def test_frozen_first_blocks_through_which_no_gradient_passes_are_a_fine_tuning():
+NOT_REQUIRED = "this tensor does not require a gradient"
+
+
+def frozen(blocks, *, count=8, beginning=False, gradient=math.nan, unavailable=()):
+    """A verdict on a run in which the parameters of some blocks do not move."""
+
     def freeze(cell, curve):
-        for block in (0, 1):
+        for block in blocks:
             cell("update_ratio", 0.0, block=block)
-            cell("grad_input", math.nan, block=block)
+            cell("grad_param", gradient, block=block)
+            if beginning:
+                cell("grad_output", math.nan, block=block)
+                cell("grad_input", math.nan, block=block)
 
-    verdict = judge(run_of(freeze))
+    return judge(run_of(freeze, count=count, unavailable=list(unavailable)))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "beginning"),
+    [
+        ([0], True),
+        ([0, 1, 2, 3], True),
+        ([0, 1], False),  # the first stage, behind a stem that is trained
+        ([6, 7], False),
+        ([0, 2, 4, 6], False),  # every second one, as LoRA of the attention
+        ([1, 2, 3, 4, 5, 7], False),
+    ],
+)
+def test_freezing_is_a_method_where_it_is_done_to_many_or_at_an_end(blocks, beginning):
+    verdict = frozen(blocks, beginning=beginning)
     assert verdict.name == "healthy"
-    assert any("fine-tuning" in reason for reason in verdict.not_judged)
+    (said,) = [line for line in verdict.not_judged if line.startswith("frozen_block")]
+    assert f"{len(blocks)} of 8 blocks are frozen" in said
+    assert "deliberate fine-tuning" in said
 
 
-def test_parameters_that_do_not_move_because_their_gradient_is_0_are_not_called_frozen():
-    def stop(cell, curve):
-        cell("update_ratio", 0.0, block=4)
-        cell("grad_param", 0.0, block=4)
+@pytest.mark.parametrize("blocks", [[3], [2, 5], [3, 4], [0], [7]])
+@pytest.mark.parametrize(
+    ("gradient", "cause"),
+    [
+        (math.nan, "requires_grad is False"),
+        (0.1, "the parameters get gradients, but no optimizer updates them"),
+    ],
+)
+def test_a_few_frozen_blocks_among_moving_ones_are_a_fault(blocks, gradient, cause):
+    verdict = frozen(blocks, gradient=gradient)
+    assert (verdict.name, verdict.block, verdict.cause) == ("frozen_block", blocks[0], cause)
 
-    verdict = judge(run_of(stop))
+
+@pytest.mark.parametrize("gradient", [0.0, 1e-9])  # too small for float32 to add
+def test_parameters_that_do_not_move_because_their_gradient_is_0_are_not_called_frozen(gradient):
+    verdict = frozen([4], gradient=gradient)
     assert (verdict.name, verdict.cause) == ("frozen_block", "their gradient is 0")
+
+
+def test_blocks_before_a_detach_are_told_from_a_frozen_beginning():
+    """Their outputs require a gradient, which the next block's input does not."""
+    detached = [{"metric": "grad_input", "blocks": [3], "reason": NOT_REQUIRED}]
+    verdict = frozen([0, 1, 2], beginning=True, unavailable=detached)
+    assert (verdict.name, verdict.block) == ("frozen_block", 2)
+    assert verdict.cause == "no gradient reaches them, although they require one"
+    probe = [
+        {"metric": "grad_input", "blocks": [0, 1, 2, 3], "reason": NOT_REQUIRED},
+        {"metric": "grad_output", "blocks": [0, 1, 2], "reason": NOT_REQUIRED},
+    ]
+    assert frozen([0, 1, 2], beginning=True, unavailable=probe).name == "healthy"
+
+
+def test_blocks_to_which_the_gradient_does_not_come_are_not_called_frozen():
+    def vanish(cell, curve):
+        for block in range(3):
+            cell("update_ratio", 0.0, block=block)
+            for name in ("grad_param", "grad_input", "grad_output"):
+                cell(name, 1e-9, block=block)
+
+    assert "frozen_block" not in {finding.name for finding in judge(run_of(vanish)).findings}
+
+
+def test_a_linear_probe_has_no_learning_rate_that_is_too_low():
+    def probe(cell, curve):
+        curve["loss"] = 2.4
+        cell("update_ratio", 0.0)
+        for name in ("grad_param", "grad_input", "grad_output"):
+            cell(name, math.nan)
+
+    whole = [{"metric": "grad_output", "blocks": list(range(6)), "reason": NOT_REQUIRED}]
+    verdict = judge(run_of(probe, unavailable=whole))
+    assert verdict.name == "undetermined"
+    assert any("linear probe" in line for line in verdict.not_judged)
+    verdict = judge(run_of(probe))  # they require one, and get none
+    assert (verdict.name, verdict.cause) == ("lr_too_low", "no gradient reaches the blocks")
 
 
 def test_a_block_whose_units_are_dead_is_shown_with_their_share():
@@ -153,6 +245,31 @@ def test_a_block_whose_units_are_dead_is_shown_with_their_share():
     assert (verdict.name, verdict.block) == ("dead_block", 2)
     (item,) = [item for item in verdict.evidence if item.metric == "dead_fraction"]
     assert (item.value, item.threshold) == (1.0, 0.999)
+
+
+def test_dead_units_are_counted_among_the_blocks_that_have_activations():
+    def shut(cell, curve):
+        cell("dead_fraction", math.nan, block=slice(0, 3))  # attention has none
+        cell("dead_fraction", 1.0, block=5)
+
+    assert verdict_of(shut) == ("dead_block", 5)
+
+
+@pytest.mark.parametrize(
+    ("ops", "share", "gradient", "name"),
+    [
+        (["linear", "gelu", "linear", "dropout"], 1.0, 0.1, "dead_block"),
+        (["linear", "gelu", "linear", "dropout"], 0.9999, 0.1, "healthy"),
+        (["linear", "gelu", "linear", "dropout"], 1.0, math.nan, "detached_branch"),
+        (["linear", "gelu", "linear"], 1.0, 0.1, "healthy"),
+    ],
+)
+def test_the_mask_of_dropout_hides_no_constant_branch(ops, share, gradient, name):
+    def mask(cell, curve):
+        cell("shortcut_share", share, block=2)
+        cell("grad_param", gradient, block=2)
+
+    assert verdict_of(mask, blocks=[{**row, "branch": ops} for row in run_of().blocks])[0] == name
 
 
 def test_a_detached_branch_and_a_detached_shortcut():
@@ -218,6 +335,53 @@ def test_a_loss_that_is_high_for_ten_steps_only_is_no_high_learning_rate():
     assert verdict_of(rise(20))[0] == "lr_too_high"
 
 
+def test_a_loss_above_guessing_that_falls_again_waits_for_100_steps():
+    def recover(size, end):
+        def change(cell, curve):
+            half = len(curve) // 2
+            curve["loss"] = np.interp(curve["step"], [0, half, len(curve)], [2.3, 12.0, end])
+            cell("update_ratio", size)
+
+        return change
+
+    verdict = judge(run_of(recover(5e-3, 5.0), steps=60))
+    assert verdict.name == "undetermined"
+    assert any("falls again" in line for line in verdict.not_judged)
+    assert verdict_of(recover(5e-3, 5.0), steps=100)[0] == "lr_too_high"
+    assert verdict_of(recover(0.2, 5.0), steps=60)[0] == "lr_too_high"  # and such steps
+    assert verdict_of(recover(5e-3, 12.0), steps=60)[0] == "lr_too_high"
+
+
+@pytest.mark.parametrize(
+    ("size", "end", "step"), [(0.11, 1.6, 45), (0.09, 1.6, None), (0.11, 0.5, None)]
+)
+def test_a_late_step_that_undoes_what_was_learned(size, end, step):
+    def restart(cell, curve):
+        curve["loss"] = np.where(curve["step"] < 45, 2.3 * 0.95 ** curve["step"], end)
+        cell("update_ratio", size, step=slice(45, None))
+
+    verdict = judge(run_of(restart, steps=60))
+    assert (verdict.name, verdict.step) == ("lr_too_high" if step else "healthy", step)
+
+
+@pytest.mark.parametrize(
+    ("size", "loss", "named"),
+    [(1.1, 2.4, True), (0.9, 2.4, False), (1.1, 1.0, False), (math.inf, 2.4, False)],
+)
+def test_one_block_that_is_moved_by_more_than_its_weights(size, loss, named):
+    """As a group of parameters with its own learning rate; zero weights move infinitely far."""
+
+    def hurry(cell, curve):
+        curve["loss"] = loss
+        cell("update_ratio", size, block=3, step=2)
+        if size == math.inf:
+            cell("update_ratio", 1.5, block=3, step=3)
+
+    verdict = judge(run_of(hurry))
+    assert (verdict.name == "lr_too_high") == named
+    assert verdict.block == (3 if named else None)
+
+
 def test_a_number_out_of_nothing_is_no_high_learning_rate():
     def break_down(cell, curve):
         cell("update_ratio", 0.2)
@@ -280,6 +444,47 @@ def test_signal_or_gradient_that_vanishes():
     assert shrink("output_channel_std", 1e-4, 5) in ("vanishing", "bias_shift")
     assert shrink("grad_input", 9e-4, 0) == "vanishing"
     assert shrink("grad_input", 1.1e-3, 0) == "undetermined"
+
+
+def test_two_streams_are_not_compared_with_each_other():
+    """As the patches and the class token of CaiT behind layer scales of 1e-6."""
+
+    def split(cell, curve):
+        curve["loss"] = 2.4
+        for name in ("grad_input", "grad_output"):
+            cell(name, 1e-7, block=slice(0, 3))
+        for site in ("input", "shortcut", "sum", "output"):
+            cell(f"{site}_channel_std", 1e-8, block=slice(4, 5))
+        cell("input_channel_std", 0.0, block=4)  # the token is the same for every sample
+        for metric in ("channel_mean_rms", "channel_std"):
+            cell(f"output_{metric}", 1e-8, block=slice(4, 5))
+
+    assert judge(run_of(split)).findings == ()
+
+    def vanish(cell, curve):
+        curve["loss"] = 2.4
+        for block in range(6):
+            cell("grad_input", 10.0 ** (block - 6), block=block)
+            cell("grad_output", 10.0 ** (block - 5), block=block)
+
+    found = [finding.name for finding in judge(run_of(vanish)).findings]
+    assert found == ["vanishing", "skip_collapsed"]
+
+
+def test_a_skip_path_that_collapsed_while_the_network_guessed_is_a_consequence():
+    def collapse(since, loss):
+        def change(cell, curve):
+            curve["loss"] = loss
+            cell("skip_gain", 0.01, step=slice(since, None))
+
+        return {finding.name for finding in judge(run_of(change, steps=60)).findings}
+
+    ln10 = math.log(10)
+    assert "skip_collapsed" in collapse(30, 2.0)
+    assert "skip_collapsed" not in collapse(30, ln10)
+    assert "skip_collapsed" in collapse(10, ln10)  # it may be why the loss did not fall
+    assert "skip_collapsed" not in collapse(58, 2.0)  # two steps of few samples
+    assert "skip_collapsed" in collapse(57, 2.0)
 
 
 def test_a_condition_does_not_name_the_verdict_on_a_run_that_learned():

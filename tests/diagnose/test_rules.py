@@ -147,8 +147,8 @@ CASES = {
     "detached_branch": lambda: (detached(math.nan), detached(0.1)),
     "shortcut_scaled": lambda: (scaled(1.031), scaled(1.029)),
     "branch_too_large": lambda: (
-        cell("branch_ratio", 51, block=2),
-        cell("branch_ratio", 49, block=2),
+        cell("branch_ratio", 10.1, block=2),
+        cell("branch_ratio", 9.9, block=2),
     ),
     "missing_norm": lambda: (
         lacking(["conv2d", "relu", "conv2d"]),
@@ -177,7 +177,9 @@ CASES = {
     "exploded": lambda: (norms(1001), norms(999)),
     "skip_collapsed": lambda: (ours("elu_after", skip_gain=0.049), ours(skip_gain=0.051)),
     "drift": lambda: (drifting(1.01), drifting(0.99)),
-    "stalled": lambda: (ours(steps=50, loss=LN10), ours(steps=49, loss=LN10)),
+    "stalled": lambda: tuple(
+        ours(steps=50, loss=LN10, update_ratio=size) for size in (2.1e-3, 1.9e-3)
+    ),
     "at_risk": lambda: (ours(lr=0.3), ours(lr=0.299)),
     "overfit": lambda: (evaluated(1.21), evaluated(1.19)),
 }

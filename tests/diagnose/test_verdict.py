@@ -248,15 +248,46 @@ def test_a_collapse_that_was_over_at_the_end_is_none():
 )
 def test_a_loss_at_ln_k_for_an_epoch_is_a_stall(factor, name):
     def stall(metrics, curve):
-        curve["epoch"] = curve["step"] / 10
+        curve["epoch"] = curve["step"] / 50
         curve["loss"] = factor * LN10
+        metrics["update_ratio"] = 3e-3
 
-    assert judge(plant(change=stall)).name == name
+    assert judge(plant(steps=100, change=stall)).name == name
+
+
+def test_epochs_of_few_steps_are_no_evidence_of_a_stall():
+    def stall(metrics, curve):
+        curve["epoch"], curve["loss"] = curve["step"] / 10, LN10
+        metrics["update_ratio"] = 1e-2
+
+    assert judge(plant(steps=30, change=stall)).name == "undetermined"
+    assert judge(plant(steps=50, change=stall)).name == "stalled"
+
+
+@pytest.mark.parametrize(("size", "name"), [(1.9e-3, "undetermined"), (2.1e-3, "stalled")])
+def test_weights_that_have_hardly_moved_have_not_stalled(size, name):
+    def stall(metrics, curve):
+        curve["loss"] = LN10
+        metrics["update_ratio"] = size  # 50 steps of 2e-3 are a tenth of the weights
+
+    assert judge(plant(steps=50, change=stall)).name == name
+    assert judge(plant(steps=1000, change=stall)).name == "stalled"
+
+
+@pytest.mark.parametrize(("noise", "name"), [(0.02, "stalled"), (0.3, "undetermined")])
+def test_noise_in_which_a_fall_may_hide_is_no_stall(noise, name):
+    def stall(metrics, curve):
+        curve["loss"] = LN10 + noise * (-1.0) ** curve["step"]
+        metrics["update_ratio"] = 1e-2
+
+    assert judge(plant(steps=60, change=stall)).name == name
+    assert judge(plant(steps=3000, change=stall)).name == "stalled"
 
 
 def test_a_run_of_few_steps_is_not_judged_for_a_stall():
     def stall(metrics, curve):
         curve["loss"] = LN10
+        metrics["update_ratio"] = 3e-3
 
     verdict = judge(plant(steps=49, change=stall))
     assert verdict.name == "undetermined"
@@ -267,6 +298,7 @@ def test_a_run_of_few_steps_is_not_judged_for_a_stall():
 def test_a_loss_near_ln_k_that_falls_is_no_stall():
     def fall(metrics, curve):
         curve["loss"] = LN10 * (1.01 - 0.0006 * curve["step"])
+        metrics["update_ratio"] = 3e-3
 
     assert judge(plant(steps=50, change=fall)).name == "undetermined"
 
@@ -289,12 +321,12 @@ def test_a_run_that_lived_on_has_refuted_the_risk():
 
 def test_every_rule_that_fired_is_kept_and_the_most_upstream_one_names_the_run():
     def spoil(metrics, curve):
-        curve["loss"], curve["epoch"] = LN10, curve["step"] / 10
-        metrics["skip_gain"] = 0.01
+        curve["loss"], curve["weight_decay"] = LN10, 0.03
+        metrics["skip_gain"], metrics["update_ratio"] = 0.01, 3e-3
 
-    verdict = judge(plant("elu_after", lr=0.5, change=spoil))
+    verdict = judge(plant("elu_after", lr=0.5, steps=60, change=spoil))
     names = [finding.name for finding in verdict.findings]
-    assert names == ["skip_collapsed", "stalled", "at_risk"]
+    assert names == ["weight_decay_too_large", "skip_collapsed", "stalled"]
     assert verdict.name == names[0]
 
 

@@ -12,9 +12,9 @@ from resdiag.theory.prediction import predict
 BLOCKS, STEPS = 6, 20
 
 
-def run_of(change=None, *, steps=STEPS, blocks=None, **fields):
-    """A healthy foreign run; `change(cell, curve)` makes it ill."""
-    grid = pd.MultiIndex.from_product([range(steps), range(BLOCKS)], names=["step", "block"])
+def run_of(change=None, *, steps=STEPS, count=BLOCKS, blocks=None, **fields):
+    """A healthy foreign run of `count` blocks; `change(cell, curve)` makes it ill."""
+    grid = pd.MultiIndex.from_product([range(steps), range(count)], names=["step", "block"])
     metrics = pd.DataFrame(index=grid)
     for site in SITES:
         metrics[f"{site}_channel_mean_rms"], metrics[f"{site}_channel_std"] = 0.1, 1.0
@@ -46,7 +46,7 @@ def run_of(change=None, *, steps=STEPS, blocks=None, **fields):
             "index": i, "name": f"b{i}", "stage": 0, "transition": False, "shortcut": "identity",
             "after_add": "none", "branch": ["conv2d", "batch_norm", "relu", "conv2d"],
         }
-        for i in range(BLOCKS)
+        for i in range(count)
     ]  # fmt: skip
     return Run(
         config=WatchedConfig(model="net", optimizer="SGD", lr=0.1),
