@@ -72,7 +72,7 @@ def detached_output(seen: RunData) -> Outcome:
         return
     block = wants[first_with - 1]
     arrives = seen.table("grad_output").reindex(columns=[block])[block]
-    count = min(trailing(~flows[block]), trailing(~(arrives > 0)))
+    count = min(trailing(~flows[block]), trailing(arrives.isna()))  # 0 comes from a dead block
     if not count:
         return
     since = int(flows.index[len(flows) - count])

@@ -1,5 +1,6 @@
 """The first non-finite number of a run: its step, block, site and direction."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,7 +39,9 @@ _BACKWARD_SITES = {
 }
 
 
-def find_first_nonfinite(metrics: pd.DataFrame) -> FirstNonfinite | None:
+def find_first_nonfinite(
+    metrics: pd.DataFrame, sound: Collection[int] = ()
+) -> FirstNonfinite | None:
     """Find the first step, block and site with a non-finite number.
 
     A missing value (NaN in a column that the run could not record) is not an offence; a norm that
@@ -48,6 +51,8 @@ def find_first_nonfinite(metrics: pd.DataFrame) -> FirstNonfinite | None:
 
     Args:
         metrics: The block table: `step`, `block` and the recorded columns; any may be missing.
+        sound: Steps at which the norm of all gradients is finite: a missing norm of a block's
+            parameters says there that they had no gradient.
 
     Returns:
         The first one, or None if every recorded number is finite.
@@ -57,6 +62,8 @@ def find_first_nonfinite(metrics: pd.DataFrame) -> FirstNonfinite | None:
     table = metrics.sort_values(["step", "block"], kind="stable").reset_index(drop=True)
     forward = _broken_activations(table)
     backward = _broken_gradients(table)
+    if "parameters" in backward:
+        backward["parameters"] &= ~table["step"].isin(list(sound))
     broken = forward.any(axis=1) | backward.any(axis=1)
     if not broken.any():
         return None

@@ -89,7 +89,8 @@ class RunData:
     @cached_property
     def first_nonfinite(self) -> FirstNonfinite | None:
         """The first non-finite number in the block table."""
-        return find_first_nonfinite(self.metrics)
+        norms = self.series("grad_norm")
+        return find_first_nonfinite(self.metrics, [int(s) for s in norms.index[np.isfinite(norms)]])
 
     @cached_property
     def prediction(self) -> Prediction | None:

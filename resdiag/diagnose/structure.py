@@ -21,6 +21,7 @@ from resdiag.diagnose.freezing import (
     explain_still,
     is_method,
 )
+from resdiag.diagnose.progress import find_doubts
 from resdiag.diagnose.rundata import RunData
 from resdiag.watch.base.functions import NORMALISATIONS
 
@@ -241,7 +242,8 @@ def missing_norm(seen: RunData) -> Outcome:
 def _frozen_norm(seen: RunData, rows: Sequence[dict[str, object]]) -> Outcome:
     frozen = [row["index"] for row in rows if row.get("frozen_norm")]
     growth = seen.growth_per_block(0) if 0 in seen.steps else math.nan
-    if frozen and growth >= GROWTH_WITHOUT_NORM:
+    # fine-tuning on the statistics of a trained network is a method
+    if frozen and growth >= GROWTH_WITHOUT_NORM and find_doubts(seen):
         text = f"BatchNorm of {len(frozen)} blocks runs on running statistics in training"
         text += f"; E[H^2] x{growth:.3g} per block at step 0"
         yield MISSING_NORM.found(

@@ -304,8 +304,8 @@ BLOCK_FAULTS = (
     Kind(name="sigmoid behind additions", plant=sigmoid_behind, finding="skip_collapsed",
          place="after", extents=("all",), needs=("residual", "no attention")),
     Kind(name="small weights, no norm", plant=rescale_weights, finding="vanishing",
-         needs=("no residual", "no norm"), strengths=(0.1, 0.2)),
+         needs=("no residual", "no norm"), strengths=(0.1, 0.2), hurts=True),
     Kind(name="large weights, no norm", plant=rescale_weights, finding="grows_at_init",
-         needs=("residual", "no norm"), strengths=(2.0, 3.0)),
+         needs=("residual", "no norm"), strengths=(2.0, 3.0), hurts=True),
 )  # fmt: skip
 """Faults of the network."""
