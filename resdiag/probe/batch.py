@@ -188,7 +188,7 @@ def choose_loss(
     Raises:
         UsageError: There is no floating output, or no logits where cross-entropy was asked for.
     """
-    logits = _main_output(output)
+    logits = main_output(output)
     if logits is None:
         raise UsageError("the model returned no floating-point tensor to compute a loss from")
     named = hasattr(output, "logits")
@@ -216,7 +216,7 @@ def choose_loss(
     return Loss(name=name, value=F.cross_entropy(pairs[0].float(), pairs[1]), classes=classes)
 
 
-def _main_output(output: object) -> Tensor | None:
+def main_output(output: object) -> Tensor | None:
     """The tensor named `logits` in the output, else its first floating one."""
     if isinstance(output, Tensor):
         return output if output.is_floating_point() else None
@@ -226,7 +226,7 @@ def _main_output(output: object) -> Tensor | None:
     values = list(output.values()) if isinstance(output, Mapping) else output
     if not isinstance(values, list | tuple):
         return None
-    return next((found for found in map(_main_output, values) if found is not None), None)
+    return next((found for found in map(main_output, values) if found is not None), None)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
