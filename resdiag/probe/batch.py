@@ -217,16 +217,18 @@ def choose_loss(
 
 
 def main_output(output: object) -> Tensor | None:
-    """The tensor named `logits` in the output, else its first floating one."""
+    """The tensor named `logits` in the output, else its first floating one with a dimension."""
     if isinstance(output, Tensor):
         return output if output.is_floating_point() else None
-    named = getattr(output, "logits", None)
+    is_dict = isinstance(output, Mapping)
+    named = output.get("logits") if is_dict else getattr(output, "logits", None)
     if isinstance(named, Tensor):
         return named
     values = list(output.values()) if isinstance(output, Mapping) else output
     if not isinstance(values, list | tuple):
         return None
-    return next((found for found in map(main_output, values) if found is not None), None)
+    found = [x for x in map(main_output, values) if x is not None]
+    return next((x for x in found if x.dim()), found[0] if found else None)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -57,7 +57,9 @@ def _about_learning(trainings: Sequence[Training], shown: set[str]) -> Iterator[
                          f"({best.how}): the network learns, but this batch is not memorised. A "
                          "larger steps= shows whether it will be.")  # fmt: skip
     else:
-        why = "which the faults above explain" if shown & {*_FAULTS} else "the fault lies in them"
+        why = "which the faults above explain"
+        if not shown & {*_FAULTS}:
+            why = "the fault lies in them, or inputs that are alike have different targets"
         yield Conclusion("shown", "cannot_learn",
                          f"Network and loss do not learn even this one batch: "
                          f"{'; '.join(t.describe() for t in trainings)}; {why}.")  # fmt: skip
@@ -107,8 +109,10 @@ def _about_the_rest(
     trainings: Sequence[Training], sweep: Sweep | None, found: Sequence[Conclusion]
 ) -> Iterator[Conclusion]:
     learned = best_of(trainings).outcome in ("memorised", "known")
-    if learned and not any(one.kind == "shown" for one in found):
-        rate = "" if sweep is None or sweep.given is None else ", rate"
+    given = sweep is not None and sweep.given is not None
+    fits = not given or any(one.name == "rate" for one in found)
+    if learned and fits and not any(one.kind == "shown" for one in found):
+        rate = ", rate" if given else ""
         yield Conclusion("open", "elsewhere",
                          f"Network, loss{rate} and gradient learn this batch. A training that "
                          "stalls all the same has its cause in the other data, their labels or "

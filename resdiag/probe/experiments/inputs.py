@@ -90,7 +90,7 @@ def check_samples(copies: Copies, task: Task, seed: int, advance: Callable[[], N
             for one in (task, other):
                 with _traced(model, n) as trace:
                     output = _run(model, with_loss(one, loss), seed).main
-                if output is not None and len(output) == n:
+                if output is not None and output.dim() and len(output) == n:
                     trace[""] = output
                 traces.append(trace)
                 advance()

@@ -13,7 +13,7 @@ from resdiag.probe.experiments.trial import MakeOptimizer, open_trial
 STEPS = 4
 DECADES = (1, 10, 100, 1e3)
 """Factors on a rate, upwards; downwards their inverses."""
-_BEYOND = (1e4, 1e5, 1e6, 1e7)  # as long as the largest rate is the fastest
+_BEYOND = (1e4, 1e5, 1e6, 1e7)  # while the largest rate is the fastest, or none is small enough
 _UNCHANGED = 0.01  # share of the first loss
 _LITTLE = 0.1  # share of the fall at the fastest rate
 
@@ -195,7 +195,11 @@ def _search(try_rate: Callable[[float], Rate], tried: Mapping[float, Any]) -> No
         largest = max(rate.fall for rate in tried.values())
         last = try_rate(1 / factor)
         if last.outcome == "stays" or (last.outcome == "falls" and last.fall < _LITTLE * largest):
-            break
+            return
+    for factor in _BEYOND:
+        if any(rate.outcome in ("falls", "stays") for rate in tried.values()):
+            return
+        try_rate(1 / factor)
 
 
 def _times(factor: float) -> str:

@@ -221,7 +221,8 @@ def open_task(model: nn.Module, batch: object, loss: Callable[..., Any] | None) 
         key = next((name for name in LABELS if name in value), None)
     elif isinstance(value, tuple | list):
         needed = sum(_is_required(p) for p in _parameters(model.forward).values())
-        has_target = len(value) >= 2 and (needed < len(value) or named_model)
+        nested = len(value) == 2 and not isinstance(value[0], Tensor)  # several inputs, target
+        has_target = len(value) >= 2 and (needed < len(value) or named_model or nested)
         key = len(value) - 1 if has_target else None
     elif not named_model:
         raise UsageError(f"a batch is {_FORMS}, not {type(batch).__name__}")
