@@ -220,8 +220,9 @@ def main_output(output: object) -> Tensor | None:
     """The tensor named `logits` in the output, else its first floating one with a dimension."""
     if isinstance(output, Tensor):
         return output if output.is_floating_point() else None
-    is_dict = isinstance(output, Mapping)
-    named = output.get("logits") if is_dict else getattr(output, "logits", None)
+    named = getattr(output, "logits", None)
+    if isinstance(output, Mapping):
+        named = output.get("logits")
     if isinstance(named, Tensor):
         return named
     values = list(output.values()) if isinstance(output, Mapping) else output

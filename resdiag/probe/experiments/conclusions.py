@@ -6,9 +6,10 @@ from resdiag.probe.experiments.experiment import Conclusion, Experiment, count, 
 from resdiag.probe.experiments.one_batch import Training, best_of, mean_log_loss
 from resdiag.probe.experiments.rates import Sweep
 
-RELATED, UNRELATED = 0.6, 0.95
-"""Loss with the batch's own labels over that with shuffled ones: below the first they belong to the
-inputs, above the second they cost the same. Between the two a batch does not tell."""
+RELATED = 0.6
+"""Loss with the batch's own labels over that with shuffled ones: below, they belong to the inputs.
+Above, the batch does not tell: healthy networks of 5,000 to 270,000 weights had 0.82 to 1.05 on 32
+handwritten digits, which they memorise before they generalise."""
 _KINDS = ("shown", "ruled out", "open")
 _FAULTS = ("no_gradient", "gradient_wrong", "ignores_input", "same_samples")
 
@@ -94,11 +95,11 @@ def _about_labels(own: Training, shuffled: Training | None) -> Iterator[Conclusi
     if shuffled is None or own.outcome not in ("memorised", "falls"):
         return
     ratio = mean_log_loss(own, shuffled)
-    if ratio > UNRELATED:
-        text = "The labels of this batch are learned no faster than shuffled ones (loss "
-        text += f"{percent(ratio)} of theirs): compare with a batch whose labels are known to fit. "
-        text += "A small batch of a hard task can look like that, too."
-        yield Conclusion("open", "labels_like_shuffled", text)
+    if ratio >= RELATED and shuffled.outcome == own.outcome == "memorised":
+        steps = count(shuffled.done, "step")
+        text = f"Shuffled labels are memorised as well, in {steps} ({own.done} with the batch's "
+        text += "own): this batch does not tell whether its labels fit."
+        yield Conclusion("open", "labels", text)
     elif ratio < RELATED:
         text = f"The labels belong to the inputs: the loss is {percent(ratio)} of that with "
         text += "shuffled labels, over the same steps."
