@@ -121,7 +121,7 @@ def _examine(
         loss=first.name,
         seed=seed,
         experiments=tuple(experiments),
-        conclusions=conclude(experiments, learning.trainings, learning.sweep, learning.shuffled),
+        conclusions=conclude(experiments, learning.trainings, learning.sweep),
         notes=tuple(_notes(model, copies, optimizer, rate)),
     )
 

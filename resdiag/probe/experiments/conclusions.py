@@ -3,13 +3,11 @@
 from collections.abc import Iterator, Sequence
 
 from resdiag.probe.experiments.experiment import Conclusion, Experiment, count, percent
-from resdiag.probe.experiments.one_batch import Training, best_of, mean_log_loss
+from resdiag.probe.experiments.one_batch import Training, best_of
 from resdiag.probe.experiments.rates import Sweep
 
-RELATED = 0.6
-"""Loss with the batch's own labels over that with shuffled ones: below, they belong to the inputs.
-Above, the batch does not tell: healthy networks of 5,000 to 270,000 weights had 0.82 to 1.05 on 32
-handwritten digits, which they memorise before they generalise."""
+FAR_TOO_LOW = 1 / 200
+"""Fall of the loss at the given rate over that at the fastest one, below which it is a fault."""
 _KINDS = ("shown", "ruled out", "open")
 _FAULTS = ("no_gradient", "gradient_wrong", "ignores_input", "same_samples")
 
@@ -18,7 +16,6 @@ def conclude(
     experiments: Sequence[Experiment],
     trainings: Sequence[Training],
     sweep: Sweep | None,
-    shuffled: Training | None,
 ) -> tuple[Conclusion, ...]:
     """Put together what the experiments show; faults first, then what is ruled out.
 
@@ -26,7 +23,6 @@ def conclude(
         experiments: Those done, in order.
         trainings: On the batch; the first one at the given rate, if there is one.
         sweep: Of the given optimizer's rate.
-        shuffled: The training with shuffled labels.
     """
     found = [
         Conclusion(kind, name, text)
@@ -35,14 +31,15 @@ def conclude(
         for name, text in facts
     ]
     if trainings:
-        found += _about_learning(trainings, {c.name for c in found if c.kind == "shown"})
+        found += _about_learning(trainings, found)
         found += _about_rate(trainings, sweep)
-        found += _about_labels(best_of(trainings), shuffled)
         found += _about_the_rest(trainings, sweep, found)
     return tuple(sorted(found, key=lambda one: _KINDS.index(one.kind)))
 
 
-def _about_learning(trainings: Sequence[Training], shown: set[str]) -> Iterator[Conclusion]:
+def _about_learning(
+    trainings: Sequence[Training], found: Sequence[Conclusion]
+) -> Iterator[Conclusion]:
     best = best_of(trainings)
     if best.outcome == "memorised":
         yield Conclusion("ruled out", "network_and_loss",
@@ -58,9 +55,11 @@ def _about_learning(trainings: Sequence[Training], shown: set[str]) -> Iterator[
                          f"({best.how}): the network learns, but this batch is not memorised. A "
                          "larger steps= shows whether it will be.")  # fmt: skip
     else:
-        why = "which the faults above explain"
-        if not shown & {*_FAULTS}:
-            why = "the fault lies in them, or inputs that are alike have different targets"
+        why = "the fault lies in them"
+        if any(one.kind == "shown" and one.name in _FAULTS for one in found):
+            why = "which the faults above explain"
+        elif not any((one.kind, one.name) == ("ruled out", "labels") for one in found):
+            why += ", or inputs that are alike have different targets"
         yield Conclusion("shown", "cannot_learn",
                          f"Network and loss do not learn even this one batch: "
                          f"{'; '.join(t.describe() for t in trainings)}; {why}.")  # fmt: skip
@@ -78,6 +77,11 @@ def _about_rate(trainings: Sequence[Training], sweep: Sweep | None) -> Iterator[
         text = f"At no rate from {sweep.rates[0].lr:.1g} to {sweep.rates[-1].lr:.1g} does "
         text += f"{sweep.optimizer} lower the loss."
         yield Conclusion("open", "no_rate_helps", text)
+    elif sweep.answer == "too_low" and not _is_far_too_low(own, sweep):
+        text = f"Your rate of {rate} lowers the loss slowly ({path}): it falls fastest at "
+        text += f"{best.lr:.3g}, {best.lr / sweep.given:.3g} times yours, in the first steps on "
+        text += "this batch."
+        yield Conclusion("open", "rate_slow", text)
     elif sweep.answer == "too_low":
         text = f"At your rate of {rate} the loss {_verb(own)} ({path}): the learning rate is too "
         text += f"low. It falls fastest at {best.lr:.3g}, {best.lr / sweep.given:.3g} times yours."
@@ -87,23 +91,9 @@ def _about_rate(trainings: Sequence[Training], sweep: Sweep | None) -> Iterator[
         text += f"high. It falls fastest at {best.lr:.3g}, {sweep.given / best.lr:.3g} times less."
         yield Conclusion("shown", "rate_too_high", text)
     else:
-        text = f"Your rate of {rate} lowers the loss ({path}); it falls fastest at {best.lr:.3g}."
+        does = "lowers the loss" if own.outcome == "falls" else "is among the best"
+        text = f"Your rate of {rate} {does} ({path}); the loss falls fastest at {best.lr:.3g}."
         yield Conclusion("ruled out", "rate", text)
-
-
-def _about_labels(own: Training, shuffled: Training | None) -> Iterator[Conclusion]:
-    if shuffled is None or own.outcome not in ("memorised", "falls"):
-        return
-    ratio = mean_log_loss(own, shuffled)
-    if ratio >= RELATED and shuffled.outcome == own.outcome == "memorised":
-        steps = count(shuffled.done, "step")
-        text = f"Shuffled labels are memorised as well, in {steps} ({own.done} with the batch's "
-        text += "own): this batch does not tell whether its labels fit."
-        yield Conclusion("open", "labels", text)
-    elif ratio < RELATED:
-        text = f"The labels belong to the inputs: the loss is {percent(ratio)} of that with "
-        text += "shuffled labels, over the same steps."
-        yield Conclusion("ruled out", "labels", text)
 
 
 def _about_the_rest(
@@ -118,6 +108,13 @@ def _about_the_rest(
                          f"Network, loss{rate} and gradient learn this batch. A training that "
                          "stalls all the same has its cause in the other data, their labels or "
                          "order, in regularisation, or later in training.")  # fmt: skip
+
+
+def _is_far_too_low(own: Training, sweep: Sweep) -> bool:
+    """Whether the loss stays at the given rate, and would for hundreds of times as many steps."""
+    if sweep.own is None or sweep.best is None or own.outcome != "stays":
+        return False
+    return sweep.own.fall < FAR_TOO_LOW * sweep.best.fall
 
 
 def _verb(training: Training) -> str:

@@ -73,7 +73,7 @@ class Copies:
 
     def _copy(self) -> Copy:
         loss = self._loss if isinstance(self._loss, nn.Module) else None
-        memo = _without_our_hooks(self._model)
+        memo = _without_our_hooks(self._model) | _without_graphs(self._model)
         model, optimizer, copied = copy.deepcopy((self._model, self._optimizer, loss), memo)
         return Copy(model=model, optimizer=optimizer, loss=self._loss if copied is None else copied)
 
@@ -169,6 +169,13 @@ def _without_our_hooks(model: nn.Module) -> dict[int, Any]:
                 kept = {key: hook for key, hook in table.items() if not _is_ours(hook)}
                 memo[id(table)] = type(table)(kept)
     return memo
+
+
+def _without_graphs(model: nn.Module) -> dict[int, Any]:
+    """A memo by which computed tensors that modules keep, as weight_norm does, are copied."""
+    values = [value for module in model.modules() for value in vars(module).values()]
+    computed = [x for x in values if isinstance(x, Tensor) and x.grad_fn is not None]
+    return {id(x): x.detach().clone() for x in computed}
 
 
 def _is_ours(hook: Any) -> bool:  # noqa: ANN401

@@ -15,13 +15,14 @@ from resdiag.probe.experiments.quotients import (
     Difference,
     LossOfParameters,
     Precision,
+    jitter,
 )
 from resdiag.probe.experiments.task import Task
 from resdiag.probe.experiments.trial import with_loss
 
 SAMPLES = 4
 """Samples of the batch that the check takes: whether a gradient is right does not depend on it."""
-_DIRECTIONS = 2  # of the whole model, and of each part
+_DIRECTIONS = 3  # of the whole model; of each part one
 _SINGLY = 24  # parameters without a gradient that are checked one by one
 _TITLE = "Gradients"
 
@@ -99,22 +100,15 @@ def _check(model: nn.Module, task: Task, seed: int, advance: Callable[[], None])
                     "look for a square root, norm or division at 0."),),
         )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
-    loss.jitter(trainable(model), generator)
+    jitter(trainable(model), generator)
     gradient = loss.gradient()
     parts = order_of_run(model, task, find_parts(model))
     every = {name: p for part in parts for name, p in part.parameters.items()}
-    whole = Checked(name="", differences=_compare(loss, every, gradient, precision, generator))
+    whole = Checked(name="", differences=tuple(
+        loss.compare(every, gradient, precision, generator) for _ in range(_DIRECTIONS)
+    ))  # fmt: skip
     checked = [_check_part(loss, part, gradient, precision, generator) for part in parts]
     return _describe(whole, checked, precision, mode)
-
-
-def _compare(
-    loss: LossOfParameters, parameters: Mapping[str, Tensor], gradient: Mapping[str, Tensor],
-    precision: Precision, generator: torch.Generator,
-) -> tuple[Difference, ...]:  # fmt: skip
-    return tuple(
-        loss.compare(parameters, gradient, precision, generator) for _ in range(_DIRECTIONS)
-    )
 
 
 def _check_part(
@@ -126,7 +120,7 @@ def _check_part(
     missing = {k: p for k, p in part.parameters.items() if k not in gradient}
     differences = list[Difference]()
     if reached:
-        differences += _compare(loss, reached, gradient, precision, generator)
+        differences.append(loss.compare(reached, gradient, precision, generator))
     unreached, unused = list[str](), list[str]()
     groups = [{k: p} for k, p in missing.items()] if len(missing) <= _SINGLY else [missing]
     for group in groups:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from resdiag.errors import UsageError
 from resdiag.probe.batch import main_output
-from resdiag.probe.experiments.copies import Copies, kept_buffers, seed_everything
+from resdiag.probe.experiments.copies import Copies, kept_buffers, seed_everything, trainable
 from resdiag.probe.experiments.default_loss import best_constant
 from resdiag.probe.experiments.experiment import Experiment, percent
+from resdiag.probe.experiments.quotients import jitter
 from resdiag.probe.experiments.task import Pass, Task
 from resdiag.probe.experiments.trial import with_loss
 
@@ -42,9 +43,13 @@ def check_inputs(copies: Copies, task: Task, seed: int, advance: Callable[[], No
     rolled = task.pick(torch.arange(n).roll(1), target=False)
     with _network(copies) as (model, loss):
         before, after = (_run(model, with_loss(t, loss), seed) for t in (task, rolled))
+        change = _change(before.main, after.main)
+        nearby = math.nan
+        if change <= IGNORED and not copies.reason:
+            jitter(trainable(model), torch.Generator().manual_seed(seed))
+            pair = [_run(model, with_loss(t, loss), seed).main for t in (task, rolled)]
+            nearby = _change(*pair)
         advance()
-        advance()
-    change = _change(before.main, after.main)
     losses = float(before.loss), float(after.loss)
     if not math.isfinite(change):
         reason = "the output is not finite" if before.main is not None else "no output tensor"
@@ -52,8 +57,13 @@ def check_inputs(copies: Copies, task: Task, seed: int, advance: Callable[[], No
     text = f"inputs in another order change the output by {percent(change)} of its size, the loss "
     text += f"from {losses[0]:.4g} to {losses[1]:.4g}"
     shows, rules_out = list[tuple[str, str]](), list[tuple[str, str]]()
+    remarks = list[tuple[str, str]]()
     if _same_inputs(task):
         shows.append(("same_samples", "All samples of the batch have the same input."))
+    elif change <= IGNORED < nearby:
+        remarks.append(("ignores_input_here", "At exactly these weights the output does not depend "
+                        "on the input, next to them it does: as with a last layer of zeros, which "
+                        "the first step ends."))  # fmt: skip
     elif change <= IGNORED:
         shows.append(("ignores_input", "The output does not depend on the input: other inputs "
                       "change nothing. Look for dead units, weights of 0, or an input that is not "
@@ -65,6 +75,7 @@ def check_inputs(copies: Copies, task: Task, seed: int, advance: Callable[[], No
         rules_out.append(("ignores_input", "The output depends on the input."))
     return Experiment(
         name="inputs", title=title, text=text, shows=tuple(shows), rules_out=tuple(rules_out),
+        open=tuple(remarks),
         numbers={"change": change, "loss": losses[0], "loss_of_other_inputs": losses[1]},
     )  # fmt: skip
 
@@ -110,8 +121,9 @@ def _about_samples(
     if not math.isfinite(change):
         reason = "the output in eval mode is not finite"
         return Experiment(name="samples", title=title, reason=reason)
-    text = "another first sample changes the outputs of the other samples, in eval mode, by "
-    text += f"{percent(change)} of their size" if change > 0 else "nothing"
+    how = f"changes the outputs of the others by {percent(change)} of their size"
+    text = "another first sample, in eval mode, "
+    text += how if change > 0 else "leaves the outputs of the others as they are"
     where = next((name for name, value in changes.items() if name and value > rounding), "")
     module = dict(model.named_modules()).get(where)
     shows, rules_out = list[tuple[str, str]](), list[tuple[str, str]]()

@@ -6,10 +6,10 @@ from torch.optim import Optimizer
 
 from resdiag.probe.experiments.copies import Copies
 from resdiag.probe.experiments.experiment import Experiment
+from resdiag.probe.experiments.labels import describe_labels
 from resdiag.probe.experiments.one_batch import (
     Training,
     best_of,
-    describe_shuffled,
     describe_trainings,
     shuffle_labels,
     train_on_batch,
@@ -81,11 +81,8 @@ class Learning:
         found = [self.sweep.to_experiment()]
         if self.trainings:
             found.insert(0, describe_trainings(self.trainings))
-        if self.shuffled is None:
-            found.append(Experiment(name="shuffled_labels", title="Shuffled",
-                                    reason=self.not_shuffled))  # fmt: skip
-        else:
-            found.append(describe_shuffled(best_of(self.trainings), self.shuffled))
+        found.append(describe_labels(self._task, best_of(self.trainings), self.shuffled,
+                                     self.not_shuffled, self._seed))  # fmt: skip
         return found
 
     @property
@@ -101,7 +98,7 @@ class Learning:
         self._progress.begin("learning rates")
         self.sweep = sweep_rates(
             self._copies, self._task, make, rate, seed=self._seed, given=rate, optimizer=name,
-            known={rate: self.trainings[0].losses}, advance=self._progress.advance,
+            advance=self._progress.advance,
         )  # fmt: skip
         best = self.sweep.best
         if not self._is_done and best is not None and best.lr != rate:

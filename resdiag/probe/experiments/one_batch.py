@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from resdiag.probe.experiments.copies import Copies
-from resdiag.probe.experiments.experiment import Experiment, count, percent
+from resdiag.probe.experiments.experiment import Experiment, count
 from resdiag.probe.experiments.task import Task
 from resdiag.probe.experiments.trial import MakeOptimizer, open_trial
 
@@ -15,7 +15,7 @@ MEMORISED = 0.1
 """Loss over the least one of a constant output, or over the first one, below which it is known."""
 FALLS = 0.7
 """The same, below which the network learns something of the batch."""
-_HOPELESS = 0.98  # of the first loss, after a third of the steps
+_HOPELESS = 0.98  # of the first loss, after a quarter of the steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ def train_on_batch(
         make: The optimizer.
         how: Optimizer and rate in words.
         rate: Learning rate.
-        steps: Updates at most; a third of them where the loss has hardly moved until then.
+        steps: Updates at most; a quarter of them where the loss has hardly moved until then.
         constant: The least loss of a constant output; NaN if it is not known.
         seed: Of the passes.
         advance: Called after every pass.
@@ -119,7 +119,7 @@ def train_on_batch(
 
     def is_over(losses: Sequence[float]) -> bool:
         memorised = losses[-1] < MEMORISED * max(reference_for(losses[0], constant), 0)
-        lost = len(losses) > steps // 3 and losses[-1] > _HOPELESS * losses[0] > 0
+        lost = len(losses) > steps // 4 and losses[-1] > _HOPELESS * losses[0] > 0
         return memorised or lost
 
     with open_trial(copies, task, make, seed, advance, single=single) as trial:
@@ -171,35 +171,3 @@ def best_of(trainings: Sequence[Training]) -> Training:
     """The one that learned most; of those that memorised the batch the first."""
     learned = [t for t in trainings if t.outcome in ("memorised", "known")]
     return learned[0] if learned else min(trainings, key=lambda training: training.share)
-
-
-def describe_shuffled(true: Training, shuffled: Training) -> Experiment:
-    """What the labels of the batch cost beside shuffled ones, by the same optimizer and rate."""
-    costs = mean_log_loss(true, shuffled)
-    text = (
-        f"{shuffled.describe()}; with the batch's own labels {_outcome(true)}. Mean loss over the "
-    )
-    text += f"same steps: {percent(costs)} of that with shuffled labels"
-    return Experiment(
-        name="shuffled_labels",
-        title="Shuffled",
-        text=text,
-        numbers={"own": true.to_dict(), "shuffled": shuffled.to_dict(), "ratio": costs},
-    )
-
-
-def mean_log_loss(true: Training, shuffled: Training) -> float:
-    """Geometric mean of the loss over that with shuffled labels, on the steps that both did."""
-    pairs = list(zip(true.losses, shuffled.losses, strict=False))[1:]
-    logs = [
-        math.log(a / b)
-        for a, b in pairs
-        if a > 0 and b > 0 and math.isfinite(a) and math.isfinite(b)
-    ]
-    return math.exp(sum(logs) / len(logs)) if logs else math.nan
-
-
-def _outcome(training: Training) -> str:
-    if training.outcome == "memorised":
-        return f"it took {count(training.done, 'step')}"
-    return f"loss {training.losses[-1]:.3g} after {count(training.done, 'step')}"

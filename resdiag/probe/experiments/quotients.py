@@ -154,12 +154,6 @@ class LossOfParameters:
         )
 
     @torch.no_grad()
-    def jitter(self, parameters: Mapping[str, Tensor], generator: torch.Generator) -> None:
-        """Move the parameters a little: the loss often has kinks at zeros, where ReLU(0) is."""
-        for name, d in random_direction(parameters, generator).items():
-            parameters[name].add_(d, alpha=_JITTER)
-
-    @torch.no_grad()
     def moved(
         self, parameters: Mapping[str, Tensor], direction: Mapping[str, Tensor], size: float
     ) -> float:
@@ -179,6 +173,13 @@ class LossOfParameters:
             loss = self._task.run(self._model).loss
         self._advance()
         return loss
+
+
+@torch.no_grad()
+def jitter(parameters: Mapping[str, Tensor], generator: torch.Generator) -> None:
+    """Move parameters by a thousandth of their size: zeros are special, ReLU(0) has a kink."""
+    for name, d in random_direction(parameters, generator).items():
+        parameters[name].add_(d, alpha=_JITTER)
 
 
 def random_direction(

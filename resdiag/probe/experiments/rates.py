@@ -128,7 +128,6 @@ def sweep_rates(
     optimizer: str = "the optimizer",
     steps: int = STEPS,
     factors: Sequence[float] | None = None,
-    known: Mapping[float, Sequence[float]] | None = None,
     single: bool = False,
 ) -> Sweep:
     """Try rates over decades around one: upwards until the loss diverges, downwards until it stays.
@@ -144,20 +143,15 @@ def sweep_rates(
         optimizer: In words.
         steps: At each rate.
         factors: Factors on the rate, all of which are tried; None for decades.
-        known: Losses of a longer trial that was done at a rate, its first steps are taken.
         single: Whether a model in half precision is trained in float32.
     """
     tried = dict[float, Rate]()
 
     def try_rate(factor: float) -> Rate:
         lr = rate * factor
-        losses = list((known or {}).get(lr, ()))
-        if len(losses) > steps:
-            tried[lr] = rate_of(lr, losses[: steps + 1])
-        else:
-            with open_trial(copies, task, make(lr), seed, advance, single=single) as trial:
-                trial.train(steps)
-                tried[lr] = rate_of(lr, [*trial.losses, trial.measure()])
+        with open_trial(copies, task, make(lr), seed, advance, single=single) as trial:
+            trial.train(steps)
+            tried[lr] = rate_of(lr, [*trial.losses, trial.measure()])
         return tried[lr]
 
     if factors is not None:
@@ -192,9 +186,11 @@ def _search(try_rate: Callable[[float], Rate], tried: Mapping[float, Any]) -> No
             if best.lr < max(tried) or try_rate(factor).outcome == "diverges":
                 break
     for factor in DECADES[1:]:
+        if any(rate.outcome == "stays" for rate in tried.values()):
+            return  # at smaller rates, too
         largest = max(rate.fall for rate in tried.values())
         last = try_rate(1 / factor)
-        if last.outcome == "stays" or (last.outcome == "falls" and last.fall < _LITTLE * largest):
+        if last.outcome == "falls" and last.fall < _LITTLE * largest:
             return
     for factor in _BEYOND:
         if any(rate.outcome in ("falls", "stays") for rate in tried.values()):

@@ -72,6 +72,11 @@ class Task:
         return rest[0] if len(rest) == 1 else rest
 
     @property
+    def first_input(self) -> Tensor | None:
+        """The first tensor of the inputs."""
+        return next(iter(_tensors(self.inputs)), None)
+
+    @property
     def samples(self) -> int | None:
         """How many samples the batch has; None where its tensors do not agree on that."""
         inputs, target = _tensors(self.inputs), _tensors(self.target)

@@ -59,10 +59,13 @@ class Trial:
                 return
 
     def measure(self) -> float:
-        """The loss after the last update; NaN once the trial is broken."""
+        """The loss after the last update; NaN once the trial is broken.
+
+        With the random numbers of the first pass, so that the two losses can be compared.
+        """
         if self.is_broken:
             return math.nan
-        seed_everything(self._seed + len(self.losses))
+        seed_everything(self._seed)
         with torch.no_grad():
             value = float(self._task.run(self._model).loss)
         self._advance()
