@@ -42,7 +42,7 @@ def examine(
 
     It trains copies on the batch at the given rate and at others, with its labels and with them
     shuffled; compares autograd with difference quotients; and changes the inputs. The model, its
-    optimizer, its buffers and gradients, and all random states stay bit for bit as they are. A
+    optimizer, its buffers and gradients, and the random states (CPU and CUDA) stay bit for bit. A
     model that cannot be copied is trained itself and put back; a note says so. Hooks on parameters
     are not copied.
 
@@ -78,10 +78,12 @@ def examine(
     rate = _rate_of(optimizer, lr)
     if not isinstance(steps, int) or steps < 2:
         raise UsageError(f"steps must be a whole number from 2 on, not {steps!r}")
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
+        raise UsageError("the model has parameters without a size: run it once on a batch")
     if not trainable(model):
         raise UsageError("every parameter is frozen (requires_grad is False): nothing can learn")
     with ExitStack() as stack:
-        stack.enter_context(kept_random_state(model))
+        stack.enter_context(kept_random_state())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         shown = stack.enter_context(open_progress(progress, steps))

@@ -515,10 +515,9 @@ def test_a_stall_says_what_was_looked_for_and_how_to_find_the_cause():
 
     verdict = judge(plant(change=stall))
     looked, _, rest = verdict.why.partition("Looked for and not found: ")[2].partition(".")
-    assert {"dead blocks", "too small updates", "a vanishing signal or gradient"} <= {
-        *looked.split(", ")
-    }
-    assert "Could not be judged: a fault of the inputs" in rest  # nothing is recorded of them
+    assert {"too small updates", "a vanishing signal or gradient"} <= {*looked.split(", ")}
+    for unknown in ("a fault of the inputs", "dead blocks"):  # their columns are not in this run
+        assert unknown in rest.partition("Could not be judged: ")[2]
     assert verdict.next[0].startswith("resdiag explain RUN --ask")
     assert any(line.startswith("resdiag plot") for line in verdict.next)
 

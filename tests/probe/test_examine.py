@@ -501,6 +501,8 @@ def test_updates_below_the_rounding_of_bfloat16_are_told_from_a_fault_of_the_net
         ({"optimizer": "adam"}, "not str"),
         ({"lr": 0.0}, "must be positive"),
         ({"steps": 0}, "steps must be"),
+        ({"model": nn.LazyLinear(3)}, "run it once"),
+        ({"model": mlp(Apply(lambda x: torch.sigmoid(x).mul_(2)))}, "the backward pass fails"),
         ({"model": nn.Linear(4, 3).requires_grad_(False)}, "every parameter is frozen"),
         ({"model": print}, "a model is a torch.nn.Module"),
     ],
@@ -661,3 +663,33 @@ def test_plain_sgd_is_what_a_rate_alone_means():
     by_hand = resdiag.examine(model, (X, Y), optimizer=sgd_of(model, 0.3), steps=8)
     assert found["rates"].numbers == by_hand["rates"].numbers
     assert sgd(0.3)(model, None).param_groups[0]["momentum"] == 0
+
+
+def test_an_optimizer_that_needs_a_closure_and_one_that_cannot_be_copied():
+    torch.manual_seed(0)
+    model = mlp()
+    lbfgs = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=4)
+    found = resdiag.examine(model, (X, Y), optimizer=lbfgs, steps=20)
+    assert found["one_batch"].numbers["outcome"] == "memorised"
+
+    class Wrapped(torch.optim.SGD):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.inner = threading.Lock()
+
+        def step(self, closure=None):
+            return self.inner, super().step(closure)
+
+    with pytest.raises(UsageError, match="a copy of Wrapped cannot step: AttributeError") as caught:
+        resdiag.examine(model, (X, Y), optimizer=Wrapped(model.parameters(), lr=0.1))
+    assert caught.value.hint == "pass lr= instead of optimizer="
+
+
+def test_a_progress_bar_is_shown_where_it_is_asked_for(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    resdiag.examine(mlp(), (X, Y), lr=0.1, steps=2)
+    assert capsys.readouterr().err == ""
+    resdiag.examine(mlp(), (X, Y), lr=0.1, steps=2, progress=True)
+    captured = capsys.readouterr()
+    assert "passes" in captured.err
+    assert captured.out == ""

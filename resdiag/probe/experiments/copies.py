@@ -4,7 +4,7 @@ import copy
 import functools
 import random
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,27 +67,26 @@ class Copies:
                 return
             with _put_back(self._model):
                 # the copy of the optimizer keeps the parameters that it has
-                same = {id(p): p for p in self._model.parameters()}
-                optimizer = copy.deepcopy(self._optimizer, same)
+                same: dict[int, Any] = {id(p): p for p in self._model.parameters()}
+                optimizer = _complete(self._optimizer, copy.deepcopy(self._optimizer, same), same)
                 yield Copy(model=self._model, optimizer=optimizer, loss=self._loss)
 
     def _copy(self) -> Copy:
         loss = self._loss if isinstance(self._loss, nn.Module) else None
         memo = _without_our_hooks(self._model) | _without_graphs(self._model)
         model, optimizer, copied = copy.deepcopy((self._model, self._optimizer, loss), memo)
-        return Copy(model=model, optimizer=optimizer, loss=self._loss if copied is None else copied)
+        return Copy(
+            model=model, optimizer=_complete(self._optimizer, optimizer, memo),
+            loss=self._loss if copied is None else copied,
+        )  # fmt: skip
 
 
 @contextmanager
-def kept_random_state(model: nn.Module) -> Iterator[None]:
-    """Put back the random states of PyTorch, on the model's devices too, of Python and of NumPy."""
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
+def kept_random_state() -> Iterator[None]:
+    """Put back the random states of PyTorch on the CPU and CUDA devices, of Python and of NumPy."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - models may use it
-    with ExitStack() as states:
-        states.enter_context(torch.random.fork_rng(devices=[]))
-        for kind in {device.type for device in devices}:
-            same = [device for device in devices if device.type == kind]
-            states.enter_context(torch.random.fork_rng(devices=same, device_type=kind))
+    with torch.random.fork_rng(devices=devices):
         try:
             yield
         finally:
@@ -97,7 +96,10 @@ def kept_random_state(model: nn.Module) -> Iterator[None]:
 
 def seed_everything(seed: int) -> None:
     """The random states of one pass; called within `kept_random_state`."""
-    torch.manual_seed(seed)
+    # torch.manual_seed also seeds a CUDA that is not initialised yet, which cannot be put back
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
 
@@ -157,6 +159,22 @@ def _put_back(model: nn.Module) -> Iterator[None]:
                 x.copy_(value)
                 if x.is_leaf:
                     x.requires_grad_(requires_grad)
+
+
+def _complete(
+    original: Optimizer | None, copied: Optimizer | None, memo: dict[int, Any]
+) -> Optimizer | None:
+    """Copy the attributes of subclasses, too, which torch leaves out when it copies an optimizer.
+
+    Hooks are left out, and so is a `step` that a scheduler has replaced: they act on the original.
+    """
+    if original is None or copied is None:
+        return None
+    for name, value in vars(original).items():
+        if name not in vars(copied) and name != "step" and "hook" not in name:
+            with suppress(TypeError, RuntimeError):
+                setattr(copied, name, copy.deepcopy(value, memo))
+    return copied
 
 
 def _without_our_hooks(model: nn.Module) -> dict[int, Any]:

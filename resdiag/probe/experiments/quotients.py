@@ -1,5 +1,6 @@
 """Directional derivatives by central differences, in float64 where the model computes in it."""
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from resdiag.probe.experiments.copies import kept_buffers, seed_everything
 from resdiag.probe.experiments.task import Task
+from resdiag.probe.experiments.trial import backward
 
 _LEAST_SIZE = 1e-2  # of the steps of a parameter that is all zeros
 _JITTER = 1e-3
@@ -44,11 +46,13 @@ class Difference:
         quotients: One for each length of the difference.
         noises: What rounding alone can make of each.
         autograd: Inner product of the gradient and the direction.
+        usual: Its standard deviation over random directions: along one, it can be small by chance.
     """
 
     quotients: tuple[float, ...]
     noises: tuple[float, ...]
     autograd: float
+    usual: float
 
     @property
     def numeric(self) -> float:
@@ -63,19 +67,21 @@ class Difference:
 
     @property
     def error(self) -> float:
-        """Distance of the two over the larger one; 0 where both are no more than rounding."""
-        size = max(abs(self.numeric), abs(self.autograd))
+        """Distance of the two over their size; 0 where both are no more than rounding."""
         gap = abs(self.numeric - self.autograd)
-        return 0.0 if size <= statistics.median(self.noises) else gap / size
+        return 0.0 if self._size <= statistics.median(self.noises) else gap / self._size
+
+    @property
+    def _size(self) -> float:
+        return max(abs(self.numeric), abs(self.autograd), self.usual)
 
     def is_wrong(self, tolerance: float) -> bool:
         """Whether every quotient differs from autograd by more than tolerance and rounding.
 
         Where the loss has kinks nearby, long differences are wrong and short ones are not.
         """
-        size = max(abs(self.numeric), abs(self.autograd))
         pairs = zip(self.quotients, self.noises, strict=True)
-        return all(abs(q - self.autograd) > tolerance * size + noise for q, noise in pairs)
+        return all(abs(q - self.autograd) > tolerance * self._size + noise for q, noise in pairs)
 
 
 class LossOfParameters:
@@ -105,7 +111,7 @@ class LossOfParameters:
         with kept_buffers(self._model):  # until after the backward pass, which may need them
             loss = self._pass()
             if loss.requires_grad:
-                torch.autograd.backward(loss)
+                backward(loss)
         found = {k: p.grad for k, p in self._model.named_parameters() if p.grad is not None}
         return {name: g.to_dense() if g.is_sparse else g for name, g in found.items()}
 
@@ -150,8 +156,12 @@ class LossOfParameters:
             quotients.append((up - down) / (2 * step))
             noises.append(precision.rounding * max(abs(up), abs(down)) / step)
         return Difference(
-            quotients=tuple(quotients), noises=tuple(noises), autograd=float(expected)
-        )
+            quotients=tuple(quotients), noises=tuple(noises), autograd=float(expected),
+            usual=math.sqrt(sum(
+                (float(gradient[name].norm()) * size) ** 2
+                for name, size in usual_sizes(parameters).items() if name in gradient
+            )),
+        )  # fmt: skip
 
     @torch.no_grad()
     def moved(
@@ -185,14 +195,19 @@ def jitter(parameters: Mapping[str, Tensor], generator: torch.Generator) -> None
 def random_direction(
     parameters: Mapping[str, Tensor], generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Normal numbers, in the RMS of each parameter; of one that is 0, in that of the others."""
-    sizes = {name: _rms(parameter) for name, parameter in parameters.items()}
-    usual = statistics.median([size for size in sizes.values() if size] or [_LEAST_SIZE])
+    """Normal numbers, times the size of each parameter."""
+    sizes = usual_sizes(parameters)
     return {
-        name: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
-        * (sizes[name] or usual)
+        name: torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) * sizes[name]
         for name, p in parameters.items()
     }
+
+
+def usual_sizes(parameters: Mapping[str, Tensor]) -> dict[str, float]:
+    """The RMS of each parameter; of one that is 0 the median of the others."""
+    sizes = {name: _rms(parameter) for name, parameter in parameters.items()}
+    usual = statistics.median([size for size in sizes.values() if size] or [_LEAST_SIZE])
+    return {name: size or usual for name, size in sizes.items()}
 
 
 def _rms(x: Tensor) -> float:

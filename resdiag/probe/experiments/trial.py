@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from resdiag.errors import UsageError
+from resdiag.models.source import error_words
 from resdiag.probe.experiments.copies import Copies, seed_everything, trainable
 from resdiag.probe.experiments.task import Task
 
@@ -79,18 +81,36 @@ class Trial:
             self._optimizer.zero_grad()
             loss = self._task.run(self._model).loss
             if loss.requires_grad:
-                torch.autograd.backward(loss)
+                backward(loss)
             seen.append(float(loss.detach()))
             return loss
 
-        if isinstance(self._optimizer, torch.optim.LBFGS):
-            self._optimizer.step(closure)
-        else:
+        needs_closure = isinstance(self._optimizer, torch.optim.LBFGS)
+        if not needs_closure:
             closure()
-            if math.isfinite(seen[0]):
-                self._optimizer.step()
+        if needs_closure or math.isfinite(seen[0]):
+            try:
+                self._optimizer.step(*[closure] * needs_closure)
+            except (AttributeError, TypeError, RuntimeError, KeyError) as error:
+                kind = type(self._optimizer).__name__
+                raise UsageError(
+                    f"a copy of {kind} cannot step: {error_words(error, 200)}",
+                    "pass lr= instead of optimizer=",
+                ) from error
         self.losses.append(seen[0])
         self._advance()
+
+
+def backward(loss: torch.Tensor) -> None:
+    """The backward pass.
+
+    Raises:
+        UsageError: It fails, as in a training.
+    """
+    try:
+        torch.autograd.backward(loss)
+    except RuntimeError as error:
+        raise UsageError(f"the backward pass fails: {error_words(error, 300)}") from error
 
 
 def is_broken(losses: Sequence[float]) -> bool:
