@@ -212,7 +212,10 @@ def _about_wrong(parts: Sequence[Checked], wrong: Sequence[Checked]) -> str:
     if after:
         text += f"; from {after[0].name} to the loss it is right, so the fault lies in {last.name} "
         text += "or just after it"
-    return f"{text}. Look for custom backward functions, detach and in-place changes."
+    text += (
+        ". Look for custom backward functions, detach and in-place changes, unless it is meant, "
+    )
+    return f"{text}as in a straight-through estimator or a stop-gradient."
 
 
 def _beside(one: Difference) -> str:
