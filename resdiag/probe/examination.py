@@ -68,6 +68,8 @@ class Examination:
                     {
                         "name": one.name, "title": one.title, "text": one.text,
                         "reason": one.reason, "numbers": dict(one.numbers),
+                        "shows": dict(one.shows), "rules_out": dict(one.rules_out),
+                        "open": dict(one.open),
                     }
                     for one in self.experiments
                 ],

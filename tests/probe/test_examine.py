@@ -693,3 +693,24 @@ def test_a_progress_bar_is_shown_where_it_is_asked_for(capsys, monkeypatch):
     captured = capsys.readouterr()
     assert "passes" in captured.err
     assert captured.out == ""
+
+
+def test_an_output_that_hardly_depends_on_the_input_is_a_fault_unless_the_batch_is_memorised():
+    class Faint(nn.Module):
+        def __init__(self, *, learns):
+            super().__init__()
+            self.net, self.bias = mlp(), nn.Parameter(torch.ones(3))
+            self.gain = nn.Parameter(torch.tensor(1e-4), requires_grad=learns)
+
+        def forward(self, x):
+            return self.bias + self.gain * self.net(x)
+
+    torch.manual_seed(0)
+    stuck = resdiag.examine(Faint(learns=False), (X, Y), lr=0.1, steps=20)
+    assert {"hardly_uses_input", "cannot_learn"} <= set(stuck.shown)
+    model = Faint(learns=True)
+    adam = torch.optim.Adam(model.parameters(), lr=0.1)
+    learned = resdiag.examine(model, (X, Y), optimizer=adam)
+    assert learned["one_batch"].numbers["outcome"] == "memorised"
+    assert "hardly_uses_input" not in learned.shown
+    assert "hardly_uses_input" in [one.name for one in learned.conclusions]

@@ -1,6 +1,7 @@
 """What follows from the experiments: faults that are shown, causes that are ruled out, the rest."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from resdiag.probe.experiments.experiment import Conclusion, Experiment, count, percent
 from resdiag.probe.experiments.one_batch import Training, best_of
@@ -31,6 +32,9 @@ def conclude(
         for name, text in facts
     ]
     if trainings:
+        if best_of(trainings).outcome == "memorised":  # which needs the input
+            found = [replace(one, kind="open") if one.name == "hardly_uses_input" else one
+                     for one in found]  # fmt: skip
         found += _about_learning(trainings, found)
         found += _about_rate(trainings, sweep)
         found += _about_the_rest(trainings, sweep, found)
