@@ -27,14 +27,12 @@ class Training:
         rate: Learning rate.
         losses: Before each update; the last one after all of them.
         reference: What the losses are compared with, see `reference_for`.
-        steps: Updates allowed.
     """
 
     how: str
     rate: float
     losses: tuple[float, ...]
     reference: float
-    steps: int
 
     @property
     def reached(self) -> int | None:
@@ -126,7 +124,7 @@ def train_on_batch(
         trial.train(steps, is_over)
         losses = [*trial.losses, trial.measure()]
     reference = reference_for(losses[0], constant)
-    return Training(how=how, rate=rate, losses=tuple(losses), reference=reference, steps=steps)
+    return Training(how=how, rate=rate, losses=tuple(losses), reference=reference)
 
 
 def reference_for(first: float, constant: float) -> float:
