@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from resdiag.plots.kinds import register_plot as register_plot
     from resdiag.plots.kinds import unregister_plot as unregister_plot
     from resdiag.plots.plotkind import PlotKind as PlotKind
+    from resdiag.probe.examination import Examination as Examination
+    from resdiag.probe.examine import examine as examine
     from resdiag.runs.folder import load_frame as load_frame
     from resdiag.runs.folder import load_run as load_run
     from resdiag.theory.laws import Law as Law
@@ -66,6 +68,9 @@ _HOMES = {
     "unregister_law": "resdiag.theory.laws",
     # changing one thing
     "lesion": "resdiag.interventions.additions",
+    # experiments on one batch
+    "examine": "resdiag.probe.examine",
+    "Examination": "resdiag.probe.examination",
     # runs on disk, and what they mean
     "load_frame": "resdiag.runs.folder",
     "load_run": "resdiag.runs.folder",

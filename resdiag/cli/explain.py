@@ -12,7 +12,12 @@ from resdiag.cli.options import DataRoot, Json, RunsRoot
 from resdiag.errors import UsageError, unknown
 
 if TYPE_CHECKING:
+    from resdiag.data.dataset import ImageData
+    from resdiag.interventions.compare import Effect
+    from resdiag.probe.examination import Examination
     from resdiag.runs.folder import Run
+
+_STARTS = ("init", "checkpoint")
 
 
 def explain(
@@ -30,54 +35,108 @@ def explain(
         bool,
         typer.Option("--lesion", help="Test the cause: change one thing and train a few steps."),
     ] = False,
+    ask: Annotated[
+        bool,
+        typer.Option(
+            "--ask",
+            help="Experiment on one batch: memorise it, sweep the learning rate, check gradients.",
+        ),
+    ] = False,
     seeds: Annotated[int, typer.Option(min=1, max=100, help="Number of seeds per lesion.")] = 3,
     start: Annotated[
-        str, typer.Option("--from", help="Start of --lesion: init, or checkpoint (the run's last).")
-    ] = "init",
+        str,
+        typer.Option(
+            "--from",
+            help="Start of --lesion or --ask: init, or checkpoint (the run's last); default: init "
+            "for --lesion, the checkpoint if there is one for --ask.",
+        ),
+    ] = "",
     lesion_steps: Annotated[
         int, typer.Option(min=1, help="Training steps per arm of --lesion.")
     ] = 10,
-    data: Annotated[str, typer.Option(help="Data set for --lesion; default: the run's.")] = "",
+    data: Annotated[
+        str, typer.Option(help="Data set for --lesion and --ask; default: the run's.")
+    ] = "",
     data_root: DataRoot = None,
     runs: RunsRoot = Path("runs"),
     as_json: Json = False,
 ) -> None:
     """Print what happened in a run: verdict, mechanism, evidence, and what to do next."""
-    if start not in ("init", "checkpoint"):
-        raise unknown("start of --lesion", start, ["init", "checkpoint"])
+    if start not in ("", *_STARTS):
+        raise unknown("start", start, _STARTS)
     more = [] if lesion else [Path(name) for name in names or []]
     opened = open_runs([path, *more] if path else None, runs)
-    if len(opened) > 1 and lesion:
+    if len(opened) > 1 and (lesion or ask):
         raise UsageError(f"{path} holds {len(opened)} runs", f"name one, e.g. {opened[0].path}")
     if len(opened) > 1:
         _explain_together(opened, as_json=as_json)
         return
+    run = opened[0]
+    images = _open_images(run, data, data_root, ask=ask) if lesion or ask else None
+    effects: list[Effect] = []
+    examination = None
+    if lesion and images is not None:
+        effects = _test(run, names or [], images, seeds, lesion_steps, start)
+    if ask and images is not None:
+        from resdiag.interventions.examine_run import examine_run
+
+        examination = examine_run(run, images, start=start)
+    _print(run, effects if lesion else None, examination, as_json=as_json)
+
+
+def _open_images(run: "Run", data: str, root: Path | None, *, ask: bool) -> "ImageData":
+    """The images of a run; what cannot be examined is refused before they are read."""
+    from resdiag.interventions.compare import open_images
+
+    if ask:
+        from resdiag.interventions.examine_run import check_examinable
+
+        check_examinable(run)
+    return open_images(run, data, root)
+
+
+def _test(
+    run: "Run", names: Sequence[str], images: "ImageData", seeds: int, steps: int, start: str
+) -> "list[Effect]":
+    """Try lesions; none named takes those that the verdict proposes."""
+    from resdiag.diagnose.verdict import judge
+    from resdiag.interventions.compare import prove
+
+    return prove(
+        run, judge(run).name, names, images, seeds=seeds, steps=steps,
+        from_checkpoint=start == "checkpoint",
+    )  # fmt: skip
+
+
+def _print(
+    run: "Run",
+    effects: "Sequence[Effect] | None",
+    examination: "Examination | None",
+    *,
+    as_json: bool,
+) -> None:
+    """The verdict, then what lesions (None if not asked for) and experiments came to."""
     from resdiag.diagnose.finding import plain
     from resdiag.diagnose.verdict import judge, render
 
-    verdict = judge(opened[0])
-    effects = []
-    if lesion:
-        from resdiag.interventions.compare import open_images, prove
-
-        images = open_images(opened[0], data, data_root)
-        effects = prove(
-            opened[0], verdict.name, names or [], images, seeds=seeds, steps=lesion_steps,
-            from_checkpoint=start == "checkpoint",
-        )  # fmt: skip
+    verdict = judge(run)
     if as_json:
         said = verdict.to_dict()
-        document = {"schema": 1, "run": str(opened[0].path), "verdict": said}
+        document = {"schema": 1, "run": str(run.path), "verdict": said}
         document["findings"] = said["findings"]
-        if lesion:
+        if effects is not None:
             document["lesions"] = [plain(effect.to_dict()) for effect in effects]
+        if examination is not None:
+            document["examination"] = examination.to_dict()
         print(json.dumps(document))
         return
     print(render(verdict))
-    lines = [effect.describe(float(opened[0].config.lr or 0)) for effect in effects]
-    for line in lines if effects or not lesion else [f"none proposed for '{verdict.name}'"]:
+    lines = [effect.describe(float(run.config.lr or 0)) for effect in effects or ()]
+    for line in lines if lines or effects is None else [f"none proposed for '{verdict.name}'"]:
         print(f"Lesion    {line}")
-    if not lesion and opened[0].config.variant and (untried := _untried(opened[0], verdict.name)):
+    if examination is not None:
+        print(examination)
+    if effects is None and run.config.variant and (untried := _untried(run, verdict.name)):
         print(f"Untried   {untried}")
 
 

@@ -296,8 +296,8 @@ STALLED = Rule(
     needs=("loss",),
     applies="a cross-entropy of a known number of classes",
     cause="the network guesses",
-    why="The network guesses: its output does not depend on the image. Look for dead or "
-    "saturated units, for updates that are too small, and for labels that do not fit",
+    why="The network guesses: its output says nothing about the label. The cause comes before it: "
+    "dead or saturated units, updates that are too small, or labels that do not fit",
     remedy="check that labels fit their images, and that the updates are about 1e-3 of the weights",
     plots=("curves", "updates", "skip"),
     thresholds=(STALL, GUESSING, FALLING, STALL_STEPS, SETTLED_FALL, MOVED, LONG_STALL),

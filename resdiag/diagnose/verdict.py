@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from resdiag.diagnose.advice import plots
 from resdiag.diagnose.breakdown import EXPLODED
 from resdiag.diagnose.finding import Evidence, Finding, NotJudged, Rule, plain
+from resdiag.diagnose.learning import STALLED
 from resdiag.diagnose.progress import LEAST_CHECKS, LEAST_LOSSES, find_doubts
 from resdiag.diagnose.registry import (
     CAUSES_FROM_THE_START,
@@ -29,6 +30,17 @@ if TYPE_CHECKING:
 
 _COLUMNS = 100
 _INDENT = 10
+_CAUSES_OF_A_STALL = {
+    "data_fault": "a fault of the inputs",
+    "loss_fault": "a wrong sign of the loss",
+    "vanishing": "a vanishing signal or gradient",
+    "frozen_block": "blocks that do not move",
+    "dead_block": "dead blocks",
+    "saturated_block": "saturated units",
+    "lr_too_low": "too small updates",
+    "lr_too_high": "a learning rate that is too high",
+}
+"""Rules that would explain why a network guesses, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +120,9 @@ def judge(run: "Run | Monitor") -> Verdict:
     survived = not doubts and EXPLODED.name not in {finding.name for finding in found}
     naming = [i for i in found if not (survived and FINDINGS[i.name].is_condition)]
     findings = (*naming, *(i for i in found if i not in naming))
-    verdict = _named(naming[0]) if naming else _unnamed(seen, doubts, checks, findings)
+    verdict = (
+        _named(naming[0], seen, outcomes) if naming else _unnamed(seen, doubts, checks, findings)
+    )
     return replace(
         _of_run(verdict, run),
         # a breakdown is evidence of two rules, and said once
@@ -184,11 +198,37 @@ def _count_checks(
     return whole, applied
 
 
-def _named(first: Finding) -> Verdict:
+def _named(
+    first: Finding, seen: RunData, outcomes: Mapping[str, Sequence[Finding | NotJudged]]
+) -> Verdict:
+    why, commands = first.why, first.next
+    if first.name == STALLED.name:
+        why, commands = f"{why} {_describe_search(seen, outcomes)}", (*_ask(seen), *commands)
     return Verdict(
         name=first.name, cause=first.cause, step=first.step, block=first.block,
-        summary=first.summary, why=first.why, next=first.next,
+        summary=first.summary, why=why, next=commands,
     )  # fmt: skip
+
+
+def _describe_search(seen: RunData, outcomes: Mapping[str, Sequence[Finding | NotJudged]]) -> str:
+    """Which causes of a stall the record rules out, and which it cannot."""
+    known = [name for name in _CAUSES_OF_A_STALL if name in outcomes and not outcomes[name]]
+    out = [name for name in known if all(seen.has(need) for need in FINDINGS[name].needs)]
+    words = {name: text for name, text in _CAUSES_OF_A_STALL.items() if name in FINDINGS}
+    found = [name for name, of_rule in outcomes.items() if name not in known
+             and any(isinstance(one, Finding) for one in of_rule)]  # fmt: skip
+    not_judged = [text for name, text in words.items() if name not in (*out, *found)]
+    text = f"Looked for and not found: {', '.join(words[name] for name in out) or 'nothing'}."
+    return f"{text} Could not be judged: {', '.join(not_judged)}." if not_judged else text
+
+
+def _ask(seen: RunData) -> tuple[str, ...]:
+    """How to find out by experiments on one batch what the record alone does not say."""
+    why = "memorises one batch, sweeps the rate, checks gradients"
+    if isinstance(seen.run.config, WatchedConfig):
+        return (f"resdiag.examine(model, batch, optimizer=optimizer)  # {why}",)
+    path = "RUN" if seen.run.path == Path() else seen.run.path
+    return (f"resdiag explain {path} --ask  # {why}",)
 
 
 def _unnamed(
@@ -225,7 +265,7 @@ def _missing(seen: RunData) -> tuple[str, ...]:
         found.append("monitor.step(loss) tells the loss")
     if foreign and not seen.has("update_ratio"):
         found.append("attach(model, optimizer=optimizer) records the updates")
-    return (*found, f"train {LEAST_LOSSES:g} steps or more and judge again")
+    return (*found, f"train {LEAST_LOSSES:g} steps or more and judge again", *_ask(seen))
 
 
 def _once(items: list[Evidence]) -> tuple[Evidence, ...]:

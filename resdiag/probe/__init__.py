@@ -1,1 +1,1 @@
-"""What one batch says of a network, without training."""
+"""What one batch says of a network: without training, and by experiments on copies."""

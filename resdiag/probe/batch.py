@@ -188,7 +188,7 @@ def choose_loss(
     Raises:
         UsageError: There is no floating output, or no logits where cross-entropy was asked for.
     """
-    logits = _main_output(output)
+    logits = main_output(output)
     if logits is None:
         raise UsageError("the model returned no floating-point tensor to compute a loss from")
     named = hasattr(output, "logits")
@@ -216,17 +216,20 @@ def choose_loss(
     return Loss(name=name, value=F.cross_entropy(pairs[0].float(), pairs[1]), classes=classes)
 
 
-def _main_output(output: object) -> Tensor | None:
-    """The tensor named `logits` in the output, else its first floating one."""
+def main_output(output: object) -> Tensor | None:
+    """The tensor named `logits` in the output, else its first floating one with a dimension."""
     if isinstance(output, Tensor):
         return output if output.is_floating_point() else None
     named = getattr(output, "logits", None)
+    if isinstance(output, Mapping):
+        named = output.get("logits")
     if isinstance(named, Tensor):
         return named
     values = list(output.values()) if isinstance(output, Mapping) else output
     if not isinstance(values, list | tuple):
         return None
-    return next((found for found in map(_main_output, values) if found is not None), None)
+    found = [x for x in map(main_output, values) if x is not None]
+    return next((x for x in found if x.dim()), found[0] if found else None)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

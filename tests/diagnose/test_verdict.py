@@ -538,3 +538,21 @@ def test_what_waits_for_more_steps_is_one_line_and_stays_in_the_document():
     assert below.count("needs a longer run: ") == 1
     assert "stalled (50 steps)" in below
     assert "stalled:" not in below
+
+
+def test_a_stall_says_what_was_looked_for_and_how_to_find_the_cause():
+    def stall(metrics, curve):
+        curve["epoch"] = curve["step"] / 10
+        curve["loss"] = LN10
+
+    verdict = judge(plant(change=stall))
+    looked, _, rest = verdict.why.partition("Looked for and not found: ")[2].partition(".")
+    assert {"too small updates", "a vanishing signal or gradient"} <= {*looked.split(", ")}
+    for unknown in ("a fault of the inputs", "dead blocks"):  # their columns are not in this run
+        assert unknown in rest.partition("Could not be judged: ")[2]
+    assert verdict.next[0].startswith("resdiag explain RUN --ask")
+    assert any(line.startswith("resdiag plot") for line in verdict.next)
+
+
+def test_an_undetermined_run_offers_the_experiments():
+    assert any("resdiag explain RUN --ask" in line for line in judge(plant(steps=5)).next)
