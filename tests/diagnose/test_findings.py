@@ -505,6 +505,16 @@ def test_a_drift_is_dated_by_the_step_at_which_it_became_large():
     assert "above 1 since step 9" in found.summary
 
 
+@pytest.mark.parametrize(("end", "found"), [(1.2, True), (1.0, False)])
+def test_a_drift_that_comes_with_a_loss_that_fell_to_half_is_what_the_task_asks_for(end, found):
+    def move(cell, curve):
+        curve["loss"] = np.where(curve["step"] < 4, 2.2, end)
+        cell("output_channel_mean_rms", 5.0, step=STEPS - 1)
+        cell("branch_mean", 0.5, step=STEPS - 1)
+
+    assert ("drift" in {one.name for one in judge(run_of(move)).findings}) == found
+
+
 def test_an_overflow_of_float16_is_told_from_other_explosions():
     def overflow(cell, curve):
         cell("output_channel_std", 3000.0, step=slice(5, 7))
