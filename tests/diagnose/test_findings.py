@@ -199,6 +199,18 @@ def test_parameters_that_do_not_move_because_their_gradient_is_0_are_not_called_
     assert (verdict.name, verdict.cause) == ("frozen_block", "their gradient is 0")
 
 
+def test_an_optimizer_of_the_head_alone_has_no_rate_that_is_too_low_once_the_loss_falls():
+    def probe(end):
+        def change(cell, curve):
+            curve["loss"] = np.linspace(2.55, end, STEPS)
+            cell("update_ratio", 0.0)
+
+        return judge(run_of(change))
+
+    assert probe(2.35).name == "undetermined"
+    assert (probe(2.55).name, probe(2.55).cause) == ("lr_too_low", "no optimizer step")
+
+
 def test_blocks_before_a_detach_are_told_from_a_frozen_beginning():
     """Their outputs require a gradient, which the next block's input does not."""
     detached = [{"metric": "grad_input", "blocks": [3], "reason": NOT_REQUIRED}]
