@@ -1,11 +1,10 @@
 """Rules about what training comes to: a lost skip path, a loss that stalls, dies or overfits."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
-import pandas as pd
 
 from resdiag.diagnose.advice import lower_lr, plots, run_variant, variant_of
 from resdiag.diagnose.finding import (
@@ -80,33 +79,32 @@ def skip_collapsed(seen: RunData) -> Outcome:
         yield SKIP_COLLAPSED.not_judged("no step was recorded")
         return
     last, evidence = seen.indices[-1], []
-    gains = pd.Series({step: seen.value("skip_gain", step, last) for step in seen.steps})
-    ratios = pd.Series({step: kept_gradient(seen, step) for step in seen.steps})
     end = seen.steps[-1]
-    for values, what in ((gains, "skip gain"), (ratios, "gradient ratio")):
-        if not math.isfinite(values[end]):
+    gain, ratio = seen.value("skip_gain", end, last), kept_gradient(seen, end)
+    for value, what in ((gain, "skip gain"), (ratio, "gradient ratio")):
+        if not math.isfinite(value):
             yield SKIP_COLLAPSED.not_judged(
                 f"{what} at the last recorded step {end}: not recorded or NaN"
             )
-    if (since := _since(gains < LEAST_GAIN)) is not None:
+    since = _since(seen, lambda step: seen.value("skip_gain", step, last) < LEAST_GAIN)
+    if since is not None:
         profile = seen.profile("skip_gain", end)
         first = int(profile.index[int((profile < LEAST_GAIN).to_numpy().argmax())])
-        text = f"skip gain at the last block is {gains[end]:.2g} at step {end}, "
+        text = f"skip gain at the last block is {gain:.2g} at step {end}, "
         text += f"below {LEAST_GAIN} since step {since}"
         evidence.append(
-            SKIP_COLLAPSED.evidence(
-                "skip_gain", float(gains[end]), LEAST_GAIN, text, step=since, block=first
-            )
+            SKIP_COLLAPSED.evidence("skip_gain", gain, LEAST_GAIN, text, step=since, block=first)
         )
     least = LEAST_GRADIENT if seen.variant else LEAST_GRADIENT_ELSEWHERE
-    if (since := _since(ratios < least)) is not None:
-        text = f"gradient at the first block's input is {ratios[end]:.2g} of that at the last "
+    since = _since(seen, lambda step: kept_gradient(seen, step) < least)
+    if since is not None:
+        text = f"gradient at the first block's input is {ratio:.2g} of that at the last "
         text += f"block's output at step {end}, below {least} since step {since}"
         source = "Zaeemzadeh et al. 2018, arXiv:1805.07477; " + DEFINITION
         evidence.append(
             SKIP_COLLAPSED.evidence(
                 "grad_input",
-                float(ratios[end]),
+                ratio,
                 least,
                 text,
                 step=since,
@@ -172,14 +170,17 @@ def _explain_collapse(seen: RunData, evidence: Sequence[Evidence]) -> Finding:
     return replace(finding, step=min(item.step for item in evidence if item.step is not None))
 
 
-def _since(bad: "pd.Series[bool]") -> int | None:
-    """The first step from which on it holds until the end; None if it does not, or only since now.
+def _since(seen: RunData, bad: Callable[[int], bool]) -> int | None:
+    """The first recorded step from which on `bad` holds until the end; None if for fewer than 3.
 
-    It has to have held for 3 recorded steps: a skip gain is measured on few samples.
+    A skip gain is measured on few samples, a single one says little.
     """
-    held = bad.to_numpy()[::-1]
-    count = len(held) if held.all() else int(held.argmin())
-    return int(bad.index[len(held) - count]) if count >= min(HELD, len(held)) else None
+    held = 0
+    for step in reversed(seen.steps):
+        if not bad(step):
+            break
+        held += 1
+    return seen.steps[-held] if held >= min(HELD, len(seen.steps)) else None
 
 
 def stalled(seen: RunData) -> Outcome:

@@ -74,6 +74,12 @@ def has_fallen(losses: "pd.Series[float]") -> bool:
     return fall > max(FALLEN * abs(float(first.mean())), ERRORS * noise)
 
 
+def share_left(losses: "pd.Series[float]") -> float:
+    """The mean of the last fifth over that of the first; NaN where the first is not above 0."""
+    first, last = _ends(losses[np.isfinite(losses)])
+    return float(last.mean() / first.mean()) if first.mean() > 0 else math.nan
+
+
 def is_falling(losses: "pd.Series[float]", unit: float) -> bool:
     """Whether a straight line through the losses falls by more than noise: 3 standard errors.
 

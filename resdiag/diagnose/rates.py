@@ -32,7 +32,7 @@ from resdiag.diagnose.overshoot import (
     replaces_one_block,
     replaces_weights,
 )
-from resdiag.diagnose.progress import FALLEN, find_doubts
+from resdiag.diagnose.progress import FALLEN, find_doubts, has_fallen
 from resdiag.diagnose.rundata import RunData
 
 USUAL_STEP = Threshold(
@@ -127,7 +127,8 @@ def lr_too_low(seen: RunData) -> Outcome:
     """No step moves any block by 3e-6 of its weights, and the loss stays, in 10 steps.
 
     Where weight decay alone moves more, by three times what it moves. Also where no optimizer was
-    seen to step at all while gradients were recorded.
+    seen to step at all while gradients were recorded. Not where no block requires a gradient, nor
+    where the loss has fallen: as in a linear probe.
     """
     updates = seen.table("update_ratio").dropna(how="all")
     losses, rates = seen.series("loss"), seen.series("lr").dropna()
@@ -136,7 +137,7 @@ def lr_too_low(seen: RunData) -> Outcome:
         yield LR_TOO_LOW.not_judged(*seen.why_no_updates)
         return
     largest = 0.0 if idle else float(updates.max().max())
-    if not largest < _least_step(seen) or _changed(losses):
+    if not largest < _least_step(seen) or _changed(losses) or has_fallen(losses):
         return
     if not idle and len(updates) < LEAST_STEPS:
         return

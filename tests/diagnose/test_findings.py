@@ -199,6 +199,18 @@ def test_parameters_that_do_not_move_because_their_gradient_is_0_are_not_called_
     assert (verdict.name, verdict.cause) == ("frozen_block", "their gradient is 0")
 
 
+def test_an_optimizer_of_the_head_alone_has_no_rate_that_is_too_low_once_the_loss_falls():
+    def probe(end):
+        def change(cell, curve):
+            curve["loss"] = np.linspace(2.55, end, STEPS)
+            cell("update_ratio", 0.0)
+
+        return judge(run_of(change))
+
+    assert probe(2.35).name == "undetermined"
+    assert (probe(2.55).name, probe(2.55).cause) == ("lr_too_low", "no optimizer step")
+
+
 def test_blocks_before_a_detach_are_told_from_a_frozen_beginning():
     """Their outputs require a gradient, which the next block's input does not."""
     detached = [{"metric": "grad_input", "blocks": [3], "reason": NOT_REQUIRED}]
@@ -503,6 +515,16 @@ def test_a_drift_is_dated_by_the_step_at_which_it_became_large():
     (found,) = [one for one in judge(run_of(move)).findings if one.name == "drift"]
     assert found.step == 9  # 0.1 + 0.1 x 9 = 1
     assert "above 1 since step 9" in found.summary
+
+
+@pytest.mark.parametrize(("end", "found"), [(1.2, True), (1.0, False)])
+def test_a_drift_that_comes_with_a_loss_that_fell_to_half_is_what_the_task_asks_for(end, found):
+    def move(cell, curve):
+        curve["loss"] = np.where(curve["step"] < 4, 2.2, end)
+        cell("output_channel_mean_rms", 5.0, step=STEPS - 1)
+        cell("branch_mean", 0.5, step=STEPS - 1)
+
+    assert ("drift" in {one.name for one in judge(run_of(move)).findings}) == found
 
 
 def test_an_overflow_of_float16_is_told_from_other_explosions():
