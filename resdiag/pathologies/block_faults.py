@@ -250,7 +250,7 @@ BLOCK_FAULTS = (
     Kind(name="branch zeroed", plant=scale_branch, finding="dead_block", place="branch",
          needs=("residual",), onsets=both(), strengths=(0.0,)),
     Kind(name="branch scaled", plant=scale_branch, finding="branch_too_large", place="branch",
-         needs=("residual",), onsets=both(), strengths=(1000.0, 60.0, 40.0)),
+         needs=("residual", "no scaled"), onsets=both(), strengths=(1000.0, 60.0, 40.0)),
     Kind(name="NaN in a branch", plant=nan_in_branch, finding="exploded", place="branch",
          needs=("residual",), onsets=_NINE),
     Kind(name="infinite weight", plant=infinite_weight, finding="exploded", place="weights",
@@ -296,7 +296,7 @@ BLOCK_FAULTS = (
     Kind(name="branch shifted", plant=shift_branch, finding="bias_shift", place="shiftable",
          needs=("residual",), onsets=both(), strengths=(30.0, 100.0)),
     Kind(name="float16 overflow", plant=half_precision, finding="fp16_overflow", place="join",
-         needs=("no batchnorm",), onsets=both(), strengths=(3e5,)),
+         needs=("no batchnorm", "no scaled"), onsets=both(), strengths=(3e5,)),
     Kind(name="attention sharpened", plant=sharpen_attention, finding="attention_collapsed",
          place="attention block", onsets=both(), strengths=(100.0,)),
     Kind(name="attention uniform", plant=sharpen_attention, finding="attention_collapsed",
@@ -304,8 +304,8 @@ BLOCK_FAULTS = (
     Kind(name="sigmoid behind additions", plant=sigmoid_behind, finding="skip_collapsed",
          place="after", extents=("all",), needs=("residual", "no attention")),
     Kind(name="small weights, no norm", plant=rescale_weights, finding="vanishing",
-         needs=("no residual", "no norm"), strengths=(0.1, 0.2)),
+         needs=("no residual", "no norm"), strengths=(0.1, 0.2), hurts=True),
     Kind(name="large weights, no norm", plant=rescale_weights, finding="grows_at_init",
-         needs=("residual", "no norm"), strengths=(2.0, 3.0)),
+         needs=("residual", "no norm", "join", "no scaled"), strengths=(2.0, 3.0), hurts=True),
 )  # fmt: skip
 """Faults of the network."""
