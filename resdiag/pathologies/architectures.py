@@ -12,7 +12,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from resdiag.models.resnet import build_model
 from resdiag.pathologies import convnets, library, perceptrons, transformers
-from resdiag.pathologies.layers import Attention, Tied, Unit
+from resdiag.pathologies.layers import Attention, Scale, Tied, Unit
 from resdiag.pathologies.tasks import TASKS, Task
 from resdiag.watch.find.blocks import Block, find_blocks, find_units
 
@@ -88,8 +88,8 @@ def traits_of(architecture: Architecture) -> Traits:
     Words: "residual", "norm", "batchnorm", "batchnorm1d", "dropout", "attention", "image",
     "tokens", "classes", the names of the family and of the task, "variant" for our own networks,
     "stages" (several), "long stages" (one of `_LONG` blocks at least), "norms end branches",
-    "nothing after additions", "tied" (head and embedding), "linear in blocks", "sgd" (it learns by
-    SGD).
+    "nothing after additions", "scaled" (branches have a learned factor that begins small), "tied"
+    (head and embedding), "linear in blocks", "sgd" (it learns by SGD).
 
     Traits of blocks: "branch" (a module returns it), "shiftable" (so, and no norm follows the
     addition), "shortcut" (the identity by a module that can be replaced), "join" (the addition can
@@ -121,6 +121,7 @@ def traits_of(architecture: Architecture) -> Traits:
         "norms end branches": all(_ends_in_norm(model, block) for block in blocks),
         "nothing after additions": residual and all(b.after_add == "none" for b in blocks),
         "sgd": bool(architecture.sgd),
+        "scaled": any(isinstance(m, Scale) or hasattr(m, "layer_scale") for m in modules),
         "tied": any(isinstance(m, Tied) for m in modules),
         "linear in blocks": any(
             isinstance(m, nn.Linear)

@@ -150,7 +150,8 @@ def adapt(trial: Trial) -> None:
     for block in trial.blocks:
         replace_modules(
             trial.model.get_submodule(block.owner),
-            lambda m: LoRA(m) if isinstance(m, nn.Linear) else None,
+            # a subclass is read by its owner, such as the output of MultiheadAttention
+            lambda m: LoRA(m) if type(m) is nn.Linear else None,
         )
 
 

@@ -216,6 +216,8 @@ def explain_miss(result: Result) -> str:
         return f"named block {result.block}"
     if result.verdict == result.wanted:
         return f"cause is '{result.cause}'"
+    if result.wanted in names and result.verdict in (HEALTHY, UNDETERMINED):
+        return f"reported as a condition, which names no verdict; {given}"
     if result.wanted in names:
         return f"ranked behind {given}"
     if result.wanted not in FINDINGS:

@@ -133,6 +133,8 @@ def test_every_miss_has_its_reason():
         findings=(("exploded", "", None, 1), ("stalled", "", None, 1)),
     )
     assert explain_miss(behind) == "ranked behind exploded"
+    condition = replace(behind, verdict="healthy", cause="")
+    assert explain_miss(condition).startswith("reported as a condition")
     assert explain_miss(result("stalled", "healthy")).startswith("no finding")
     doubtful = result("stalled", "undetermined", doubts=("the loss is not known",))
     assert explain_miss(doubtful) == "no finding; the loss is not known"

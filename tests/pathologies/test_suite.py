@@ -86,7 +86,7 @@ def test_processes_give_the_same_results_as_one():
 
 RIGHT = {
     "at_risk", "bias_shift", "data_fault", "dead_block", "detached_branch", "detached_shortcut",
-    "exploded", "fp16_overflow", "grows_at_init", "lr_too_high", "lr_too_low", "missing_norm",
+    "exploded", "fp16_overflow", "lr_too_high", "lr_too_low", "missing_norm",
     "overfit", "saturated_block", "shortcut_scaled", "skip_collapsed", "stalled",
 }  # fmt: skip
 """Findings that rules give in the quick set of seed 0; others may be added as rules are written."""
