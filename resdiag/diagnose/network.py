@@ -25,13 +25,16 @@ def missing_skip(seen: RunData) -> Outcome:
     if not seen.inspected:
         yield seen.without_inventory(MISSING_SKIP)
         return
-    lacking = seen.inventory["lacking"]
+    lacking, step = seen.inventory["lacking"], 0
+    if not lacking:
+        lacking = seen.inventory.get("later_lacking") or []
+        step = int(seen.inventory.get("later_step", 0))
     if lacking:
         first = min(lacking, key=lambda entry: int(entry["block"]))
         more = f", and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         text = f"{first['name']} has no skip, {first['like']} modules of its kind have one{more}"
         item = MISSING_SKIP.evidence(
-            "inventory", len(lacking), 0, text, step=0, block=int(first["block"])
+            "inventory", len(lacking), 0, text, step=step, block=int(first["block"])
         )
         yield MISSING_SKIP.found(item)
 
@@ -53,9 +56,10 @@ def dropout_on_skip(seen: RunData) -> Outcome:
 
 
 def detached_output(seen: RunData) -> Outcome:
-    """No gradient comes to the first blocks although their parameters require one.
+    """Blocks that run, and whose parameters require gradients, get none while other blocks do.
 
-    Later blocks get gradients. Named is the last block that gets none.
+    No gradient comes to their outputs either: that is what tells them from blocks whose branch is
+    detached or dead. Of blocks in a row the last one is named: behind it the gradient stops.
     """
     trainable = seen.inventory.get("trainable", [])
     gradient = seen.table("grad_param").reindex(columns=seen.indices)
@@ -64,20 +68,20 @@ def detached_output(seen: RunData) -> Outcome:
         return
     wants = [b for b in seen.indices if b < len(trainable) and trainable[b]]
     flows = gradient.fillna(0.0)[wants] > 0
-    if len(wants) < 2 or not flows.iloc[-1].any():
+    arrives, ran = (
+        seen.table(name).reindex(index=flows.index, columns=wants).notna()
+        for name in ("grad_output", "output_second_moment")
+    )
+    lasts = {b: trailing(~flows[b] & ~arrives[b] & ran[b]) for b in wants}
+    cut = [b for b in wants if lasts[b]]
+    if not cut or len(cut) == len(wants) or not flows.iloc[-1].any():
         return
-    last = flows.iloc[-1]
-    first_with = wants.index(int(last.index[int(last.to_numpy().argmax())]))
-    if first_with == 0:
-        return
-    block = wants[first_with - 1]
-    arrives = seen.table("grad_output").reindex(columns=[block])[block]
-    count = min(trailing(~flows[block]), trailing(arrives.isna()))  # 0 comes from a dead block
-    if not count:
-        return
-    since = int(flows.index[len(flows) - count])
-    text = f"no gradient comes back to {seen.name(block)} and the blocks before it from step "
-    text += f"{since} on, although their parameters require gradients"
+    after = iter(wants[wants.index(cut[0]) :])
+    block = [b for b, kept in zip(after, cut, strict=False) if b == kept][-1]
+    since = int(flows.index[len(flows) - lasts[block]])
+    before = "" if block == wants[0] else " and the blocks before it" * (cut[0] == wants[0])
+    text = f"no gradient comes back to {seen.name(block)}{before} from step {since} on, although "
+    text += "the parameters require gradients"
     item = DETACHED_OUTPUT.evidence("grad_output", 0.0, 0.0, text, step=since, block=block)
     yield DETACHED_OUTPUT.found(item)
 
@@ -255,8 +259,8 @@ DROPOUT_ON_SKIP = Rule(
 DETACHED_OUTPUT = Rule(
     name="detached_output",
     judge=detached_output,
-    needs=("grad_param", "grad_output"),
-    applies="networks whose first blocks require gradients",
+    needs=("grad_param", "grad_output", "output_channel_std"),
+    applies="blocks whose parameters require gradients",
     cause="the gradient stops in the network",
     why="A detach or no_grad behind this block cuts off everything before it",
     remedy="remove the detach or no_grad behind the block",

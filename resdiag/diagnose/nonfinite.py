@@ -51,8 +51,8 @@ def find_first_nonfinite(
 
     Args:
         metrics: The block table: `step`, `block` and the recorded columns; any may be missing.
-        sound: Steps at which the norm of all gradients is finite: a missing norm of a block's
-            parameters says there that they had no gradient.
+        sound: Steps at which the norm of all gradients is finite: a missing norm of a block says
+            there that no gradient came to it.
 
     Returns:
         The first one, or None if every recorded number is finite.
@@ -61,9 +61,7 @@ def find_first_nonfinite(
         return None
     table = metrics.sort_values(["step", "block"], kind="stable").reset_index(drop=True)
     forward = _broken_activations(table)
-    backward = _broken_gradients(table)
-    if "parameters" in backward:
-        backward["parameters"] &= ~table["step"].isin(list(sound))
+    backward = _broken_gradients(table, table["step"].isin(list(sound)))
     broken = forward.any(axis=1) | backward.any(axis=1)
     if not broken.any():
         return None
@@ -94,7 +92,7 @@ def _broken_activations(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(marks, index=table.index, dtype=bool)
 
 
-def _broken_gradients(table: pd.DataFrame) -> pd.DataFrame:
+def _broken_gradients(table: pd.DataFrame, sound: pd.Series) -> pd.DataFrame:
     """One boolean column per site of a gradient, in the order of the backward pass."""
     marks: dict[str, pd.Series] = {}
     seen = pd.Series(True, index=table.index)
@@ -106,7 +104,8 @@ def _broken_gradients(table: pd.DataFrame) -> pd.DataFrame:
             values = _numbers(table, column)
             finite = values.where(np.isfinite(values)).groupby(table["block"])
             # finite before and NaN now, where the block's backward pass was seen at all
-            broken = np.isinf(values) | (values.isna() & finite.ffill().notna() & seen)
+            lost = values.isna() & finite.ffill().notna() & seen & ~sound
+            broken = np.isinf(values) | lost
             marks[site] = marks[site] | broken if site in marks else broken
     return pd.DataFrame(marks, index=table.index, dtype=bool)
 

@@ -20,7 +20,6 @@ from resdiag.watch.base.functions import NORMALISATIONS, name_of
 from resdiag.watch.base.safety import Guard, guarded
 from resdiag.watch.base.tensors import first_floating, mesh_of, tensors_in
 from resdiag.watch.find.additions import Addition
-from resdiag.watch.find.blocks import Block
 from resdiag.watch.find.passes import Operands, Surveyor
 
 _SAMPLES = 4
@@ -86,11 +85,14 @@ class Inspection(Surveyor):
 
     Args:
         modules: The model's modules by name.
+        step: Number of the training step.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self.guard, self.is_whole = Guard(), False
-        self._modules, self._begun = modules, 0
+    def __init__(self, modules: Mapping[str, nn.Module], step: int) -> None:
+        self.guard, self.is_whole, self.step = Guard(), False, step
+        self._modules = modules
+        self._owners: list[str] = []  # of the blocks that have begun
+        self._branches: list[str] = []  # the modules that made their branches, or ""
         self._open: list[str] = []
         self._entered: list[Tensor | None] = []
         self._idle: set[str] = set()  # modules that handed on their very input
@@ -109,7 +111,9 @@ class Inspection(Surveyor):
 
     def operands(self, addition: Addition, tensors: Operands) -> None:
         """A block has begun, or has one branch more."""
-        self._begun += not addition.extends
+        if not addition.extends:
+            self._owners.append(addition.owner)
+            self._branches.append(addition.branch_module)
 
     def finished(
         self, features: Tensor | None, logits: Tensor | None, outputs: Sequence[Tensor]
@@ -126,7 +130,7 @@ class Inspection(Surveyor):
         self._open.append(name)
         self._entered.append(x)
         self._shapes.setdefault(name, (None if x is None else x.shape, None))
-        self._order.setdefault(name, self._begun)
+        self._order.setdefault(name, len(self._owners))
         with torch.no_grad(), torch._C.DisableTorchFunction():
             self._see_module(name, x)
 
@@ -161,15 +165,15 @@ class Inspection(Surveyor):
                 if logits is not None and (name != "softmax" or self._is_attention(logits)):
                     self._see_attention(logits)
 
-    def lacking(self, blocks: Sequence[Block]) -> list[dict[str, Any]]:
+    def lacking(self) -> list[dict[str, Any]]:
         """Modules that add nothing although their likes do: name, blocks before it, how many do.
 
         Two modules are alike if they are of one class, in lists of one name but for numbers, and
         hand on tensors of the shape that they got. What comes before the first one that adds is a
-        stem, as in some mobile networks. `blocks` are those of the pass.
+        stem, as in some mobile networks.
         """
         found: dict[str, dict[str, Any]] = {}
-        for of in ([b.owner for b in blocks], [b.branch_module for b in blocks]):
+        for of in (self._owners, self._branches):
             counts = Counter(name for name in of if name)
             for alike in self._groups(counts):
                 having = [name for name in alike if counts[name]]
@@ -198,7 +202,7 @@ class Inspection(Surveyor):
         return (names for names in groups.values() if any(name in counts for name in names))
 
     def _place(self) -> tuple[str, int]:
-        return (self._open[-1] if self._open else "", self._begun)
+        return (self._open[-1] if self._open else "", len(self._owners))
 
     def _see_module(self, name: str, x: Tensor | None) -> None:
         """A normalisation that is written by hand, told by its name and its epsilon."""

@@ -60,7 +60,7 @@ class ForwardPasses:
 
     def begin(self) -> FollowedPass | None:
         """What follows the forward pass that begins: the first of a step that is due."""
-        return self.follower.begin() if self._is_wanted() else None
+        return self.follower.begin(self._step.number) if self._is_wanted() else None
 
     def _is_wanted(self) -> bool:
         compiled = self.seen.compiled

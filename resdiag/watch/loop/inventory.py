@@ -126,7 +126,9 @@ class Inventory:
             `recurrent`: names of recurrent modules; `stuck`: BatchNorms in training mode whose
             running statistics have not moved; `activation`; and, if a pass was traced,
             `normalisations`, `attentions`, `constant` weight matrices out of `matrices`, and
-            modules `lacking` an addition, and, of the ninth recorded pass, `later_attentions`.
+            modules `lacking` an addition; the first and the last of these again as
+            `later_attentions` and `later_lacking` of the pass at `later_step`: the ninth recorded
+            one, or the last that was not like the one before.
         """
         names = {id(p): name for name, p in self._model.named_parameters()}
         places = {id(p): row for row, own in enumerate(anatomy.parameters) for p in own}
@@ -145,7 +147,9 @@ class Inventory:
         if inspection is not None and inspection.is_whole:
             found |= _inspected(inspection, anatomy.blocks)
         if later is not None and later.is_whole:
-            found["later_attentions"] = _inspected(later, anatomy.blocks)["attentions"]
+            again = _inspected(later, anatomy.blocks)
+            found |= {f"later_{kind}": again[kind] for kind in ("attentions", "lacking")}
+            found["later_step"] = later.step
         return found
 
     def _parameters(self, names: Mapping[int, str], places: Mapping[int, int]) -> dict[str, Any]:
@@ -240,7 +244,7 @@ def _inspected(seen: Inspection, blocks: Sequence[Block]) -> dict[str, Any]:
             for (name, _), same in zip(seen.constant, constant, strict=True)
             if same
         ],
-        "lacking": seen.lacking(blocks),
+        "lacking": seen.lacking(),
     }  # fmt: skip
 
 

@@ -34,7 +34,7 @@ class Follower:
     `reason` says why every pass is traced although none differed, or is ""; `missed` that the last
     pass was not the expected one; `reads` counts passes that were read by hooks; `inspection` is
     what the first pass showed of parts beside the blocks, None before it; `later` what the
-    ninth one did, which is traced again.
+    ninth one did, which is traced again, or the last one that was not the expected one.
     """
 
     def __init__(self, tracing: Tracing, recorder: Recorder, *, always: bool = False) -> None:
@@ -47,10 +47,10 @@ class Follower:
         self.later: Inspection | None = None
         self.reads = self._misses = self._passes = 0
 
-    def begin(self) -> FollowedPass:
-        """A pass that is to be recorded begins."""
+    def begin(self, step: int) -> FollowedPass:
+        """A pass that is to be recorded begins, in a step of this number."""
         self.end()
-        again = self.later is None and self._passes == _LATER
+        again = self._passes == _LATER
         self._passes += 1
         if self._expected is not None and not again:
             return TappedPass(self._expected, self._recorder, self._judge)
@@ -59,11 +59,11 @@ class Follower:
         kept = frozenset(id(x) for x in (*model.parameters(), *model.buffers()))
         planless = self._always or self.reason or self._misses > _MISSES + self.reads
         surveyors: list[Surveyor] = [] if planless or again else [Survey(kept, self._plan)]
-        inspection = Inspection(self._names)
+        inspection = Inspection(self._names, step)
         if self.inspection is None or not self.inspection.is_whole:
             self.inspection = inspection
             surveyors.insert(0, inspection)
-        elif again:
+        elif again or self._misses:
             self.later = inspection
             surveyors.insert(0, inspection)
         return TracedPass(
