@@ -14,6 +14,7 @@ from resdiag.diagnose.nonfinite import FirstNonfinite, find_first_nonfinite
 from resdiag.runs.folder import Run
 from resdiag.runs.watched_config import WatchedConfig
 from resdiag.theory.prediction import Prediction, predict_run
+from resdiag.watch.base.functions import NORMALISATIONS
 
 Found = TypeVar("Found")
 
@@ -216,6 +217,24 @@ class RunData:
             logs = np.log(self.profile("forward_growth", step).to_numpy(dtype=float))
             logs = logs[np.isfinite(logs)]
             return float(np.exp(logs.mean())) if len(logs) else math.nan
+
+    def shortcut_factors(self, step: int) -> "pd.Series[float]":
+        """The factor on every identity shortcut within a stage, signed, by block."""
+        found = {}
+        for row in self.rows:
+            block = int(row["index"])
+            normed = any(name in str(row.get("after_add", "")) for name in NORMALISATIONS)
+            if row.get("shortcut") != "identity" or row.get("transition") or normed:
+                continue
+            x, h = (self.sizes(site, step).get(block, math.nan) for site in ("input", "shortcut"))
+            if x > 0 and math.isfinite(h):
+                q = [self.value(f"input_mean_q{i}", step, block) for i in (10, 50, 90)]
+                p = [self.value(f"shortcut_mean_q{i}", step, block) for i in (90, 50, 10)]
+                factor = h / x
+                mirrored = np.allclose(p, [-factor * v for v in q], rtol=1e-3, atol=1e-4 * x)
+                same = np.allclose(p[::-1], [factor * v for v in q], rtol=1e-3, atol=1e-4 * x)
+                found[block] = -factor if mirrored and not same else factor
+        return pd.Series(found, dtype=float)
 
     def gradient_ratio(self, step: int) -> float:
         """||dL/dx|| of the first block over ||dL/dH|| of the last.

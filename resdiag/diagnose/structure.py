@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import pandas as pd
 
 from resdiag.diagnose.finding import DEFINITION, Outcome, Rule, Threshold
 from resdiag.diagnose.freezing import (
@@ -25,9 +24,8 @@ from resdiag.diagnose.progress import find_doubts
 from resdiag.diagnose.rundata import RunData
 from resdiag.watch.base.functions import NORMALISATIONS
 
-FIRST_BRANCH = Threshold(
-    1.0, "RMS of a branch over that of its shortcut, at the first recorded step."
-)
+FIRST_BRANCH = Threshold(1.0, "RMS of a branch over that of its shortcut, at the first step.")
+TRAINED = Threshold(0.8, "First loss over ln K below which a network was trained before.")
 LARGEST_BRANCH = Threshold(50.0, "The same at any later step: training makes branches differ.")
 BESIDE_OTHERS = Threshold(20.0, "The same, in units of the other blocks' median.")
 OUTLIER = (
@@ -73,7 +71,7 @@ def shortcut_scaled(seen: RunData) -> Outcome:
         yield SHORTCUT_SCALED.not_judged("no step was recorded")
         return
     step = seen.steps[0]
-    factors = _shortcut_factors(seen, step)
+    factors = seen.shortcut_factors(step)
     off = factors[(factors - 1).abs() > SCALE]
     if off.empty:
         return
@@ -169,10 +167,11 @@ def frozen_block(seen: RunData) -> Outcome:
 def branch_too_large(seen: RunData) -> Outcome:
     """A branch is larger than its shortcut and 20 times the other blocks' median, at first.
 
-    At the first recorded step, that is: the largest of 30 healthy networks was 3 times the median.
-    Later healthy ones come to 50 times, so there a branch counts that is 50 times its shortcut and
-    20 times the others' median, or 5 times its shortcut and 300 times the median. Not where it is
-    large by a constant. Of blocks without an addition it is the growth of the RMS in the block.
+    At the first recorded step of a network that is not trained yet, and only if the branch itself
+    is 20 times the others, not its shortcut small: the largest of 30 healthy networks was 3 times
+    the median. Trained ones come to 50 times, so later a branch counts that is 50 times its
+    shortcut and 20 times the others' median, or 5 times its shortcut and 300 times the median. Not
+    where it is large by a constant. Of blocks without an addition it is the growth of the RMS.
     """
     ratio = seen.table("branch_ratio")
     if not seen.steps:
@@ -190,7 +189,7 @@ def branch_too_large(seen: RunData) -> Outcome:
         block = int(known.index[int(known.to_numpy().argmax())])
         others = float(known.drop(block).median())
         value = float(known[block])
-        first = int(str(step)) == seen.steps[0]
+        first = int(str(step)) == seen.steps[0] and _is_larger_than_others(seen, block)
         pairs = ((FIRST_BRANCH if first else limit, BESIDE_OTHERS), OUTLIER)
         if any(value > least and value > times * others > 0 for least, times in pairs):
             if seen.value("branch_bias", int(str(step)), block) >= LARGEST_SHIFT:
@@ -202,6 +201,19 @@ def branch_too_large(seen: RunData) -> Outcome:
             )
             yield BRANCH_TOO_LARGE.found(item)
             return
+
+
+def _is_larger_than_others(seen: RunData, block: int) -> bool:
+    """Whether a branch, or a unit's output, is far larger at first, in a network without training.
+
+    In a trained one a first block may far exceed the embedding that it is added to.
+    """
+    losses, step = seen.series("loss"), seen.steps[0]
+    if seen.classes and len(losses) and losses.iloc[0] < TRAINED * math.log(seen.classes):
+        return False
+    sizes = seen.sizes("branch", step)
+    sizes = (sizes if sizes.notna().any() else seen.sizes("output", step)).dropna()
+    return block in sizes and sizes[block] > BESIDE_OTHERS * sizes.drop(block).median()
 
 
 def missing_norm(seen: RunData) -> Outcome:
@@ -251,25 +263,6 @@ def _frozen_norm(seen: RunData, rows: Sequence[dict[str, object]]) -> Outcome:
             cause="BatchNorm in evaluation mode",
             why="It does not normalise what it is given",
         )
-
-
-def _shortcut_factors(seen: RunData, step: int) -> "pd.Series[float]":
-    """The factor on every identity shortcut within a stage, signed, by block."""
-    found = {}
-    for row in seen.rows:
-        block = int(row["index"])
-        normed = any(name in str(row.get("after_add", "")) for name in NORMALISATIONS)
-        if row.get("shortcut") != "identity" or row.get("transition") or normed:
-            continue
-        x, h = (seen.sizes(site, step).get(block, math.nan) for site in ("input", "shortcut"))
-        if x > 0 and math.isfinite(h):
-            q = [seen.value(f"input_mean_q{i}", step, block) for i in (10, 50, 90)]
-            p = [seen.value(f"shortcut_mean_q{i}", step, block) for i in (90, 50, 10)]
-            factor = h / x
-            mirrored = np.allclose(p, [-factor * v for v in q], rtol=1e-3, atol=1e-4 * x)
-            same = np.allclose(p[::-1], [factor * v for v in q], rtol=1e-3, atol=1e-4 * x)
-            found[block] = -factor if mirrored and not same else factor
-    return pd.Series(found, dtype=float)
 
 
 def _is_dead(seen: RunData, block: int) -> bool:
@@ -335,7 +328,15 @@ BRANCH_TOO_LARGE = Rule(
     why="One block drowns what all blocks before it have computed",
     remedy="look at that block's initialisation and at factors on its branch",
     plots=_PLOTS,
-    thresholds=(FIRST_BRANCH, LARGEST_BRANCH, BESIDE_OTHERS, *OUTLIER, LARGEST_JUMP, LARGEST_SHIFT),
+    thresholds=(
+        FIRST_BRANCH,
+        TRAINED,
+        LARGEST_BRANCH,
+        BESIDE_OTHERS,
+        *OUTLIER,
+        LARGEST_JUMP,
+        LARGEST_SHIFT,
+    ),
     source="De & Smith 2020, arXiv:2002.10444; " + DEFINITION,
 )
 MISSING_NORM = Rule(

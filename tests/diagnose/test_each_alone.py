@@ -85,6 +85,11 @@ def cut_branches(strength, blocks, cell, curve):
         cell("grad_param", math.nan, block=block)
 
 
+def enlarge(strength, blocks, cell, curve):
+    cell("branch_ratio", many(strength, 0.5, 5e4), block=1)
+    cell("branch_channel_std", many(strength, 1.0, 1e5), block=1)
+
+
 def scale_shortcut(strength, blocks, cell, curve):
     factor = 1 + 2 * strength
     cell("shortcut_channel_std", factor, block=1)
@@ -166,7 +171,7 @@ EVIDENCE = {
     "detached_shortcut": cut_shortcuts,
     "detached_branch": of_change(cut_branches),
     "shortcut_scaled": of_change(scale_shortcut),
-    "branch_too_large": in_block("branch_ratio", 0.5, 5e4),
+    "branch_too_large": of_change(enlarge),
     "missing_norm": lack_norms,
     "bias_shift": in_block("output_channel_mean_rms", 0.1, 1e3),
     "grows_at_init": of_change(explode_at_init),

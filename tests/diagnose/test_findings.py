@@ -103,11 +103,18 @@ def test_a_branch_that_becomes_far_larger_than_its_shortcut(ratio, name):
     ],
 )
 def test_a_branch_that_is_larger_than_the_others_at_first(ratio, others, name):
-    def begin(cell, curve):
-        cell("branch_ratio", others, step=0)
-        cell("branch_ratio", ratio, step=0, block=2)
+    def begin(size, loss):
+        def change(cell, curve):
+            curve["loss"] = loss * 0.97 ** curve["step"]
+            cell("branch_ratio", others, step=0)
+            cell("branch_ratio", ratio, step=0, block=2)
+            cell("branch_channel_std", size, step=0, block=2)
 
-    assert verdict_of(begin)[0] == name
+        return verdict_of(change)[0]
+
+    assert begin(21.0, 2.3) == name
+    assert begin(19.0, 2.3) == "healthy"  # it is its shortcut that is small
+    assert begin(21.0, 1.8) == "healthy"  # a network that was trained before
 
 
 def test_a_branch_among_small_ones():

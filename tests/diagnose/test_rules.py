@@ -147,8 +147,8 @@ CASES = {
     "detached_branch": lambda: (detached(math.nan), detached(0.1)),
     "shortcut_scaled": lambda: (scaled(1.031), scaled(1.029)),
     "branch_too_large": lambda: (
-        cell("branch_ratio", 10.1, block=2),
-        cell("branch_ratio", 9.9, block=2),
+        cell("branch_ratio", 51, block=2),
+        cell("branch_ratio", 49, block=2),
     ),
     "missing_norm": lambda: (
         lacking(["conv2d", "relu", "conv2d"]),
