@@ -37,7 +37,8 @@ def _of_set(which: str, seed: int, score: Score) -> list[str]:
     part = "" if len(score.results) == whole else f" of the set's {whole}"
     counts = (
         f"{len(score.results)}{part} trainings: {len(score.planted)} with a fault, "
-        f"{len(score.healthy)} healthy, {score.harmless.count} with a fault that did no harm and is not counted."
+        f"{len(score.healthy)} healthy, {score.harmless.count} with a fault that did no harm and "
+        "is not counted."
     )
     return [
         f"## {which.capitalize()} set, seed {seed}\n\n{counts}\n\n" + _rates(score),
