@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from measuredtables import HEAD, RESULTS, table
 
 from resdiag.pathologies.architectures import SETS
-from resdiag.pathologies.grammar import FORMS, KINDS, PER_RECIPE, REPEATS, WAYS
+from resdiag.pathologies.grammar import FORMS, KINDS, PER_RECIPE, REPEATS, WAYS, draw
 from resdiag.pathologies.result import Result
 from resdiag.pathologies.score import NEAR, Score, explain_miss, order
 from resdiag.pathologies.suite import read_results
@@ -33,9 +33,12 @@ def calibration_page() -> str:
 
 
 def _of_set(which: str, seed: int, score: Score) -> list[str]:
+    whole = len(draw(which, seed))
+    part = "" if len(score.results) == whole else f" of the set's {whole}"
     counts = (
-        f"{len(score.results)} trainings: {len(score.planted)} with a fault, {len(score.healthy)} "
-        f"healthy, {score.harmless.count} with a fault that did no harm and is not counted."
+        f"{len(score.results)}{part} trainings: {len(score.planted)} with a fault, "
+        f"{len(score.healthy)} healthy, {score.harmless.count} with a fault that did no harm and "
+        "is not counted."
     )
     return [
         f"## {which.capitalize()} set, seed {seed}\n\n{counts}\n\n" + _rates(score),

@@ -218,7 +218,7 @@ DEVELOPMENT = (
         "plain-mlp-bn", "plain perceptron",
         partial(_P.plain_perceptron, 4, _RELU, 1.41, norm=True), "vectors", 0.05, 3e-3, 32,
     ),
-    Architecture("vit", "vision transformer", _L.vision_transformer, "images 16", 0.0, 1.5e-3),
+    Architecture("vit", "vision transformer", _L.vision_transformer, "images 16", 0.0, 2e-3, 32),
     Architecture("vit-mean", "vision transformer", _T.vision_encoder, "images 16", 0.0, 3e-3),
     Architecture("gpt", "decoder", _T.decoder, "next word", 0.0, 5e-3),
     Architecture("gpt-tied", "decoder", partial(_T.decoder, 2, tied=True), "next word", 0.0, 5e-3),

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ CASE = Case(
     set="quick", drawn=0, kind="optimizer never steps", architecture="plain-mlp",
     optimizer="sgd", seed=1,
 )  # fmt: skip
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "pathologies.jsonl"
 CASES = [CASE, replace(CASE, seed=2), replace(CASE, kind="", recipe="SGD", seed=3)]
 
 
@@ -82,6 +84,13 @@ def test_a_crash_is_a_result_with_its_error(monkeypatch):
 
 def test_processes_give_the_same_results_as_one():
     assert run_cases(CASES[:2], jobs=2) == [try_case(case) for case in CASES[:2]]
+
+
+def test_the_committed_results_are_of_cases_that_are_drawn():
+    results = read_results(RESULTS)
+    drawn = {(r.case.set, r.case.drawn) for r in results}
+    assert {r.case for r in results} <= {case for one in drawn for case in draw(*one)}
+    assert RESULTS.stat().st_size < 1_000_000
 
 
 RIGHT = {
