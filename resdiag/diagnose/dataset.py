@@ -22,6 +22,7 @@ CHANGED = (
 SPIKE = Threshold(10.0, "The same ratio of single batches.")
 BEFORE_CHANGE = Threshold(5, "Recorded steps before a change of the input is one.")
 CONSTANT_LABELS = Threshold(0.999, "Share of the most frequent label, in every recorded batch.")
+LATE_LABELS = Threshold(10, "Batches of one label at the end, after others.")
 LEAST_BATCHES = Threshold(3, "Recorded batches before constant labels are believed.")
 
 
@@ -34,17 +35,24 @@ def data_fault(seen: RunData) -> Outcome:
       batches or more;
     - *normalisation changes*: its standard deviation changes 5-fold, or its mean by 3 of them, and
       stays there; *input spikes*: single batches are 10 times as large as the others;
-    - *constant labels*: one label for 99.9 % of every batch, in 3 recorded batches or more.
+    - *constant labels*: one label for 99.9 % of every batch, in 3 recorded batches or more, or in
+      the last 10.
     """
     faults = [*_input(seen), *_same_samples(seen), *_changes(seen)]
     yield from faults[:1] if faults and isinstance(faults[0], Finding) else faults
     share = seen.series("label_share").dropna()
+    # of a loss that is maximised the labels are not what the gradient shows
+    share = share[~(seen.series("head_loss").reindex(share.index) < 0).cummax()]
     if len(share) < LEAST_BATCHES:
         reason = f"labels: {len(share)} batches of class labels seen, {LEAST_BATCHES} needed"
         yield DATA_FAULT.not_judged(reason, f"{LEAST_BATCHES} labelled batches")
-    elif share.min() >= CONSTANT_LABELS:
-        step, least = int(share.index[0]), float(share.min())
-        text = f"every recorded batch has one label: its share is {least:.4g} at least"
+        return
+    count = trailing(share >= CONSTANT_LABELS)
+    if count == len(share) or count >= LATE_LABELS:
+        onward = share.iloc[len(share) - count :]
+        step, least = int(onward.index[0]), float(onward.min())
+        text = f"every recorded batch from step {step} on has one label: its share is {least:.4g} "
+        text += "at least"
         why = "Whatever the network is shown, one answer is right; it learns the bias of its head"
         seen_in = DATA_FAULT.evidence("label_share", least, CONSTANT_LABELS, text, step=step)
         yield _fault("constant labels", seen_in, why)
@@ -155,7 +163,7 @@ DATA_FAULT = Rule(
     remedy=_REMEDY,
     thresholds=(
         *(LARGEST_INPUT, LEAST_INPUT, LARGEST_OFFSET, SAME_SAMPLES, *CHANGED, SPIKE),
-        *(BEFORE_CHANGE, CONSTANT_LABELS, LEAST_BATCHES),
+        *(BEFORE_CHANGE, CONSTANT_LABELS, LATE_LABELS, LEAST_BATCHES),
     ),
     source=_SOURCE,
 )

@@ -24,14 +24,17 @@ VANISHED = "the gradient has vanished behind them"
 _DOES_NOT_REQUIRE = "this tensor does not require a gradient"
 
 
-def explain_still(seen: RunData, still: Sequence[int]) -> dict[int, str]:
+def explain_still(seen: RunData, still: Sequence[int], since: int) -> dict[int, str]:
     """Why each of the blocks does not move, as one of the sentences above.
 
     Args:
         seen: The run.
         still: Blocks whose parameters do not move.
+        since: The step since when.
     """
-    arriving, own = seen.table("grad_output"), seen.table("grad_param")
+    arriving, own = (
+        table[table.index >= since] for table in map(seen.table, ("grad_output", "grad_param"))
+    )
     most, most_own = (float(np.nanmax(t.to_numpy(), initial=0.0)) for t in (arriving, own))
     frozen, cut = (without_gradient(seen, metric) for metric in ("grad_output", "grad_input"))
     causes = {}

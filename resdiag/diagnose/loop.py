@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from resdiag.diagnose.breakdown import find_breakdown
 from resdiag.diagnose.finding import Outcome, Rule, Threshold
@@ -22,7 +21,8 @@ LEAST_IDLE = (
 RATE_JUMP = Threshold(30.0, "Learning rate over the largest of all recorded steps before.")
 BEFORE_JUMP = Threshold(5, "Recorded steps at lower rates before a jump of the rate.")
 LEAST_SKIPPED = Threshold(10, "Recorded steps at the end in which nothing was updated.")
-HIGH_GROUP = Threshold(30.0, "Learning rate of a group over that of most parameters.")
+HIGH_GROUP = Threshold(30.0, "Learning rate of a group over that of most, where the run suffers.")
+FAR_GROUP = Threshold(100.0, "The same, whatever becomes of the run.")
 LOW_GROUP = Threshold(2e-3, "The same, from which on down the group hardly learns.")
 LADDER = Threshold(3, "Different rates beyond which they are a schedule over depth.")
 
@@ -99,8 +99,8 @@ def gradients_not_zeroed(seen: RunData) -> Outcome:
 def lr_schedule(seen: RunData) -> Outcome:
     """The learning rate falls to 0 while training goes on, or jumps 30-fold above all before.
 
-    A rate of 0 counts if it lasts for 5 recorded steps and a tenth of them, to the end; a jump if
-    the loss is worse for it. Warm restarts return to a rate that was there before.
+    A rate of 0 counts if it lasts for 5 recorded steps and a tenth of them, to the end. Warm
+    restarts return to a rate that was there before.
     """
     rates = seen.series("lr").dropna()
     if len(rates) < LEAST_IDLE[0]:
@@ -121,19 +121,12 @@ def lr_schedule(seen: RunData) -> Outcome:
     before = rates.cummax().shift()
     jumps = rates >= RATE_JUMP * before.where(before > 0)
     jumps.iloc[: int(BEFORE_JUMP)] = False
-    if jumps.any() and (find_breakdown(seen) or find_doubts(seen) or _is_worse(seen, jumps)):
+    if jumps.any():
         at = int(jumps.index[int(jumps.to_numpy().argmax())])
         value, was = float(rates[at]), float(before[at])
         text = f"the learning rate jumps from {was:.3g} at most to {value:.3g} at step {at}"
         item = LR_SCHEDULE.evidence("lr", value, RATE_JUMP * was, text, step=at)
         yield LR_SCHEDULE.found(item, cause="the learning rate jumps")
-
-
-def _is_worse(seen: RunData, jumps: "pd.Series[bool]") -> bool:
-    at = int(jumps.index[int(jumps.to_numpy().argmax())])
-    losses = seen.series("loss").dropna()
-    before, after = losses[losses.index < at].iloc[-5:], losses[losses.index > at]
-    return bool(len(before) and len(after) and after.mean() > 1.2 * before.mean())
 
 
 def steps_skipped(seen: RunData) -> Outcome:
@@ -173,10 +166,10 @@ def _is_alive(seen: RunData, since: int) -> bool:
 
 
 def group_lr(seen: RunData) -> Outcome:
-    """A group of parameters has 30 times the learning rate of most, or a 500th of it.
+    """A group of parameters has 100 times the learning rate of most, or a 500th of it.
 
-    A rate that is too high counts if the run breaks down or does not show that it learns. More than
-    3 rates in one optimizer are a schedule over depth.
+    From 30 times on if the run breaks down or does not show that it learns. More than 3 rates in
+    one optimizer are a schedule over depth.
     """
     if not seen.inventory:
         yield seen.without_inventory(GROUP_LR)
@@ -190,7 +183,8 @@ def group_lr(seen: RunData) -> Outcome:
         usual = _usual(own)
         for group in own:
             ratio = float(group["highest"]) / usual if usual else math.nan
-            if (ratio >= HIGH_GROUP and suffers) or ratio <= LOW_GROUP:
+            high = ratio >= FAR_GROUP or (ratio >= HIGH_GROUP and suffers)
+            if high or ratio <= LOW_GROUP:
                 yield GROUP_LR.found(*_group_evidence(group, ratio, usual))
                 return
 
@@ -280,5 +274,5 @@ GROUP_LR = Rule(
     why="One part of the network moves by far more, or by far less, than the others can follow",
     remedy="give the group the rate of the others, and change it by small factors",
     plots=("updates",),
-    thresholds=(HIGH_GROUP, LOW_GROUP, LADDER),
+    thresholds=(HIGH_GROUP, FAR_GROUP, LOW_GROUP, LADDER),
 )

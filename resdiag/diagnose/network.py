@@ -1,23 +1,24 @@
 """Rules about parts of a network that do not do their work: skips, normalisations, attention."""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from resdiag.diagnose.finding import DEFINITION, Evidence, Outcome, Rule, Threshold
+from resdiag.diagnose.finding import DEFINITION, Evidence, Finding, Outcome, Rule, Threshold
 from resdiag.diagnose.rundata import RunData, trailing
 
 LEAST_EPSILON = Threshold(0.01, "Epsilon that no library has by default, above the variance.")
 LEAST_COUNT = Threshold(4, "Numbers per channel up to which BatchNorm has too few.")
 OTHERS = (
     Threshold(3, "Normalisations of one role before one of them is an exception,"),
-    Threshold(0.25, "and the share of exceptions up to which they are ones."),
+    Threshold(0.34, "and the share of exceptions up to which they are ones."),
 )
 LEAST_UPDATES = Threshold(3, "Updates before statistics that stayed are called stuck.")
 NO_ENTROPY = Threshold(0.02, "Entropy of attention over that of uniform weights.")
 NO_SPREAD = Threshold(1e-6, "Largest logit of attention minus the smallest, of uniform weights.")
-CONSTANT_SHARE = Threshold(0.5, "Share of the weight matrices whose units are all equal.")
+CONSTANT_SHARE = Threshold(0.5, "Share of such layers from which on no single block is named.")
 
 
 def missing_skip(seen: RunData) -> Outcome:
@@ -74,7 +75,8 @@ def detached_output(seen: RunData) -> Outcome:
     )
     lasts = {b: trailing(~flows[b] & ~arrives[b] & ran[b]) for b in wants}
     cut = [b for b in wants if lasts[b]]
-    if not cut or len(cut) == len(wants) or not flows.iloc[-1].any():
+    others = flows.iloc[-1].any() or (len(cut) == len(wants) and _others_learn(seen))
+    if not cut or not others:
         return
     after = iter(wants[wants.index(cut[0]) :])
     block = [b for b, kept in zip(after, cut, strict=False) if b == kept][-1]
@@ -86,25 +88,26 @@ def detached_output(seen: RunData) -> Outcome:
     yield DETACHED_OUTPUT.found(item)
 
 
+def _others_learn(seen: RunData) -> bool:
+    """Whether parameters outside the blocks, such as those of the head, get a gradient."""
+    norms = seen.series("grad_norm").dropna()
+    return bool(len(norms)) and float(norms.iloc[-1]) > 0
+
+
 def symmetric_units(seen: RunData) -> Outcome:
-    """All units of two weight matrices of a block, or of half of the network's, begin equal."""
+    """All units of a layer begin with equal weights that are not zero."""
     if not seen.inspected:
         yield seen.without_inventory(SYMMETRIC_UNITS)
         return
     constant, total = seen.inventory["constant"], int(seen.inventory.get("matrices", 0))
-    by_block: dict[int, list[str]] = defaultdict(list)
-    for entry in constant:
-        if entry.get("block") is not None:
-            by_block[int(entry["block"])].append(str(entry["name"]))
-    blocks = [block for block, names in sorted(by_block.items()) if len(names) > 1]
+    blocks = sorted({int(e["block"]) for e in constant if e.get("block") is not None})
     everywhere = total > 1 and len(constant) >= CONSTANT_SHARE * total
-    if not blocks and not everywhere:
+    if not constant:
         return
     names = ", ".join(str(entry["name"]) for entry in constant[:3])
     text = f"in {len(constant)} of {total} weight matrices all units are equal: {names}"
     block = None if everywhere or not blocks else blocks[0]
-    share = len(constant) / max(1, total)
-    item = SYMMETRIC_UNITS.evidence("inventory", share, CONSTANT_SHARE, text, step=0, block=block)
+    item = SYMMETRIC_UNITS.evidence("inventory", len(constant), 0, text, step=0, block=block)
     yield SYMMETRIC_UNITS.found(item)
 
 
@@ -184,14 +187,17 @@ def _number(entry: Mapping[str, Any], key: str) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
-def _role(name: str) -> str:
-    """What a module is called in its block: the name behind its number in a list.
+_NUMBERED = re.compile(r"(\w*(layer|block|stage)s?_?)?\d+")
 
-    >>> _role("layer1.0.bn2"), _role("stages.0.2.branch.4"), _role("stem.bn")
-    ('bn2', 'branch.4', 'stem.bn')
+
+def _role(name: str) -> str:
+    """What a module is called in its block: the name behind the number of a layer.
+
+    >>> _role("layer1.0.bn2"), _role("stages.0.2.branch.4"), _role("layers.encoder_layer_3.ln_1")
+    ('bn2', 'branch.4', 'ln_1')
     """
     parts = name.split(".")
-    numbers = [i for i, part in enumerate(parts[:-1]) if part.isdigit()]
+    numbers = [i for i, part in enumerate(parts[:-1]) if _NUMBERED.fullmatch(part)]
     return ".".join(parts[numbers[-1] + 1 if numbers else 0 :])
 
 
@@ -204,30 +210,36 @@ def attention_collapsed(seen: RunData) -> Outcome:
     if not seen.inspected:
         yield seen.without_inventory(ATTENTION_COLLAPSED)
         return
-    first = seen.inventory.get("attentions", [])
+    first = seen.inventory["attentions"]
     if not first:
         yield ATTENTION_COLLAPSED.not_applicable("no attention was seen")
         return
     later = seen.inventory.get("later_attentions") or []
+    began = {entry["name"]: entry for entry in first}
     for entry in later or first:
         entropy, spread = _number(entry, "entropy"), _number(entry, "spread")
+        before = began.get(entry["name"], entry)
+        was = _number(before, "entropy") < NO_ENTROPY or _number(before, "spread") <= NO_SPREAD
+        step = 0 if was else int(seen.inventory.get("later_step", 0))
         if entropy < NO_ENTROPY:
             text = f"the entropy of {entry['name'] or 'attention'} is {entropy:.2g} of that of "
             text += "uniform weights"
-            yield _collapsed(entry, "entropy of 0", text, entropy, NO_ENTROPY)
+            yield _collapsed(entry, step, "entropy of 0", text, entropy, NO_ENTROPY)
             return
         if spread <= NO_SPREAD and later:
             text = f"the logits of {entry['name'] or 'attention'} differ by {spread:.2g} at most"
-            yield _collapsed(entry, "uniform weights", text, spread, NO_SPREAD)
+            yield _collapsed(entry, step, "uniform weights", text, spread, NO_SPREAD)
             return
     if not later:
         reason = "whether uniform weights stay: attention was looked at in one step only"
         yield ATTENTION_COLLAPSED.not_judged(reason, "10 recorded steps")
 
 
-def _collapsed(entry: Mapping[str, Any], cause: str, text: str, value: float, limit: float) -> Any:  # noqa: ANN401
+def _collapsed(
+    entry: Mapping[str, Any], step: int, cause: str, text: str, value: float, limit: float
+) -> Finding:
     item = ATTENTION_COLLAPSED.evidence(
-        "inventory", value, limit, text, step=0, block=entry.get("block")
+        "inventory", value, limit, text, step=step, block=entry.get("block")
     )
     return ATTENTION_COLLAPSED.found(item, cause=cause)
 

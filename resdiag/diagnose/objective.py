@@ -13,6 +13,7 @@ from resdiag.diagnose.breakdown import find_breakdown
 from resdiag.diagnose.finding import Evidence, Finding, Outcome, Rule, Threshold
 from resdiag.diagnose.progress import find_doubts
 from resdiag.diagnose.rundata import RunData, trailing
+from resdiag.runs.watched_config import WatchedConfig
 
 LEAST_BATCHES = Threshold(3, "Recorded batches before a property of the loss is believed.")
 ALL_ROWS = Threshold(0.8, "Share of rows, and of recorded steps, that have to fit.")
@@ -27,7 +28,7 @@ USUAL_SIZE = Threshold(
 def loss_fault(seen: RunData) -> Outcome:
     """The loss does not fit what it is given: see the causes.
 
-    - *wrong sign of the loss*: the first 3 gradients are those of minus a cross-entropy;
+    - *wrong sign of the loss*: 3 gradients in a row are those of minus a cross-entropy;
     - *softmax twice*, *activation on the logits*: the gradient is that of a cross-entropy of what
       an activation made of the logits, in 3 recorded steps or more;
     - *every label is ignored*: no row of the logits has a gradient;
@@ -56,12 +57,14 @@ def loss_fault(seen: RunData) -> Outcome:
 
 
 def _sign(losses: "pd.Series[float]") -> Finding | None:
-    first = losses.iloc[: int(LEAST_BATCHES)]
-    if len(first) < LEAST_BATCHES or not (first < 0).all():
-        return None  # later ones saturate, and show no sign
-    value = float(first.iloc[0])
+    least = int(LEAST_BATCHES)
+    negative = (losses < 0).astype(float).rolling(least).sum().to_numpy() >= least
+    if not negative.any():
+        return None
+    at = int(negative.argmax()) - least + 1
+    step, value = int(losses.index[at]), float(losses.iloc[at])
     text = f"the gradient at the logits is that of minus a cross-entropy of {-value:.3g}"
-    item = LOSS_FAULT.evidence("head_loss", value, 0, text, step=int(first.index[0]))
+    item = LOSS_FAULT.evidence("head_loss", value, 0, text, step=step)
     return _fault(LOSS_FAULT.cause, item, LOSS_FAULT.why)
 
 
@@ -114,11 +117,13 @@ def _copies(seen: RunData) -> Finding | None:
 
 
 def _not_finite(seen: RunData) -> Finding | None:
-    losses = seen.series("loss")
+    losses, broken = seen.series("loss"), seen.first_nonfinite
     lost = ~np.isfinite(losses.to_numpy(dtype=float))
-    if not lost.any():
-        return None
+    if not lost.any() or not isinstance(seen.run.config, WatchedConfig):
+        return None  # the loss of `resdiag run` is torch's own
     step = int(losses.index[int(lost.argmax())])
+    if broken is not None and broken.direction == "forward" and broken.step <= step:
+        return None
     outputs, sizes = seen.profile("output_nonfinite", step), seen.table("output_channel_std")
     before = sizes[sizes.index < step].max(axis=1)
     now = sizes.max(axis=1).get(step, math.nan)

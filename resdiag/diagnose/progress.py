@@ -26,6 +26,11 @@ FALLEN = Threshold(
     "Fall of the loss from the first fifth of the steps to the last, where no ln K is known, in "
     "units of the first.",
 )
+LEARNED = Threshold(
+    0.9,
+    "Mean loss of the last fifth of the steps over that of guessing, or of the first fifth, below "
+    "which a condition did not keep the run from learning.",
+)
 LEAST_LOSSES = Threshold(20, "Losses before a run can be called healthy.")
 LEAST_RECORDED = Threshold(2, "Recorded steps after the first update, likewise.")
 LEAST_CHECKS = Threshold(
@@ -62,6 +67,17 @@ def find_doubts(seen: "RunData") -> list[str]:
             f"steps, {last.mean():.3g} over the last {len(last)}"
         )
     return found
+
+
+def has_learned(seen: "RunData") -> bool:
+    """Whether the last losses are clearly below guessing; where that is unknown, the first ones."""
+    losses = seen.series("loss")
+    losses = losses[np.isfinite(losses)]
+    if losses.empty:
+        return False
+    first, last = _ends(losses)
+    before = math.log(seen.classes) if seen.classes else float(first.mean())
+    return float(last.mean()) < LEARNED * before
 
 
 def has_fallen(losses: "pd.Series[float]") -> bool:

@@ -58,9 +58,9 @@ _ORDER = (
     DROPOUT_ON_SKIP,
     SHORTCUT_SCALED,
     SYMMETRIC_UNITS,
+    NORM_FAULT,
     ATTENTION_COLLAPSED,
     BRANCH_TOO_LARGE,
-    NORM_FAULT,
     MISSING_NORM,
     BIAS_SHIFT,
     GROWS_AT_INIT,
@@ -84,6 +84,7 @@ _ORDER = (
 
 CAUSES_FROM_THE_START = frozenset(
     {"dead_block", "saturated_block", "branch_too_large", "vanishing", "bias_shift"}
+    | {"attention_collapsed"}
 )
 """Causes only if they were there at step 0; what came with training stands beside `exploded`."""
 

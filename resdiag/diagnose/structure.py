@@ -20,8 +20,8 @@ from resdiag.diagnose.freezing import (
     explain_still,
     is_method,
 )
-from resdiag.diagnose.progress import find_doubts
-from resdiag.diagnose.rundata import RunData
+from resdiag.diagnose.progress import STALL_STEPS, find_doubts
+from resdiag.diagnose.rundata import RunData, trailing
 from resdiag.watch.base.functions import NORMALISATIONS
 
 FIRST_BRANCH = Threshold(1.0, "RMS of a branch over that of its shortcut, at the first step.")
@@ -50,6 +50,8 @@ PRODUCT = Threshold(
     5.0,
     "Product of the shortcuts' factors over the network, or its inverse, that is no design.",
 )
+LEAST_STILL = Threshold(5, "Recorded steps at the end in which nothing of a block moves.")
+LEAST_DETACHED = Threshold(5, "Recorded steps at the end in which a branch got no gradient.")
 SHARE = Threshold(1e-6, "Distance from 1 of the gradient's share through the shortcut.")
 GROWTH_WITHOUT_NORM = Threshold(
     1.2,
@@ -77,7 +79,7 @@ def shortcut_scaled(seen: RunData) -> Outcome:
         return
     product = float(np.prod(np.abs(off.to_numpy(dtype=float))))
     extreme = max(product, 1 / product if product else math.inf)
-    if not ((off < 0).any() or 2 * len(off) <= len(factors) or extreme > PRODUCT):
+    if not ((off < 0).any() or 2 * len(off) <= len(seen.rows) or extreme > PRODUCT):
         return
     block = int(off.index[0])
     many = f" and {len(off) - 1} more" if len(off) > 1 else ""
@@ -117,12 +119,17 @@ def detached_branch(seen: RunData) -> Outcome:
         return
     for block in map(int, share.columns):
         known = share[block].dropna()
-        all_through = len(known) > 0 and ((known - 1).abs() <= SHARE).all()
-        alive = block in ratio and (ratio[block].dropna() > LEAST_BRANCH).any()
-        none = block in gradient and not (gradient[block].dropna() > 0).any()
-        if all_through and alive and none and not _is_dead(seen, block):
+        own = gradient[block].reindex(known.index) if block in gradient else known * math.nan
+        through = ((known - 1).abs() <= SHARE) & ~(own > 0)
+        count = trailing(through)
+        if count and count >= min(len(known), LEAST_DETACHED) and block in ratio:
+            step = int(known.index[len(known) - count])
+            adds = ratio[block][ratio.index >= step].dropna() > LEAST_BRANCH
+            if block not in gradient or not adds.any() or not adds.iloc[-1]:
+                continue
+            if _is_dead(seen, block):
+                continue
             text = f"the branch of {seen.name(block)} adds to the sum and gets no gradient"
-            step = int(known.index[0])
             item = DETACHED_BRANCH.evidence(
                 "shortcut_share", 1.0, math.nan, text, step=step, block=block
             )
@@ -131,7 +138,7 @@ def detached_branch(seen: RunData) -> Outcome:
 
 
 def frozen_block(seen: RunData) -> Outcome:
-    """A block's parameters do not move while other blocks' do.
+    """A block's parameters do not move in the last 5 recorded steps, while other blocks' do.
 
     Not where that is the method, as in a probe, with adapters or LoRA, or in a fine-tuning: more
     than a quarter of the blocks are frozen, or several at one end of the network. That is only
@@ -139,13 +146,15 @@ def frozen_block(seen: RunData) -> Outcome:
     is constant, which is `dead_block`.
     """
     updates = seen.table("update_ratio").dropna(how="all")
-    moved = updates.max().dropna()
+    moved = updates.iloc[-int(LEAST_STILL) :].max().dropna()
     still = [int(b) for b in moved.index if moved[b] == 0]
     if updates.empty:
         yield FROZEN_BLOCK.not_judged(*seen.why_no_updates)
     if not still or not (moved > 0).any():
         return
-    causes = explain_still(seen, still)
+    # blocks that stop moving later are told apart by what came to them since
+    since = {b: int(updates.index[-trailing(updates[b].fillna(0) == 0)]) for b in still}
+    causes = {b: explain_still(seen, [b], since[b])[b] for b in still}
     asked = [b for b in still if causes[b] in (FROZEN_BEGINNING, FROZEN, NOT_OWNED)]
     if not is_method(asked, [int(b) for b in moved.index]):
         asked = [b for b in asked if causes[b] == FROZEN_BEGINNING]
@@ -159,8 +168,7 @@ def frozen_block(seen: RunData) -> Outcome:
     cut = [b for b in blamed if causes[b] == CUT_OFF]
     block = cut[-1] if cut else blamed[0]
     text = f"the parameters of {seen.name(block)} do not move: {causes[block]}"
-    step = int(updates.index[0])
-    item = FROZEN_BLOCK.evidence("update_ratio", 0.0, 0.0, text, step=step, block=block)
+    item = FROZEN_BLOCK.evidence("update_ratio", 0.0, 0.0, text, step=since[block], block=block)
     yield FROZEN_BLOCK.found(item, cause=causes[block])
 
 
@@ -254,8 +262,9 @@ def missing_norm(seen: RunData) -> Outcome:
 def _frozen_norm(seen: RunData, rows: Sequence[dict[str, object]]) -> Outcome:
     frozen = [row["index"] for row in rows if row.get("frozen_norm")]
     growth = seen.growth_per_block(0) if 0 in seen.steps else math.nan
+    stuck = len(seen.series("loss").dropna()) >= STALL_STEPS
     # fine-tuning on the statistics of a trained network is a method
-    if frozen and growth >= GROWTH_WITHOUT_NORM and find_doubts(seen):
+    if frozen and find_doubts(seen) and (growth >= GROWTH_WITHOUT_NORM or stuck):
         text = f"BatchNorm of {len(frozen)} blocks runs on running statistics in training"
         text += f"; E[H^2] x{growth:.3g} per block at step 0"
         yield MISSING_NORM.found(
@@ -307,7 +316,7 @@ DETACHED_BRANCH = Rule(
     why="Its parameters never learn (detach, no_grad, or a function without a gradient?)",
     remedy="remove the detach or no_grad on the branch",
     plots=_PLOTS,
-    thresholds=(SHARE, LEAST_BRANCH),
+    thresholds=(SHARE, LEAST_BRANCH, LEAST_DETACHED),
 )
 FROZEN_BLOCK = Rule(
     name="frozen_block",

@@ -186,8 +186,9 @@ def bias_shift(seen: RunData) -> Outcome:
         value = float(values[block])
         text = f"channel means are {value:.3g} times the spread behind {seen.name(block)}, "
         text += f"and {growth[block]:.3g} times the means before it, at step {step}"
+        begun = table[block][table.index <= step] >= LARGEST_SHIFT
         item = BIAS_SHIFT.evidence(
-            "output_bias", value, LARGEST_SHIFT, text, step=step, block=block
+            "output_bias", value, LARGEST_SHIFT, text, step=_since(begun), block=block
         )
         yield BIAS_SHIFT.found(item)
         return

@@ -1,5 +1,6 @@
 """The verdict on a run: what happened, where, since when, why, and what to look at next."""
 
+import functools
 import math
 import re
 import textwrap
@@ -10,9 +11,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from resdiag.diagnose.advice import plots
 from resdiag.diagnose.breakdown import EXPLODED
-from resdiag.diagnose.finding import Evidence, Finding, NotJudged, Rule, plain
+from resdiag.diagnose.finding import Evidence, Finding, NotJudged, Rule, Threshold, plain
 from resdiag.diagnose.learning import STALLED
-from resdiag.diagnose.progress import LEAST_CHECKS, LEAST_LOSSES, find_doubts
+from resdiag.diagnose.progress import LEAST_CHECKS, LEAST_LOSSES, find_doubts, has_learned
+from resdiag.diagnose.rates import LR_TOO_HIGH
 from resdiag.diagnose.registry import (
     CAUSES_FROM_THE_START,
     FINDINGS,
@@ -28,6 +30,9 @@ from resdiag.runs.watched_config import WatchedConfig
 if TYPE_CHECKING:
     from resdiag.watch.loop.monitor import Monitor
 
+FIRST_STEPS = Threshold(
+    5, "Steps after which a fault is sudden that is dated no later than a loss that gets worse."
+)
 _COLUMNS = 100
 _INDENT = 10
 _CAUSES_OF_A_STALL = {
@@ -116,8 +121,10 @@ def judge(run: "Run | Monitor") -> Verdict:
     doubts, checks = find_doubts(seen), _count_checks(outcomes, seen)
     if checks[0] < LEAST_CHECKS * checks[1]:
         doubts.append(f"only {checks[0]} of {checks[1]} checks had the numbers that they need")
-    found = sorted((_of_run(i, run) for i in every if isinstance(i, Finding)), key=_place)
-    survived = not doubts and EXPLODED.name not in {finding.name for finding in found}
+    found = [_of_run(i, run) for i in every if isinstance(i, Finding)]
+    found.sort(key=functools.partial(_place, worse=_dates(found, LR_TOO_HIGH.name)))
+    broke = EXPLODED.name in {finding.name for finding in found}
+    survived = not doubts and not broke and has_learned(seen)
     naming = [i for i in found if not (survived and FINDINGS[i.name].is_condition)]
     findings = (*naming, *(i for i in found if i not in naming))
     verdict = (
@@ -179,10 +186,21 @@ def _of_run(said: Said, run: Run) -> Said:
     return replace(said, next=tuple(commands))
 
 
-def _place(finding: Finding) -> int:
-    """Where a finding stands among causes and consequences."""
-    late = finding.name in CAUSES_FROM_THE_START and (finding.step or 0) > 0
-    return list(FINDINGS).index("exploded" if late else finding.name)
+def _dates(found: Sequence[Finding], name: str) -> int:
+    """Since when a rule reports something; 0 if it does not, or of the whole run."""
+    return max((finding.step or 0 for finding in found if finding.name == name), default=0)
+
+
+def _place(finding: Finding, worse: int) -> int:
+    """Where a finding stands among causes and consequences.
+
+    What came with training is a consequence, unless the training went well until then: `worse` is
+    the step since when the learning rate seems too high.
+    """
+    step = finding.step or 0
+    late = finding.name in CAUSES_FROM_THE_START and step > 0
+    sudden = FIRST_STEPS < step <= worse
+    return list(FINDINGS).index("exploded" if late and not sudden else finding.name)
 
 
 def _count_checks(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judged_runs import plant, run_of
+from judged_runs import inventory_of, plant, run_of
 
 from resdiag.diagnose.finding import Finding, NotJudged
 from resdiag.diagnose.registry import FINDINGS
@@ -164,7 +164,106 @@ def explode_at_init(strength, blocks, cell, curve):
     curve.loc[0, "loss"] = 2.3 * (1 + 9 * strength)
 
 
+def taken(make_part):
+    """A run whose inventory has what `make_part(strength, blocks)` gives."""
+
+    def make(strength, blocks, steps):
+        parts = make_part(strength, blocks)
+        return run_of(count=blocks, steps=steps, inventory=inventory_of(blocks, steps, **parts))
+
+    return make
+
+
+def unhold(strength, blocks):
+    missing = round(strength * 4 * blocks)
+    about = inventory_of(blocks)["parameters"] | {"unheld": missing, "names": ["w"] * missing}
+    return {"parameters": about}
+
+
+def evaluate_while_training(strength, blocks):
+    count = round(20 * strength)
+    event = {"count": count, "first": 0, "last": count}
+    return {"events": {"update_in_evaluation": event} if count else {}}
+
+
+def late(strength, curve, before, after):
+    """A column that changes for the last steps, a share `strength` of all."""
+    count = round(strength * len(curve))
+    return [before] * (len(curve) - count) + [after] * count
+
+
+def keep_gradients(strength, blocks, cell, curve):
+    curve["grad_kept"] = late(strength, curve, 0.0, 0.5)
+
+
+def stop_rate(strength, blocks, cell, curve):
+    curve["lr"] = late(0.9 * strength, curve, 0.1, 0.0)
+
+
+def skip_steps(strength, blocks, cell, curve):
+    curve["lr"] = late(strength, curve, 0.1, math.nan)
+    curve["grad_norm"] = late(strength, curve, 1.0, math.inf)
+
+
+def cut_output(strength, blocks, steps):
+    count = round(strength * steps)
+
+    def change(cell, curve):
+        for block in range(2 if count else 0):
+            for name in ("grad_param", "grad_output"):
+                cell(name, math.nan, block=block, step=slice(steps - count, steps - 1))
+
+    wants = inventory_of(blocks, steps, trainable=[1.0] * blocks)
+    return run_of(change, count=blocks, steps=steps, inventory=wants)
+
+
+def group_rates(strength, blocks):
+    one = inventory_of(blocks)["groups"][0]
+    rate = many(strength, 0.1, 1e3)
+    return {"groups": [one, one | {"lr": rate, "highest": rate, "size": 1}]}
+
+
+def drop_shortcuts(strength, blocks, steps):
+    described = rows(blocks)
+    for row in described[: round(strength * blocks)]:
+        row["shortcut_path"] = ["dropout"]
+    return run_of(count=blocks, steps=steps, blocks=described)
+
+
+def widen_epsilon(strength, blocks):
+    norms = inventory_of(blocks)["normalisations"]
+    eps = many(strength, 1e-5, 1e3)
+    return {"normalisations": [norms[0] | {"eps": eps}, *norms[1:]]}
+
+
+def sharpen(strength, blocks):
+    one = {"name": "a", "block": 0, "entropy": many(strength, 1.0, 1e-4), "spread": 9.0}
+    return {"attentions": [one], "later_attentions": [one]}
+
+
+def lose_skips(strength, blocks):
+    lost = range(round(strength * 3))
+    return {"lacking": [{"name": f"b{i}", "block": i, "like": blocks} for i in lost]}
+
+
+def make_constant(strength, blocks):
+    same = range(round(strength * 2 * blocks))
+    return {"constant": [{"name": f"b{i // 2}.w", "block": i // 2} for i in same]}
+
+
 EVIDENCE = {
+    "optimizer_mismatch": taken(unhold),
+    "eval_mode": taken(evaluate_while_training),
+    "gradients_not_zeroed": of_change(keep_gradients),
+    "steps_skipped": of_change(skip_steps),
+    "detached_output": cut_output,
+    "missing_skip": taken(lose_skips),
+    "dropout_on_skip": drop_shortcuts,
+    "symmetric_units": taken(make_constant),
+    "norm_fault": taken(widen_epsilon),
+    "attention_collapsed": taken(sharpen),
+    "lr_schedule": of_change(stop_rate),
+    "group_lr": taken(group_rates),
     "data_fault": in_curve("data_std", lambda s: many(s, 1.0, 1e4)),
     "loss_fault": in_curve("head_loss", lambda s: 2.3 * (1 - 2 * s)),
     "fp16_overflow": fp16,
@@ -229,11 +328,13 @@ def test_more_evidence_never_silences_a_rule(name, strengths, blocks, steps):
 def test_without_its_data_a_rule_is_silent_and_its_check_does_not_count(name):
     whole, rule = ill(name), FINDINGS[name]
     for need in rule.needs:
+        gone = ["loss", "head_loss"] if need == "loss" else [need]
         run = replace(
             whole,
-            metrics_frame=whole.metrics_frame.drop(columns=need, errors="ignore"),
-            curve_frame=whole.curve_frame.drop(columns=need, errors="ignore"),
+            metrics_frame=whole.metrics_frame.drop(columns=gone, errors="ignore"),
+            curve_frame=whole.curve_frame.drop(columns=gone, errors="ignore"),
             blocks=[] if need == "blocks" else whole.blocks,
+            inventory={} if need == "inventory" else whole.inventory,
         )
         seen = RunData(run)
         said = list(rule.judge(seen))
@@ -241,7 +342,7 @@ def test_without_its_data_a_rule_is_silent_and_its_check_does_not_count(name):
         assert open_question or not seen.has(need) or need == "unavailable"
     empty = replace(
         whole, metrics_frame=whole.metrics_frame[:0], curve_frame=whole.curve_frame[:0], blocks=[],
-        unavailable=[],
+        unavailable=[], inventory={},
     )  # fmt: skip
     said = list(rule.judge(RunData(empty)))
     assert said

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from finding_conformance import FindingConformance
-from judged_runs import plant, run_of
+from judged_runs import inventory_of, plant, run_of
 
 import resdiag
 from resdiag.diagnose.registry import FINDINGS, register_finding, unregister_finding
@@ -128,6 +128,63 @@ def evaluated(end):
     return curve(120, test_loss=test, train_loss=train)
 
 
+def taken(**parts):
+    """A run whose inventory has these parts."""
+    return run_of(inventory=inventory_of(**parts))
+
+
+def unheld(count):
+    about = inventory_of()["parameters"] | {"unheld": count, "names": ["b0.weight"] * count}
+    return taken(parameters=about)
+
+
+def trained_in_eval(count):
+    events = {"update_in_evaluation": {"count": count, "first": 3, "last": 2 + count}}
+    return taken(events=events if count else {})
+
+
+def kept(steps):
+    """Gradients of the step before are there in the last `steps` steps."""
+    return curve(grad_kept=[0.0] * (20 - steps) + [0.5] * steps)
+
+
+def rate_of_nothing(steps):
+    return curve(lr=[0.1] * (20 - steps) + [0.0] * steps)
+
+
+def skipping(steps):
+    def skip(cell, frame):
+        frame["lr"] = [0.1] * (20 - steps) + [math.nan] * steps
+        frame["grad_norm"] = [1.0] * (20 - steps) + [math.inf] * steps
+
+    return run_of(skip)
+
+
+def grouped(ratio):
+    one = inventory_of()["groups"][0]
+    other = one | {"lr": 0.1 * ratio, "highest": 0.1 * ratio, "size": 10, "blocks": [2]}
+    return taken(groups=[one, other])
+
+
+def without_gradient(value):
+    def cut(cell, frame):
+        for block in range(3):
+            cell("grad_param", value, block=block)
+            cell("grad_output", value, block=block)
+
+    return run_of(cut, inventory=inventory_of(trainable=[1.0] * 6))
+
+
+def normalising(eps):
+    norms = inventory_of()["normalisations"]
+    return taken(normalisations=[norms[0] | {"eps": eps, "variance": 2.0}, *norms[1:]])
+
+
+def attending(entropy):
+    one = {"name": "b1.attention", "block": 1, "entropy": entropy, "spread": 9.0}
+    return taken(attentions=[one], later_attentions=[one])
+
+
 def norms(jump):
     values = np.full(30, 2.0)
     values[9] = 2.0 * jump
@@ -137,15 +194,34 @@ def norms(jump):
 _CUT = "no gradient leads from the shortcut back to the block's input"
 LN10 = math.log(10)
 CASES = {
+    "optimizer_mismatch": lambda: (unheld(1), unheld(0)),
+    "eval_mode": lambda: (trained_in_eval(1), trained_in_eval(0)),
     "data_fault": lambda: (curve(data_std=20.1), curve(data_std=19.9)),
     "loss_fault": lambda: (curve(head_loss=-2.3), curve(head_loss=2.3)),
+    "gradients_not_zeroed": lambda: (kept(3), kept(2)),
     "fp16_overflow": lambda: (overflowing(101.0), overflowing(99.0)),
+    "steps_skipped": lambda: (skipping(10), skipping(9)),
+    "detached_output": lambda: (without_gradient(math.nan), without_gradient(1e-9)),
     "detached_shortcut": lambda: tuple(
         run_of(unavailable=[{"metric": "shortcut_share", "blocks": [5], "reason": reason}])
         for reason in (_CUT, "not recorded")
     ),
     "detached_branch": lambda: (detached(math.nan), detached(0.1)),
+    "missing_skip": lambda: (
+        taken(lacking=[{"name": "b2", "block": 2, "like": 5}]),
+        taken(lacking=[]),
+    ),
+    "dropout_on_skip": lambda: (
+        run_of(blocks=rows_of(shortcut_path=["dropout"])),
+        run_of(blocks=rows_of(shortcut_path=["relu"])),
+    ),
     "shortcut_scaled": lambda: (scaled(1.031), scaled(1.029)),
+    "symmetric_units": lambda: (
+        taken(constant=[{"name": "b1.weight", "block": 1}]),
+        taken(constant=[]),
+    ),
+    "norm_fault": lambda: (normalising(2.1), normalising(1.9)),
+    "attention_collapsed": lambda: (attending(0.019), attending(0.021)),
     "branch_too_large": lambda: (
         cell("branch_ratio", 51, block=2),
         cell("branch_ratio", 49, block=2),
@@ -171,6 +247,8 @@ CASES = {
         cell("branch_channel_std", 1.1e-5, block=1),
     ),
     "saturated_block": lambda: (saturated(0.91), saturated(0.89)),
+    "lr_schedule": lambda: (rate_of_nothing(5), rate_of_nothing(4)),
+    "group_lr": lambda: (grouped(101.0), grouped(99.0)),
     "weight_decay_too_large": lambda: (curve(weight_decay=0.11), curve(weight_decay=0.09)),
     "lr_too_high": lambda: (worsening(1.1e-3), worsening(0.9e-3)),
     "lr_too_low": lambda: (still(2.9e-6), still(3.1e-6)),

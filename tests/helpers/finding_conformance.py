@@ -68,7 +68,7 @@ class FindingConformance:
         assert rule.fires_when.endswith(".")
         assert all((rule.cause, rule.why, rule.remedy, rule.applies, rule.source))
         assert set(rule.plots) <= set(KINDS)
-        known = {*METRICS, *STEP_COLUMNS, "blocks", "unavailable"}
+        known = {*METRICS, *STEP_COLUMNS, "blocks", "unavailable", "inventory"}
         assert rule.needs
         assert set(rule.needs) <= known
         for threshold in rule.thresholds:
@@ -99,7 +99,9 @@ class FindingConformance:
         blocks, steps = ill.metrics_frame, ill.curve_frame
         self.outcomes(rule, replace(ill, metrics_frame=blocks.iloc[:rows]))
         self.outcomes(rule, replace(ill, curve_frame=steps.iloc[:rows]))
-        none = replace(ill, metrics_frame=blocks.iloc[:rows], curve_frame=steps.iloc[:rows])
+        none = replace(
+            ill, metrics_frame=blocks.iloc[:rows], curve_frame=steps.iloc[:rows], inventory={}
+        )
         assert not self.findings(self.outcomes(rule, none)) or rows
         self.outcomes(rule, replace(ill, blocks=[]))
 
@@ -111,6 +113,7 @@ def _without(run: Run, needs: tuple[str, ...]) -> Run:
         curve_frame=run.curve_frame.drop(columns=list(needs), errors="ignore"),
         blocks=[] if "blocks" in needs else run.blocks,
         unavailable=[] if "unavailable" in needs else run.unavailable,
+        inventory={} if "inventory" in needs else run.inventory,
     )
 
 

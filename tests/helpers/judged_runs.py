@@ -12,6 +12,35 @@ from resdiag.theory.prediction import predict
 BLOCKS, STEPS = 6, 20
 
 
+def inventory_of(count=BLOCKS, steps=STEPS, **parts):
+    """What a monitor says of model, optimizer and loop of a healthy run; `parts` replace some."""
+    norms = [
+        {
+            "name": f"b{i}.norm", "block": i, "kind": "batch_norm", "count": 64, "eps": 1e-5,
+            "variance": 1.0, "gain": 1.0,
+        }
+        for i in range(count)
+    ]  # fmt: skip
+    healthy = {
+        "trainable": [None] * count,  # not known: tests freeze blocks by what they record
+        "parameters": {
+            "known": True, "trainable": 4 * count, "unheld": 0, "names": [], "blocks": [],
+            "outside": 0, "foreign": 0, "copies": False,
+        },
+        "groups": [
+            {
+                "optimizer": "SGD", "lr": 0.1, "highest": 0.1, "parameters": 4 * count,
+                "size": 1000, "names": ["b0.weight"], "blocks": list(range(count)),
+            }
+        ],
+        "events": {"update": {"count": steps, "first": 0, "last": steps - 1}},
+        "evaluating": [], "recurrent": [], "stuck": [], "activation": "",
+        "normalisations": norms, "attentions": [], "matrices": 2 * count, "constant": [],
+        "lacking": [], "later_attentions": [], "later_lacking": [], "later_step": 8,
+    }  # fmt: skip
+    return healthy | parts
+
+
 def run_of(change=None, *, steps=STEPS, count=BLOCKS, blocks=None, **fields):
     """A healthy foreign run of `count` blocks; `change(cell, curve)` makes it ill."""
     grid = pd.MultiIndex.from_product([range(steps), range(count)], names=["step", "block"])
@@ -33,7 +62,9 @@ def run_of(change=None, *, steps=STEPS, count=BLOCKS, blocks=None, **fields):
     curve["loss"] = 2.3 * 0.97 ** curve["step"]
     curve = curve.assign(
         lr=0.1, grad_norm=1.0, momentum=0.9, weight_decay=1e-4, label_share=0.2,
-        data_mean=0.0, data_std=1.0, data_nonfinite=0.0,
+        data_mean=0.0, data_std=1.0, data_nonfinite=0.0, data_between=0.9,
+        head_loss=curve["loss"], head_factor=1.0, rows_ignored=0.0, softmax_twice=0.0,
+        grad_kept=0.0,
     )  # fmt: skip
     if change:
 
@@ -45,6 +76,7 @@ def run_of(change=None, *, steps=STEPS, count=BLOCKS, blocks=None, **fields):
         {
             "index": i, "name": f"b{i}", "stage": 0, "transition": False, "shortcut": "identity",
             "after_add": "none", "branch": ["conv2d", "batch_norm", "relu", "conv2d"],
+            "shortcut_path": [],
         }
         for i in range(count)
     ]  # fmt: skip
@@ -54,7 +86,7 @@ def run_of(change=None, *, steps=STEPS, count=BLOCKS, blocks=None, **fields):
         steps=steps,
         metrics_frame=metrics.reset_index(),
         curve_frame=curve,
-        **{"data": {"classes": 10}, **fields},
+        **{"data": {"classes": 10}, "inventory": inventory_of(count, steps), **fields},
     )
 
 

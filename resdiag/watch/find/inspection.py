@@ -169,16 +169,14 @@ class Inspection(Surveyor):
         """Modules that add nothing although their likes do: name, blocks before it, how many do.
 
         Two modules are alike if they are of one class, in lists of one name but for numbers, and
-        hand on tensors of the shape that they got. What comes before the first one that adds is a
-        stem, as in some mobile networks.
+        hand on tensors of the shape that they got.
         """
         found: dict[str, dict[str, Any]] = {}
         for of in (self._owners, self._branches):
             counts = Counter(name for name in of if name)
             for alike in self._groups(counts):
                 having = [name for name in alike if counts[name]]
-                later = alike[alike.index(having[0]) :]
-                for name in (n for n in later if len(having) >= _LEAST_LIKE):
+                for name in (n for n in alike if len(having) >= _LEAST_LIKE):
                     place = name.rpartition(".")[0]
                     usual = [counts[n] for n in having if n.rpartition(".")[0] == place]
                     most = Counter(usual).most_common(1)[0] if usual else (0, 0)
@@ -350,14 +348,16 @@ _LOGITS: Mapping[str, Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor | No
 
 
 def _constant(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    """Whether the units of each weight matrix are all the same, and not zero: names, 0-d bools.
+    """Whether the units of each layer's weights are all the same, and not zero: names, 0-d bools.
 
-    A depthwise convolution gives every unit another input, a shard is not a whole matrix.
+    A depthwise convolution gives every unit another input, a shard is not a whole matrix, and what
+    is no layer's weight may be made so, as the decay rates of a state space.
     """
     for name, module in modules.items():
         for own, weight in module.named_parameters(recurse=False):
             alone = getattr(module, "groups", 1) != 1 or isinstance(module, nn.Embedding)
-            if weight.dim() < 2 or weight.shape[0] < 2 or alone or weight.is_meta:
+            named = own == "in_proj_weight" or own.startswith("weight")
+            if weight.dim() < 2 or weight.shape[0] < 2 or alone or weight.is_meta or not named:
                 continue
             if weight.shape[1:].numel() < 2:  # a factor per unit, in the shape of a matrix
                 continue

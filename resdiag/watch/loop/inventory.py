@@ -98,9 +98,9 @@ class Inventory:
         self.events, self.holdings = Events(), Holdings(optimizers)
         self._model = model
         self._running = {
-            name: running.detach().clone()
+            name: statistics.clone()
             for name, module in model.named_modules()
-            if (running := _running_mean(module)) is not None
+            if (statistics := _running(module)) is not None
         }
 
     def take(
@@ -127,8 +127,8 @@ class Inventory:
             running statistics have not moved; `activation`; and, if a pass was traced,
             `normalisations`, `attentions`, `constant` weight matrices out of `matrices`, and
             modules `lacking` an addition; the first and the last of these again as
-            `later_attentions` and `later_lacking` of the pass at `later_step`: the ninth recorded
-            one, or the last that was not like the one before.
+            `later_attentions` and `later_lacking` of the last pass, at `later_step`, that was
+            traced again.
         """
         names = {id(p): name for name, p in self._model.named_parameters()}
         places = {id(p): row for row, own in enumerate(anatomy.parameters) for p in own}
@@ -192,7 +192,7 @@ class Inventory:
         stuck = []
         for name, before in self._running.items():
             module = self._model.get_submodule(name)
-            now = _running_mean(module)
+            now = _running(module)
             if module.training and now is not None and now.shape == before.shape:
                 stuck.append((name, module.momentum, torch.equal(now, before.to(now.device))))
         return [
@@ -202,11 +202,14 @@ class Inventory:
         ]
 
 
-def _running_mean(module: nn.Module) -> Tensor | None:
-    """Of a BatchNorm that keeps statistics."""
-    running = module.running_mean if isinstance(module, _STATISTICS) else None
-    usable = isinstance(running, Tensor) and not running.is_meta and mesh_of(running) is None
-    return running if usable else None
+def _running(module: nn.Module) -> Tensor | None:
+    """Means and variances (2, C) of a BatchNorm that keeps them; of a dead input both tell."""
+    if not isinstance(module, _STATISTICS):
+        return None
+    kept = module.running_mean, module.running_var
+    if not all(isinstance(x, Tensor) and not x.is_meta and mesh_of(x) is None for x in kept):
+        return None
+    return torch.stack([x.detach() for x in kept if x is not None])
 
 
 def _trainable(parameters: Collection[nn.Parameter]) -> float | None:

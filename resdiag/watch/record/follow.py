@@ -17,7 +17,7 @@ from resdiag.watch.plan.survey import Survey
 from resdiag.watch.record.forward import Recorder
 from resdiag.watch.record.hooks import Expected, TappedPass
 
-_LATER = 8
+_LATER = frozenset(8 * 4**k for k in range(12))
 """Recorded passes before one is traced again, to look at the parts beside the blocks."""
 
 _MISSES = 2
@@ -34,7 +34,8 @@ class Follower:
     `reason` says why every pass is traced although none differed, or is ""; `missed` that the last
     pass was not the expected one; `reads` counts passes that were read by hooks; `inspection` is
     what the first pass showed of parts beside the blocks, None before it; `later` what the
-    ninth one did, which is traced again, or the last one that was not the expected one.
+    last one did that was traced again: the 9th, the 33rd, the 129th, ..., or one that came after
+    a pass that was not the expected one.
     """
 
     def __init__(self, tracing: Tracing, recorder: Recorder, *, always: bool = False) -> None:
@@ -50,7 +51,7 @@ class Follower:
     def begin(self, step: int) -> FollowedPass:
         """A pass that is to be recorded begins, in a step of this number."""
         self.end()
-        again = self._passes == _LATER
+        again = self._passes in _LATER
         self._passes += 1
         if self._expected is not None and not again:
             return TappedPass(self._expected, self._recorder, self._judge)
