@@ -192,7 +192,7 @@ def stalled(seen: RunData) -> Outcome:
     weights have moved, so the updates, over the weights and added up, have to come to a tenth; or
     the run to 1000 steps, whatever they moved.
     """
-    losses, classes = seen.series("loss"), seen.classes
+    losses, classes = seen.cross_entropy, seen.classes
     if classes is None:
         yield STALLED.not_judged("the number of classes is unknown")
         return

@@ -63,6 +63,8 @@ def eval_mode(seen: RunData) -> Outcome:
         return
     event = seen.event("update_in_evaluation")
     if event is None:
+        if seen.event("update") is None:
+            yield EVAL_MODE.not_judged("no update was seen", "updates")
         return
     kinds = ", ".join(map(str, seen.inventory.get("evaluating", [])))
     text = f"{event['count']} steps updated the weights in evaluation mode, from step "
@@ -175,6 +177,8 @@ def group_lr(seen: RunData) -> Outcome:
         yield seen.without_inventory(GROUP_LR)
         return
     groups = [g for g in seen.inventory.get("groups", []) if g.get("size") and g.get("highest")]
+    if not groups:
+        yield GROUP_LR.not_judged(*seen.why_no_updates)
     suffers = bool(find_breakdown(seen)) or bool(find_doubts(seen))
     for kind in dict.fromkeys(g["optimizer"] for g in groups):
         own = [g for g in groups if g["optimizer"] == kind]

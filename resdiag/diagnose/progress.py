@@ -34,14 +34,16 @@ LEARNED = Threshold(
 LEAST_LOSSES = Threshold(20, "Losses before a run can be called healthy.")
 LEAST_RECORDED = Threshold(2, "Recorded steps after the first update, likewise.")
 LEAST_CHECKS = Threshold(
-    1 / 3, "Share of the rules that had all that they need before a run can be called healthy."
+    1 / 3,
+    "Share of the rules, without those that need the inventory alone, that had all that they need "
+    "before a run can be called healthy.",
 )
 ERRORS = Threshold(3.0, "Standard errors that a fall of the loss exceeds.")
 
 
 def find_doubts(seen: "RunData") -> list[str]:
     """What is missing to say that the run learns, in words; empty if it does."""
-    found, losses = [], seen.series("loss")
+    found, losses = [], seen.cross_entropy
     losses = losses[np.isfinite(losses)]
     recorded = sum(step > 0 for step in seen.steps)
     if recorded < LEAST_RECORDED:
@@ -71,7 +73,7 @@ def find_doubts(seen: "RunData") -> list[str]:
 
 def has_learned(seen: "RunData") -> bool:
     """Whether the last losses are clearly below guessing; where that is unknown, the first ones."""
-    losses = seen.series("loss")
+    losses = seen.cross_entropy
     losses = losses[np.isfinite(losses)]
     if losses.empty:
         return False

@@ -181,6 +181,20 @@ class RunData:
         lost = column[told].index.max() if self._diverged else math.inf
         return column[told | (column.index > lost)]
 
+    @cached_property
+    def cross_entropy(self) -> "pd.Series[float]":
+        """The loss as a mean per label, as ln K is one.
+
+        What the loop tells may be a sum over the batch, or weighted: it is divided by what it is
+        of the cross-entropy read off the logits, in the median, where that is not about 1.
+        """
+        told, read = self.series("loss"), self.series("head_loss")
+        with np.errstate(all="ignore"):
+            factors = (told / read.reindex(told.index)).to_numpy(dtype=float)
+        factors = factors[np.isfinite(factors)]
+        factor = float(np.median(factors)) if len(factors) else 1.0
+        return told / factor if factor > 2 or 0 < factor < 0.5 else told
+
     def name(self, block: int | None) -> str:
         """Words for a block: its index and its name in the model."""
         if block is None:

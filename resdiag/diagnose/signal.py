@@ -75,7 +75,7 @@ def grows_at_init(seen: RunData) -> Outcome:
     evidence = [_stage_evidence(seen, stage, *row) for stage, row in steep]
     evidence += [total] if total else []
     loss, classes = seen.scalar("loss", 0), seen.classes
-    if classes is None or 0 not in seen.series("loss").index:
+    if classes is None or 0 not in seen.cross_entropy.index:
         missing = "the number of classes" if classes is None else "the loss"
         yield GROWS_AT_INIT.not_judged(f"loss at step 0 against 3 ln K: {missing} is unknown")
     elif seen.first_nonfinite and seen.first_nonfinite.step == 0:

@@ -170,7 +170,8 @@ def test_a_loss_that_nobody_told_is_no_explosion_and_a_lost_one_is():
     lost = as_run(monitor, curve={"loss": [losses[0], losses[1], math.nan]})
     assert lost.status == "diverged"
     verdict = resdiag.judge(lost)
-    assert (verdict.name, verdict.step) == ("exploded", 2)
+    assert (verdict.name, verdict.step) == ("loss_fault", 2)
+    assert "exploded" in {finding.name for finding in verdict.findings}
 
 
 def test_a_learning_rate_is_not_judged_by_a_rule_of_other_networks():

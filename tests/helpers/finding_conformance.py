@@ -107,6 +107,7 @@ class FindingConformance:
 
 
 def _without(run: Run, needs: tuple[str, ...]) -> Run:
+    needs = (*needs, "head_loss") if "loss" in needs else needs  # one stands for the other
     return replace(
         run,
         metrics_frame=run.metrics_frame.drop(columns=list(needs), errors="ignore"),

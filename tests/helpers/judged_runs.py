@@ -63,8 +63,7 @@ def run_of(change=None, *, steps=STEPS, count=BLOCKS, blocks=None, **fields):
     curve = curve.assign(
         lr=0.1, grad_norm=1.0, momentum=0.9, weight_decay=1e-4, label_share=0.2,
         data_mean=0.0, data_std=1.0, data_nonfinite=0.0, data_between=0.9,
-        head_loss=curve["loss"], head_factor=1.0, rows_ignored=0.0, softmax_twice=0.0,
-        grad_kept=0.0,
+        head_factor=1.0, rows_ignored=0.0, softmax_twice=0.0, grad_kept=0.0,
     )  # fmt: skip
     if change:
 
@@ -72,6 +71,8 @@ def run_of(change=None, *, steps=STEPS, count=BLOCKS, blocks=None, **fields):
             metrics.loc[(step, block), metric] = value
 
         change(cell, curve)
+    if "head_loss" not in curve:
+        curve["head_loss"] = curve["loss"].where(curve["loss"] > 0)  # a cross-entropy
     rows = blocks or [
         {
             "index": i, "name": f"b{i}", "stage": 0, "transition": False, "shortcut": "identity",
