@@ -44,7 +44,7 @@ def optimizer_mismatch(seen: RunData) -> Outcome:
         more = f" and {missing - 3} more" if missing > 3 else ""
         text = f"{missing} of {total} parameters that require gradients are in no optimizer: "
         foreign = int(about.get("foreign", 0))
-        cause = "parameters are in no optimizer"
+        cause = ""
         if foreign and about.get("copies"):
             cause = "the optimizer holds copies of the parameters"
         elif foreign and missing == total:
@@ -53,7 +53,8 @@ def optimizer_mismatch(seen: RunData) -> Outcome:
         item = OPTIMIZER_MISMATCH.evidence(
             "inventory", missing, 0, text + names + more, step=0, block=alone
         )
-        yield OPTIMIZER_MISMATCH.found(item, cause=cause, summary=f"{cause}: {item.text}")
+        summary = f"{cause}: {item.text}" if cause else item.text
+        yield OPTIMIZER_MISMATCH.found(item, cause=cause, summary=summary)
 
 
 def eval_mode(seen: RunData) -> Outcome:
@@ -243,7 +244,6 @@ GRADIENTS_NOT_ZEROED = Rule(
     cause="gradients are never set to zero",
     why="Each step follows the sum of all gradients so far, as momentum of 1 would",
     remedy="call optimizer.zero_grad() once per update, before the backward pass",
-    plots=("gradnorms", "updates"),
     thresholds=(LEAST_KEPT, KEPT),
 )
 LR_SCHEDULE = Rule(
@@ -254,7 +254,6 @@ LR_SCHEDULE = Rule(
     cause="learning rate schedule",
     why="The step after the jump overshoots what the gradient knows",
     remedy="check the schedule's length and unit (steps or epochs): print the rate of every step",
-    plots=("updates", "curves"),
     thresholds=(NO_RATE, *LEAST_IDLE, RATE_JUMP, BEFORE_JUMP),
 )
 STEPS_SKIPPED = Rule(
@@ -266,7 +265,6 @@ STEPS_SKIPPED = Rule(
     why="A step that is skipped changes nothing, whatever the loss says",
     remedy="look for the first non-finite gradient; lower the initial loss scale, or compute in "
     "bfloat16",
-    plots=("nonfinite", "updates"),
     thresholds=(LEAST_SKIPPED,),
 )
 GROUP_LR = Rule(
@@ -277,6 +275,5 @@ GROUP_LR = Rule(
     cause="learning rate of one group out of scale",
     why="One part of the network moves by far more, or by far less, than the others can follow",
     remedy="give the group the rate of the others, and change it by small factors",
-    plots=("updates",),
     thresholds=(HIGH_GROUP, FAR_GROUP, LOW_GROUP, LADDER),
 )

@@ -244,8 +244,6 @@ def _collapsed(
     return ATTENTION_COLLAPSED.found(item, cause=cause)
 
 
-_PLOTS = ("signal", "skip")
-
 MISSING_SKIP = Rule(
     name="missing_skip",
     judge=missing_skip,
@@ -254,7 +252,6 @@ MISSING_SKIP = Rule(
     cause="a block without its skip",
     why="Signal and gradient have to pass its branch; a difference f(x) - x is no skip either",
     remedy="add the block's input to what its branch makes of it",
-    plots=_PLOTS,
     source="He et al. 2016, arXiv:1603.05027, section 3",
 )
 DROPOUT_ON_SKIP = Rule(
@@ -265,7 +262,6 @@ DROPOUT_ON_SKIP = Rule(
     cause="dropout on the skip path",
     why="It scales the shortcut at random: the signal is lost over many blocks",
     remedy="put the dropout on the branch",
-    plots=_PLOTS,
     source="He et al. 2016, arXiv:1603.05027, section 3.1 (dropout shortcut)",
 )
 DETACHED_OUTPUT = Rule(
@@ -276,7 +272,6 @@ DETACHED_OUTPUT = Rule(
     cause="the gradient stops in the network",
     why="A detach or no_grad behind this block cuts off everything before it",
     remedy="remove the detach or no_grad behind the block",
-    plots=("gradnorms",),
 )
 SYMMETRIC_UNITS = Rule(
     name="symmetric_units",
@@ -285,7 +280,6 @@ SYMMETRIC_UNITS = Rule(
     cause="units are equal",
     why="Equal units get equal gradients and stay equal: the layer has one unit",
     remedy="initialise the weights at random",
-    plots=_PLOTS,
     thresholds=(CONSTANT_SHARE,),
     source="Goodfellow et al. 2016, Deep Learning, section 8.4",
 )
@@ -297,7 +291,6 @@ NORM_FAULT = Rule(
     cause="a normalisation does not normalise",
     why="What follows it expects numbers of size 1",
     remedy="use the library's default epsilon, factor and momentum; for small batches GroupNorm",
-    plots=_PLOTS,
     thresholds=(LEAST_EPSILON, LEAST_COUNT, *OTHERS, LEAST_UPDATES),
     source="Ioffe & Szegedy 2015, arXiv:1502.03167; " + DEFINITION,
 )
