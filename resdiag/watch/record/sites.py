@@ -217,8 +217,6 @@ class Head:
             return
         self._moments = describe_input(inputs)
         self._tokens = next(filter(is_tokens, inputs), None)
-        if self._tokens is None:
-            self.miss("label_copies", reason="the model's input is not token ids")
         if not any(x.is_floating_point() for x in inputs):
             self.miss(*DATA[:3], reason="the model has no floating-point input")
         if self._moments is None:
@@ -260,8 +258,6 @@ class Head:
         """The model's output if an activation made it, which a loss may take for logits."""
         found = next((x for x in outputs if x.is_floating_point() and x.dim() > 1), None)
         self.activation = "" if found is None else activation_of(found)
-        if not self.activation and self._pool is None:
-            self.miss("output_loss", reason="the model does not end with an activation")
         return found if self.activation and self._pool is None else None
 
     def write_output(self, slot: int, g: Tensor, output: Logits) -> None:
