@@ -175,7 +175,7 @@ _RUN = [
     Metric("output_loss", "cross-entropy at the model's output behind an activation",
         "as head_loss, of the activated output in place of the logits", "nat", "run",
         "dL/dlogits = (p - y) / N",
-        "not NaN: the loss takes the output of an activation, with which the model ends, for logits"),
+        "not NaN: the loss takes the activated output, with which the model ends, for logits"),
     Metric("grad_kept", "norm of the gradients that are there before the backward pass",
         "||dL/dtheta||_2 of the first half of the blocks when the backward pass begins, of steps "
         "with one forward pass that follow an update", "loss/parameter", "run", "definition",
