@@ -176,10 +176,10 @@ _RUN = [
         "as head_loss, of the activated output in place of the logits", "nat", "run",
         "dL/dlogits = (p - y) / N",
         "not NaN: the loss takes the activated output, with which the model ends, for logits"),
-    Metric("grad_kept", "norm of the gradients that are there before the backward pass",
-        "||dL/dtheta||_2 of the first half of the blocks when the backward pass begins, of steps "
-        "with one forward pass that follow an update", "loss/parameter", "run", "definition",
-        "above 0: the gradients of the step before were not set to zero"),
+    Metric("grad_kept", "norm of the gradient that is there before the backward pass",
+        "||dL/dtheta||_2 of the first parameter of the blocks that gets a gradient, right before "
+        "it does, in steps with one forward pass that follow an update", "loss/parameter", "run",
+        "definition", "above 0: the gradients of the step before were not set to zero"),
     Metric("data_mean", "mean of the model's input",
         "mean of the model's first floating-point input", "input", "run",
         _LECUN,

@@ -37,7 +37,7 @@ _COLUMNS = 100
 _INDENT = 10
 _CAUSES_OF_A_STALL = {
     "data_fault": "a fault of the inputs",
-    "loss_fault": "a wrong sign of the loss",
+    "loss_fault": "a fault of the loss",
     "vanishing": "a vanishing signal or gradient",
     "frozen_block": "blocks that do not move",
     "dead_block": "dead blocks",

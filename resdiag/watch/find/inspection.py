@@ -86,11 +86,14 @@ class Inspection(Surveyor):
     Args:
         modules: The model's modules by name.
         step: Number of the training step.
+        weights: Whether to read all weights, too, for those that are equal.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], step: int) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], step: int, *, weights: bool = False
+    ) -> None:
         self.guard, self.is_whole, self.step = Guard(), False, step
-        self._modules = modules
+        self._modules, self._weights = modules, weights
         self._owners: list[str] = []  # of the blocks that have begun
         self._branches: list[str] = []  # the modules that made their branches, or ""
         self._open: list[str] = []
@@ -106,8 +109,9 @@ class Inspection(Surveyor):
     @guarded
     def started(self, inputs: Sequence[Tensor]) -> None:
         """The pass begins."""
-        with torch.no_grad():
-            self.constant = list(_constant(self._modules))
+        if self._weights:
+            with torch.no_grad():
+                self.constant = list(_constant(self._modules))
 
     def operands(self, addition: Addition, tensors: Operands) -> None:
         """A block has begun, or has one branch more."""

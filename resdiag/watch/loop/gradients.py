@@ -1,17 +1,15 @@
 """Gradients and updates of a model's parameters: when they are read, and at which point."""
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from resdiag.watch.base.tensors import local
 from resdiag.watch.loop.parameters import ParameterNorms, Shards, is_sharded, may_reduce
 from resdiag.watch.loop.state import State
-from resdiag.watch.measure.reductions import norms, on_host
 from resdiag.watch.record.pool import Pool
 
 _SCALED = ("grad_input", "grad_sum", "grad_output")
@@ -41,7 +39,8 @@ class Gradients:
         self._recorder, self._record, self._warnings = state.recorder, state.record, state.warnings
         self._shards, self._ranks, self._pool = shards, ranks, pool
         self._asked, self._wants_updates = point, updates
-        self._clipping = Clipping()
+        self._clipping = Clipping(self._arrives)
+        self._has_arrived = False
         self._norms: dict[str, ParameterNorms] = {}
 
     @property
@@ -51,6 +50,7 @@ class Gradients:
 
     def forget(self) -> None:
         """Begin a step: nothing has been read."""
+        self._has_arrived = False
         for known in self._norms.values():
             known.forget()
 
@@ -69,8 +69,6 @@ class Gradients:
     def backward_begins(self) -> None:
         """The first gradient of the recorded pass has come: the loss scale is known now."""
         self._step.factor = self._recorder.backward.factor = self._scale.now()
-        if self._step.follows and self._step.passes == 1 and self._pool is None:
-            self._write_head("grad_kept", self._kept())
         if self._clipping.parameter is None:
             blocks = [p for members in self._recorder.anatomy.parameters for p in members]
             self._clipping.follow([*blocks, *self._model.parameters()])
@@ -132,21 +130,17 @@ class Gradients:
         if skipped:
             self._write_head("skipped", torch.ones(()))
 
-    def _kept(self) -> Tensor:
-        """Norm of the gradients that were there before this backward pass, of the first blocks.
-
-        Those of the last layers may have come already.
-        """
-        groups = self._recorder.anatomy.parameters
-        early = groups[: max(1, len(groups) // 2)]
-        grads = [p.grad for own in early for p in own if p.grad is not None]
-        there = [local(grad) for grad in grads if not grad.is_sparse]
-        if not there:
-            return torch.zeros((), dtype=torch.float64, device=self.device())
-        on_cpu = on_host(there[0].device)
-        sizes = norms(there) if on_cpu else torch.stack(torch._foreach_norm(there))
-        total: Tensor = torch.linalg.vector_norm(sizes.double())
-        return total
+    def _arrives(self, parameter: nn.Parameter) -> None:
+        """The first gradient of a parameter comes in this step: what was there before is left."""
+        alone = self._step.forward and self._step.passes == 1 and self._pool is None
+        if self._has_arrived or not alone or not self._step.follows:
+            return
+        self._has_arrived, left = True, parameter.grad
+        if left is None or left.is_sparse:
+            kept = torch.zeros((), dtype=torch.float64, device=self.device())
+        else:
+            kept = torch.linalg.vector_norm(left.detach(), dtype=torch.float32).double()
+        self._write_head("grad_kept", kept)
 
     def divide_scale(self) -> None:
         """Gradients at activations came with the loss scale; parameters' were read without it."""
@@ -229,24 +223,30 @@ class Clipping:
 
     A clipped gradient is changed in place, which torch counts in its version. Of one parameter the
     version right after the last accumulation and that right before the step are compared.
+    `arrives` is called with that parameter right before each accumulation.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, arrives: Callable[[nn.Parameter], None]) -> None:
         self.parameter: nn.Parameter | None = None  # the one that was chosen
-        self._handle: RemovableHandle | None = None
+        self._arrives = arrives
+        self._handles: list[RemovableHandle] = []
         self._fresh: tuple[int, int] | None = None
 
     def follow(self, parameters: Iterable[nn.Parameter]) -> None:
         """Choose the first parameter that gets a gradient."""
         self.parameter = next((p for p in parameters if p.requires_grad and p.is_leaf), None)
         if self.parameter is not None:
-            self._handle = self.parameter.register_post_accumulate_grad_hook(self._accumulated)
+            parameter = self.parameter
+            self._handles = [
+                parameter.register_hook(lambda g: self._arrives(parameter)),
+                parameter.register_post_accumulate_grad_hook(self._accumulated),
+            ]
 
     def close(self) -> None:
         """Remove the hook; safe to call twice."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
     def was_seen(self) -> bool:
         """Whether the gradient was changed, or replaced, since it was accumulated."""

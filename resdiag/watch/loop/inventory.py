@@ -147,9 +147,11 @@ class Inventory:
         if inspection is not None and inspection.is_whole:
             found |= _inspected(inspection, anatomy.blocks)
         if later is not None and later.is_whole:
-            again = _inspected(later, anatomy.blocks)
-            found |= {f"later_{kind}": again[kind] for kind in ("attentions", "lacking")}
-            found["later_step"] = later.step
+            found |= {
+                "later_attentions": _attentions(later, anatomy.blocks),
+                "later_lacking": later.lacking(),
+                "later_step": later.step,
+            }
         return found
 
     def _parameters(self, names: Mapping[int, str], places: Mapping[int, int]) -> dict[str, Any]:
@@ -219,11 +221,9 @@ def _trainable(parameters: Collection[nn.Parameter]) -> float | None:
 
 def _inspected(seen: Inspection, blocks: Sequence[Block]) -> dict[str, Any]:
     """What a pass showed, its tensors read in one transfer each kind."""
-    norms, attentions = seen.normalisations, seen.attentions
+    norms = seen.normalisations
     variances = _read([one.variance for one in norms])
     gains = iter(_read([one.gain for one in norms if one.gain is not None]))
-    entropies = _read([one.entropy for one in attentions])
-    spreads = _read([one.spread for one in attentions])
     constant = _read([same.double() for _, same in seen.constant])
     return {
         "normalisations": [
@@ -234,13 +234,7 @@ def _inspected(seen: Inspection, blocks: Sequence[Block]) -> dict[str, Any]:
             }
             for one, variance in zip(norms, variances, strict=True)
         ],
-        "attentions": [
-            {
-                "name": one.name, "block": _owner(one.name, one, blocks), "entropy": entropy,
-                "spread": spread,
-            }
-            for one, entropy, spread in zip(attentions, entropies, spreads, strict=True)
-        ],
+        "attentions": _attentions(seen, blocks),
         "matrices": len(constant),
         "constant": [
             {"name": name, "block": _owner(name, None, blocks)}
@@ -249,6 +243,19 @@ def _inspected(seen: Inspection, blocks: Sequence[Block]) -> dict[str, Any]:
         ],
         "lacking": seen.lacking(),
     }  # fmt: skip
+
+
+def _attentions(seen: Inspection, blocks: Sequence[Block]) -> list[dict[str, Any]]:
+    """Each attention of a pass: its name and block, the entropy and the spread of its logits."""
+    entropies = _read([one.entropy for one in seen.attentions])
+    spreads = _read([one.spread for one in seen.attentions])
+    return [
+        {
+            "name": one.name, "block": _owner(one.name, one, blocks), "entropy": entropy,
+            "spread": spread,
+        }
+        for one, entropy, spread in zip(seen.attentions, entropies, spreads, strict=True)
+    ]  # fmt: skip
 
 
 def _read(values: Sequence[Tensor]) -> list[float]:

@@ -59,14 +59,15 @@ class Follower:
         model = self._tracing.model
         kept = frozenset(id(x) for x in (*model.parameters(), *model.buffers()))
         planless = self._always or self.reason or self._misses > _MISSES + self.reads
-        surveyors: list[Surveyor] = [] if planless or again else [Survey(kept, self._plan)]
-        inspection = Inspection(self._names, step)
+        # a pass that is traced only to be looked at has its plan already
+        planned = planless or self._expected is not None
+        surveyors: list[Surveyor] = [] if planned else [Survey(kept, self._plan)]
         if self.inspection is None or not self.inspection.is_whole:
-            self.inspection = inspection
-            surveyors.insert(0, inspection)
+            self.inspection = Inspection(self._names, step, weights=True)
+            surveyors.insert(0, self.inspection)
         elif again or self._misses:
-            self.later = inspection
-            surveyors.insert(0, inspection)
+            self.later = Inspection(self._names, step)
+            surveyors.insert(0, self.later)
         return TracedPass(
             self._tracing, [self._recorder], surveyors, lambda one: self._again.arm(one.calls)
         )
