@@ -1,6 +1,7 @@
 """Gradients and updates of a model's parameters: when they are read, and at which point."""
 
 import math
+import weakref
 from collections.abc import Callable, Collection, Iterable
 
 import torch
@@ -228,7 +229,8 @@ class Clipping:
 
     def __init__(self, arrives: Callable[[nn.Parameter], None]) -> None:
         self.parameter: nn.Parameter | None = None  # the one that was chosen
-        self._arrives = arrives
+        # a parameter's hooks live in C++, where Python's collector sees no cycle
+        self._arrives = weakref.WeakMethod(arrives)
         self._handles: list[RemovableHandle] = []
         self._fresh: tuple[int, int] | None = None
 
@@ -236,10 +238,9 @@ class Clipping:
         """Choose the first parameter that gets a gradient."""
         self.parameter = next((p for p in parameters if p.requires_grad and p.is_leaf), None)
         if self.parameter is not None:
-            parameter = self.parameter
             self._handles = [
-                parameter.register_hook(lambda g: self._arrives(parameter)),
-                parameter.register_post_accumulate_grad_hook(self._accumulated),
+                self.parameter.register_hook(self._arriving),
+                self.parameter.register_post_accumulate_grad_hook(self._accumulated),
             ]
 
     def close(self) -> None:
@@ -252,6 +253,11 @@ class Clipping:
         """Whether the gradient was changed, or replaced, since it was accumulated."""
         grad = None if self.parameter is None else self.parameter.grad
         return grad is not None and self._fresh not in (None, (id(grad), grad._version))
+
+    def _arriving(self, g: Tensor) -> None:
+        arrives = self._arrives()
+        if arrives is not None and self.parameter is not None:
+            arrives(self.parameter)
 
     def _accumulated(self, parameter: torch.Tensor) -> None:
         grad = parameter.grad
