@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from resdiag.diagnose.finding import Evidence, Finding, Outcome, Rule, Threshold
-from resdiag.diagnose.rundata import RunData, trailing
+from resdiag.diagnose.rundata import RunData, first_step, held_since, trailing
 
 LARGEST_INPUT = Threshold(
     20.0,
@@ -38,8 +38,9 @@ def data_fault(seen: RunData) -> Outcome:
     - *constant labels*: one label for 99.9 % of every batch, in 3 recorded batches or more, or in
       the last 10.
     """
-    faults = [*_input(seen), *_same_samples(seen), *_changes(seen)]
-    yield from faults[:1] if faults and isinstance(faults[0], Finding) else faults
+    outcomes = [*_input(seen), *_same_samples(seen), *_changes(seen)]
+    yield from (one for one in outcomes if not isinstance(one, Finding))
+    yield from [one for one in outcomes if isinstance(one, Finding)][:1]
     share = seen.series("label_share").dropna()
     # of a loss that is maximised the labels are not what the gradient shows
     share = share[~(seen.series("head_loss").reindex(share.index) < 0).cummax()]
@@ -65,7 +66,7 @@ def _input(seen: RunData) -> Outcome:
         yield DATA_FAULT.not_judged("input: no floating-point input was recorded")
         return
     if (broken > 0).any():
-        step = int(broken.index[int((broken > 0).to_numpy().argmax())])
+        step = first_step(broken > 0)
         share = float(broken[step])
         text = f"a share of {share:.2g} of the input is not finite at step {step}"
         why = "A NaN spreads to everything that is computed from it, normalisations first"
@@ -98,7 +99,7 @@ def _same_samples(seen: RunData) -> Outcome:
     between = seen.series("data_between").dropna()
     count = trailing(between <= SAME_SAMPLES)
     if count >= LEAST_BATCHES:
-        since, value = int(between.index[len(between) - count]), float(between.iloc[-1])
+        since, value = held_since(between <= SAME_SAMPLES), float(between.iloc[-1])
         text = f"the samples of a batch do not differ from step {since} on"
         item = DATA_FAULT.evidence("data_between", value, SAME_SAMPLES, text, step=since)
         yield _fault("every sample is the same", item, "One sample, however often, teaches one")
@@ -119,7 +120,7 @@ def _changes(seen: RunData) -> Outcome:
     ):
         if not off.any():
             continue
-        at = int(off.index[int(off.to_numpy().argmax())])
+        at = first_step(off)
         # of a change that stays the median of all steps so far becomes what is usual
         late = stds.index >= at
         was = float(stds[~late].median()), float(means[stds.index][~late].median())

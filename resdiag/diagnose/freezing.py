@@ -24,32 +24,28 @@ VANISHED = "the gradient has vanished behind them"
 _DOES_NOT_REQUIRE = "this tensor does not require a gradient"
 
 
-def explain_still(seen: RunData, still: Sequence[int], since: int) -> dict[int, str]:
-    """Why each of the blocks does not move, as one of the sentences above.
+def explain_still(seen: RunData, block: int, since: int) -> str:
+    """Why a block's parameters do not move, as one of the sentences above.
 
     Args:
         seen: The run.
-        still: Blocks whose parameters do not move.
-        since: The step since when.
+        block: Its index.
+        since: The step since when they do not.
     """
     arriving, own = (
         table[table.index >= since] for table in map(seen.table, ("grad_output", "grad_param"))
     )
     most, most_own = (float(np.nanmax(t.to_numpy(), initial=0.0)) for t in (arriving, own))
     frozen, cut = (without_gradient(seen, metric) for metric in ("grad_output", "grad_input"))
-    causes = {}
-    for block in still:
-        at_output, at_weights = _known(arriving, block), _known(own, block)
-        if not len(at_output):
-            is_cut = block not in frozen and any(later > block for later in cut)
-            causes[block] = CUT_OFF if is_cut else FROZEN_BEGINNING
-        elif not at_output.max() > STARVED * most:
-            causes[block] = VANISHED
-        elif not len(at_weights):
-            causes[block] = FROZEN
-        else:
-            causes[block] = NOT_OWNED if at_weights.max() > STARVED * most_own else NO_GRADIENT
-    return causes
+    at_output, at_weights = _known(arriving, block), _known(own, block)
+    if not len(at_output):
+        is_cut = block not in frozen and any(later > block for later in cut)
+        return CUT_OFF if is_cut else FROZEN_BEGINNING
+    if not at_output.max() > STARVED * most:
+        return VANISHED
+    if not len(at_weights):
+        return FROZEN
+    return NOT_OWNED if at_weights.max() > STARVED * most_own else NO_GRADIENT
 
 
 def is_method(still: Sequence[int], every: Sequence[int]) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from resdiag.diagnose.breakdown import find_breakdown
 from resdiag.diagnose.finding import Outcome, Rule, Threshold
 from resdiag.diagnose.progress import find_doubts
-from resdiag.diagnose.rundata import RunData, trailing
+from resdiag.diagnose.rundata import RunData, first_step, held_since, trailing
 
 LEAST_KEPT = Threshold(3, "Steps in a row that began with gradients of the step before.")
 KEPT = Threshold(0.9, "Share of such steps among those from the first one on.")
@@ -88,7 +88,7 @@ def gradients_not_zeroed(seen: RunData) -> Outcome:
     left = kept > 0
     if not left.any():
         return
-    since = int(left.index[int(left.to_numpy().argmax())])
+    since = first_step(left)
     onward = left[left.index >= since]
     if len(onward) >= LEAST_KEPT and onward.mean() >= KEPT:
         value = float(kept[since])
@@ -114,7 +114,7 @@ def lr_schedule(seen: RunData) -> Outcome:
     idle = trailing(rates <= NO_RATE * highest)
     least = max(LEAST_IDLE[0], LEAST_IDLE[1] * len(rates))
     if highest > 0 and len(rates) > idle >= least:
-        since = int(rates.index[len(rates) - idle])
+        since = held_since(rates <= NO_RATE * highest)
         text = f"the learning rate is {float(rates[since]):.2g} from step {since} on, for {idle} "
         text += f"recorded steps; it was {highest:.3g}"
         limit = NO_RATE * highest
@@ -125,7 +125,7 @@ def lr_schedule(seen: RunData) -> Outcome:
     jumps = rates >= RATE_JUMP * before.where(before > 0)
     jumps.iloc[: int(BEFORE_JUMP)] = False
     if jumps.any():
-        at = int(jumps.index[int(jumps.to_numpy().argmax())])
+        at = first_step(jumps)
         value, was = float(rates[at]), float(before[at])
         text = f"the learning rate jumps from {was:.3g} at most to {value:.3g} at step {at}"
         item = LR_SCHEDULE.evidence("lr", value, RATE_JUMP * was, text, step=at)

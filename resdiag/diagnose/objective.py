@@ -11,18 +11,15 @@ import pandas as pd
 
 from resdiag.diagnose.breakdown import find_breakdown
 from resdiag.diagnose.finding import Evidence, Finding, Outcome, Rule, Threshold
+from resdiag.diagnose.overshoot import LARGE_STEP, SUDDEN
 from resdiag.diagnose.progress import find_doubts
-from resdiag.diagnose.rundata import RunData, trailing
+from resdiag.diagnose.rundata import RunData, first_step, held_since, trailing
 from resdiag.runs.watched_config import WatchedConfig
 
 LEAST_BATCHES = Threshold(3, "Recorded batches before a property of the loss is believed.")
 ALL_ROWS = Threshold(0.8, "Share of rows, and of recorded steps, that have to fit.")
 COPIES = Threshold(0.99, "Share of labels that equal the input, in every recorded batch.")
 SUMMED = Threshold(8.0, "Factor on the mean cross-entropy, where a step is too large for it.")
-LARGE_STEP = Threshold(0.1, "Update over weights that is too large, the largest of all blocks.")
-USUAL_SIZE = Threshold(
-    30.0, "Growth of the largest activation up to a loss that is not finite by itself."
-)
 
 
 def loss_fault(seen: RunData) -> Outcome:
@@ -82,7 +79,7 @@ def _activation(seen: RunData) -> Finding | None:
         return _fault(cause, item, _TWICE if softmax else _BOUNDED)
     fits = twice >= ALL_ROWS
     if len(twice) >= LEAST_BATCHES and fits.mean() >= ALL_ROWS:
-        step, value = int(twice.index[int(fits.to_numpy().argmax())]), float(twice.median())
+        step, value = first_step(fits), float(twice.median())
         text = f"{value:.0%} of the rows of the gradient at the logits are those of a "
         text += "cross-entropy of probabilities, which takes them for logits"
         item = LOSS_FAULT.evidence("softmax_twice", value, ALL_ROWS, text, step=step)
@@ -95,7 +92,7 @@ def _ignored(seen: RunData) -> Finding | None:
     count = trailing(ignored >= 1)
     if count < LEAST_BATCHES:
         return None
-    since = int(ignored.index[len(ignored) - count])
+    since = held_since(ignored >= 1)
     told = seen.series("loss")
     lost = told[told.index >= since].isna().any()
     if since != ignored.index[0] and not lost:
@@ -118,10 +115,10 @@ def _copies(seen: RunData) -> Finding | None:
 
 def _not_finite(seen: RunData) -> Finding | None:
     losses, broken = seen.series("loss"), seen.first_nonfinite
-    lost = ~np.isfinite(losses.to_numpy(dtype=float))
+    lost = losses.isna() | np.isinf(losses)
     if not lost.any() or not isinstance(seen.run.config, WatchedConfig):
         return None  # the loss of `resdiag run` is torch's own
-    step = int(losses.index[int(lost.argmax())])
+    step = first_step(lost)
     if broken is not None and broken.direction == "forward" and broken.step <= step:
         return None
     outputs, sizes = seen.profile("output_nonfinite", step), seen.table("output_channel_std")
@@ -129,7 +126,7 @@ def _not_finite(seen: RunData) -> Finding | None:
     now = sizes.max(axis=1).get(step, math.nan)
     if outputs.empty or (outputs > 0).any() or not math.isfinite(now):
         return None
-    if len(before) and not now <= USUAL_SIZE * before.iloc[:3].median():
+    if len(before) and not now <= SUDDEN * before.iloc[:3].median():
         return None
     norms = seen.series("grad_norm")
     earlier = norms[norms.index < step].dropna()
@@ -179,5 +176,5 @@ LOSS_FAULT = Rule(
     cause="wrong sign of the loss",
     why="Gradient descent on minus a loss makes every answer worse without end",
     remedy="hand the loss the output of the last linear layer as it is, and the mean over labels",
-    thresholds=(LEAST_BATCHES, ALL_ROWS, COPIES, SUMMED, LARGE_STEP, USUAL_SIZE),
+    thresholds=(LEAST_BATCHES, ALL_ROWS, COPIES, SUMMED, LARGE_STEP, SUDDEN),
 )

@@ -7,7 +7,7 @@ import pandas as pd
 
 from resdiag.diagnose.finding import DEFINITION, Evidence, Threshold
 from resdiag.diagnose.progress import has_fallen, is_falling
-from resdiag.diagnose.rundata import RunData
+from resdiag.diagnose.rundata import RunData, first_step
 from resdiag.theory.prediction import CRITICAL
 
 WORSE = Threshold(
@@ -136,7 +136,7 @@ def replaces_one_block(seen: RunData) -> list[Evidence]:
     alone = grown.gt(REPLACING_STEP) & grown.gt(BESIDE_MEDIAN * others, axis=0)
     if not alone.any(axis=None):
         return []
-    at = int(alone.index[int(alone.any(axis=1).to_numpy().argmax())])
+    at = first_step(alone.any(axis=1))
     block = int(alone.columns[int(alone.loc[at].to_numpy().argmax())])
     value = float(updates[block][at])
     text = f"step {at} moves {seen.name(block)} by {value:.2g} of its weights, the median block by "
@@ -180,11 +180,6 @@ def median_updates(seen: RunData) -> "pd.Series[float]":
     updates = seen.table("update_ratio").dropna(how="all")
     moving = updates.loc[:, (updates > 0).any()]
     return moving.median(axis=1).dropna()
-
-
-def first_step(crossed: "pd.Series[bool]") -> int:
-    """The first step at which it is so."""
-    return int(crossed.index[int(crossed.to_numpy().argmax())])
 
 
 def evidence_of(

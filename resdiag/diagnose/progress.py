@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from resdiag.diagnose.finding import Threshold
+from resdiag.diagnose.rundata import once_per_run
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +42,8 @@ LEAST_CHECKS = Threshold(
 ERRORS = Threshold(3.0, "Standard errors that a fall of the loss exceeds.")
 
 
-def find_doubts(seen: "RunData") -> list[str]:
+@once_per_run
+def find_doubts(seen: "RunData") -> tuple[str, ...]:
     """What is missing to say that the run learns, in words; empty if it does."""
     found, losses = [], seen.cross_entropy
     losses = losses[np.isfinite(losses)]
@@ -68,7 +70,7 @@ def find_doubts(seen: "RunData") -> list[str]:
             f"the loss has not fallen: its mean is {first.mean():.3g} over the first {len(first)} "
             f"steps, {last.mean():.3g} over the last {len(last)}"
         )
-    return found
+    return tuple(found)
 
 
 def has_learned(seen: "RunData") -> bool:

@@ -22,7 +22,6 @@ from resdiag.diagnose.overshoot import (
     WHOLE_STEP,
     WORSE,
     evidence_of,
-    first_step,
     large_step_before,
     learning_undone,
     loss_got_worse,
@@ -33,7 +32,7 @@ from resdiag.diagnose.overshoot import (
     replaces_weights,
 )
 from resdiag.diagnose.progress import FALLEN, find_doubts, has_fallen
-from resdiag.diagnose.rundata import RunData
+from resdiag.diagnose.rundata import RunData, first_step
 
 USUAL_STEP = Threshold(
     1e-3, "Update over weights of the first step at the learning rate that is proposed."

@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -276,6 +276,24 @@ def trailing(marks: "pd.Series[bool]") -> int:
     return len(held) if held.all() else int(held.argmin())
 
 
+def first_step(marks: "pd.Series[bool]") -> int:
+    """The first step that is marked; there is one.
+
+    >>> first_step(pd.Series([False, True, False], index=[10, 20, 30]))
+    20
+    """
+    return int(marks.index[int(marks.to_numpy(dtype=bool).argmax())])
+
+
+def held_since(marks: "pd.Series[bool]") -> int:
+    """The first step from which on all are marked; the last step if it is not.
+
+    >>> held_since(pd.Series([True, False, True, True], index=[10, 20, 30, 40]))
+    30
+    """
+    return int(marks.index[len(marks) - max(1, trailing(marks))])
+
+
 def once_per_run(find: "Callable[[RunData], Found]") -> "Callable[[RunData], Found]":
     """A function of a run that is computed once, as several rules ask for it."""
 
@@ -283,8 +301,7 @@ def once_per_run(find: "Callable[[RunData], Found]") -> "Callable[[RunData], Fou
     def remembered(seen: RunData) -> Found:
         if find not in seen._found:
             seen._found[find] = find(seen)
-        found: Any = seen._found[find]
-        return found  # type: ignore[no-any-return]
+        return cast(Found, seen._found[find])
 
     return remembered
 

@@ -21,7 +21,7 @@ from resdiag.diagnose.freezing import (
     is_method,
 )
 from resdiag.diagnose.progress import STALL_STEPS, find_doubts
-from resdiag.diagnose.rundata import RunData, trailing
+from resdiag.diagnose.rundata import RunData, held_since, trailing
 from resdiag.watch.base.functions import NORMALISATIONS
 
 FIRST_BRANCH = Threshold(1.0, "RMS of a branch over that of its shortcut, at the first step.")
@@ -153,8 +153,8 @@ def frozen_block(seen: RunData) -> Outcome:
     if not still or not (moved > 0).any():
         return
     # blocks that stop moving later are told apart by what came to them since
-    since = {b: int(updates.index[-trailing(updates[b].fillna(0) == 0)]) for b in still}
-    causes = {b: explain_still(seen, [b], since[b])[b] for b in still}
+    since = {b: held_since(updates[b].fillna(0) == 0) for b in still}
+    causes = {b: explain_still(seen, b, since[b]) for b in still}
     asked = [b for b in still if causes[b] in (FROZEN_BEGINNING, FROZEN, NOT_OWNED)]
     if not is_method(asked, [int(b) for b in moved.index]):
         asked = [b for b in asked if causes[b] == FROZEN_BEGINNING]

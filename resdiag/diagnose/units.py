@@ -8,7 +8,7 @@ import pandas as pd
 from resdiag.catalog.table import SITES
 from resdiag.diagnose.finding import Finding, Outcome, Rule, Threshold
 from resdiag.diagnose.progress import share_left
-from resdiag.diagnose.rundata import RunData
+from resdiag.diagnose.rundata import RunData, held_since
 
 CONSTANT_BRANCH = Threshold(
     1e-5,
@@ -109,7 +109,7 @@ def _masked(seen: RunData, block: int, step: int) -> Finding:
 def _dead(
     seen: RunData, block: int, value: float, bar: float, ratio: pd.DataFrame, dead: pd.DataFrame
 ) -> Finding:
-    since = _since(ratio[block] <= bar) if value <= bar else _since(dead[block] >= DEAD)
+    since = held_since(ratio[block] <= bar) if value <= bar else held_since(dead[block] >= DEAD)
     share = float(dead[block].iloc[-1]) if block in dead else math.nan
     cause = ""
     if share > BESIDE_OTHERS and share > float(dead.drop(columns=block).iloc[-1].median()) + 0.2:
@@ -140,7 +140,7 @@ def saturated_block(seen: RunData) -> Outcome:
         others = float(last.drop(block).median()) if len(last) > 1 else 0.0
         above = last[block] >= SATURATED and not last[block] - others < BESIDE_OTHERS
         if above and curved.get(int(block), not curved):
-            since, value = _since(table[block] >= SATURATED), float(last[block])
+            since, value = held_since(table[block] >= SATURATED), float(last[block])
             text = f"{value:.0%} of the activation outputs of {seen.name(int(block))} are saturated"
             text += f" since step {since}, in the median of the others {others:.0%}"
             yield SATURATED_BLOCK.found(
@@ -188,7 +188,7 @@ def bias_shift(seen: RunData) -> Outcome:
         text += f"and {growth[block]:.3g} times the means before it, at step {step}"
         begun = table[block][table.index <= step] >= LARGEST_SHIFT
         item = BIAS_SHIFT.evidence(
-            "output_bias", value, LARGEST_SHIFT, text, step=_since(begun), block=block
+            "output_bias", value, LARGEST_SHIFT, text, step=held_since(begun), block=block
         )
         yield BIAS_SHIFT.found(item)
         return
@@ -224,7 +224,7 @@ def drift(seen: RunData) -> Outcome:
     if now >= LARGEST_DRIFT and now >= 2 * first and together:
         mean = seen.value("output_mean", end, last)
         bar = max(float(LARGEST_DRIFT), 2 * first)
-        since = _since(seen.table("output_bias")[last] >= bar)
+        since = held_since(seen.table("output_bias")[last] >= bar)
         text = f"the mean of the stream is {mean:.3g} behind {seen.name(last)} at step {end}: "
         text += f"B2 {now:.2g}, it began at {first:.2g}; above {bar:.2g} since step {since}"
         item = DRIFT.evidence("output_bias", now, LARGEST_DRIFT, text, step=since, block=last)
@@ -255,13 +255,6 @@ def fp16_overflow(seen: RunData) -> Outcome:
                 metric, HALF_RANGE, HALF_RANGE, text, step=found.step, block=found.block
             )
         )
-
-
-def _since(bad: "pd.Series[bool]") -> int:
-    """The first step from which on it holds until the end."""
-    held = bad.to_numpy()[::-1]
-    count = int(np.argmin(held)) if not held.all() else len(held)
-    return int(bad.index[len(held) - max(1, count)])
 
 
 _PLOTS = ("biasshift", "signal")

@@ -118,7 +118,7 @@ def judge(run: "Run | Monitor") -> Verdict:
     if run.status != "diverged" and run.steps < run.config.steps:
         done = f"step {run.steps} of {run.config.steps}"
         open_questions.append(f"the rest of the run: it is at {done} ({run.status})")
-    doubts, checks = find_doubts(seen), _count_checks(outcomes, seen)
+    doubts, checks = [*find_doubts(seen)], _count_checks(outcomes, seen)
     # what model and loop consist of says little about how the training goes
     of_numbers = {n: of for n, of in outcomes.items() if FINDINGS[n].needs != ("inventory",)}
     whole, applied = _count_checks(of_numbers, seen)
