@@ -175,13 +175,6 @@ def _is_sudden(seen: RunData, step: int) -> bool:
     return not len(before) or bool(before.iloc[-1] <= 2 * before.iloc[0] + 1)
 
 
-def median_updates(seen: RunData) -> "pd.Series[float]":
-    """Median over the blocks of update over weights, by recorded step."""
-    updates = seen.table("update_ratio").dropna(how="all")
-    moving = updates.loc[:, (updates > 0).any()]
-    return moving.median(axis=1).dropna()
-
-
 def evidence_of(
     metric: str, step: int, value: float, threshold: float, text: str, block: int | None = None
 ) -> Evidence:

@@ -148,10 +148,9 @@ def sum_updates(seen: "RunData", losses: "pd.Series[float]") -> float:
 
     Steps that were not recorded count as the recorded ones around them.
     """
-    updates = seen.table("update_ratio").dropna(how="all")
-    known = updates.loc[:, (updates > 0).any()].median(axis=1).dropna()
+    known = seen.median_updates
     if known.empty:
-        return math.nan if updates.empty else 0.0
+        return math.nan if seen.table("update_ratio").dropna(how="all").empty else 0.0
     return float(np.interp(losses.index, known.index, known.to_numpy(dtype=float)).sum())
 
 

@@ -26,7 +26,6 @@ from resdiag.diagnose.overshoot import (
     learning_undone,
     loss_got_worse,
     loss_peaked,
-    median_updates,
     recovers,
     replaces_one_block,
     replaces_weights,
@@ -72,7 +71,7 @@ def lr_too_high(seen: RunData) -> Outcome:
     end that it learned. Its step is the first at which one of these thresholds was crossed.
     """
     losses = seen.series("loss")
-    updates = median_updates(seen)
+    updates = seen.median_updates
     if len(losses) < 3 and updates.empty and not seen.steps:
         yield LR_TOO_HIGH.not_judged("neither losses nor updates were recorded")
         return
@@ -178,7 +177,7 @@ def weight_decay_too_large(seen: RunData) -> Outcome:
         return
     taken = (rates * decays).dropna()
     value = float(taken.median()) if len(taken) else math.nan
-    updates = median_updates(seen)
+    updates = seen.median_updates
     if value >= LARGEST_DECAY:
         since = first_step(taken >= LARGEST_DECAY)
         # of more steps momentum would sum up the decay; a single one may have no gradient yet

@@ -181,6 +181,12 @@ class RunData:
         return column[told | (column.index > lost)]
 
     @cached_property
+    def median_updates(self) -> "pd.Series[float]":
+        """Median of update over weights, by recorded step, over the blocks that ever move."""
+        updates = self.table("update_ratio").dropna(how="all")
+        return updates.loc[:, (updates > 0).any()].median(axis=1).dropna()
+
+    @cached_property
     def cross_entropy(self) -> "pd.Series[float]":
         """The loss as a mean per label, as ln K is one.
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -149,10 +149,10 @@ def set_eps(trial: Trial) -> None:
     """The norms' epsilon is the strength times the variance of what first enters them."""
     seen: set[nn.Module] = set()
 
-    def hook(norm: nn.Module, entering: tuple[Tensor]) -> None:
+    def hook(norm: Any, entering: tuple[Tensor]) -> None:  # noqa: ANN401 - norms of any library
         if norm not in seen:
             seen.add(norm)
-            norm.eps = trial.strength * float(entering[0].detach().var())  # type: ignore[assignment]
+            norm.eps = trial.strength * float(entering[0].detach().var())
 
     for owner in trial.owners:
         for norm in norms_in(owner):

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from resdiag.pathologies.optimizers import OPTIMIZERS
@@ -11,6 +11,7 @@ from resdiag.pathologies.tasks import logits_of
 from resdiag.pathologies.trial import Trial
 from resdiag.runs.folder import Run
 from resdiag.runs.watched import as_run
+from resdiag.watch.find.blocks import put_back
 from resdiag.watch.loop.attach import attach
 from resdiag.watch.loop.monitor import Monitor
 
@@ -129,17 +130,9 @@ class Loop:
 
 def evaluate(trial: Trial) -> float:
     """Mean loss on four batches of a seed that no training has; the mode is put back."""
-    modes = {module: module.training for module in trial.model.modules()}
-    trial.model.eval()
     task, losses = trial.architecture.learns, []
-    with torch.no_grad():
+    with torch.no_grad(), put_back(trial.model, evaluate=True):
         for index in range(4):
             inputs, targets = task.batch(_UNSEEN, index, trial.samples)
             losses.append(float(trial.loss(logits_of(trial.model(inputs)), targets, 0)))
-    _restore(modes)
     return sum(losses) / len(losses)
-
-
-def _restore(modes: dict[nn.Module, bool]) -> None:
-    for module, mode in modes.items():
-        module.training = mode

@@ -4,6 +4,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from resdiag.errors import UsageError
 from resdiag.models.source import error_words
 from resdiag.probe.batch import main_output
 from resdiag.probe.experiments.default_loss import cross_entropy_classes, default_loss, own_loss
+from resdiag.watch.base.tensors import tensors_in
 
 LABELS = ("labels", "label", "label_ids", "targets", "target", "y")
 """Names under which a batch, or a model's `forward`, has the target."""
@@ -74,12 +76,12 @@ class Task:
     @property
     def first_input(self) -> Tensor | None:
         """The first tensor of the inputs."""
-        return next(iter(_tensors(self.inputs)), None)
+        return next(tensors_in(self.inputs), None)
 
     @property
     def samples(self) -> int | None:
         """How many samples the batch has; None where its tensors do not agree on that."""
-        inputs, target = _tensors(self.inputs), _tensors(self.target)
+        inputs, target = list(tensors_in(self.inputs)), list(tensors_in(self.target))
         sizes = {len(x) for x in (*inputs[:1], *target) if x.dim()}
         return sizes.pop() if inputs and inputs[0].dim() and len(sizes) == 1 else None
 
@@ -147,9 +149,10 @@ class Task:
 
     def describe(self) -> str:
         """The form of the batch: sizes and types of its tensors."""
-        words = [f"{_short(x)}" for x in _tensors(self.inputs)[:3]]
-        if target := _tensors(self.target):
-            words.append(f"target {_short(target[0])}")
+        words = [f"{_short(x)}" for x in islice(tensors_in(self.inputs), 3)]
+        target = next(tensors_in(self.target), None)
+        if target is not None:
+            words.append(f"target {_short(target)}")
         return ", ".join(words)
 
     def _call(self, model: nn.Module) -> object:
@@ -231,7 +234,7 @@ def open_task(model: nn.Module, batch: object, loss: Callable[..., Any] | None) 
         key = len(value) - 1 if has_target else None
     elif not named_model:
         raise UsageError(f"a batch is {_FORMS}, not {type(batch).__name__}")
-    if not named_model and not _tensors(value):
+    if not named_model and next(tensors_in(value), None) is None:
         raise UsageError("the batch holds no tensor", f"a batch is {_FORMS}")
     takes_model = named_model or (key is None and len(names) == 2)
     return Task(batch=value, key=key, loss=loss, takes_model=takes_model)
@@ -256,17 +259,6 @@ def _like(value: Any, items: Any) -> Any:  # noqa: ANN401
         return type(value)(items)
     except TypeError:
         return items
-
-
-def _tensors(value: object) -> list[Tensor]:
-    found = list[Tensor]()
-
-    def keep(x: Tensor) -> Tensor:
-        found.append(x)
-        return x
-
-    map_tensors(value, keep)
-    return found
 
 
 def _clone(x: Tensor) -> Tensor:
