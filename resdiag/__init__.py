@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from resdiag.diagnose.saving import save as save
     from resdiag.diagnose.verdict import Verdict as Verdict
     from resdiag.diagnose.verdict import judge as judge
+    from resdiag.errors import StopTraining as StopTraining
     from resdiag.interventions.additions import lesion as lesion
+    from resdiag.models.inspection import inspect as inspect
     from resdiag.models.resnet import build_model as build_model
     from resdiag.models.variants import VARIANTS as VARIANTS
     from resdiag.models.variants import Variant as Variant
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from resdiag.probe.examination import Examination as Examination
     from resdiag.probe.examine import examine as examine
     from resdiag.runs.folder import load_frame as load_frame
-    from resdiag.runs.folder import load_run as load_run
+    from resdiag.runs.watched import load_run as load_run
     from resdiag.theory.laws import Law as Law
     from resdiag.theory.laws import register_law as register_law
     from resdiag.theory.laws import unregister_law as unregister_law
@@ -51,8 +53,10 @@ _HOMES = {
     # watching any model
     "attach": "resdiag.watch.loop.attach",
     "Monitor": "resdiag.watch.loop.monitor",
+    "StopTraining": "resdiag.errors",
     "find_blocks": "resdiag.watch.find.blocks",
     "Block": "resdiag.watch.find.blocks",
+    "inspect": "resdiag.models.inspection",
     "METRICS": "resdiag.catalog.table",
     "metric": "resdiag.catalog.custom",
     "custom_metrics": "resdiag.catalog.custom",
@@ -73,7 +77,7 @@ _HOMES = {
     "Examination": "resdiag.probe.examination",
     # runs on disk, and what they mean
     "load_frame": "resdiag.runs.folder",
-    "load_run": "resdiag.runs.folder",
+    "load_run": "resdiag.runs.watched",
     "save": "resdiag.diagnose.saving",
     "draw": "resdiag.plots.drawing",
     "PlotKind": "resdiag.plots.plotkind",

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class ResdiagError(Exception):
@@ -36,6 +37,18 @@ class BusyError(ResdiagError):
     """Another process is writing this run (exit code 75, EX_TEMPFAIL)."""
 
     exit_code = 75
+
+
+class StopTraining(Exception):
+    """Raised by `Monitor.step()` on the first fault, if `attach(on_finding="stop")` asked for it.
+
+    Attributes:
+        finding: What was found, a `resdiag.Finding`.
+    """
+
+    def __init__(self, finding: Any) -> None:  # noqa: ANN401 - findings are known in a room above
+        super().__init__(f"{finding.name}: {finding.summary}")
+        self.finding = finding
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:

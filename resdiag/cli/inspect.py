@@ -22,7 +22,7 @@ def inspect(
 ) -> None:
     """Print a model's residual blocks: stage, name, shortcut, after-add, parameters."""
     shape = parse_shape(input_shape)
-    from resdiag.models.inspection import inspect_model
+    from resdiag.models.inspection import inspect as inspect_model
     from resdiag.models.source import parse_arguments
 
     found = inspect_model(

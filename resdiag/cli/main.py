@@ -14,6 +14,7 @@ from resdiag.cli.report import freeze_study, report, report_study
 from resdiag.cli.run import run
 from resdiag.cli.study import study_app
 from resdiag.cli.tables import metrics, variants, version
+from resdiag.cli.watch import watch
 
 _EPILOG = (
     "Exit codes: 0 done, also if the network exploded; 1 failed; 2 wrong usage; 3 a study ended "
@@ -33,7 +34,8 @@ app = App(
 )
 app.callback()(print_help)
 for command in (
-    run, plot, explain, report, lesion, inspect, export, predict, probe, variants, metrics, version,
+    run, watch, plot, explain, report, lesion, inspect, export, predict, probe, variants, metrics,
+    version,
 ):  # fmt: skip
     app.command()(command)
 study_app.command("report")(report_study)

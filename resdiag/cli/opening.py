@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from resdiag.cli.output import say
 from resdiag.errors import UsageError
-from resdiag.runs.folder import Run, find_runs, latest_run, load_run
+from resdiag.runs.folder import Run, find_runs, latest_run, read_run
 
 if TYPE_CHECKING:
     from resdiag.study.study import Study
@@ -22,8 +22,8 @@ def open_runs(paths: Sequence[Path] | None, root: Path) -> list[Run]:
         if not folders:
             raise _no_run(path)
     if not paths:
-        return [load_run(latest_run(root))]
-    return [load_run(run) for run in dict.fromkeys(chain(*found.values()))]
+        return [read_run(latest_run(root))]
+    return [read_run(run) for run in dict.fromkeys(chain(*found.values()))]
 
 
 def open_study(where: str, settings: Sequence[str] | None, mini: bool) -> "Study":

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ from resdiag.diagnose.registry import (
 )
 from resdiag.diagnose.rundata import RunData
 from resdiag.runs.folder import Run
-from resdiag.runs.watched import opened
+from resdiag.runs.watched import load_run
 from resdiag.runs.watched_config import WatchedConfig
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class Verdict:
 Said = TypeVar("Said", Finding, Verdict)
 
 
-def judge(run: "Run | Monitor") -> Verdict:
+def judge(run: "str | os.PathLike[str] | Run | Monitor") -> Verdict:
     """Judge a run by every rule of `resdiag.FINDINGS`; the most upstream one names it.
 
     A run that grew at initialisation and broke down later is `grows_at_init`: that is the cause;
@@ -107,10 +108,13 @@ def judge(run: "Run | Monitor") -> Verdict:
     raises on a missing or odd column: what cannot be judged is listed in `not_judged`.
 
     Args:
-        run: A run from a folder or from frames in memory, or a monitor; it may still be in
-            progress.
+        run: A run's folder, a run, or a monitor; it may still be in progress.
+
+    Raises:
+        UsageError: There is no run in the folder, or a file of it is damaged.
     """
-    seen = RunData(run := opened(run))
+    run = load_run(run)
+    seen = RunData(run)
     outcomes = {row.name: _apply(row, seen) for row in FINDINGS.values()}
     every = [outcome for of_rule in outcomes.values() for outcome in of_rule]
     unanswered = [i for i in every if isinstance(i, NotJudged)]

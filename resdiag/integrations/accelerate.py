@@ -9,8 +9,10 @@ try:
     from accelerate import Accelerator
 except ImportError as error:
     raise ImportError("accelerate is missing: pip install 'resdiag[accelerate]'") from error
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from resdiag.diagnose.finding import Finding
 from resdiag.integrations.session import Session, Watching, unwrapped
 from resdiag.watch.loop.monitor import Monitor
 
@@ -37,6 +39,9 @@ class ResdiagWatch:
         save: Folder to write the run to at the end, with its verdict; a resumed training writes
             beside it, into `<save>-from-<step>`.
         name: Of the run: in the trackers, and in labels.
+        live: As of `resdiag.attach`: True for a panel, "http" for a page; the first process shows.
+        on_finding: As of `resdiag.attach`: called with each finding once, or "warn"; "stop" raises
+            `resdiag.StopTraining` from `step`.
 
     Attributes:
         monitor: The monitor: `monitor.to_frame()` has what was recorded, also after the end.
@@ -55,6 +60,8 @@ class ResdiagWatch:
         trackers: Sequence[str] = (),
         save: str | os.PathLike[str] | None = None,
         name: str = "run",
+        live: bool | str = False,
+        on_finding: Callable[[Finding], object] | str | None = None,
     ) -> None:
         watching = Watching(
             every=every,
@@ -63,8 +70,11 @@ class ResdiagWatch:
             trackers=trackers,
             save=save,
             name=name,
+            live=live,
+            on_finding=on_finding,
         )
-        self._accelerator, self._step = accelerator, begun
+        self._accelerator = accelerator
+        self._losses: list[Tensor] = []
         self._session = Session(
             watching,
             accelerator.unwrap_model(model, keep_torch_compile=True),
@@ -84,13 +94,17 @@ class ResdiagWatch:
         """End a step, if the gradients were synchronised in it.
 
         Args:
-            loss: Its loss, a tensor or a number, for the saved run; looked at in the end only.
+            loss: The loss of this micro-step, a tensor or a number, for the verdict, which gets
+                the mean of those of a step; looked at when the record is.
+
+        Raises:
+            StopTraining: `on_finding="stop"` found a fault.
         """
+        if loss is not None:
+            self._losses.append(torch.as_tensor(loss).detach())
         if self._accelerator.sync_gradients:
-            if loss is not None:
-                self._session.add_loss(self._step, getattr(loss, "detach", lambda: loss)())
-            self._step += 1
-            self.monitor.step()
+            losses, self._losses = self._losses, []
+            self.monitor.step(torch.stack(losses).mean() if losses else None)
 
     def close(self, status: str = "done") -> None:
         """Remove every hook; what was recorded stays readable. Safe to call twice."""

@@ -1,16 +1,19 @@
 """Lightning: a callback that records a training."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:
     raise ImportError("lightning is missing: pip install 'resdiag[lightning]'") from error
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from resdiag.integrations.session import Session, SessionOwner, Watching
+from resdiag.diagnose.finding import Finding
+from resdiag.errors import StopTraining
+from resdiag.integrations.session import Session, SessionOwner, Watching, say_stop
 
 
 class ResdiagCallback(SessionOwner, Callback):
@@ -29,6 +32,9 @@ class ResdiagCallback(SessionOwner, Callback):
         save: Folder to write the run to at the end, with its verdict; a resumed training writes
             beside it, into `<save>-from-<step>`.
         name: Of the run: in the trackers, and in labels.
+        live: As of `resdiag.attach`: True for a panel, "http" for a page; the first process shows.
+        on_finding: As of `resdiag.attach`: called with each finding once, or "warn"; "stop" ends
+            the training as `trainer.should_stop` does.
     """
 
     def __init__(
@@ -41,6 +47,8 @@ class ResdiagCallback(SessionOwner, Callback):
         trackers: Sequence[str] = (),
         save: str | os.PathLike[str] | None = None,
         name: str = "run",
+        live: bool | str = False,
+        on_finding: Callable[[Finding], object] | str | None = None,
     ) -> None:
         self._module = module
         self._watching = Watching(
@@ -50,16 +58,19 @@ class ResdiagCallback(SessionOwner, Callback):
             trackers=trackers,
             save=save,
             name=name,
+            live=live,
+            on_finding=on_finding,
         )
         self._optimizer: Any = None
         self._is_due = False
+        self._losses: list[Tensor] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the network; a checkpoint has been loaded by now."""
         self.close("stopped")
         if not trainer.optimizers:
             raise ValueError("the LightningModule has no optimizer to watch")
-        self._optimizer, self._is_due = trainer.optimizers[0], False
+        self._optimizer, self._is_due, self._losses = trainer.optimizers[0], False, []
         self._session = Session(
             self._watching,
             _network(pl_module, self._module),
@@ -90,11 +101,17 @@ class ResdiagCallback(SessionOwner, Callback):
         batch_idx: int,
     ) -> None:
         """End the step, if this batch ended one."""
+        if isinstance(outputs, dict) and outputs.get("loss") is not None:
+            # of this micro-batch, and divided by their number already
+            self._losses.append(outputs["loss"].detach())
         if self._is_due:
-            if self._session is not None and isinstance(outputs, dict) and "loss" in outputs:
-                self._session.add_loss(trainer.global_step - 1, outputs["loss"].detach())
-            self.monitor.step()
             self._is_due = False
+            losses, self._losses = self._losses, []
+            try:
+                self.monitor.step(torch.stack(losses).sum() if losses else None)
+            except StopTraining as stop:
+                say_stop(stop)
+                trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove every hook."""

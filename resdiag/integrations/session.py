@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
+from resdiag.diagnose.finding import Finding
 from resdiag.diagnose.saving import save
-from resdiag.errors import ResdiagError
-from resdiag.runs.folder import load_run
+from resdiag.errors import ResdiagError, StopTraining
+from resdiag.runs.folder import read_run
 from resdiag.trackers.feed import Feed, open_feed
 from resdiag.trackers.tracker import RunInfo, parse_tracker
 from resdiag.watch.loop.attach import attach
@@ -29,6 +30,8 @@ class Watching:
         trackers: Trackers to tell, each as `name:place`; the first process tells them.
         save: Folder to write the run to at its end; None writes none.
         name: Of the run: in the trackers, and in labels.
+        live: A display, as of `attach`; the first process shows it.
+        on_finding: What is done with each finding, as of `attach`.
     """
 
     every: int = 1
@@ -37,6 +40,8 @@ class Watching:
     trackers: Sequence[str] = ()
     save: str | os.PathLike[str] | None = None
     name: str = "run"
+    live: bool | str = False
+    on_finding: Callable[[Finding], object] | str | None = None
 
     def __post_init__(self) -> None:
         for text in self.trackers:
@@ -75,6 +80,8 @@ class Session:
             record_first=watching.record_first,
             grad_read_point="pre_clip",
             scaler=scaler,
+            live=watching.live if is_first else False,
+            on_finding=watching.on_finding,
         )
         self.monitor.start_at(begun)
         self._stops: list[Callable[[], object]] = []
@@ -90,7 +97,7 @@ class Session:
             self._folder = self._folder.with_name(f"{self._folder.name}-from-{begun}")
 
     def add_loss(self, step: int, loss: Any) -> None:  # noqa: ANN401
-        """Note the loss of a step, a number or a tensor; it is looked at in the end."""
+        """Note the loss of a step that the monitor is not told: it is looked at in the end."""
         self._losses[step] = loss
 
     def at_close(self, stop: Callable[[], object]) -> None:
@@ -113,6 +120,9 @@ class Session:
 
     def _save(self) -> None:
         """Write the run folder and say the verdict; a full disk is said and ends no training."""
+        told = self.monitor.to_frame("step")
+        if "loss" in told and told["loss"].notna().any():  # of every step, and so the better ones
+            self._losses = {}
         steps = sorted(self._losses)
         losses = [float(self._losses[step]) for step in steps]
         curve: dict[str, Sequence[float]] = {"step": steps, "loss": losses}
@@ -120,7 +130,7 @@ class Session:
             folder = save(
                 self.monitor, self._folder, model=self._name, curve=curve if steps else None
             )
-            verdict = load_run(folder).verdict or {}
+            verdict = read_run(folder).verdict or {}
             line = f"{folder}: {verdict.get('name')}. {verdict.get('summary')}"
         except ResdiagError as error:
             line = f"the run was not saved: {error.message}"
@@ -148,6 +158,11 @@ class SessionOwner:
         """End the watching; safe to call twice."""
         if self._session is not None:
             self._session.close(status)
+
+
+def say_stop(stop: StopTraining) -> None:
+    """Say why a training ends."""
+    print(f"resdiag: the training stops: {stop}", file=sys.stderr)
 
 
 def unwrapped(optimizer: Any) -> Any:  # noqa: ANN401

@@ -1,16 +1,20 @@
 """Hugging Face Trainer: a callback that records a training."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 try:
     from transformers import TrainerCallback
 except ImportError as error:
     raise ImportError("transformers is missing: pip install 'resdiag[transformers]'") from error
+import torch
+from torch import Tensor
 
+from resdiag.diagnose.finding import Finding
+from resdiag.errors import StopTraining
 from resdiag.integrations.accelerate import tell_unscaled
-from resdiag.integrations.session import Session, SessionOwner, Watching, unwrapped
+from resdiag.integrations.session import Session, SessionOwner, Watching, say_stop, unwrapped
 
 
 class ResdiagCallback(SessionOwner, TrainerCallback):
@@ -28,6 +32,9 @@ class ResdiagCallback(SessionOwner, TrainerCallback):
         save: Folder to write the run to at the end, with its verdict; a resumed training writes
             beside it, into `<save>-from-<step>`.
         name: Of the run: in the trackers, and in labels.
+        live: As of `resdiag.attach`: True for a panel, "http" for a page; the first process shows.
+        on_finding: As of `resdiag.attach`: called with each finding once, or "warn"; "stop" ends
+            the training as `control.should_training_stop` does.
     """
 
     def __init__(
@@ -39,7 +46,11 @@ class ResdiagCallback(SessionOwner, TrainerCallback):
         trackers: Sequence[str] = (),
         save: str | os.PathLike[str] | None = None,
         name: str = "run",
+        live: bool | str = False,
+        on_finding: Callable[[Finding], object] | str | None = None,
     ) -> None:
+        self._losses: list[Tensor] = []
+        self._is_sum = self._smoothed = False
         self._watching = Watching(
             every=every,
             record_first=record_first,
@@ -47,6 +58,8 @@ class ResdiagCallback(SessionOwner, TrainerCallback):
             trackers=trackers,
             save=save,
             name=name,
+            live=live,
+            on_finding=on_finding,
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **known: Any) -> None:  # noqa: ANN401
@@ -63,10 +76,34 @@ class ResdiagCallback(SessionOwner, TrainerCallback):
             config=args.to_sanitized_dict(),
         )
         self._session.at_close(tell_unscaled(optimizer, self._read))
+        # the Trainer then takes the loss from the logits, and not from the model
+        self._smoothed = args.label_smoothing_factor != 0
+        hook = known["model"].register_forward_hook(self._keep_loss, with_kwargs=True)
+        self._session.at_close(hook.remove)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **known: Any) -> None:  # noqa: ANN401
         """End the step: the parameters have moved, their gradients are still there."""
-        self.monitor.step()
+        losses, self._losses = self._losses, []
+        try:
+            self.monitor.step(self._loss_of(losses))
+        except StopTraining as stop:
+            say_stop(stop)
+            control.should_training_stop = True
+
+    def _keep_loss(self, model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:  # noqa: ANN401
+        """Note the loss that the model returns for each micro-batch."""
+        loss = output.get("loss") if isinstance(output, dict) else None
+        if model.training and isinstance(loss, Tensor) and loss.numel() == 1:
+            # divided by the items of all micro-batches, or a mean over those of its own
+            self._is_sum = kwargs.get("num_items_in_batch") is not None
+            self._losses.append(loss.detach())
+
+    def _loss_of(self, losses: list[Tensor]) -> Tensor | None:
+        """The loss of a step; None where the Trainer computes it outside of the model."""
+        if not losses or self._smoothed:
+            return None
+        total = torch.stack(losses).sum()
+        return total if self._is_sum else total / len(losses)
 
     def on_log(
         self,

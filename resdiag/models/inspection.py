@@ -11,14 +11,16 @@ from torch import nn
 from resdiag.errors import ResdiagError, UsageError
 from resdiag.models.example import Example, example_batch
 from resdiag.models.source import LIBRARIES, Built, build_source, error_words
+from resdiag.summary import Summary, summarise_blocks
 from resdiag.watch.find.blocks import Block, find_anatomy
+from resdiag.watch.plan.ports import example
 
 _RESERVED = 0.7  # share of the free memory that a model's weights may take
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Inspection:
-    """What `resdiag inspect` found.
+    """What `inspect` found; shown as a table of the blocks.
 
     Attributes:
         built: The model.
@@ -34,6 +36,21 @@ class Inspection:
     units: list[Block]
     parameters: list[int]
 
+    def summary(self) -> Summary:
+        """One row per block, or per unit where there is no residual addition."""
+        found = [*self.blocks, *self.units]
+        many = f"{len(found)} {'block' if self.blocks else 'module'}{'s' * (len(found) != 1)}"
+        kind = "" if self.blocks or not found else " without a residual addition"
+        total = words_of(count_parameters(self.built.model))
+        title = f"{self.built.name}: {many}{kind}, {total} parameters"
+        return summarise_blocks(title, (block.to_dict() for block in found), notes=self.built.notes)
+
+    def __repr__(self) -> str:
+        return str(self.summary())
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
+
     def to_dict(self) -> dict[str, Any]:
         """The document of `resdiag inspect --json`."""
         pairs = zip([*self.blocks, *self.units], self.parameters, strict=True)
@@ -42,22 +59,27 @@ class Inspection:
         return {"model": self.built.name, "blocks": blocks, "units": units}
 
 
-def inspect_model(
-    name: str,
+def inspect(
+    model: str | nn.Module,
     arguments: Mapping[str, Any] | None = None,
     *,
+    example_inputs: object = None,
     shape: Sequence[int] | None = None,
     batch_size: int = 1,
     blocks: Sequence[str] | None = None,
 ) -> Inspection:
-    """Find the blocks of the model that a string names.
+    """Find the residual blocks of a model, without training it.
 
-    A library's model is built on the meta device, where weights take neither memory nor time; one
-    that cannot run there, and a factory of the user's, is built for real.
+    The pass runs in evaluation mode without gradients; the mode of every module and the random
+    state are put back. The model that a name of a library means is built on the meta device, where
+    weights take neither memory nor time; one that cannot run there, and a factory of the user's,
+    is built for real.
 
     Args:
-        name: See `resdiag.models.source`.
-        arguments: Of its factory or configuration.
+        model: A module, or a name such as "torchvision:resnet18"; see `resdiag inspect --help`.
+        arguments: Of the factory or configuration that a name means.
+        example_inputs: Inputs of one forward pass of a module, a tuple or a mapping of keywords;
+            None generates a batch of the form that the model seems to take.
         shape: Shape of one sample, instead of the generated one.
         batch_size: Samples.
         blocks: Patterns of modules to take as the blocks instead of found additions.
@@ -66,25 +88,40 @@ def inspect_model(
         UsageError: The model is unknown, cannot be built, does not run on the batch, or does not
             fit into memory; one line.
 
-    >>> [block.shortcut for block in inspect_model("torchvision:resnet18").blocks[:3]]
+    >>> [block.shortcut for block in inspect("torchvision:resnet18").blocks[:3]]
     ['identity', 'identity', 'projection']
+    >>> from resdiag.models.resnet import build_model
+    >>> print(inspect(build_model("elu", 8, seed=0)))
+    ResNet: 3 blocks, 75.0 k parameters
+      block  name        stage  shortcut  after add  shape
+          0  stages.0.0      0  identity  none       16x32x32
+          1  stages.1.0      1  identity  none       32x16x16
+          2  stages.2.0      2  identity  none       64x8x8
     """
+    if isinstance(model, nn.Module):
+        built = Built(name=type(model).__name__, library="", model=model)
+        if example_inputs is None:
+            given = example_batch(built, batch_size=batch_size, shape=shape)
+        else:
+            args, kwargs = example(example_inputs)
+            given = Example(args=args, kwargs=dict(kwargs))
+        return _look(built, given, blocks)
 
     def look(built: Built) -> Inspection:
-        example = example_batch(built, batch_size=batch_size, shape=shape)
-        return _look(built, example, blocks)
+        batch = example_batch(built, batch_size=batch_size, shape=shape)
+        return _look(built, batch, blocks)
 
-    if name.partition(":")[0] not in LIBRARIES:
-        return look(build_source(name, arguments))
+    if model.partition(":")[0] not in LIBRARIES:
+        return look(build_source(model, arguments))
     try:
-        built = build_source(name, arguments, meta=True)
+        built = build_source(model, arguments, meta=True)
     except ResdiagError:  # unknown, or a factory that reads numbers out of its tensors
-        return look(build_source(name, arguments))
+        return look(build_source(model, arguments))
     try:
         return look(built)
     except ResdiagError:  # so does its forward, or it fails on every device
         check_memory(built, copies=1)
-        return look(build_source(name, arguments))
+        return look(build_source(model, arguments))
 
 
 def check_memory(built: Built, *, copies: float) -> None:

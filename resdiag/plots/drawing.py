@@ -50,9 +50,9 @@ def draw(
         UsageError: Unknown kind, no run, a run without records, without a metric that the plot
             needs, or without the step asked for.
     """
-    from resdiag.runs.watched import opened as as_opened
+    from resdiag.runs.watched import load_run
 
-    opened = [as_opened(run) for run in (runs if isinstance(runs, Sequence) else [runs])]
+    opened = [load_run(run) for run in (runs if isinstance(runs, Sequence) else [runs])]
     entry = find_kind(kind, [metric for run in opened for metric in run.custom_metrics])
     if not opened:
         raise UsageError(f"plot '{kind}' needs a run", "resdiag run --variant elu_pre --depth 20")

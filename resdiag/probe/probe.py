@@ -17,7 +17,7 @@ from resdiag.probe.batch import Batch, Loss, load_weights, open_batch
 from resdiag.probe.critical_rate import Curvature, largest_curvature
 from resdiag.probe.result import ProbeResult
 from resdiag.runs.environment import environment
-from resdiag.runs.folder import load_run
+from resdiag.runs.folder import read_run
 from resdiag.runs.watched import as_run, write_run
 from resdiag.runs.watched_config import WatchedConfig
 from resdiag.watch.base.safety import WatchWarning
@@ -93,7 +93,7 @@ def probe_model(
     )
     about = environment("cpu", "float32")
     write_run(run, folder, environment=about, verdict=judge(run).to_dict(), overwrite=True)
-    written = load_run(folder)
+    written = read_run(folder)
     if not run.blocks:
         notes.append("no residual addition, and no module with weights: nothing to record")
     return ProbeResult(
@@ -152,7 +152,7 @@ def _narrow(config: Any) -> dict[str, int] | None:  # noqa: ANN401
 def _check_folder(folder: Path) -> None:
     """Refuse to replace a run that is not a probe."""
     if (folder / "run.json").exists():
-        config = load_run(folder).config
+        config = read_run(folder).config
         if not isinstance(config, WatchedConfig) or config.kind != "probe":
             raise UsageError(f"{folder} holds a run that is not a probe", "--out another folder")
 

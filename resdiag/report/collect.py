@@ -14,7 +14,7 @@ from resdiag.plots.kinds import KINDS
 from resdiag.plots.view import telling_places
 from resdiag.report.outcomes import measure
 from resdiag.report.results import CellResult, Results
-from resdiag.runs.folder import load_run
+from resdiag.runs.folder import read_run
 from resdiag.study.grid import Cell
 from resdiag.study.ledger import Entry, read_entry
 from resdiag.study.spec import OUTCOMES, StudyFile
@@ -60,7 +60,7 @@ def _collect_cell(
     if entry.run is None:
         return CellResult(cell=cell, state=entry.state, message=entry.message, outcomes={})
     try:
-        run = load_run(entry.run)
+        run = read_run(entry.run)
         expected = [item for item in file.expected if cell.matches(item.cells.given)]
         outcomes = measure(run, expected)
         small, size = thin(run, steps=steps, wanted=wanted, columns=columns)

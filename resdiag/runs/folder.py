@@ -15,6 +15,7 @@ from resdiag.errors import UsageError
 from resdiag.runs.commit import BLOCKS, COMMIT, PREVIOUS, RUN, VERDICT, Commit
 from resdiag.runs.files import Damaged, from_json, read_file
 from resdiag.runs.watched_config import Config, WatchedConfig, read_config
+from resdiag.summary import NUMBERS, Summary, by_reason, summarise_blocks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Run:
     """One run as of the moment it was opened; from a folder, or from frames in memory.
 
@@ -107,6 +108,25 @@ class Run:
         depth = "" if isinstance(self.config, WatchedConfig) else f"-{self.config.depth}"
         return f"{self.config.model}{depth}{seed}"
 
+    def __repr__(self) -> str:
+        place = "" if self.path == Path() else f" in {self.path}"
+        told = f", verdict {self.verdict['name']}" if self.verdict else ""
+        many = f"{len(self.blocks)} block{'s' * (len(self.blocks) != 1)}"
+        steps = f"{self.steps} step{'s' * (self.steps != 1)}"
+        return f"<Run {self.label}: {self.status} after {steps}, {many}{told}{place}>"
+
+    def __str__(self) -> str:
+        return str(self.summary())
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
+
+    def summary(self) -> Summary:
+        """One row per block with its numbers at the last recorded step; `print(run)`."""
+        table = columns_of(self.metrics(NUMBERS))
+        notes = [*by_reason(self.unavailable), *self.notes]
+        return summarise_blocks(repr(self)[1:-1], self.blocks, table, notes)
+
     def _read(self, table: str, names: Collection[str] | None = None) -> "pd.DataFrame":
         """The segments that the commit names; those of a newer commit if they were replaced."""
         from resdiag.runs.segments import decode
@@ -120,7 +140,7 @@ class Run:
         return _consistently(self.path, self.commit, read)
 
 
-def load_run(path: str | os.PathLike[str]) -> Run:
+def read_run(path: str | os.PathLike[str]) -> Run:
     """Read a run's folder; the run may still be in progress.
 
     Raises:
@@ -174,7 +194,7 @@ def load_frame(path: str | os.PathLike[str]) -> "pd.DataFrame":
         raise _no_run(Path(path))
     import pandas as pd
 
-    frames = [_tidy(load_run(folder)) for folder in folders]
+    frames = [_tidy(read_run(folder)) for folder in folders]
     # an empty frame would turn the other runs' whole numbers into objects
     return pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
 

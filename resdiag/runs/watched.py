@@ -74,8 +74,20 @@ def as_run(
     )
 
 
-def opened(run: "Run | Monitor") -> "Run":
-    """A run as it is, or what a monitor holds as a run."""
+def load_run(run: "str | os.PathLike[str] | Run | Monitor") -> "Run":
+    """The run in a folder, which may still be in progress; or what a monitor holds, as a run.
+
+    Args:
+        run: A run's folder, or a monitor. A `Run` is returned as it is.
+
+    Raises:
+        UsageError: There is no run in the folder, or a file of it is damaged; the message names
+            the file.
+    """
+    from resdiag.runs.folder import read_run
+
+    if isinstance(run, str | os.PathLike):
+        return read_run(run)
     # not by its class: a monitor's is not to be had without PyTorch
     return as_run(cast("Monitor", run)) if hasattr(run, "to_frame") else run
 

@@ -10,7 +10,7 @@ from resdiag.data.dataset import ImageData, open_data
 from resdiag.diagnose.verdict import Verdict, judge
 from resdiag.runs.config import RunConfig
 from resdiag.runs.environment import environment
-from resdiag.runs.folder import Run, load_run
+from resdiag.runs.folder import Run, read_run
 from resdiag.runs.lock import Heartbeat
 from resdiag.runs.store import RunWriter
 from resdiag.trackers.feed import open_feed
@@ -106,11 +106,11 @@ def run_cell(request: Request, options: Options, say: Callable[[str], None]) -> 
             else:
                 say(f"{writer.folder}" + (f" continues at step {begun}" if begun else ""))
                 status, notes = _train(writer, config, data, options, interrupt)
-            run = load_run(writer.folder)
+            run = read_run(writer.folder)
             verdict = judge(run)
             if run.verdict is None or run.status != status:
                 writer.finish(status, verdict.to_dict())
-                run = load_run(writer.folder)
+                run = read_run(writer.folder)
     return Outcome(run=run, verdict=verdict, resumed_at=begun, signal=interrupt.signal, notes=notes)
 
 

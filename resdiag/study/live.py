@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from resdiag.study.engines.job import Job
 
 _LINE_EVERY_S = 30.0
-_BARS = "▁▂▃▄▅▆▇█"
-_BROKEN = "×"
+BARS = "▁▂▃▄▅▆▇█"
+BROKEN = "×"
 _UNKNOWN = "·"
 _WIDEST = 27  # a third of 110 layers' blocks, half an 80-column terminal
 _STYLES = {
@@ -153,15 +153,16 @@ def describe_time(seconds: float) -> str:
     return f"{seconds / 86_400:.1f} d"
 
 
-def draw_strip(norms: Sequence[float]) -> str:
+def draw_strip(norms: Sequence[float], widest: int = _WIDEST) -> str:
     """Norms by block as bars on a logarithmic scale from the smallest to the largest.
 
-    Blocks beyond 27 share a bar, which shows their largest; "×" is not finite, "·" unknown.
+    Blocks beyond `widest` share a bar, which shows their largest; "×" is not finite, "·" unknown.
+    Behind the bars stands their span in decades.
 
     >>> draw_strip([1.0, 10.0, 100.0, float("inf"), float("nan")])
     '▁▅█×·  2.0'
     """
-    groups = _share(norms)
+    groups = _share(norms, widest)
     logs = [math.log10(value) for value in groups if 0 < value < math.inf]
     low, high = min(logs, default=0.0), max(logs, default=0.0)
     bars = "".join(_bar(value, low, high) for value in groups)
@@ -172,14 +173,14 @@ def _bar(value: float, low: float, high: float) -> str:
     if math.isnan(value):
         return _UNKNOWN
     if math.isinf(value):
-        return _BROKEN
+        return BROKEN
     share = (math.log10(value) - low) / (high - low) if value > 0 and high > low else 0.0
-    return _BARS[min(7, math.floor(share * 7 + 0.5 + 1e-9))]
+    return BARS[min(7, math.floor(share * 7 + 0.5 + 1e-9))]
 
 
-def _share(norms: Sequence[float]) -> list[float]:
-    """At most `_WIDEST` groups of neighbours, each its largest; a NaN only hides in company."""
-    size = -(-len(norms) // _WIDEST) if norms else 1
+def _share(norms: Sequence[float], widest: int) -> list[float]:
+    """At most `widest` groups of neighbours, each its largest; a NaN only hides in company."""
+    size = -(-len(norms) // widest) if norms else 1
     groups = [norms[i : i + size] for i in range(0, len(norms), size)]
     return [max((v for v in group if not math.isnan(v)), default=math.nan) for group in groups]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from resdiag.errors import BusyError, ResdiagError, UsageError
 from resdiag.registry import load_extensions
 from resdiag.runs.files import make_folder, to_json, write_file
-from resdiag.runs.folder import load_run
+from resdiag.runs.folder import read_run
 from resdiag.runs.lock import LEASE_S, Heartbeat, Lock
 from resdiag.study.failure import clear_failure, write_failure
 from resdiag.study.ledger import ENDED, find_run, read_entry
@@ -190,7 +190,7 @@ def _run(
 def _device_of(name: str, folder: Path) -> str:
     """The device of a cell: the one it was begun on, else the requested one."""
     run, commit = find_run(folder)
-    begun = getattr(load_run(run).config, "device", None) if run and commit else None
+    begun = getattr(read_run(run).config, "device", None) if run and commit else None
     if begun is not None and name not in ("auto", begun):
         hint = f"--device {begun} continues it; without the folder {run} it starts again"
         raise UsageError(f"{folder.name} was begun on {begun}, not on {name}", hint)

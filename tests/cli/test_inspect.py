@@ -5,7 +5,7 @@ import json
 import pytest
 
 from resdiag.models.example import example_batch
-from resdiag.models.inspection import inspect_model
+from resdiag.models.inspection import inspect as inspect_model
 from resdiag.models.source import build_source
 from resdiag.plots.anatomy import Row, draw_tree, fold_rows
 from resdiag.watch.find.blocks import Block, find_blocks

@@ -72,12 +72,12 @@ def ended_once(study, runs):
 
     All the steps that were asked for, but where it diverged by itself.
     """
-    from resdiag.runs.folder import load_run
+    from resdiag.runs.folder import read_run
 
     for cell in study.cells:
         folder = runs / study.name / cell.id
         log = (folder / "log.txt").read_text()
         assert log.count(f"{cell.id}: done after") <= 1
-        run = load_run(read_entry(folder).run)
+        run = read_run(read_entry(folder).run)
         assert run.curve()["step"].tolist() == list(range(run.steps))
         assert run.steps == cell.request.steps or run.status == "diverged"

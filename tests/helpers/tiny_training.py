@@ -10,7 +10,7 @@ import torch
 from resdiag.data.dataset import open_data
 from resdiag.runs.config import RunConfig
 from resdiag.runs.environment import environment
-from resdiag.runs.folder import load_run
+from resdiag.runs.folder import read_run
 from resdiag.runs.store import RunWriter
 from resdiag.study.cell import Options, run_cell
 from resdiag.training.display import Silent
@@ -55,7 +55,7 @@ def train(root, data=None, **changes):
     training, writer = open_training(root, data, **changes)
     with writer:
         status = training.run(Silent(), Interrupt())
-    return training, status, load_run(writer.folder)
+    return training, status, read_run(writer.folder)
 
 
 def run_tiny_cell(root, say=lambda line: None, **asked):
@@ -71,7 +71,7 @@ def run_tiny_cell(root, say=lambda line: None, **asked):
 
 def digest(folder):
     """SHA-256 of a finished run: weights, momenta, both tables without the times."""
-    run = load_run(folder)
+    run = read_run(folder)
     seal = hashlib.sha256()
     # the reader refuses a checkpoint that is not what the commit names
     tensors = next(name for name in run.commit.files if name.startswith("ckpt-"))

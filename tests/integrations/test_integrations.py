@@ -23,13 +23,15 @@ def plain(model, optimizer, batches, loss_of, accumulate, clip):
         model.train()
         for begin in range(0, len(batches), accumulate):
             optimizer.zero_grad()
+            losses = []
             for batch in batches[begin : begin + accumulate]:
-                (loss_of(model, batch) / accumulate).backward()
+                losses.append(loss_of(model, batch) / accumulate)
+                losses[-1].backward()
             monitor.read_gradients("pre_clip")
             if clip:
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
-            monitor.step()
+            monitor.step(torch.stack(losses).sum())
     return monitor
 
 
@@ -40,8 +42,11 @@ def assert_same_record(found, wanted, model, twin, clip):
         shared = [name for name in b.columns if name in a.columns]
         assert {"grad_param", "grad_output"} <= set(shared) or per == "step"
         assert len(a) == len(b) > 0
+        assert per == "block" or a.loss.notna().all()
         for name in shared:
-            if name != "point":
+            if name == "loss":  # as many operations on it as the framework does
+                assert np.allclose(a[name], b[name], rtol=1e-6)
+            elif name != "point":
                 assert np.array_equal(a[name], b[name], equal_nan=True), name
         assert set(a.point) == {"pre_clip"}
     assert len(found.blocks) == len(wanted.blocks) > 0
@@ -161,6 +166,37 @@ def test_lightning_leaves_nothing_after_an_exception_and_names_a_module():
         lightning_fit(model, 1, None, callback)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert "closed" in repr(callback.monitor)
+
+
+@pytest.mark.parametrize("kind", ["lightning", "transformers", "accelerate"])
+def test_stop_ends_the_training_as_the_framework_does_and_says_why(tmp_path, capsys, kind):
+    pytest.importorskip(kind)
+    model = gpt2() if kind == "transformers" else build_model("elu_pre", 8, width=0.25, seed=0)
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: gradient * 1e4)
+    told = []
+
+    def stop(finding):
+        told.append(finding)
+        raise resdiag.StopTraining(finding)
+
+    if kind == "lightning":
+        from resdiag.integrations.lightning import ResdiagCallback as Lightning
+
+        trainer = lightning_fit(model, 1, None, Lightning(on_finding=stop))
+        assert trainer.global_step < STEPS
+    elif kind == "transformers":
+        from resdiag.integrations.transformers import ResdiagCallback as Callback
+
+        trainer = trainer_of(model, tmp_path, 1, None, Callback(on_finding=stop))
+        trainer.train()
+        assert trainer.state.global_step < STEPS
+    else:
+        with pytest.raises(resdiag.StopTraining):
+            accelerate_fit(model, 1, None, on_finding=stop)
+    assert told
+    assert kind == "accelerate" or f"training stops: {told[0].name}" in capsys.readouterr().err
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 # -- Hugging Face Trainer ---------------------------------------------------------------------
@@ -294,28 +330,35 @@ def vit():
     return VisionTransformer(16, 8, 2, 2, 16, 32, num_classes=10)
 
 
-@pytest.mark.parametrize(("accumulate", "clip"), CASES)
-def test_accelerate_records_what_the_plain_loop_records(tmp_path, capsys, accumulate, clip):
+def accelerate_fit(model, accumulate, clip, **options):
     accelerate = pytest.importorskip("accelerate")
     from resdiag.integrations.accelerate import ResdiagWatch
 
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulate)
-    model = vit()
-    twin = copy.deepcopy(model)
-    data = Images(4 * STEPS * accumulate)
     inner = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    net, optimizer, loader = accelerator.prepare(model, inner, DataLoader(data, 4))
-    with ResdiagWatch(accelerator, net, optimizer, save=tmp_path / "run") as watch:
+    loader = DataLoader(Images(4 * STEPS * accumulate), 4)
+    net, optimizer, loader = accelerator.prepare(model, inner, loader)
+    with ResdiagWatch(accelerator, net, optimizer, **options) as watch:
         for batch in loader:
             with accelerator.accumulate(net):
-                accelerator.backward(image_loss(net, batch))
+                loss = image_loss(net, batch)
+                accelerator.backward(loss)
                 if clip and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(net.parameters(), clip)
                 optimizer.step()
-                watch.step()
+                watch.step(loss)
                 optimizer.zero_grad()
+    return watch
+
+
+@pytest.mark.parametrize(("accumulate", "clip"), CASES)
+def test_accelerate_records_what_the_plain_loop_records(tmp_path, capsys, accumulate, clip):
+    model = vit()
+    twin = copy.deepcopy(model)
+    watch = accelerate_fit(model, accumulate, clip, save=tmp_path / "run")
     plainly = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
-    wanted = plain(twin, plainly, list(DataLoader(data, 4)), image_loss, accumulate, clip)
+    batches = list(DataLoader(Images(4 * STEPS * accumulate), 4))
+    wanted = plain(twin, plainly, batches, image_loss, accumulate, clip)
     assert_same_record(watch.monitor, wanted, model, twin, clip)
     assert_saved(tmp_path / "run", wanted, capsys)
 

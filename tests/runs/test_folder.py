@@ -25,11 +25,11 @@ from resdiag.catalog.table import METRICS, RECORDED
 from resdiag.errors import ResdiagError, UsageError
 from resdiag.runs import files
 from resdiag.runs.commit import Commit
-from resdiag.runs.folder import Run, find_runs, latest_run, load_frame, load_run
+from resdiag.runs.folder import Run, find_runs, latest_run, load_frame, read_run
 
 
 def test_a_run_reads_as_it_was_written(tmp_path):
-    run = load_run(write_run(tmp_path))
+    run = read_run(write_run(tmp_path))
     assert run.config == make_config()
     assert (run.environment, run.data) == (ENVIRONMENT, DATA)
     assert (run.status, run.steps, run.point) == ("done", 15, "local")
@@ -42,7 +42,7 @@ def test_a_run_reads_as_it_was_written(tmp_path):
 
 
 def test_frames_have_the_recorded_and_the_derived_columns_in_the_catalogues_order(tmp_path):
-    run = load_run(write_run(tmp_path))
+    run = read_run(write_run(tmp_path))
     per_block = [metric.id for metric in METRICS.values() if metric.site != "run"]
     assert list(run.metrics().columns) == ["step", "block", *per_block]
     assert (run.metrics()["grad_growth"] == 1).all()
@@ -59,7 +59,7 @@ def test_a_run_can_be_made_of_frames():
 
 def test_a_begun_run_without_a_commit_is_new_and_empty(tmp_path):
     with open_writer(tmp_path) as writer:
-        run = load_run(writer.folder)
+        run = read_run(writer.folder)
     assert (run.status, run.steps, len(run.metrics()), len(run.curve())) == ("new", 0, 0, 0)
     assert load_frame(tmp_path).empty
 
@@ -69,7 +69,7 @@ def test_an_open_run_stays_as_it_was_when_it_was_opened(tmp_path):
         for step in (5, 10):
             writer.commit(step, {}, make_curve(step - 5, step), *make_checkpoint(step))
             if step == 5:
-                run = load_run(writer.folder)
+                run = read_run(writer.folder)
     assert run.steps == len(run.curve()) == 5
 
 
@@ -93,7 +93,7 @@ def test_load_is_one_tidy_frame(tmp_path):
 def test_other_readers_see_the_same_numbers(tmp_path):
     folder = write_run(tmp_path)
     frame = pd.read_parquet(folder / "metrics")
-    pd.testing.assert_frame_equal(frame, load_run(folder).metrics()[list(frame.columns)])
+    pd.testing.assert_frame_equal(frame, read_run(folder).metrics()[list(frame.columns)])
     keys = pq.read_schema(folder / "metrics" / "part-00000005.parquet").metadata
     assert (keys[b"variant"], keys[b"seed"], keys[b"point"]) == (b"elu_pre", b"0", b"local")
 
@@ -112,10 +112,10 @@ def test_the_latest_run_is_the_one_that_committed_last(tmp_path):
 def test_a_wrong_path_is_one_line_with_the_nearest_run(tmp_path):
     folder = write_run(tmp_path)
     with pytest.raises(UsageError, match=r"no run at .*: there is no such folder") as caught:
-        load_run(f"{folder}x")
+        read_run(f"{folder}x")
     assert caught.value.hint == f"did you mean {folder}?"
     with pytest.raises(UsageError, match="no run at"):
-        load_run(tmp_path)
+        read_run(tmp_path)
     with pytest.raises(UsageError, match="no run at"):
         load_frame(tmp_path / "nothing")
 
@@ -134,7 +134,7 @@ def replace_file(folder, name, data):
 
 
 def read_everything(folder):
-    run = load_run(folder)
+    run = read_run(folder)
     run.metrics(), run.curve(), run.label, load_frame(folder)
     with open_writer(folder.parent) as writer:
         writer.restore()
@@ -224,7 +224,7 @@ def test_a_commit_that_names_a_foreign_file_is_refused(forged, name):
     document["files"][name] = "0"
     (forged / "COMMIT.json").write_bytes(files.seal(document))
     with pytest.raises(UsageError, match="not a commit of a run"):
-        load_run(forged)
+        read_run(forged)
     assert outside.exists()
 
 
@@ -266,7 +266,7 @@ def test_a_newer_schema_is_said_to_be_one(forged):
     document = json.loads((forged / "COMMIT.json").read_bytes())
     document.pop("sha256")
     (forged / "COMMIT.json").write_bytes(files.seal({**document, "schema": 99}))
-    for read in (load_run, lambda folder: open_writer(folder.parent)):
+    for read in (read_run, lambda folder: open_writer(folder.parent)):
         with pytest.raises(UsageError, match="has schema 99; this resdiag reads 1"):
             read(forged)
 
@@ -276,11 +276,11 @@ def test_a_reader_names_the_damaged_file(forged, name):
     data = (forged / name).read_bytes()
     (forged / name).write_bytes(data[:-1])
     with pytest.raises(UsageError, match=rf"{name} is damaged") as caught:
-        load_frame(forged), load_run(forged).curve()
+        load_frame(forged), read_run(forged).curve()
     assert "repairs it" in caught.value.hint
 
 
 def test_a_lost_commit_is_not_read_as_a_new_run(forged):
     (forged / "COMMIT.json").unlink()
     with pytest.raises(UsageError, match=r"cannot read .*COMMIT\.json"):
-        load_run(forged)
+        read_run(forged)

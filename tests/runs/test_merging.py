@@ -5,7 +5,7 @@ from made_runs import contents, make_checkpoint, make_curve, make_metrics, open_
 
 from resdiag.catalog.table import METRICS, RECORDED, derive, inputs_of
 from resdiag.runs.commit import COMMIT, PREVIOUS, Commit
-from resdiag.runs.folder import load_run
+from resdiag.runs.folder import read_run
 from resdiag.runs.segments import COUNT
 
 
@@ -14,11 +14,11 @@ def test_many_commits_leave_few_segments_with_every_row_once(tmp_path):
     commit = Commit.read(folder / COMMIT)
     assert len(commit.parts("metrics")) <= COUNT
     assert len(list((folder / "metrics").iterdir())) <= COUNT + 1
-    rows = load_run(folder).metrics()
+    rows = read_run(folder).metrics()
     wanted = make_metrics(0, 68)
     for name in ("step", "block", "grad_output"):
         np.testing.assert_array_equal(rows[name].to_numpy(), wanted[name])
-    curve = load_run(folder).curve()
+    curve = read_run(folder).curve()
     np.testing.assert_array_equal(curve["loss"].to_numpy(), make_curve(0, 68)["loss"])
     assert np.isnan(curve["test_error"]).all()  # a column that was left out stays so
 
@@ -66,13 +66,13 @@ def test_old_columns_of_custom_metrics_survive_a_merge(tmp_path):
         rows = make_metrics(COUNT - 1, COUNT)
         writer.commit(COUNT, rows, make_curve(COUNT - 1, COUNT), *make_checkpoint(COUNT))
     assert len(Commit.read(writer.folder / COMMIT).parts("metrics")) == 1
-    mine = load_run(writer.folder).metrics()["mine"].to_numpy()
+    mine = read_run(writer.folder).metrics()["mine"].to_numpy()
     np.testing.assert_array_equal(mine[:-3], np.repeat(np.arange(1, COUNT), 3))
     assert np.isnan(mine[-3:]).all()
 
 
 def test_some_columns_are_what_they_are_among_all(tmp_path):
-    run = load_run(write_run(tmp_path))
+    run = read_run(write_run(tmp_path))
     everything = run.metrics()
     for name in METRICS:
         part = run.metrics([name])

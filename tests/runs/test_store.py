@@ -27,7 +27,7 @@ from made_runs import (
 from resdiag.catalog.table import RECORDED
 from resdiag.errors import BusyError, StorageError, UsageError
 from resdiag.runs import files, lock, segments
-from resdiag.runs.folder import load_run
+from resdiag.runs.folder import read_run
 
 OPERATIONS = ("open", "write", "fsync", "rename", "unlink", "mkdir")
 
@@ -91,7 +91,7 @@ def steps_seen(folder):
     """What a reader sees: 0 before there is a run."""
     if not (folder / "run.json").exists():
         return 0
-    run = load_run(folder)
+    run = read_run(folder)
     assert len(run.curve()) == run.steps
     return run.steps
 
@@ -412,9 +412,9 @@ def test_a_changed_environment_is_refused_or_marked(tmp_path):
         open_writer(tmp_path, environment=now)
     assert "--allow-drift" in caught.value.hint
     with open_writer(tmp_path, environment=now, allow_drift=True) as writer:
-        assert load_run(writer.folder).drift == ()
+        assert read_run(writer.folder).drift == ()
         continue_run(writer, until=10)
-        (drift,) = load_run(writer.folder).drift
+        (drift,) = read_run(writer.folder).drift
         assert (drift["step"], drift["differences"]) == (5, ["threads: 1 -> 2"])
     open_writer(tmp_path, environment=now).close()
 
@@ -457,10 +457,10 @@ def test_a_stopped_run_goes_on_without_its_old_verdict(tmp_path):
     with open_writer(tmp_path) as writer:
         writer.finish("stopped", {"name": "early"})
         writer.finish("stopped", {"name": "later"})
-        assert load_run(writer.folder).verdict == {"name": "later"}
+        assert read_run(writer.folder).verdict == {"name": "later"}
     with open_writer(tmp_path) as writer:
         writer.commit(10, {}, make_curve(5, 10), *make_checkpoint(10))
-        assert load_run(writer.folder).verdict is None
+        assert read_run(writer.folder).verdict is None
         assert not (writer.folder / "verdict.json").exists()
 
 
@@ -541,12 +541,12 @@ def test_a_reader_never_fails_while_a_run_is_written(tmp_path, monkeypatch):
         while not stop.is_set():
             try:
                 seen.append(steps_seen(folder))
-                assert len(load_run(folder).metrics()) >= 3 * seen[-1]
+                assert len(read_run(folder).metrics()) >= 3 * seen[-1]
             except Exception as error:
                 errors.append(error)
 
     with open_writer(tmp_path, force=False) as writer:
-        load_run(folder).metrics()  # the first table imports pandas: not in the middle of the race
+        read_run(folder).metrics()  # the first table imports pandas: not in the middle of the race
         reader = threading.Thread(target=read)
         reader.start()
         for step in range(2, 600):

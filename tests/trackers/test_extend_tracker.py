@@ -8,7 +8,7 @@ from pages import DOCS
 from tracker_conformance import TrackerConformance, assert_run_was_told, record_run
 
 from resdiag.cli.main import app
-from resdiag.runs.folder import load_run
+from resdiag.runs.folder import read_run
 from resdiag.trackers.tracker import TRACKERS, register_tracker
 
 _BLOCKS = (DOCS / "howto" / "extend-tracker.md").read_text().split("```python\n")[1:]
@@ -32,7 +32,7 @@ def test_the_command_line_takes_it(tmp_path, capsys):
     assert document["notes"] == []
     for name in ("live", "exported"):
         found = TestJsonFile().read(str(tmp_path / f"{name}.jsonl"), "")
-        assert_run_was_told(found, load_run(Path(document["run"])))
+        assert_run_was_told(found, read_run(Path(document["run"])))
     assert app.run([*run, "--tracker", f"jsonfile:{tmp_path}/x"]) == 2
     assert "unknown tracker 'jsonfile'" in capsys.readouterr().out
 

@@ -19,7 +19,7 @@ from tracker_conformance import TrackerConformance, assert_run_was_told, record_
 from resdiag.cli.main import app
 from resdiag.errors import UsageError
 from resdiag.runs.environment import environment
-from resdiag.runs.folder import load_frame, load_run
+from resdiag.runs.folder import load_frame, read_run
 from resdiag.runs.store import RunWriter
 from resdiag.study.cell import Options, run_cell
 from resdiag.trackers.export import export_tables, export_tracker
@@ -246,7 +246,7 @@ def training(root, tell=None, **changes):
     )
     with writer:
         status = Training(config, data, writer, tell).run(Silent(), Interrupt())
-    return load_run(writer.folder), status
+    return read_run(writer.folder), status
 
 
 def test_a_training_tells_its_trackers_what_it_commits(tmp_path):

@@ -8,7 +8,7 @@ from tiny_training import tiny_config, tiny_data, train, weights
 
 from resdiag.cli.main import app
 from resdiag.runs.environment import environment
-from resdiag.runs.folder import load_run
+from resdiag.runs.folder import read_run
 from resdiag.runs.store import RunWriter
 from resdiag.training import loop
 from resdiag.training.display import Silent
@@ -33,7 +33,7 @@ def rehearse(root, monkeypatch, data=None, stop=0, **changes):
     with RunWriter.open(root, config, environment=described, data=data.identity) as writer:
         training = Training(config, data, writer, capture=capture)
         status = training.run(StopAt(interrupt, stop), interrupt)
-    return training, status, load_run(writer.folder), capture
+    return training, status, read_run(writer.folder), capture
 
 
 @pytest.mark.parametrize("variant", ["elu", "original", "elu_pre", "plain"])

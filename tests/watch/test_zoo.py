@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from watching import assert_parameters_of_block
 
-from resdiag.models.inspection import inspect_model
+from resdiag.models.inspection import inspect as inspect_model
 from resdiag.watch.find.blocks import find_blocks
 from resdiag.watch.loop.attach import attach
 

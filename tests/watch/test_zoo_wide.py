@@ -10,7 +10,7 @@ import pytest
 import test_zoo
 import torch
 
-from resdiag.models.inspection import inspect_model
+from resdiag.models.inspection import inspect as inspect_model
 from resdiag.watch.find.blocks import find_blocks
 
 _EFFICIENT = "units of stride 1 that keep the width: all but the first of each stage"

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
@@ -17,6 +18,8 @@ from torch import nn
 from torch._C._dynamo import eval_frame
 
 F = TypeVar("F", bound=Callable[..., object])
+
+_LIBRARIES = {"resdiag", "torch", "contextlib", "lightning", "transformers", "accelerate"}
 
 
 def never_alone(function: F) -> F:
@@ -128,4 +131,24 @@ class Warnings:
         """Say once what could not be watched."""
         if text not in self.texts:
             self.texts.append(text)
-            warnings.warn(f"resdiag: {text}", WatchWarning, stacklevel=4)
+            warn(text)
+
+
+def warn(text: str) -> None:
+    """Warn at the line of the loop that is running: the first that is not resdiag's or PyTorch's.
+
+    `skip_file_prefixes` of `warnings.warn` would do it, and needs Python 3.12.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _is_library(frame):
+        frame = frame.f_back
+    place, known = frame.f_globals, frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(
+        f"resdiag: {text}", WatchWarning, frame.f_code.co_filename, frame.f_lineno,
+        module=place.get("__name__"), registry=known,
+    )  # fmt: skip
+
+
+def _is_library(frame: FrameType) -> bool:
+    name = str(frame.f_globals.get("__name__", ""))
+    return name.partition(".")[0] in _LIBRARIES

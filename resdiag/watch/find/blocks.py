@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resdiag.summary import Summary, summarise_blocks
 from resdiag.watch.base.functions import Call
 from resdiag.watch.find.additions import Addition
 from resdiag.watch.find.passes import Observer, PassDriver, Surveyor
@@ -17,7 +18,7 @@ from resdiag.watch.find.units import Unit
 from resdiag.watch.measure.reductions import channel_dimension
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Block:
     """One residual unit `y = h(x) + F(x)`, `x' = f(y)`.
 
@@ -71,9 +72,30 @@ class Block:
         """Whether its output is its sum, so that one gradient is both's."""
         return self.shortcut != "none" and self.after_add == "none"
 
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        after = "" if self.after_add == "none" else f", {self.after_add} after the addition"
+        place = f"stage {self.stage}, shape {shape}"
+        return f"<Block {self.index} {self.name!r}: {self.shortcut} shortcut{after}, {place}>"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+
+class Blocks(list[Block]):
+    """Blocks in forward order; shown as a table."""
+
+    def summary(self) -> Summary:
+        """One row per block."""
+        title = f"{len(self)} block{'s' * (len(self) != 1)}" if self else "no residual block"
+        return summarise_blocks(title, (block.to_dict() for block in self))
+
+    def __repr__(self) -> str:
+        return str(self.summary())
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
 
 
 def describe_units(blocks: Sequence[Block]) -> str:
@@ -206,7 +228,7 @@ class BlockFinder(Observer):
 
 def find_blocks(
     model: nn.Module, *inputs: object, blocks: Sequence[str] | None = None, **kwargs: object
-) -> list[Block]:
+) -> Blocks:
     """Find the residual blocks of a model by running one forward pass on example inputs.
 
     The pass runs in evaluation mode without gradients; the mode of every module and the random
@@ -219,7 +241,7 @@ def find_blocks(
         **kwargs: Keyword inputs of its forward.
 
     Returns:
-        Blocks in forward order; empty if the model has no residual addition.
+        A list of `Block` in forward order; empty if the model has no residual addition.
 
     Raises:
         ValueError: A name or pattern in `blocks` matches no module.
@@ -230,10 +252,10 @@ def find_blocks(
     (8, 'projection', 'relu')
     """
     anatomy = find_anatomy(model, *inputs, blocks=blocks, **kwargs)
-    return [] if anatomy.is_chosen else anatomy.blocks
+    return Blocks([] if anatomy.is_chosen else anatomy.blocks)
 
 
-def find_units(model: nn.Module, *inputs: object, **kwargs: object) -> list[Block]:
+def find_units(model: nn.Module, *inputs: object, **kwargs: object) -> Blocks:
     """What a monitor records of a network without residual additions; empty if it has some.
 
     >>> from torchvision.models import alexnet
@@ -241,7 +263,7 @@ def find_units(model: nn.Module, *inputs: object, **kwargs: object) -> list[Bloc
     ['features.8', 'features.10', 'classifier.1', 'classifier.4']
     """
     anatomy = find_anatomy(model, *inputs, blocks=None, **kwargs)
-    return anatomy.blocks if anatomy.is_chosen else []
+    return Blocks(anatomy.blocks if anatomy.is_chosen else [])
 
 
 def find_anatomy(

@@ -1,6 +1,7 @@
 """`attach`: watch the residual blocks of a model while it trains."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -36,8 +37,8 @@ _WRAPPERS = {
 
 def attach(
     model: nn.Module,
-    *,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    *,
     blocks: Sequence[str] | None = None,
     every: int = 1,
     record_first: int = 0,
@@ -50,6 +51,8 @@ def attach(
     moment_samples: int | None = None,
     example_inputs: object = None,
     trace: str = "first",
+    live: bool | str = False,
+    on_finding: Callable[[Any], object] | str | None = None,
 ) -> Monitor:
     """Record the residual blocks of a model while it trains. The training is the same bit for bit.
 
@@ -91,13 +94,24 @@ def attach(
             by hooks as long as they do the same operations; "always" traces every recorded pass,
             which costs more and loses no values if passes differ.
 
+        live: True shows a panel below the loop's output (in a notebook, below the cell): step,
+            loss, the gradient by block, findings as they come; without a terminal, lines. "http"
+            serves a page with growing plots on 127.0.0.1 and prints its address. Steps that are
+            not recorded cost nothing.
+        on_finding: Called with each `resdiag.Finding` once, as it arises, at the end of a recorded
+            step; what it raises, `Monitor.step` raises. "warn" gives a Python warning, "stop"
+            raises `resdiag.StopTraining` on the first finding that is a fault and not only a
+            condition. The first 32 recorded steps are all judged, later ones each time that the
+            record has grown by a sixteenth.
+
     Returns:
         A `Monitor`: a context manager whose `step()` ends each training step.
 
     Raises:
-        ValueError: A schedule that never records, an unknown read point, pass, block or set of
-            metrics, a compiled model, or an unsupported kind of parallel training.
-        TypeError: The optimizer or the scaler has the wrong type.
+        ValueError: A schedule that never records, an unknown read point, pass, block, set of
+            metrics, display or action, a compiled model, or an unsupported kind of parallel
+            training.
+        TypeError: The model, the optimizer or the scaler has the wrong type.
 
     Example:
         >>> import torch
@@ -111,6 +125,8 @@ def attach(
         >>> monitor.to_frame()[["step", "block", "skip_gain"]].values.tolist()
         [[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [0.0, 2.0, 1.0]]
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"attach(model, ...) takes a torch.nn.Module, not {_describe(model)}")
     if every < 1 or record_first < 0:
         raise ValueError(f"every={every} must be at least 1 and record_first={record_first} >= 0")
     if moment_samples is not None and moment_samples < 1:
@@ -123,6 +139,11 @@ def attach(
     ):
         if given not in known:
             raise ValueError(unknown(what, str(given), [one for one in known if one]).message)
+    following = None
+    if live or on_finding is not None:
+        # by its name: this room is below the one that judges and draws, and does without them
+        following = importlib.import_module("resdiag.live.follow")
+        following.check(live, on_finding)
     inner = unwrap(model)
     if hasattr(model, "_orig_mod") or compiled_parts(model):
         raise ValueError(
@@ -150,7 +171,13 @@ def attach(
     )
     if example_inputs is not None:
         monitor.prepare(*example(example_inputs))
+    if following is not None:
+        following.follow(monitor, live=live, on_finding=on_finding)
     return monitor
+
+
+def _describe(given: object) -> str:
+    return f"the string {given!r}" if isinstance(given, str) else type(given).__name__
 
 
 def _optimizers(given: Optimizer | Iterable[Optimizer] | None) -> list[Optimizer]:

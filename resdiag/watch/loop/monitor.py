@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 from resdiag.catalog.custom import CustomValues, custom_metrics
 from resdiag.catalog.table import POINTS, derive
 from resdiag.errors import unknown
+from resdiag.summary import Summary, Unavailable, by_reason, summarise_blocks
 from resdiag.watch.base.safety import Guard, Warnings
-from resdiag.watch.find.blocks import Block
+from resdiag.watch.find.blocks import Blocks
 from resdiag.watch.find.passes import PassDriver
 from resdiag.watch.find.tracer import Tracing
 from resdiag.watch.loop.forward_passes import Checks, ForwardPasses
@@ -80,6 +81,7 @@ class Monitor:
         self._shards.same = self._driver.same
         self._steps = OptimizerSteps(model, optimizers, self._before_update, self._after_update)
         self._inventory = Inventory(model, optimizers)
+        self._followers: list[tuple[Callable[[], object], Callable[[], object]]] = []
 
     def prepare(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
         """Find the blocks by one pass over example inputs, and get ready for torch.compile."""
@@ -113,6 +115,7 @@ class Monitor:
         Raises:
             RuntimeError: The monitor is closed.
             ValueError: The loss is not one number.
+            StopTraining: `attach(on_finding="stop")` found a fault.
         """
         if not self._open:
             raise RuntimeError("the monitor is closed; attach again")
@@ -129,12 +132,16 @@ class Monitor:
             self._reduction.meet()
         if self._now.forward and self._state.scale.is_used:
             self._gradients.divide_scale()
+        recorded = self._now.forward
         self._now.begin()
         self._gradients.forget()
         self._now.number += 1
         self._passes.arm()
         if self._record.cells.is_full:
             self._flush()
+        if recorded:
+            for follower, _ in self._followers:
+                follower()
 
     def read_gradients(self, point: str | None = None) -> None:
         """Read the parameter gradients now instead of right before the optimizer's step.
@@ -162,6 +169,17 @@ class Monitor:
                 raises, it is not called again, and a warning is added.
         """
         self._record.listeners.append(listener)
+
+    def add_follower(
+        self, follower: Callable[[], object], at_close: Callable[[], object] = lambda: None
+    ) -> None:
+        """Also call `follower` at the end of each recorded step; steps in between cost nothing.
+
+        Args:
+            follower: What it raises, `step()` raises: that is how it ends a training.
+            at_close: Called once, by the first `close()`.
+        """
+        self._followers.append((follower, at_close))
 
     def force_record(self) -> None:
         """Record the next forward pass even if it is not due; it belongs to this step.
@@ -223,6 +241,9 @@ class Monitor:
         self._steps.close()
         self._gradients.close()
         self._open = False
+        followers, self._followers = self._followers, []
+        for _, at_close in followers:
+            at_close()
 
     def __enter__(self) -> Self:
         return self
@@ -234,10 +255,34 @@ class Monitor:
         state = "watching" if self._open else "closed"
         return f"Monitor(blocks={len(self.blocks)}, steps={self._now.recorded}, {state})"
 
+    def __str__(self) -> str:
+        return str(self.summary())
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
+
+    def summary(self) -> Summary:
+        """One row per block with its numbers at the last recorded step; `print(monitor)`.
+
+        Below the table stands what was not recorded, by reason, and what else the recording says.
+        """
+        about, recorded = self.metadata, self._now.recorded
+        steps = f"{about['steps']} step{'s' * (about['steps'] != 1)}, {recorded} recorded"
+        optimizer = about["optimizer"] or "no optimizer"
+        state = "watching" if self._open else "closed"
+        title = f"{about['model']}: {len(self.blocks)} blocks, {steps}, {optimizer}, {state}"
+        notes = [*by_reason(self.unavailable), *self.warnings]
+        if not self.blocks:
+            notes = ["the blocks are found in the first forward pass in training mode"]
+        self._flush()
+        columns = self._record.columns()[0]
+        blocks = (block.to_dict() for block in self.blocks)
+        return summarise_blocks(title, blocks, {**columns, **derive(columns)}, notes)
+
     @property
-    def blocks(self) -> list[Block]:
-        """The blocks found; empty before the first recorded forward pass."""
-        return list(self._recorder.anatomy.blocks)
+    def blocks(self) -> Blocks:
+        """The blocks found, a list; empty before the first recorded forward pass."""
+        return Blocks(self._recorder.anatomy.blocks)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -253,8 +298,11 @@ class Monitor:
         }
 
     @property
-    def unavailable(self) -> list[dict[str, Any]]:
-        """Metrics that are NaN for a reason: `{"metric", "blocks", "reason"}`."""
+    def unavailable(self) -> Unavailable:
+        """Metrics that are NaN for a reason: a list of `{"metric", "blocks", "reason"}`.
+
+        It is shown with one line per reason.
+        """
         missing = [
             (metric, sorted(rows) or "all", reason)
             for metric, reasons in self._recorder.guard.reasons.items()
@@ -269,7 +317,8 @@ class Monitor:
             reason = "no optimizer was seen to step in a recorded step"
             rates = "head_kick", "lr", "momentum", "weight_decay"
             missing += [(metric, "all", reason) for metric in rates]
-        return [dict(zip(("metric", "blocks", "reason"), one, strict=True)) for one in missing]
+        names = "metric", "blocks", "reason"
+        return Unavailable(dict(zip(names, one, strict=True)) for one in missing)
 
     @property
     def custom_metrics(self) -> list[dict[str, str]]:

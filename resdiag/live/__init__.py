@@ -1,0 +1,1 @@
+"""Following a training while it runs: findings as they arise, a panel, a page on this machine."""
