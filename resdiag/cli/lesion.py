@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from resdiag.cli.options import Argument, InputShape, Json, Model, parse_shape
+from resdiag.cli.output import print_entry
 from resdiag.interventions.table import models_interventions
 
 
@@ -62,5 +63,4 @@ def lesion(
         found = [plain(effect.to_dict()) for effect in effects]
         print(json.dumps({"schema": 1, "model": model, "lesions": found}))
         return
-    for effect in effects:
-        print(f"Lesion    {effect.describe(lr)}")
+    print_entry("Lesion", [effect.describe(lr) for effect in effects])

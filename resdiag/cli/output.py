@@ -44,6 +44,16 @@ def print_files(files: Sequence[Path], as_json: bool, **about: str) -> None:
         print(path)
 
 
+def print_entry(label: str, texts: Iterable[str]) -> None:
+    """Sentences and commands with a label beside them, in the form of the verdict."""
+    from resdiag.diagnose.text import commands
+    from resdiag.terminal import LABEL, beside, has_colour, width_of_text
+
+    lines = commands(list(texts), width_of_text() - LABEL)
+    for line in beside(label, lines, colour=has_colour(sys.stdout)):
+        print(line)
+
+
 def say(line: str) -> None:
     """One line of progress or notice."""
     print(line, file=sys.stderr, flush=True)

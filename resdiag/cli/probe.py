@@ -1,6 +1,7 @@
 """`resdiag probe`: the diagnosis of any model at its weights as they are, without training."""
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ from resdiag.cli.options import (
 )
 from resdiag.cli.output import say
 from resdiag.errors import unknown
+from resdiag.terminal import has_colour
 
 if TYPE_CHECKING:
     from resdiag.probe.result import ProbeResult
@@ -87,9 +89,9 @@ def probe(
     for note in found.notes:
         say(f"note: {note}")
     print(_describe(found))
-    from resdiag.diagnose.verdict import render
+    from resdiag.diagnose.text import render
 
-    print(render(found.verdict))
+    print(render(found.verdict, colour=has_colour(sys.stdout)))
     for file in files:
         print(file)
 

@@ -1,6 +1,7 @@
 """`resdiag run`: train one variant while recording."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +11,7 @@ import typer
 from resdiag.cli.options import DataRoot, Device, Json, RunsRoot, with_settings
 from resdiag.cli.output import keep_quiet, say
 from resdiag.data.registry import check_data
+from resdiag.terminal import has_colour
 from resdiag.trackers.tracker import TRACKERS, parse_tracker
 from resdiag.training.device import find_device
 from resdiag.training.interrupt import EXIT_CODES
@@ -74,7 +76,7 @@ def run(
 
 
 def _print_outcome(outcome: "Outcome", as_json: bool) -> None:
-    from resdiag.diagnose.verdict import render
+    from resdiag.diagnose.text import render
 
     summary = _summarise(outcome)
     if as_json:
@@ -83,7 +85,7 @@ def _print_outcome(outcome: "Outcome", as_json: bool) -> None:
     for note in outcome.notes:
         say(f"note: {note}")
     print(_describe(summary))
-    print(render(outcome.verdict))
+    print(render(outcome.verdict, colour=has_colour(sys.stdout)))
 
 
 def _summarise(outcome: "Outcome") -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-import textwrap
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 FIRST_STEPS = Threshold(
     5, "Steps after which a fault is sudden that is dated no later than a loss that gets worse."
 )
-_COLUMNS = 100
-_INDENT = 10
 _CAUSES_OF_A_STALL = {
     "data_fault": "a fault of the inputs",
     "loss_fault": "a fault of the loss",
@@ -92,6 +90,12 @@ class Verdict:
         """The verdict for JSON: NaN becomes null, infinities "inf" and "-inf"."""
         return {name: plain(value) for name, value in asdict(self).items()}
 
+    def __str__(self) -> str:
+        """The text of `resdiag explain`, see `resdiag.diagnose.text.render`."""
+        from resdiag.diagnose.text import render
+
+        return render(self)
+
 
 Said = TypeVar("Said", Finding, Verdict)
 
@@ -144,33 +148,6 @@ def judge(run: "Run | Monitor") -> Verdict:
     )
 
 
-def render(verdict: Verdict) -> str:
-    """The verdict as plain text: Verdict, Why, Evidence, Next; lines of at most 100 columns."""
-    where = [f"step {verdict.step}"] if verdict.step is not None else []
-    where += [f"block {verdict.block}"] if verdict.block is not None else []
-    title = verdict.name + (f" ({', '.join(where)})" if where else "")
-    others = [finding.name for finding in verdict.findings[verdict.is_named :]]
-    title += f": {verdict.cause}" if verdict.cause else ""
-    lines = [*_wrap("Verdict", title), *_wrap("", verdict.summary)]
-    lines += _wrap("", f"also: {', '.join(others)}") if others else []
-    lines += _wrap("Why", verdict.why)
-    for index, item in enumerate(verdict.evidence):
-        lines += _wrap("Evidence" * (index == 0), f"- {item.text} [{_limit(item)}{item.metric}]")
-    for index, line in enumerate(verdict.next):
-        lines += _wrap("Next" * (index == 0), line)
-    for index, line in enumerate(unjudged(verdict)):
-        lines += _wrap("Unjudged" * (index == 0), f"- {line}")
-    return "\n".join(lines)
-
-
-def unjudged(verdict: Verdict) -> list[str]:
-    """What could not be judged; what only waits for more steps is one line."""
-    waits = [str(item) for item in verdict.waiting]
-    lines = [line for line in verdict.not_judged if line not in waits]
-    short = ", ".join(f"{item.name} ({item.needs})" for item in verdict.waiting)
-    return [*lines, *([f"needs a longer run: {short}"] if short else [])]
-
-
 def _apply(row: Rule, seen: RunData) -> list[Finding | NotJudged]:
     if is_built_in(row):
         return list(row.judge(seen))
@@ -185,7 +162,8 @@ def _of_run(said: Said, run: Run) -> Said:
     if run.path == Path():
         return said
     draws = re.compile(r"resdiag plot \w+")
-    commands = (f"{line} {run.path}" if draws.fullmatch(line) else line for line in said.next)
+    folder = shlex.quote(str(run.path))
+    commands = (f"{line} {folder}" if draws.fullmatch(line) else line for line in said.next)
     return replace(said, next=tuple(commands))
 
 
@@ -248,7 +226,7 @@ def _ask(seen: RunData) -> tuple[str, ...]:
     why = "memorises one batch, sweeps the rate, checks gradients"
     if isinstance(seen.run.config, WatchedConfig):
         return (f"resdiag.examine(model, batch, optimizer=optimizer)  # {why}",)
-    path = "RUN" if seen.run.path == Path() else seen.run.path
+    path = "RUN" if seen.run.path == Path() else shlex.quote(str(seen.run.path))
     return (f"resdiag explain {path} --ask  # {why}",)
 
 
@@ -292,14 +270,3 @@ def _missing(seen: RunData) -> tuple[str, ...]:
 def _once(items: list[Evidence]) -> tuple[Evidence, ...]:
     """Without repetitions, in order; compared by their words, for NaN differs from itself."""
     return tuple({(item.metric, item.text): item for item in reversed(items)}.values())[::-1]
-
-
-def _limit(item: Evidence) -> str:
-    return "" if math.isnan(item.threshold) else f"threshold {item.threshold:.3g}; "
-
-
-def _wrap(label: str, text: str) -> list[str]:
-    """Lines of one entry: the label in the first ten columns, the text wrapped beside it."""
-    lines = textwrap.wrap(text, _COLUMNS - _INDENT) or [""]
-    lines = [f"{'':{_INDENT}}{line}" for line in lines]
-    return [f"{label:{_INDENT}}{lines[0][_INDENT:]}".rstrip(), *lines[1:]]

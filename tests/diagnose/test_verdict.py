@@ -16,7 +16,8 @@ from resdiag.catalog.table import RECORDED, RECORDED_PER_STEP
 from resdiag.diagnose.finding import plain
 from resdiag.diagnose.nonfinite import find_first_nonfinite
 from resdiag.diagnose.registry import FINDINGS, HEALTHY, UNDETERMINED
-from resdiag.diagnose.verdict import judge, render
+from resdiag.diagnose.text import render
+from resdiag.diagnose.verdict import judge
 from resdiag.models.variants import VARIANTS
 from resdiag.runs.folder import Run
 from resdiag.theory.prediction import predict
