@@ -47,6 +47,11 @@ def has_colour(stream: TextIO) -> bool:
     return bool(os.environ.get("FORCE_COLOR")) or stream.isatty()
 
 
+def can_redraw(stream: TextIO) -> bool:
+    """Whether a bar can be drawn on a stream: it is a terminal that can move its cursor."""
+    return stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+
+
 def width_of(stream: TextIO, *, piped: int = PIPED) -> int:
     """Columns of the terminal that a stream is, by COLUMNS first; `piped` where it is none."""
     if not stream.isatty():
@@ -74,16 +79,28 @@ def wrap(text: str, width: int, indent: str = "") -> list[str]:
     return lines or [""]
 
 
-def beside(label: str, lines: Sequence[str], *, colour: bool = False) -> list[str]:
-    """Lines with a label in the first ten columns.
+def shorten(text: str, width: int) -> str:
+    """A text of at most `width` columns, its middle left out if it is longer.
+
+    >>> shorten("normalised_elu_sum d110", 14)
+    'normalis...110'
+    """
+    kept = max(0, width - len("..."))
+    return text if len(text) <= width else f"{text[: kept - kept // 3]}...{text[-(kept // 3) :]}"
+
+
+def beside(
+    label: str, lines: Sequence[str], width: int = LABEL, *, colour: bool = False
+) -> list[str]:
+    """Lines with a label in the first `width` columns.
 
     >>> beside("Why", ["because", "of that"])
     ['Why       because', '          of that']
     """
-    shown = f"{label:{LABEL}}"
+    shown = f"{label:{width}}"
     shown = paint(label, "label") + shown[len(label) :] if colour and label else shown
     first = [f"{shown}{line}".rstrip() for line in lines[:1]]
-    return first + [f"{'':{LABEL}}{line}".rstrip() for line in lines[1:]]
+    return first + [f"{'':{width}}{line}".rstrip() for line in lines[1:]]
 
 
 def paint(text: str, style: str) -> str:
@@ -105,6 +122,6 @@ def open_console(stream: TextIO, *, piped: int = PIPED) -> "Console":
 
     colours: Literal["auto"] | None = "auto" if has_colour(stream) else None
     console = Console(file=stream, highlight=False, color_system=colours)
-    if not stream.isatty() or console.is_dumb_terminal:  # rich takes 80 columns for both
-        console.width = width_of(stream, piped=piped)
+    # rich asks standard input first, and takes 80 columns for a terminal without a cursor
+    console.width = width_of(stream, piped=piped)
     return console

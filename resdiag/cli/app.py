@@ -10,6 +10,7 @@ import typer
 
 from resdiag.errors import ResdiagError
 from resdiag.registry import load_extensions
+from resdiag.terminal import has_colour, paint
 
 
 class App(typer.Typer):
@@ -73,7 +74,8 @@ def _fail(message: str, hint: str, code: int, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"error": message, "hint": hint}))
     else:
-        line = f"resdiag: {message}" + (f" ({hint})" if hint else "")
+        name = paint("resdiag:", "failed") if has_colour(sys.stderr) else "resdiag:"
+        line = f"{name} {message}" + (f" ({hint})" if hint else "")
         print(" ".join(line.splitlines()), file=sys.stderr)
     return code
 

@@ -11,7 +11,7 @@ import typer
 
 from resdiag.cli.opening import open_runs
 from resdiag.cli.options import DataRoot, Json, RunsRoot
-from resdiag.cli.output import print_entry
+from resdiag.cli.output import coloured, print_entry, say_loading
 from resdiag.errors import UsageError, unknown
 from resdiag.terminal import has_colour
 
@@ -90,6 +90,7 @@ def explain(
 
 def _open_images(run: "Run", data: str, root: Path | None, *, ask: bool) -> "ImageData":
     """The images of a run; what cannot be examined is refused before they are read."""
+    say_loading()
     from resdiag.interventions.compare import open_images
 
     if ask:
@@ -160,6 +161,7 @@ def _untried(run: "Run", verdict: str) -> str:
 def _explain_together(runs: "Sequence[Run]", *, as_json: bool) -> None:
     """A line per run, and per network whether its error grows with depth."""
     from resdiag.diagnose.degraded import compare
+    from resdiag.diagnose.text import severity
     from resdiag.diagnose.verdict import judge
 
     verdicts = [judge(run) for run in runs]
@@ -174,6 +176,6 @@ def _explain_together(runs: "Sequence[Run]", *, as_json: bool) -> None:
         return
     for run, verdict in zip(runs, verdicts, strict=True):
         where = "" if verdict.block is None else f" (block {verdict.block})"
-        print(f"{run.path}: {verdict.name}{where}")
+        print(f"{run.path}: {coloured(verdict.name, severity(verdict))}{where}")
     for comparison in comparisons:
         print(f"{comparison.model}: {comparison.name}. {comparison.summary}")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from resdiag.cli.options import Argument, InputShape, Json, Model, parse_shape
-from resdiag.cli.output import print_entry
+from resdiag.cli.output import print_entry, say_loading
 from resdiag.interventions.table import models_interventions
 
 
@@ -41,6 +41,7 @@ def lesion(
     as_json: Json = False,
 ) -> None:
     """Change one thing about a model's blocks; compare a few training steps with and without it."""
+    say_loading()
     from resdiag.diagnose.finding import plain
     from resdiag.interventions.compare import try_on_model
     from resdiag.models.source import parse_arguments

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from resdiag.cli.options import DataRoot, Device, Json, RunsRoot, with_settings
-from resdiag.cli.output import keep_quiet, say
+from resdiag.cli.output import coloured, keep_quiet, say, say_loading
 from resdiag.data.registry import check_data
-from resdiag.terminal import has_colour
+from resdiag.terminal import has_colour, width_of, wrap
 from resdiag.trackers.tracker import TRACKERS, parse_tracker
 from resdiag.training.device import find_device
 from resdiag.training.interrupt import EXIT_CODES
@@ -55,6 +55,7 @@ def run(
     for text in tracker or ():
         parse_tracker(text)
     # every mistake that can be seen without torch has been answered by now
+    say_loading(quiet)
     import torch
 
     from resdiag.study.cell import Options, run_cell
@@ -121,4 +122,7 @@ def _describe(summary: dict[str, Any]) -> str:
     errors = f", test error {', '.join(measured)}" if measured else ""
     if summary["train_error"] is not None:
         errors += f", training error {summary['train_error']:.2%} over the last epoch"
-    return f"{summary['run']}: {summary['status']} after {summary['steps']} steps{errors}\n"
+    status = summary["status"]
+    text = f"{summary['run']}: {status} after {summary['steps']} steps{errors}"
+    lines = wrap(text, width_of(sys.stdout, piped=sys.maxsize), "  ")
+    return "\n".join(lines).replace(f": {status}", f": {coloured(status, status)}", 1) + "\n"

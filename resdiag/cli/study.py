@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -11,10 +12,11 @@ import typer
 from resdiag.cli.app import group
 from resdiag.cli.opening import open_study
 from resdiag.cli.options import DataRoot, Device, Json, RunsRoot
-from resdiag.cli.output import open_console, print_table
+from resdiag.cli.output import print_table
 from resdiag.cli.study_options import Mini, Sets, Where, with_engine
 from resdiag.cli.study_run import print_status, retry, run, run_cell
 from resdiag.errors import UsageError, unknown
+from resdiag.terminal import can_redraw, open_console, width_of
 
 study_app = group("Studies: one question, a grid of runs, any engine.")
 
@@ -127,15 +129,17 @@ def watch(
     from resdiag.study.ledger import read_ledger
     from resdiag.study.live import draw_study
 
-    console = open_console(width=200)
-    if once or not console.is_terminal:
-        console.print(draw_study(study, read_ledger(study, runs), 10_000))
+    console = open_console(sys.stdout)
+    if once or not can_redraw(sys.stdout):
+        console.print(draw_study(study, read_ledger(study, runs), 10_000, console.width))
         return
     try:
         with Live(console=console, auto_refresh=False) as live:
             while True:
                 entries = read_ledger(study, runs)
-                live.update(draw_study(study, entries, console.height), refresh=True)
+                console.width = width_of(sys.stdout)
+                frame = draw_study(study, entries, console.height, console.width)
+                live.update(frame, refresh=True)
                 if not {entry.state for entry in entries} & {"running", "stale", "missing"}:
                     return
                 time.sleep(1)
