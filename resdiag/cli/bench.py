@@ -44,11 +44,12 @@ def pathologies(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train small networks with a planted fault, and healthy ones; count right verdicts.
+    """Plant faults in small trainings and count right verdicts.
 
-    A set has about 1200 trainings with a fault and 150 healthy ones, of about 3 seconds each; any
-    beginning of it (--limit) is a mixture of all kinds. Thresholds of rules are set on the
-    development set only; the locked set has other families of architectures.
+    Healthy trainings are among them. A set has about 1200 trainings with a fault and 150 healthy
+    ones, of about 3 seconds each; any beginning of it (--limit) is a mixture of all kinds.
+    Thresholds of rules are set on the development set only; the locked set has other families of
+    architectures.
     """
     if which not in _SETS:
         raise unknown("set", which, _SETS)

@@ -65,7 +65,11 @@ def explain(
     runs: RunsRoot = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Print what happened in a run: verdict, mechanism, evidence, and what to do next."""
+    """Print what happened in a run, why, and what to do next.
+
+    That is its verdict, the mechanism, and the evidence. Of several runs: a line each, and whether
+    the error grows with the depth.
+    """
     if start not in ("", *_STARTS):
         raise unknown("start", start, _STARTS)
     more = [] if lesion else [Path(name) for name in names or []]

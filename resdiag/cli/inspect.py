@@ -22,7 +22,10 @@ def inspect(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Print a model's residual blocks: stage, name, shortcut, after-add, parameters."""
+    """Print a model's residual blocks.
+
+    Each with its stage, name, shortcut, what follows the addition, and number of parameters.
+    """
     shape = parse_shape(input_shape)
     say_loading()
     from resdiag.models.inspection import inspect_model

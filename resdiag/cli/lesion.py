@@ -40,7 +40,10 @@ def lesion(
     steps: Annotated[int, typer.Option(min=1, help="Training steps per arm.")] = 5,
     as_json: Json = False,
 ) -> None:
-    """Change one thing about a model's blocks; compare a few training steps with and without it."""
+    """Change one thing about a model's blocks and see what it does.
+
+    A few training steps are compared with and without the change.
+    """
     say_loading()
     from resdiag.diagnose.finding import plain
     from resdiag.interventions.compare import try_on_model

@@ -1,6 +1,6 @@
 """The command line, put together: one file a command in `resdiag/cli`."""
 
-from resdiag.cli.app import App, print_help
+from resdiag.cli.app import App, NamesItsVariants, print_help_or_version
 from resdiag.cli.bench import bench_app
 from resdiag.cli.data import data_app
 from resdiag.cli.explain import explain
@@ -30,10 +30,12 @@ app = App(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},  # its commands inherit them
 )
-app.callback()(print_help)
+app.callback()(print_help_or_version)
+app.command(cls=NamesItsVariants)(run)
 for command in (
-    run, plot, explain, report, lesion, inspect, export, predict, probe, variants, metrics, version,
+    plot, explain, report, lesion, inspect, export, predict, probe, variants, metrics, version,
 ):  # fmt: skip
     app.command()(command)
 study_app.command("report")(report_study)

@@ -28,7 +28,7 @@ def predict(
     data_root: DataRoot = None,
     as_json: Json = False,
 ) -> None:
-    """Predict a run before training: theory beside a measurement on one batch."""
+    """Predict a run before training, by theory and on one batch."""
     from resdiag.data.registry import check_data
     from resdiag.models.variants import count_blocks, find_variant
 

@@ -53,7 +53,10 @@ def probe(
     data_root: DataRoot = None,
     as_json: Json = False,
 ) -> None:
-    """Diagnose a model from one forward and one backward pass, without training."""
+    """Diagnose a model from one batch, without training it.
+
+    That is one forward and one backward pass, and a few more for the critical learning rate.
+    """
     shape = parse_shape(input_shape)
     if loss not in ("auto", "cross-entropy", "mean-square"):
         raise unknown("loss", loss, ["auto", "cross-entropy", "mean-square"])

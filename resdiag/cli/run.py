@@ -49,7 +49,10 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")] = False,
     as_json: Json = False,
 ) -> int:
-    """Train one variant, by default for 60 steps only, record it, and print the verdict."""
+    """Train one variant, record it, and print the verdict.
+
+    By default it is trained for 60 steps only; `--recipe paper` is the whole training of the paper.
+    """
     request.check()
     check_data(request.data)
     for text in tracker or ():

@@ -75,7 +75,10 @@ def plan(
     runs: RunsRoot = Path("runs"),
     data_root: DataRoot = None,
 ) -> None:
-    """Print one command per missing cell, for other schedulers: xargs, sbatch, ..."""
+    """Print one command per missing cell, for other schedulers.
+
+    These are xargs, sbatch and the like.
+    """
     if form not in FORMATS:
         raise unknown("format", form, FORMATS)
     study = open_study(where, settings, mini)
@@ -107,7 +110,10 @@ def status(
     runs: RunsRoot = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Print the state of each cell: done, running, stale, failed, diverged or missing."""
+    """Print the state of each cell.
+
+    It is done, running, stale, failed, diverged or missing.
+    """
     study = open_study(where, settings, mini)
     from resdiag.study.ledger import read_ledger
 
@@ -122,7 +128,10 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Print the table once and exit.")] = False,
     runs: RunsRoot = Path("runs"),
 ) -> None:
-    """Show the progress of a study live: time left, errors, gradient norm by block of each cell."""
+    """Show the progress of a study live.
+
+    Time left, and of each cell its error and its gradient norm by block.
+    """
     study = open_study(where, settings, mini)
     from rich.live import Live
 
