@@ -2,6 +2,7 @@
 
 from resdiag.cli.app import App, NamesItsVariants, print_help_or_version
 from resdiag.cli.bench import bench_app
+from resdiag.cli.compare import compare
 from resdiag.cli.data import data_app
 from resdiag.cli.explain import explain
 from resdiag.cli.export import export
@@ -12,6 +13,7 @@ from resdiag.cli.predict import predict
 from resdiag.cli.probe import probe
 from resdiag.cli.report import freeze_study, report, report_study
 from resdiag.cli.run import run
+from resdiag.cli.runs import runs
 from resdiag.cli.study import study_app
 from resdiag.cli.tables import metrics, variants, version
 
@@ -35,7 +37,8 @@ app = App(
 app.callback()(print_help_or_version)
 app.command(cls=NamesItsVariants)(run)
 for command in (
-    plot, explain, report, lesion, inspect, export, predict, probe, variants, metrics, version,
+    runs, plot, explain, compare, report, lesion, inspect, export, predict, probe, variants,
+    metrics, version,
 ):  # fmt: skip
     app.command()(command)
 study_app.command("report")(report_study)

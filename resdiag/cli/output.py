@@ -55,7 +55,7 @@ def _fit(
     cells = list(zip(header, *rows, strict=True))
     needed = [max(map(cell_len, column)) for column in cells]
     words = [max(cell_len(w) for cell in column for w in cell.split() or [""]) for column in cells]
-    left = columns - _GAP * len(header)
+    left = columns - _GAP * (len(header) - 1)
     if sum(words) > left:
         return None
     shared = max(range(left + 1), key=lambda cap: (_total(words, needed, cap) <= left, cap))
@@ -87,7 +87,9 @@ def _print_columns(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, expand=False, show_edge=False, pad_edge=False)
+    table = Table(
+        box=SIMPLE_HEAD, expand=False, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for name, width in zip(header, widths, strict=True):
         table.add_column(name, width=width, overflow="fold")
     for row in rows:

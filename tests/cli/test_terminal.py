@@ -72,8 +72,8 @@ def test_a_word_that_is_wider_than_the_table_is_whole_on_its_line(capsys):
 def test_short_cells_stand_in_columns(capsys):
     print_table(("name", "state"), [("one", "done"), ("zwölf", "stale")], False)
     rows = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    assert rows[0] == "name    state"
-    assert rows[2:] == ["one     done", "zwölf   stale"]
+    assert rows[0] == "name   state"
+    assert rows[2:] == ["one    done", "zwölf  stale"]
 
 
 # -- colour -------------------------------------------------------------------------------------
