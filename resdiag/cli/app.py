@@ -75,7 +75,10 @@ class App(Group):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Run the command line and exit with its code."""
-        sys.exit(_deliver(self.run(kwargs.pop("args", None))))
+        try:
+            sys.exit(_deliver(self.run(kwargs.pop("args", None))))
+        except KeyboardInterrupt:  # while the command line is read
+            sys.exit(130)
 
     def run(self, args: Sequence[str] | None = None) -> int:
         """Run one command line.
@@ -91,13 +94,15 @@ class App(Group):
         as_json = "--json" in words
         command = typer.main.get_command(self)
         try:
-            code = command.main(args=words, prog_name="resdiag", standalone_mode=False)
+            code = command.main(args=words, prog_name="resdiag", standalone_mode=False, obj=words)
         except ResdiagError as error:
             return _fail_all(error, as_json)
         except OSError as error:
             return _fail(str(error), "", 74, as_json)
         except Exception as error:
-            # Typer's own errors: wrong options, missing arguments
+            # Typer's own errors: Ctrl-C; wrong options, missing arguments
+            if type(error).__name__ == "Abort":
+                return _fail("stopped by Ctrl-C", "", 130, as_json)
             if not hasattr(error, "format_message"):
                 raise
             message = " ".join(str(error.format_message()).split())

@@ -1,7 +1,9 @@
 """`resdiag run`: train one variant while recording."""
 
 import json
+import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 def run(
     request: Request,
     *,
+    context: typer.Context,
     device: Device = "auto",
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Number of CPU threads of PyTorch.")
@@ -76,7 +79,16 @@ def run(
     )
     outcome = run_cell(request, options, keep_quiet if quiet else say)
     _print_outcome(outcome, as_json)
-    return EXIT_CODES[outcome.signal] if outcome.run.status == "stopped" else 0
+    if outcome.run.status != "stopped":
+        return 0
+    if not quiet:
+        say(f"stopped; to go on: {_resume(context.obj)}")
+    return EXIT_CODES[outcome.signal]
+
+
+def _resume(words: Sequence[str]) -> str:
+    """The command that continues a run: the same without `--force`, which would start over."""
+    return shlex.join(["resdiag", *(word for word in words if word != "--force")])
 
 
 def _print_outcome(outcome: "Outcome", as_json: bool) -> None:

@@ -107,7 +107,8 @@ def judge(run: "Run | Monitor") -> Verdict:
     its summary says both. A condition, such as that growth, does not name the verdict on a run that
     learned all the same. Where no rule reports anything, the run is healthy only if a third of
     the rules had what they need, and if it shows that it learns: 20 losses or more, the last
-    below that of guessing, or falling where that is not known. Else it is undetermined. No rule
+    below that of guessing, or falling where that is not known. Else it is undetermined, as is a
+    run of `resdiag run` that was stopped before its end. No rule
     raises on a missing or odd column: what cannot be judged is listed in `not_judged`.
 
     Args:
@@ -119,9 +120,10 @@ def judge(run: "Run | Monitor") -> Verdict:
     every = [outcome for of_rule in outcomes.values() for outcome in of_rule]
     unanswered = [i for i in every if isinstance(i, NotJudged)]
     open_questions = [str(i) for i in unanswered]
-    if run.status != "diverged" and run.steps < run.config.steps:
-        done = f"step {run.steps} of {run.config.steps}"
-        open_questions.append(f"the rest of the run: it is at {done} ({run.status})")
+    far = f"step {run.steps} of {run.config.steps}"
+    is_whole = run.status == "diverged" or run.steps >= run.config.steps
+    if not is_whole:
+        open_questions.append(f"the rest of the run: it is at {far} ({run.status})")
     doubts, checks = [*find_doubts(seen)], _count_checks(outcomes, seen)
     # what model and loop consist of says little about how the training goes
     of_numbers = {n: of for n, of in outcomes.items() if FINDINGS[n].needs != ("inventory",)}
@@ -132,6 +134,9 @@ def judge(run: "Run | Monitor") -> Verdict:
     found.sort(key=functools.partial(_place, worse=_dates(found, LR_TOO_HIGH.name)))
     broke = EXPLODED.name in {finding.name for finding in found}
     survived = not doubts and not broke and has_learned(seen)
+    # the loops of others stop early for reasons of their own, and are judged by what they did
+    if run.status == "stopped" and not is_whole and not isinstance(run.config, WatchedConfig):
+        doubts.append(f"the run was stopped at {far}")
     naming = [i for i in found if not (survived and FINDINGS[i.name].is_condition)]
     findings = (*naming, *(i for i in found if i not in naming))
     verdict = (

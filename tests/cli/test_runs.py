@@ -142,7 +142,7 @@ def test_an_outcome_has_the_numbers_of_the_tables():
         metrics["grad_input"], metrics["grad_output"] = 1.0, 1.0
         last = metrics["block"] == metrics["block"].max()
         metrics.loc[last & (metrics["step"] == metrics["step"].max()), "grad_output"] = 0.01
-        metrics["input_second_moment"], metrics["output_second_moment"] = 2.0, 3.0
+        metrics["input_channel_std"], metrics["output_channel_std"] = 2.0**0.5, 3.0**0.5
         curve["loss"] = 2.0
         curve["test_error"] = math.nan
         curve.loc[curve.index[:2], "test_error"] = [0.1, 0.3]

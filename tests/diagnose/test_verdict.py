@@ -341,6 +341,15 @@ def test_a_run_stopped_early_says_what_it_has_not_seen():
     assert not any(reason.startswith("the rest") for reason in judge(stopped).not_judged)
 
 
+def test_a_run_that_was_stopped_is_not_called_healthy():
+    whole = plant(lr=0.3, steps=50)
+    assert judge(whole).name == "healthy"
+    part = judge(replace(whole, status="stopped", steps=40))
+    assert part.name == "undetermined"
+    assert "the run was stopped at step 40 of 50" in part.why
+    assert judge(replace(whole, status="stopped")).name == "healthy"  # in its last step
+
+
 @pytest.mark.parametrize(
     ("column", "words"),
     [
