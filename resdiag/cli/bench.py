@@ -1,7 +1,10 @@
 """`resdiag bench`: how good resdiag's own answers are."""
 
 import json
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +14,8 @@ from resdiag.cli.app import group
 from resdiag.cli.options import Json
 from resdiag.cli.output import print_table, say
 from resdiag.errors import unknown
+from resdiag.terminal import can_redraw, open_console
+from resdiag.training.display import LINE_EVERY_S
 
 if TYPE_CHECKING:
     from resdiag.pathologies.grammar import Case
@@ -39,11 +44,12 @@ def pathologies(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train small networks with a planted fault, and healthy ones; count right verdicts.
+    """Plant faults in small trainings and count right verdicts.
 
-    A set has about 1200 trainings with a fault and 150 healthy ones, of about 3 seconds each; any
-    beginning of it (--limit) is a mixture of all kinds. Thresholds of rules are set on the
-    development set only; the locked set has other families of architectures.
+    Healthy trainings are among them. A set has about 1200 trainings with a fault and 150 healthy
+    ones, of about 3 seconds each; any beginning of it (--limit) is a mixture of all kinds.
+    Thresholds of rules are set on the development set only; the locked set has other families of
+    architectures.
     """
     if which not in _SETS:
         raise unknown("set", which, _SETS)
@@ -62,23 +68,41 @@ def pathologies(
 
 
 def _run(cases: "Sequence[Case]", jobs: int, to: Path | None) -> "list[Result]":
-    """Try the cases behind a progress bar on standard error."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+    """Try the cases behind a progress bar on standard error, or a line now and then in a pipe."""
     from resdiag.pathologies.suite import run_cases
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    console = Console(stderr=True)
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
-        task, wrong = bar.add_task("trainings", total=len(cases)), []
+    done = wrong = 0
+    with _open_progress(len(cases)) as show:
 
         def tell(result: "Result") -> None:
-            if not result.is_right:
-                wrong.append(result)
-            bar.update(task, advance=1, description=f"trainings, {len(wrong)} judged wrong")
+            nonlocal done, wrong
+            done, wrong = done + 1, wrong + (not result.is_right)
+            show(done, f"trainings, {wrong} judged wrong")
 
         return run_cases(cases, jobs=jobs, to=to, tell=tell)
+
+
+@contextmanager
+def _open_progress(total: int) -> "Iterator[Callable[[int, str], None]]":
+    """What shows the number of trainings that are done, and a remark."""
+    if not can_redraw(sys.stderr):
+        last = time.monotonic()
+
+        def tell(done: int, words: str) -> None:
+            nonlocal last
+            if time.monotonic() - last >= LINE_EVERY_S or done == total:
+                last = time.monotonic()
+                say(f"{done}/{total} {words}")
+
+        yield tell
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn()
+    console = open_console(sys.stderr)
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("trainings", total=total)
+        yield lambda done, words: bar.update(task, completed=done, description=words)
 
 
 def _document(which: str, seed: int, score: "Score") -> dict[str, object]:

@@ -1,6 +1,8 @@
 """`resdiag explain`: say what happened in a run, or what several show together."""
 
 import json
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +11,9 @@ import typer
 
 from resdiag.cli.opening import open_runs
 from resdiag.cli.options import DataRoot, Json, RunsRoot
+from resdiag.cli.output import coloured, print_entry, say_loading
 from resdiag.errors import UsageError, unknown
+from resdiag.terminal import has_colour
 
 if TYPE_CHECKING:
     from resdiag.data.dataset import ImageData
@@ -61,7 +65,11 @@ def explain(
     runs: RunsRoot = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Print what happened in a run: verdict, mechanism, evidence, and what to do next."""
+    """Print what happened in a run, why, and what to do next.
+
+    That is its verdict, the mechanism, and the evidence. Of several runs: a line each, and whether
+    the error grows with the depth.
+    """
     if start not in ("", *_STARTS):
         raise unknown("start", start, _STARTS)
     more = [] if lesion else [Path(name) for name in names or []]
@@ -86,6 +94,7 @@ def explain(
 
 def _open_images(run: "Run", data: str, root: Path | None, *, ask: bool) -> "ImageData":
     """The images of a run; what cannot be examined is refused before they are read."""
+    say_loading()
     from resdiag.interventions.compare import open_images
 
     if ask:
@@ -117,7 +126,8 @@ def _print(
 ) -> None:
     """The verdict, then what lesions (None if not asked for) and experiments came to."""
     from resdiag.diagnose.finding import plain
-    from resdiag.diagnose.verdict import judge, render
+    from resdiag.diagnose.text import render
+    from resdiag.diagnose.verdict import judge
 
     verdict = judge(run)
     if as_json:
@@ -130,27 +140,32 @@ def _print(
             document["examination"] = examination.to_dict()
         print(json.dumps(document))
         return
-    print(render(verdict))
+    print(render(verdict, colour=has_colour(sys.stdout)))
     lines = [effect.describe(float(run.config.lr or 0)) for effect in effects or ()]
-    for line in lines if lines or effects is None else [f"none proposed for '{verdict.name}'"]:
-        print(f"Lesion    {line}")
+    if effects is not None:
+        print_entry("Lesion", lines or [f"none proposed for '{verdict.name}'"])
     if examination is not None:
         print(examination)
     if effects is None and run.config.variant and (untried := _untried(run, verdict.name)):
-        print(f"Untried   {untried}")
+        print_entry("Untried", [untried])
 
 
 def _untried(run: "Run", verdict: str) -> str:
-    """The interventions that were not tried, and the command that tries them."""
+    """The command that tries interventions, and the names of those."""
     from resdiag.interventions.table import propose
 
     names = propose(verdict, run.config.variant)
-    return f"{', '.join(names)}: resdiag explain {run.path} --lesion" if names else ""
+    return (
+        f"resdiag explain {shlex.quote(str(run.path))} --lesion  # {', '.join(names)}"
+        if names
+        else ""
+    )
 
 
 def _explain_together(runs: "Sequence[Run]", *, as_json: bool) -> None:
     """A line per run, and per network whether its error grows with depth."""
     from resdiag.diagnose.degraded import compare
+    from resdiag.diagnose.text import severity
     from resdiag.diagnose.verdict import judge
 
     verdicts = [judge(run) for run in runs]
@@ -165,6 +180,6 @@ def _explain_together(runs: "Sequence[Run]", *, as_json: bool) -> None:
         return
     for run, verdict in zip(runs, verdicts, strict=True):
         where = "" if verdict.block is None else f" (block {verdict.block})"
-        print(f"{run.path}: {verdict.name}{where}")
+        print(f"{run.path}: {coloured(verdict.name, severity(verdict))}{where}")
     for comparison in comparisons:
         print(f"{comparison.model}: {comparison.name}. {comparison.summary}")

@@ -32,7 +32,7 @@ def export(
     runs: RunsRoot = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Write runs as tables or to a tracker, and print what was written."""
+    """Write runs as tables or to a tracker."""
     from resdiag.trackers.tags import SHOWN, check_metrics
 
     if to is None:

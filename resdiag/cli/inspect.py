@@ -1,12 +1,14 @@
 """`resdiag inspect`: the blocks of any model."""
 
 import json
+import sys
 from typing import Annotated
 
 import typer
 
 from resdiag.cli.options import Argument, Blocks, InputShape, Json, Model, parse_shape
-from resdiag.cli.output import open_console
+from resdiag.cli.output import say_loading
+from resdiag.terminal import open_console
 
 
 def inspect(
@@ -20,8 +22,12 @@ def inspect(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Print a model's residual blocks: stage, name, shortcut, after-add, parameters."""
+    """Print a model's residual blocks.
+
+    Each with its stage, name, shortcut, what follows the addition, and number of parameters.
+    """
     shape = parse_shape(input_shape)
+    say_loading()
     from resdiag.models.inspection import inspect as inspect_model
     from resdiag.models.source import parse_arguments
 
@@ -33,4 +39,4 @@ def inspect(
         return
     from resdiag.plots.anatomy import draw_tree
 
-    open_console().print(draw_tree(found, fold=not show_all), markup=False)
+    open_console(sys.stdout).print(draw_tree(found, fold=not show_all), markup=False)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from resdiag.cli.options import Argument, InputShape, Json, Model, parse_shape
+from resdiag.cli.output import print_entry, say_loading
 from resdiag.interventions.table import models_interventions
 
 
@@ -39,7 +40,11 @@ def lesion(
     steps: Annotated[int, typer.Option(min=1, help="Training steps per arm.")] = 5,
     as_json: Json = False,
 ) -> None:
-    """Change one thing about a model's blocks; compare a few training steps with and without it."""
+    """Change one thing about a model's blocks and see what it does.
+
+    A few training steps are compared with and without the change.
+    """
+    say_loading()
     from resdiag.diagnose.finding import plain
     from resdiag.interventions.compare import try_on_model
     from resdiag.models.source import parse_arguments
@@ -62,5 +67,4 @@ def lesion(
         found = [plain(effect.to_dict()) for effect in effects]
         print(json.dumps({"schema": 1, "model": model, "lesions": found}))
         return
-    for effect in effects:
-        print(f"Lesion    {effect.describe(lr)}")
+    print_entry("Lesion", [effect.describe(lr) for effect in effects])

@@ -1,7 +1,8 @@
 """The command line, put together: one file a command in `resdiag/cli`."""
 
-from resdiag.cli.app import App, print_help
+from resdiag.cli.app import App, NamesItsVariants, print_help_or_version
 from resdiag.cli.bench import bench_app
+from resdiag.cli.compare import compare
 from resdiag.cli.data import data_app
 from resdiag.cli.explain import explain
 from resdiag.cli.export import export
@@ -12,6 +13,7 @@ from resdiag.cli.predict import predict
 from resdiag.cli.probe import probe
 from resdiag.cli.report import freeze_study, report, report_study
 from resdiag.cli.run import run
+from resdiag.cli.runs import runs
 from resdiag.cli.study import study_app
 from resdiag.cli.tables import metrics, variants, version
 from resdiag.cli.watch import watch
@@ -31,11 +33,13 @@ app = App(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},  # its commands inherit them
 )
-app.callback()(print_help)
+app.callback()(print_help_or_version)
+app.command(cls=NamesItsVariants)(run)
 for command in (
-    run, watch, plot, explain, report, lesion, inspect, export, predict, probe, variants, metrics,
-    version,
+    runs, watch, plot, explain, compare, report, lesion, inspect, export, predict, probe, variants,
+    metrics, version,
 ):  # fmt: skip
     app.command()(command)
 study_app.command("report")(report_study)

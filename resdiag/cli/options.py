@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from resdiag.errors import UsageError
+from resdiag.models.variants import list_variants
 from resdiag.runs.config import row_of
 from resdiag.training.device import check_device
 from resdiag.training.recipe import Request
@@ -91,25 +92,31 @@ def with_settings(command: Callable[..., int]) -> Command:
         command: Its parameter `request`, which gets all of them, stands for those options.
     """
     own = inspect.signature(command).parameters
-    options = {entry.name: _option(entry) for entry in fields(Request) if entry.name not in own}
+    entries = [entry for entry in fields(Request) if entry.name not in own]
+
+    def options() -> Iterable[inspect.Parameter]:
+        return map(_option, entries)
 
     def gather(given: dict[str, Any]) -> Request:
         asked = {entry.name: given[entry.name] for entry in fields(Request)}
-        for name in options:
-            del given[name]
+        for entry in entries:
+            del given[entry.name]
         return Request(**asked)
 
-    return Command(command, "request", options.values, gather)
+    return Command(command, "request", options, gather)
 
 
 def _option(entry: "Field[Any]") -> inspect.Parameter:
     """The option of one setting; one that is off by default has no `--no-` form."""
     names = [f"--{entry.name.replace('_', '-')}"] if entry.default is False else []
+    help = row_of(entry).help
+    if entry.name == "variant":
+        help = f"{help.removesuffix('.')}: {', '.join(list_variants())}."
     return inspect.Parameter(
         entry.name,
         inspect.Parameter.KEYWORD_ONLY,
         default=inspect.Parameter.empty if entry.default is MISSING else entry.default,
-        annotation=Annotated[entry.type, typer.Option(*names, help=row_of(entry).help)],
+        annotation=Annotated[entry.type, typer.Option(*names, help=help)],
     )
 
 

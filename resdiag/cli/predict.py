@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from resdiag.cli.options import DataRoot, Json
-from resdiag.cli.output import say
+from resdiag.cli.output import say, say_loading
+from resdiag.terminal import beside, width_of_text, wrap
 
 if TYPE_CHECKING:
     from resdiag.probe.forecast import Forecast
@@ -27,13 +28,14 @@ def predict(
     data_root: DataRoot = None,
     as_json: Json = False,
 ) -> None:
-    """Predict a run before training: theory beside a measurement on one batch."""
+    """Predict a run before training, by theory and on one batch."""
     from resdiag.data.registry import check_data
     from resdiag.models.variants import count_blocks, find_variant
 
     find_variant(variant)
     count_blocks(depth)
     check_data(data)
+    say_loading()
     from resdiag.probe.forecast import forecast
 
     found = forecast(
@@ -49,8 +51,10 @@ def predict(
 
 
 def _describe(found: "Forecast") -> str:
-    lines = [f"{'':18}{'theory':>10}{'measured':>11}"]
+    lines, width = [f"{'':18}{'theory':>10}{'measured':>11}"], width_of_text()
     for name, pair in found.pairs().items():
         numbers = [("-" if math.isnan(x) else f"{x:.3g}") for x in (pair.theory, pair.measured)]
-        lines.append(f"{name:18}{numbers[0]:>10}{numbers[1]:>11}  {pair.note}")
-    return "\n".join([*lines, f"outcome: {found.fate}; {found.why}", f"law: {found.basis}"])
+        label = f"{name:18}{numbers[0]:>10}{numbers[1]:>11}"
+        lines += beside(label, wrap(pair.note, width - len(label) - 2), len(label) + 2)
+    outcome = (f"outcome: {found.fate}; {found.why}", f"law: {found.basis}")
+    return "\n".join([*lines, *(line for text in outcome for line in wrap(text, width, "  "))])

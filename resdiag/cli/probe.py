@@ -1,6 +1,8 @@
 """`resdiag probe`: the diagnosis of any model at its weights as they are, without training."""
 
 import json
+import sys
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +18,9 @@ from resdiag.cli.options import (
     RunsRoot,
     parse_shape,
 )
-from resdiag.cli.output import say
+from resdiag.cli.output import say, say_loading
 from resdiag.errors import unknown
+from resdiag.terminal import LABEL, beside, has_colour, width_of_text, wrap
 
 if TYPE_CHECKING:
     from resdiag.probe.result import ProbeResult
@@ -50,7 +53,10 @@ def probe(
     data_root: DataRoot = None,
     as_json: Json = False,
 ) -> None:
-    """Diagnose a model from one forward and one backward pass, without training."""
+    """Diagnose a model from one batch, without training it.
+
+    That is one forward and one backward pass, and a few more for the critical learning rate.
+    """
     shape = parse_shape(input_shape)
     if loss not in ("auto", "cross-entropy", "mean-square"):
         raise unknown("loss", loss, ["auto", "cross-entropy", "mean-square"])
@@ -62,6 +68,7 @@ def probe(
         from resdiag.data.registry import check_data
 
         check_data(data)
+    say_loading()
     from resdiag.models.source import parse_arguments
     from resdiag.probe.probe import probe_model
 
@@ -87,9 +94,9 @@ def probe(
     for note in found.notes:
         say(f"note: {note}")
     print(_describe(found))
-    from resdiag.diagnose.verdict import render
+    from resdiag.diagnose.text import render
 
-    print(render(found.verdict))
+    print(render(found.verdict, colour=has_colour(sys.stdout)))
     for file in files:
         print(file)
 
@@ -97,39 +104,41 @@ def probe(
 def _describe(found: "ProbeResult") -> str:
     numbers, curve = found.summary(), found.curvature
     signal, gradient = numbers["signal"], numbers["gradient"]
-    lines = [
-        f"{found.run.path}: {found.batch}, loss {found.loss[1]:.4g} ({found.loss[0]})",
-        f"signal    E[H^2] {signal['first']:.3g} at the first block, {signal['last']:.3g} at the "
-        f"last: x{signal['growth_per_block']:.3g} per block",
-        _depth_law(numbers["depth_law"]),
-        f"gradient  first block over last {gradient['ratio_first_to_last']:.3g}: squared "
-        f"x{gradient['growth_per_block']:.3g} per block",
-        f"bias      B2 {numbers['bias_shift']['first']:.3g} at the first block, "
-        f"{numbers['bias_shift']['last']:.3g} at the last",
-        f"skip      gain {numbers['skip_gain']['last']:.3g} at the last block",
-    ]
+    entries = [
+        ("signal", f"E[H^2] {signal['first']:.3g} at the first block, {signal['last']:.3g} at the "
+         f"last: x{signal['growth_per_block']:.3g} per block"),
+        ("depth", _depth_law(numbers["depth_law"])),
+        ("gradient", f"first block over last {gradient['ratio_first_to_last']:.3g}: squared "
+         f"x{gradient['growth_per_block']:.3g} per block"),
+        ("bias", f"B2 {numbers['bias_shift']['first']:.3g} at the first block, "
+         f"{numbers['bias_shift']['last']:.3g} at the last"),
+        ("skip", f"gain {numbers['skip_gain']['last']:.3g} at the last block"),
+    ]  # fmt: skip
     if found.is_plain:
-        del lines[-1:]
+        del entries[-1:]
     if not found.run.blocks:
-        del lines[1:]
+        del entries[:]
     if curve.reason:
-        lines.append(f"critical learning rate: not measured, {curve.reason}")
+        critical = f"critical learning rate: not measured, {curve.reason}"
     else:
         far = "" if curve.converged else ", not converged: an upper bound"
-        lines.append(
+        critical = (
             f"critical learning rate of plain SGD {curve.critical_lr:.3g} = 2 / {curve.value:.3g}, "
             f"the loss's largest curvature on this batch ({curve.steps} products{far})"
         )
-    return "\n".join(lines) + "\n"
+    width = width_of_text()
+    head = f"{found.run.path}: {found.batch}, loss {found.loss[1]:.4g} ({found.loss[0]})"
+    told = [beside(label, wrap(text, width - LABEL)) for label, text in entries]
+    return "\n".join([*wrap(head, width), *chain(*told), *wrap(critical, width)]) + "\n"
 
 
 def _depth_law(law: "dict[str, Any]") -> str:
     """What the longest stage would do if it were deeper."""
     if law["kind"] == "unknown":
-        return f"depth     no law of growth: {law['reason']}"
+        return f"no law of growth: {law['reason']}"
     twice = f"; with twice the blocks its E[H^2] would grow by x{law['growth_at_twice']:.3g}"
     return (
-        f"depth     the longest stage grows by {_WORDS[law['kind']]} (E[F^2] follows E[h^2] to the "
+        f"the longest stage grows by {_WORDS[law['kind']]} (E[F^2] follows E[h^2] to the "
         f"power {law['elasticity']:.2f}){twice if law['kind'] != 'between' else ''}"
     )
 

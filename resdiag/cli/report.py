@@ -39,10 +39,10 @@ def report(
     runs: RunsRoot = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Write one HTML page about one run, or about several: verdict, evidence, figures, origin.
+    """Write one HTML page about one run, or about several.
 
-    The same text is written as Markdown, and every figure as SVG and PDF, with its data as CSV. For
-    a study, use `resdiag study report`.
+    It has verdict, evidence, figures and origin. The same text is written as Markdown, and every
+    figure as SVG and PDF, with its data as CSV. For a study, use `resdiag study report`.
     """
     for path in paths or []:
         _refuse_study(path)
@@ -90,13 +90,13 @@ def freeze_study(
     runs: RunsRoot = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Save the results of a study as three small files, so that `study report` needs no runs.
+    """Save the results of a study as three small files.
 
-    The content of the folder is replaced. With --add, cells of other seeds or machines are kept.
+    `study report` then needs no runs. The content of the folder is replaced. With --add, cells of
+    other seeds or machines are kept.
     """
     results = _read(where, settings, mini, runs, steps)
-    if not any(item.run for item in results.cells):
-        raise UsageError(f"no cell of {results.study.name} was begun under {runs}")
+    _refuse_empty(results, runs)
     from resdiag.report.storage import is_frozen, read_results, write_results
 
     if add and is_frozen(out):
@@ -121,18 +121,29 @@ def report_study(
     runs: RunsRoot = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Write the results of a study as one HTML page, as Markdown, and as figures with their data.
+    """Write the results of a study as one HTML page.
 
-    The study may be unfinished: the report lists what is missing. STUDY may also be a folder that
-    `study freeze` wrote.
+    They are also written as Markdown, and as figures with their data. The study may be unfinished:
+    the report lists what is missing. STUDY may also be a folder that `study freeze` wrote.
     """
     results = _read(where, settings, mini, runs)
+    _refuse_empty(results, runs)
     from resdiag.report.write import write_report
 
     frozen = results.source == where
     folder = out or (Path("reports") / results.study.name if frozen else Path(results.source))
     files = write_report(results, folder if out or frozen else folder / "report")
     print_files(files if as_json else files[:1], as_json)
+
+
+def _refuse_empty(results: "Results", runs: Path) -> None:
+    """A study of which nothing was run has no results to write about."""
+    if not any(item.run for item in results.cells):
+        name = results.study.name
+        raise UsageError(
+            f"no cell of {name} was begun under {runs}: there are no results",
+            f"resdiag study run {name} --runs {runs}",
+        )
 
 
 def _read(

@@ -1,6 +1,9 @@
 """`resdiag run`: train one variant while recording."""
 
 import json
+import shlex
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from resdiag.cli.options import DataRoot, Device, Json, RunsRoot, with_settings
-from resdiag.cli.output import keep_quiet, say
+from resdiag.cli.output import coloured, keep_quiet, say, say_loading
 from resdiag.data.registry import check_data
+from resdiag.terminal import has_colour, width_of, wrap
 from resdiag.trackers.tracker import TRACKERS, parse_tracker
 from resdiag.training.device import find_device
 from resdiag.training.interrupt import EXIT_CODES
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
 def run(
     request: Request,
     *,
+    context: typer.Context,
     device: Device = "auto",
     threads: Annotated[
         int | None, typer.Option(min=1, max=1024, help="Number of CPU threads of PyTorch.")
@@ -47,12 +52,16 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress.")] = False,
     as_json: Json = False,
 ) -> int:
-    """Train one variant, by default for 60 steps only, record it, and print the verdict."""
+    """Train one variant, record it, and print the verdict.
+
+    By default it is trained for 60 steps only; `--recipe paper` is the whole training of the paper.
+    """
     request.check()
     check_data(request.data)
     for text in tracker or ():
         parse_tracker(text)
     # every mistake that can be seen without torch has been answered by now
+    say_loading(quiet)
     import torch
 
     from resdiag.study.cell import Options, run_cell
@@ -70,11 +79,20 @@ def run(
     )
     outcome = run_cell(request, options, keep_quiet if quiet else say)
     _print_outcome(outcome, as_json)
-    return EXIT_CODES[outcome.signal] if outcome.run.status == "stopped" else 0
+    if outcome.run.status != "stopped":
+        return 0
+    if not quiet:
+        say(f"stopped; to go on: {_resume(context.obj)}")
+    return EXIT_CODES[outcome.signal]
+
+
+def _resume(words: Sequence[str]) -> str:
+    """The command that continues a run: the same without `--force`, which would start over."""
+    return shlex.join(["resdiag", *(word for word in words if word != "--force")])
 
 
 def _print_outcome(outcome: "Outcome", as_json: bool) -> None:
-    from resdiag.diagnose.verdict import render
+    from resdiag.diagnose.text import render
 
     summary = _summarise(outcome)
     if as_json:
@@ -83,7 +101,7 @@ def _print_outcome(outcome: "Outcome", as_json: bool) -> None:
     for note in outcome.notes:
         say(f"note: {note}")
     print(_describe(summary))
-    print(render(outcome.verdict))
+    print(render(outcome.verdict, colour=has_colour(sys.stdout)))
 
 
 def _summarise(outcome: "Outcome") -> dict[str, Any]:
@@ -119,4 +137,7 @@ def _describe(summary: dict[str, Any]) -> str:
     errors = f", test error {', '.join(measured)}" if measured else ""
     if summary["train_error"] is not None:
         errors += f", training error {summary['train_error']:.2%} over the last epoch"
-    return f"{summary['run']}: {summary['status']} after {summary['steps']} steps{errors}\n"
+    status = summary["status"]
+    text = f"{summary['run']}: {status} after {summary['steps']} steps{errors}"
+    lines = wrap(text, width_of(sys.stdout, piped=sys.maxsize), "  ")
+    return "\n".join(lines).replace(f": {status}", f": {coloured(status, status)}", 1) + "\n"

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -11,10 +12,11 @@ import typer
 from resdiag.cli.app import group
 from resdiag.cli.opening import open_study
 from resdiag.cli.options import DataRoot, Device, Json, RunsRoot
-from resdiag.cli.output import open_console, print_table
+from resdiag.cli.output import print_table
 from resdiag.cli.study_options import Mini, Sets, Where, with_engine
 from resdiag.cli.study_run import print_status, retry, run, run_cell
 from resdiag.errors import UsageError, unknown
+from resdiag.terminal import can_redraw, open_console, width_of
 
 study_app = group("Studies: one question, a grid of runs, any engine.")
 
@@ -73,7 +75,10 @@ def plan(
     runs: RunsRoot = Path("runs"),
     data_root: DataRoot = None,
 ) -> None:
-    """Print one command per missing cell, for other schedulers: xargs, sbatch, ..."""
+    """Print one command per missing cell, for other schedulers.
+
+    These are xargs, sbatch and the like.
+    """
     if form not in FORMATS:
         raise unknown("format", form, FORMATS)
     study = open_study(where, settings, mini)
@@ -105,7 +110,10 @@ def status(
     runs: RunsRoot = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Print the state of each cell: done, running, stale, failed, diverged or missing."""
+    """Print the state of each cell.
+
+    It is done, running, stale, failed, diverged or missing.
+    """
     study = open_study(where, settings, mini)
     from resdiag.study.ledger import read_ledger
 
@@ -120,22 +128,27 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Print the table once and exit.")] = False,
     runs: RunsRoot = Path("runs"),
 ) -> None:
-    """Show the progress of a study live: time left, errors, gradient norm by block of each cell."""
+    """Show the progress of a study live.
+
+    Time left, and of each cell its error and its gradient norm by block.
+    """
     study = open_study(where, settings, mini)
     from rich.live import Live
 
     from resdiag.study.ledger import read_ledger
     from resdiag.study.live import draw_study
 
-    console = open_console(width=200)
-    if once or not console.is_terminal:
-        console.print(draw_study(study, read_ledger(study, runs), 10_000))
+    console = open_console(sys.stdout)
+    if once or not can_redraw(sys.stdout):
+        console.print(draw_study(study, read_ledger(study, runs), 10_000, console.width))
         return
     try:
         with Live(console=console, auto_refresh=False) as live:
             while True:
                 entries = read_ledger(study, runs)
-                live.update(draw_study(study, entries, console.height), refresh=True)
+                console.width = width_of(sys.stdout)
+                frame = draw_study(study, entries, console.height, console.width)
+                live.update(frame, refresh=True)
                 if not {entry.state for entry in entries} & {"running", "stale", "missing"}:
                     return
                 time.sleep(1)

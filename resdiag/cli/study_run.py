@@ -63,7 +63,10 @@ def retry(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> int:
-    """Run failed cells again from their last commits, and all missing cells."""
+    """Run failed cells again, and all missing cells.
+
+    A failed cell continues from its last commit.
+    """
     study = open_study(where, settings, mini)
     from resdiag.study.failure import clear_failure
     from resdiag.study.ledger import read_entry
@@ -89,7 +92,10 @@ def run_cell(
     data_root: DataRoot = None,
     allow_drift: Drift = False,
 ) -> int:
-    """Run one cell to its end, from its last commit, unless it is done. Engines call this."""
+    """Run one cell to its end, unless it is done.
+
+    It continues from its last commit. Engines call this.
+    """
     study = open_study(where, settings, mini)
     study.cell(id)
     plan = study.write_plan(runs)

@@ -26,7 +26,7 @@ def metrics(
     name: Annotated[str, typer.Argument(help="Name of a metric, or part of a name.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Print the metrics: name, formula, unit, site, source, and how to read them."""
+    """Print the metrics: formula, unit, source, how to read them."""
     from resdiag.catalog.custom import known_metrics
 
     known = known_metrics()

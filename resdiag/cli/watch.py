@@ -1,13 +1,15 @@
 """`resdiag watch`: follow runs on disk while somebody else writes them."""
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from resdiag.cli.options import Json
-from resdiag.cli.output import open_console, say
+from resdiag.cli.output import say
+from resdiag.terminal import open_console
 
 if TYPE_CHECKING:
     from resdiag.live.runs import Seen
@@ -61,6 +63,6 @@ def _serve(path: Path, port: int) -> None:
 def _print(found: "list[Seen]") -> None:
     from resdiag.live.panel import draw_panel
 
-    console = open_console(100)
+    console = open_console(sys.stdout)
     for one in found:
         console.print(draw_panel(one.snapshot, console.width))

@@ -4,7 +4,7 @@ import functools
 import math
 import os
 import re
-import textwrap
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 FIRST_STEPS = Threshold(
     5, "Steps after which a fault is sudden that is dated no later than a loss that gets worse."
 )
-_COLUMNS = 100
-_INDENT = 10
 _CAUSES_OF_A_STALL = {
     "data_fault": "a fault of the inputs",
     "loss_fault": "a fault of the loss",
@@ -93,6 +91,12 @@ class Verdict:
         """The verdict for JSON: NaN becomes null, infinities "inf" and "-inf"."""
         return {name: plain(value) for name, value in asdict(self).items()}
 
+    def __str__(self) -> str:
+        """The text of `resdiag explain`, see `resdiag.diagnose.text.render`."""
+        from resdiag.diagnose.text import render
+
+        return render(self)
+
 
 Said = TypeVar("Said", Finding, Verdict)
 
@@ -104,7 +108,8 @@ def judge(run: "str | os.PathLike[str] | Run | Monitor") -> Verdict:
     its summary says both. A condition, such as that growth, does not name the verdict on a run that
     learned all the same. Where no rule reports anything, the run is healthy only if a third of
     the rules had what they need, and if it shows that it learns: 20 losses or more, the last
-    below that of guessing, or falling where that is not known. Else it is undetermined. No rule
+    below that of guessing, or falling where that is not known. Else it is undetermined, as is a
+    run of `resdiag run` that was stopped before its end. No rule
     raises on a missing or odd column: what cannot be judged is listed in `not_judged`.
 
     Args:
@@ -119,9 +124,10 @@ def judge(run: "str | os.PathLike[str] | Run | Monitor") -> Verdict:
     every = [outcome for of_rule in outcomes.values() for outcome in of_rule]
     unanswered = [i for i in every if isinstance(i, NotJudged)]
     open_questions = [str(i) for i in unanswered]
-    if run.status != "diverged" and run.steps < run.config.steps:
-        done = f"step {run.steps} of {run.config.steps}"
-        open_questions.append(f"the rest of the run: it is at {done} ({run.status})")
+    far = f"step {run.steps} of {run.config.steps}"
+    is_whole = run.status == "diverged" or run.steps >= run.config.steps
+    if not is_whole:
+        open_questions.append(f"the rest of the run: it is at {far} ({run.status})")
     doubts, checks = [*find_doubts(seen)], _count_checks(outcomes, seen)
     # what model and loop consist of says little about how the training goes
     of_numbers = {n: of for n, of in outcomes.items() if FINDINGS[n].needs != ("inventory",)}
@@ -132,6 +138,9 @@ def judge(run: "str | os.PathLike[str] | Run | Monitor") -> Verdict:
     found.sort(key=functools.partial(_place, worse=_dates(found, LR_TOO_HIGH.name)))
     broke = EXPLODED.name in {finding.name for finding in found}
     survived = not doubts and not broke and has_learned(seen)
+    # the loops of others stop early for reasons of their own, and are judged by what they did
+    if run.status == "stopped" and not is_whole and not isinstance(run.config, WatchedConfig):
+        doubts.append(f"the run was stopped at {far}")
     naming = [i for i in found if not (survived and FINDINGS[i.name].is_condition)]
     findings = (*naming, *(i for i in found if i not in naming))
     verdict = (
@@ -148,33 +157,6 @@ def judge(run: "str | os.PathLike[str] | Run | Monitor") -> Verdict:
     )
 
 
-def render(verdict: Verdict) -> str:
-    """The verdict as plain text: Verdict, Why, Evidence, Next; lines of at most 100 columns."""
-    where = [f"step {verdict.step}"] if verdict.step is not None else []
-    where += [f"block {verdict.block}"] if verdict.block is not None else []
-    title = verdict.name + (f" ({', '.join(where)})" if where else "")
-    others = [finding.name for finding in verdict.findings[verdict.is_named :]]
-    title += f": {verdict.cause}" if verdict.cause else ""
-    lines = [*_wrap("Verdict", title), *_wrap("", verdict.summary)]
-    lines += _wrap("", f"also: {', '.join(others)}") if others else []
-    lines += _wrap("Why", verdict.why)
-    for index, item in enumerate(verdict.evidence):
-        lines += _wrap("Evidence" * (index == 0), f"- {item.text} [{_limit(item)}{item.metric}]")
-    for index, line in enumerate(verdict.next):
-        lines += _wrap("Next" * (index == 0), line)
-    for index, line in enumerate(unjudged(verdict)):
-        lines += _wrap("Unjudged" * (index == 0), f"- {line}")
-    return "\n".join(lines)
-
-
-def unjudged(verdict: Verdict) -> list[str]:
-    """What could not be judged; what only waits for more steps is one line."""
-    waits = [str(item) for item in verdict.waiting]
-    lines = [line for line in verdict.not_judged if line not in waits]
-    short = ", ".join(f"{item.name} ({item.needs})" for item in verdict.waiting)
-    return [*lines, *([f"needs a longer run: {short}"] if short else [])]
-
-
 def _apply(row: Rule, seen: RunData) -> list[Finding | NotJudged]:
     if is_built_in(row):
         return list(row.judge(seen))
@@ -189,7 +171,8 @@ def _of_run(said: Said, run: Run) -> Said:
     if run.path == Path():
         return said
     draws = re.compile(r"resdiag plot \w+")
-    commands = (f"{line} {run.path}" if draws.fullmatch(line) else line for line in said.next)
+    folder = shlex.quote(str(run.path))
+    commands = (f"{line} {folder}" if draws.fullmatch(line) else line for line in said.next)
     return replace(said, next=tuple(commands))
 
 
@@ -252,7 +235,7 @@ def _ask(seen: RunData) -> tuple[str, ...]:
     why = "memorises one batch, sweeps the rate, checks gradients"
     if isinstance(seen.run.config, WatchedConfig):
         return (f"resdiag.examine(model, batch, optimizer=optimizer)  # {why}",)
-    path = "RUN" if seen.run.path == Path() else seen.run.path
+    path = "RUN" if seen.run.path == Path() else shlex.quote(str(seen.run.path))
     return (f"resdiag explain {path} --ask  # {why}",)
 
 
@@ -296,14 +279,3 @@ def _missing(seen: RunData) -> tuple[str, ...]:
 def _once(items: list[Evidence]) -> tuple[Evidence, ...]:
     """Without repetitions, in order; compared by their words, for NaN differs from itself."""
     return tuple({(item.metric, item.text): item for item in reversed(items)}.values())[::-1]
-
-
-def _limit(item: Evidence) -> str:
-    return "" if math.isnan(item.threshold) else f"threshold {item.threshold:.3g}; "
-
-
-def _wrap(label: str, text: str) -> list[str]:
-    """Lines of one entry: the label in the first ten columns, the text wrapped beside it."""
-    lines = textwrap.wrap(text, _COLUMNS - _INDENT) or [""]
-    lines = [f"{'':{_INDENT}}{line}" for line in lines]
-    return [f"{label:{_INDENT}}{lines[0][_INDENT:]}".rstrip(), *lines[1:]]

@@ -20,6 +20,7 @@ from resdiag.live.runs import FollowedRuns, Seen
 from resdiag.live.snapshot import Snapshot
 from resdiag.runs.folder import Run
 from resdiag.study.live import BARS, BROKEN, draw_strip
+from resdiag.terminal import STYLES, can_redraw, open_console
 
 _LINE_EVERY_S = 10.0
 _MOST_FINDINGS = 6
@@ -30,9 +31,7 @@ class TerminalPanel:
     """A panel that stays below what the loop prints."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._live = Live(
-            console=console or Console(stderr=True), auto_refresh=False, redirect_stdout=True
-        )
+        self._live = Live(console=console or open_console(sys.stderr), auto_refresh=False)
         self._live.start()
 
     def show(self, snapshot: Snapshot, run: Run) -> None:
@@ -90,7 +89,7 @@ def open_panel() -> TerminalPanel | NotebookPanel | LogLines:
     """The panel that fits: in a notebook, on a terminal, or in a pipe."""
     if _is_notebook():
         return NotebookPanel()
-    return TerminalPanel() if sys.stderr.isatty() else LogLines()
+    return TerminalPanel() if can_redraw(sys.stderr) else LogLines()
 
 
 def draw_panel(snapshot: Snapshot, width: int) -> Panel:
@@ -102,11 +101,14 @@ def draw_panel(snapshot: Snapshot, width: int) -> Panel:
     if snapshot.gradients:
         blocks = f"blocks 0 to {len(snapshot.gradients) - 1}"
         parts.append(Text(f"gradient norm at the output of {blocks}, and its span in decades"))
-        parts.append(Text(draw_strip(snapshot.gradients, inner - 8)))
+        parts.append(Text(draw_strip(snapshot.gradients, inner, inner)))
     if snapshot.worst:
         parts.append(Text(f"most changed: {snapshot.worst}"))
     shown = snapshot.findings[:_MOST_FINDINGS]
-    parts += [Text(f"! {line}", style="red", overflow="ellipsis", no_wrap=True) for line in shown]
+    parts += [
+        Text(f"! {line}", style=STYLES["fault"], overflow="ellipsis", no_wrap=True)
+        for line in shown
+    ]
     if more := len(snapshot.findings) - len(shown):
         parts.append(Text(f"and {more} more"))
     if snapshot.verdict and not shown:
@@ -130,7 +132,7 @@ def follow_runs(runs: FollowedRuns, every: float) -> None:
         runs: What is followed.
         every: Seconds between two looks.
     """
-    if not sys.stderr.isatty():
+    if not can_redraw(sys.stderr):
         lines: dict[str, LogLines] = {}
         while not _have_ended(found := runs.look()):
             for one in found:
@@ -141,7 +143,7 @@ def follow_runs(runs: FollowedRuns, every: float) -> None:
             name = f"{one.name}: " if len(found) > 1 else ""
             lines.setdefault(one.name, LogLines(name)).show(one.snapshot, one.run)
         return
-    with Live(console=Console(stderr=True), auto_refresh=False) as live:
+    with Live(console=open_console(sys.stderr), auto_refresh=False) as live:
         while True:
             found = runs.look()
             live.update(_draw_all(found, live.console), refresh=True)

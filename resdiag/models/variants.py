@@ -171,6 +171,15 @@ def variant_words(variant: str) -> str:
     return f"{variant} ({row.alias})" if row and row.alias else variant
 
 
+def list_variants() -> list[str]:
+    """Every variant with the paper's letter, those of extensions too.
+
+    >>> list_variants()[:3]
+    ['original', 'elu_nobn (a)', 'elu_pre (b)']
+    """
+    return [variant_words(name) for name in VARIANTS]
+
+
 def count_blocks(depth: int) -> int:
     """Blocks per stage n of a CIFAR ResNet of `depth` = 6n+2 weighted layers (He 2015, 4.2).
 

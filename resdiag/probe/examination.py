@@ -1,15 +1,12 @@
 """What an examination found: its experiments with their numbers, and what follows from them."""
 
-import textwrap
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from resdiag.diagnose.finding import plain
 from resdiag.probe.experiments.experiment import Conclusion, Experiment
-
-_COLUMNS = 100
-_INDENT = 10
+from resdiag.terminal import LABEL, beside, width_of_text, wrap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,15 +77,16 @@ class Examination:
         return document
 
     def __str__(self) -> str:
+        width = width_of_text() - LABEL
         head = f"{self.model}, {self.parameters:,} parameters; {self.batch}; {self.loss}"
-        lines = _wrap("Examined", head)
+        lines = beside("Examined", wrap(head, width))
         for kind, label in (("shown", "Shown"), ("ruled out", "Ruled out"), ("open", "Open")):
-            texts = [f"- {one.text}" for one in self.conclusions if one.kind == kind]
-            lines += _entry(label, texts or (["- nothing"] if kind == "shown" else []))
+            texts = [one.text for one in self.conclusions if one.kind == kind]
+            lines += _list(label, texts or (["nothing"] if kind == "shown" else []), width)
         for one in self.experiments:
-            lines += _wrap(one.title, f"not done: {one.reason}" if one.reason else one.text)
-            lines += [f"{'':{_INDENT}}{line}" for line in one.lines]
-        return "\n".join([*lines, *_entry("Notes", [f"- {note}" for note in self.notes])])
+            said = wrap(f"not done: {one.reason}" if one.reason else one.text, width)
+            lines += beside(one.title, [*said, *one.lines])
+        return "\n".join([*lines, *_list("Notes", self.notes, width)])
 
     def __repr__(self) -> str:
         done = sum(not one.reason for one in self.experiments)
@@ -96,14 +94,5 @@ class Examination:
         return f"<Examination of {self.model}: {done} experiments; shown: {shown}>"
 
 
-def _entry(label: str, texts: Iterable[str]) -> list[str]:
-    lines = list[str]()
-    for index, text in enumerate(texts):
-        lines += _wrap(label * (index == 0), text)
-    return lines
-
-
-def _wrap(label: str, text: str) -> list[str]:
-    """Lines of one entry: the label in the first ten columns, the text wrapped beside it."""
-    lines = textwrap.wrap(text, _COLUMNS - _INDENT) or [""]
-    return [f"{label if i == 0 else '':{_INDENT}}{line}".rstrip() for i, line in enumerate(lines)]
+def _list(label: str, texts: Sequence[str], width: int) -> list[str]:
+    return beside(label, [line for text in texts for line in wrap(f"- {text}", width, "  ")])

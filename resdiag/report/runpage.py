@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from resdiag.diagnose.degraded import compare
 from resdiag.diagnose.finding import Evidence
-from resdiag.diagnose.verdict import Verdict, judge, unjudged
+from resdiag.diagnose.text import unjudged
+from resdiag.diagnose.verdict import Verdict, judge
 from resdiag.report.origin import is_lossy, list_sources, origin_section
 from resdiag.report.outcomes import Outcome, measure
 from resdiag.report.parts import (

@@ -15,6 +15,8 @@ from resdiag.runs.commit import COMMIT, Commit
 from resdiag.study.estimate import Estimate, estimate
 from resdiag.study.ledger import ENDED, Entry, count_states, read_ledger
 from resdiag.study.study import Study
+from resdiag.terminal import PIPED, STYLES, can_redraw, open_console
+from resdiag.training.display import LINE_EVERY_S
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -26,12 +28,11 @@ _LINE_EVERY_S = 30.0
 BARS = "▁▂▃▄▅▆▇█"
 BROKEN = "×"
 _UNKNOWN = "·"
-_WIDEST = 27  # a third of 110 layers' blocks, half an 80-column terminal
-_STYLES = {
-    "running": "cyan", "failed": "red", "stale": "yellow", "diverged": "magenta", "done": "green",
-    "missing": "dim",
-}  # fmt: skip
-_ORDER = tuple(_STYLES)
+_WIDEST = 27  # half the blocks of 110 layers, a third of 80 columns
+_ORDER = ("running", "failed", "stale", "diverged", "done", "missing")
+_SPAN = len("  10.0")
+_STRIP = "gradient norm by block, and its span in decades"
+_DISPENSABLE = ("error", "loss", "left")
 
 
 @contextlib.contextmanager
@@ -39,16 +40,17 @@ def showing_progress(job: "Job", *, quiet: bool) -> "Iterator[Job]":
     """A job that shows its progress while entered: nothing if quiet, a table on a terminal."""
     if quiet:
         yield job
-    elif sys.stderr.isatty():
-        from rich.console import Console
+    elif can_redraw(sys.stderr):
         from rich.live import Live
 
-        console = Console(stderr=True)
+        console = open_console(sys.stderr)
         with Live(console=console, auto_refresh=False, transient=True) as live:
 
             def draw() -> None:
                 entries = read_ledger(job.study, job.runs)
-                live.update(draw_study(job.study, entries, console.height), refresh=True)
+                live.update(
+                    draw_study(job.study, entries, console.height, console.width), refresh=True
+                )
 
             say = partial(console.print, markup=False)
             yield replace(job, look=_at_most_every(1.0, draw), say=say)
@@ -57,7 +59,7 @@ def showing_progress(job: "Job", *, quiet: bool) -> "Iterator[Job]":
         def tell() -> None:
             job.say(sum_up(job.study, read_ledger(job.study, job.runs)))
 
-        yield replace(job, look=_at_most_every(_LINE_EVERY_S, tell))
+        yield replace(job, look=_at_most_every(LINE_EVERY_S, tell))
 
 
 def _at_most_every(seconds: float, show: Callable[[], None]) -> Callable[[], None]:
@@ -73,8 +75,12 @@ def _at_most_every(seconds: float, show: Callable[[], None]) -> Callable[[], Non
     return look
 
 
-def draw_study(study: Study, entries: Sequence[Entry], height: int) -> "Group":
-    """One frame: what is asked, where it stands, and as many cells as `height` lines hold."""
+def draw_study(study: Study, entries: Sequence[Entry], height: int, width: int = PIPED) -> "Group":
+    """One frame: what is asked, where it stands, and as many cells as `height` lines hold.
+
+    Where the columns do not fit into `width`, the error is left out first, then the loss, then the
+    time left.
+    """
     from rich.console import Group
     from rich.text import Text
 
@@ -82,31 +88,49 @@ def draw_study(study: Study, entries: Sequence[Entry], height: int) -> "Group":
     hidden = len(entries) - len(shown)
     parts = [Text(study.file.question, style="bold"), Text(sum_up(study, entries))]
     more = [Text(f"... and {hidden} more cells", style="dim")] if hidden else []
-    return Group(*parts, _table(shown), *more)
+    return Group(*parts, _table(shown, width), *more)
 
 
-def _table(entries: Sequence[Entry]) -> "Table":
+def _table(entries: Sequence[Entry], width: int) -> "Table":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=SIMPLE_HEAD, expand=False, pad_edge=False)
-    for name in ("cell", "state", "steps", "loss", "error", "left"):
+    rows = list(map(_cells, entries))
+    names, room = _choose_columns(rows, width)
+    table = Table(box=SIMPLE_HEAD, expand=False, show_edge=False, pad_edge=False)
+    for name in names:
         table.add_column(name, no_wrap=True)
-    table.add_column("gradient norm by block, and its span in decades")
-    for entry in entries:
-        progress = entry.progress if entry.step else {}
-        left = progress.get("eta_s") if entry.state == "running" else None
-        table.add_row(
-            Text(entry.id),
-            Text(entry.state, style=_STYLES[entry.state]),
-            Text(f"{entry.step}/{entry.steps or '?'}" if entry.step else ""),
-            Text(_number(progress.get("loss"), ".3g")),
-            Text(_number(progress.get("error"), ".0%")),
-            Text(describe_time(left) if isinstance(left, int | float) else ""),
-            Text(entry.message if entry.state == "failed" else _strip_of(entry)),
-        )
+    table.add_column(_STRIP, max_width=room, overflow="fold")
+    for entry, row in zip(entries, rows, strict=True):
+        styles = {"state": STYLES[entry.state]}
+        last = entry.message if entry.state == "failed" else _strip_of(entry, room)
+        table.add_row(*(Text(row[name], styles.get(name, "")) for name in names), Text(last))
     return table
+
+
+def _cells(entry: Entry) -> dict[str, str]:
+    """The cells of a row by the names of their columns, but for the last."""
+    progress = entry.progress if entry.step else {}
+    left = progress.get("eta_s") if entry.state == "running" else None
+    return {
+        "cell": entry.id,
+        "state": entry.state,
+        "steps": f"{entry.step}/{entry.steps or '?'}" if entry.step else "",
+        "loss": _number(progress.get("loss"), ".3g"),
+        "error": _number(progress.get("error"), ".0%"),
+        "left": describe_time(left) if isinstance(left, int | float) else "",
+    }
+
+
+def _choose_columns(rows: Sequence[dict[str, str]], width: int) -> tuple[list[str], int]:
+    """The names of the columns for which there is room beside the last, and the room for that."""
+    names = list(rows[0]) if rows else ["cell", "state", "steps"]
+    needed = {name: max([len(name), *(len(row[name]) for row in rows)]) + 2 for name in names}
+    for name in _DISPENSABLE:
+        if sum(needed[name] for name in names) + _WIDEST + _SPAN > width and name in names:
+            names.remove(name)
+    return names, max(_SPAN + 2, width - sum(needed[name] for name in names))
 
 
 def sum_up(study: Study, entries: Sequence[Entry]) -> str:
@@ -153,16 +177,18 @@ def describe_time(seconds: float) -> str:
     return f"{seconds / 86_400:.1f} d"
 
 
-def draw_strip(norms: Sequence[float], widest: int = _WIDEST) -> str:
+def draw_strip(
+    norms: Sequence[float], columns: int = _WIDEST + _SPAN, widest: int = _WIDEST
+) -> str:
     """Norms by block as bars on a logarithmic scale from the smallest to the largest.
 
-    Blocks beyond `widest` share a bar, which shows their largest; "×" is not finite, "·" unknown.
-    Behind the bars stands their span in decades.
+    Blocks beyond `widest`, or beyond what has room in so many columns, share a bar, which shows
+    their largest; "×" is not finite, "·" unknown. Behind the bars stands their span in decades.
 
     >>> draw_strip([1.0, 10.0, 100.0, float("inf"), float("nan")])
     '▁▅█×·  2.0'
     """
-    groups = _share(norms, widest)
+    groups = _share(norms, min(widest, columns - _SPAN))
     logs = [math.log10(value) for value in groups if 0 < value < math.inf]
     low, high = min(logs, default=0.0), max(logs, default=0.0)
     bars = "".join(_bar(value, low, high) for value in groups)
@@ -178,21 +204,22 @@ def _bar(value: float, low: float, high: float) -> str:
     return BARS[min(7, math.floor(share * 7 + 0.5 + 1e-9))]
 
 
-def _share(norms: Sequence[float], widest: int) -> list[float]:
-    """At most `widest` groups of neighbours, each its largest; a NaN only hides in company."""
-    size = -(-len(norms) // widest) if norms else 1
+def _share(norms: Sequence[float], most: int) -> list[float]:
+    """At most so many groups of neighbours, each its largest; a NaN only hides in company."""
+    size = -(-len(norms) // most) if norms else 1
     groups = [norms[i : i + size] for i in range(0, len(norms), size)]
     return [max((v for v in group if not math.isnan(v)), default=math.nan) for group in groups]
 
 
-def _strip_of(entry: Entry) -> str:
+def _strip_of(entry: Entry, columns: int) -> str:
     """The strip of the last recorded step that is committed and has a gradient."""
     if entry.run is None:
         return ""
     try:
         commit = Commit.read(entry.run / COMMIT)
         *_, part = commit.parts("metrics") or [""]
-        return draw_strip(_last_norms(entry.run, part, commit.files[part])) if part else ""
+        norms = _last_norms(entry.run, part, commit.files[part]) if part else ()
+        return draw_strip(norms, columns) if part else ""
     except (ResdiagError, OSError, ValueError, KeyError):  # replaced while we read: the next frame
         return ""
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,8 @@ from resdiag.catalog.table import RECORDED, RECORDED_PER_STEP
 from resdiag.diagnose.finding import plain
 from resdiag.diagnose.nonfinite import find_first_nonfinite
 from resdiag.diagnose.registry import FINDINGS, HEALTHY, UNDETERMINED
-from resdiag.diagnose.verdict import judge, render
+from resdiag.diagnose.text import render
+from resdiag.diagnose.verdict import judge
 from resdiag.models.variants import VARIANTS
 from resdiag.runs.folder import Run
 from resdiag.theory.prediction import predict
@@ -338,6 +340,15 @@ def test_a_run_stopped_early_says_what_it_has_not_seen():
     rest = "the rest of the run: it is at step 12 of 30 (stopped)"
     assert judge(Run(**{**vars(stopped), "steps": 12})).not_judged[-1] == rest
     assert not any(reason.startswith("the rest") for reason in judge(stopped).not_judged)
+
+
+def test_a_run_that_was_stopped_is_not_called_healthy():
+    whole = plant(lr=0.3, steps=50)
+    assert judge(whole).name == "healthy"
+    part = judge(replace(whole, status="stopped", steps=40))
+    assert part.name == "undetermined"
+    assert "the run was stopped at step 40 of 50" in part.why
+    assert judge(replace(whole, status="stopped")).name == "healthy"  # in its last step
 
 
 @pytest.mark.parametrize(

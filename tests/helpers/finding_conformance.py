@@ -12,7 +12,8 @@ from resdiag.catalog.table import METRICS
 from resdiag.diagnose.finding import Finding, NotJudged, Rule
 from resdiag.diagnose.registry import FINDINGS
 from resdiag.diagnose.rundata import RunData
-from resdiag.diagnose.verdict import judge, render
+from resdiag.diagnose.text import render
+from resdiag.diagnose.verdict import judge
 from resdiag.plots.kinds import KINDS
 from resdiag.runs.folder import Run
 

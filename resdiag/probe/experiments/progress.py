@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from resdiag.terminal import can_redraw, open_console
+
 
 class Progress(Protocol):
     """Shows how far an examination is."""
@@ -34,14 +36,13 @@ class Bar:
     """
 
     def __init__(self, most: int) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Rich
 
         self._rich = Rich(
             TextColumn("{task.description}"), BarColumn(bar_width=20),
             TextColumn("{task.completed} passes"), TimeElapsedColumn(),
-            console=Console(stderr=True), transient=True,
+            console=open_console(sys.stderr), transient=True,
         )  # fmt: skip
         self._task = self._rich.add_task("examine", total=most)
         self._rich.start()
@@ -67,7 +68,7 @@ def open_progress(wanted: bool | None, steps: int) -> Iterator[Progress]:
         wanted: True, False or None.
         steps: Of one training on the batch.
     """
-    if not (sys.stderr.isatty() if wanted is None else wanted):
+    if not (can_redraw(sys.stderr) if wanted is None else wanted):
         yield Silent()
         return
     bar = Bar(4 * steps + 200)
