@@ -61,7 +61,7 @@ class Summary:
 
     def _repr_html_(self) -> str:
         """The same for a notebook, with every value escaped."""
-        parts = [f"<p><b>{html.escape(self.title)}</b></p>"]
+        parts = [f"<p><b>{html.escape(self.title)}</b></p>"] if self.title else []
         if self.rows:
             parts.append(f"<table><thead>{_row('th', self.header)}</thead><tbody>")
             parts += [_row("td", cells) for cells in self._shown()]

@@ -5,9 +5,9 @@ JSON has no NaN and no infinity: `plain` writes NaN as null and the infinities a
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from resdiag.diagnose.rundata import RunData
@@ -42,6 +42,19 @@ class Evidence:
         """The fields as JSON-safe values, see `plain`."""
         return {name: plain(value) for name, value in asdict(self).items()}
 
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> "Evidence":
+        """What `to_dict` wrote; what is missing is unknown."""
+        return cls(
+            metric=str(document.get("metric", "")),
+            step=document.get("step"),
+            block=document.get("block"),
+            value=_number(document.get("value")),
+            threshold=_number(document.get("threshold")),
+            text=str(document.get("text", "")),
+            source=str(document.get("source", "")),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
@@ -71,6 +84,20 @@ class Finding:
         """The fields as JSON-safe values, see `plain`."""
         return {name: plain(value) for name, value in asdict(self).items()}
 
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> "Finding":
+        """What `to_dict` wrote; what is missing is unknown."""
+        return cls(
+            name=str(document.get("name", "")),
+            step=document.get("step"),
+            block=document.get("block"),
+            summary=str(document.get("summary", "")),
+            why=str(document.get("why", "")),
+            evidence=tuple(map(Evidence.from_dict, document.get("evidence", ()))),
+            next=tuple(map(str, document.get("next", ()))),
+            cause=str(document.get("cause", "")),
+        )
+
 
 @dataclass(frozen=True)
 class NotJudged:
@@ -95,6 +122,11 @@ class NotJudged:
 
 Outcome: TypeAlias = Iterator[Finding | NotJudged]
 """What a rule yields: what it found, or could not judge."""
+
+
+def _number(value: object) -> float:
+    """A number that `plain` wrote."""
+    return math.nan if value is None else float(str(value))
 
 
 def plain(value: object) -> object:

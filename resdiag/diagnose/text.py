@@ -3,11 +3,13 @@
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from html import escape
 from typing import TYPE_CHECKING
 
 from resdiag.diagnose.breakdown import EXPLODED
 from resdiag.diagnose.finding import Evidence
 from resdiag.diagnose.registry import FINDINGS
+from resdiag.summary import Summary
 from resdiag.terminal import LABEL, beside, paint, width_of_text, wrap
 
 if TYPE_CHECKING:
@@ -34,6 +36,37 @@ def render(verdict: "Verdict", width: int | None = None, colour: bool = False) -
         painted = (_paint(line, label, index, verdict) for index, line in enumerate(own))
         lines += beside(label, [*painted] if colour else own, colour=colour)
     return "\n".join(lines)
+
+
+def title(verdict: "Verdict") -> str:
+    """The name of a verdict, since when and where, and the cause."""
+    where = [f"step {verdict.step}"] if verdict.step is not None else []
+    where += [f"block {verdict.block}"] if verdict.block is not None else []
+    named = verdict.name + (f" ({', '.join(where)})" if where else "")
+    return named + (f": {verdict.cause}" if verdict.cause else "")
+
+
+def to_html(verdict: "Verdict") -> str:
+    """The verdict for a notebook: the same parts, evidence as a table, what to do next as code."""
+    border = {"fault": "#b3261e", "healthy": "#1e7d32"}.get(severity(verdict), "#8a6d00")
+    others = ", ".join(finding.name for finding in verdict.findings[verdict.is_named :])
+    parts = [f"<p><b>{escape(title(verdict))}</b><br>{escape(verdict.summary)}</p>"]
+    parts.append(f"<p>also: {escape(others)}</p>" if others else "")
+    parts.append(f"<p>{escape(verdict.why)}</p>")
+    rows = [
+        (item.text, "" if math.isnan(item.threshold) else f"{item.threshold:.3g}", item.metric)
+        for item in verdict.evidence
+    ]
+    if rows:
+        table = Summary("", ("evidence", "threshold", "metric"), rows)
+        parts.append(table._repr_html_())
+    if verdict.next:
+        parts.append(f"<p>Next</p><pre>{escape(chr(10).join(verdict.next))}</pre>")
+    missing = "".join(f"<li>{escape(line)}</li>" for line in unjudged(verdict))
+    if missing:
+        parts.append(f"<details><summary>Not judged</summary><ul>{missing}</ul></details>")
+    style = f"border-left:.3em solid {border};padding-left:1em"
+    return f"<div style='{style}'>{''.join(parts)}</div>"
 
 
 def severity(verdict: "Verdict") -> str:
@@ -73,14 +106,10 @@ def unjudged(verdict: "Verdict") -> list[str]:
 
 def _parts(verdict: "Verdict", width: int) -> Iterator[tuple[str, list[str]]]:
     """The label and the lines of each part; lines have at most `width` columns."""
-    where = [f"step {verdict.step}"] if verdict.step is not None else []
-    where += [f"block {verdict.block}"] if verdict.block is not None else []
-    title = verdict.name + (f" ({', '.join(where)})" if where else "")
-    title += f": {verdict.cause}" if verdict.cause else ""
     others = [finding.name for finding in verdict.findings[verdict.is_named :]]
     also = [f"also: {', '.join(others)}"] if others else []
     bullets = [f"- {text}" for text in unjudged(verdict)]
-    yield "Verdict", _wrap_all([title, verdict.summary, *also], width)
+    yield "Verdict", _wrap_all([title(verdict), verdict.summary, *also], width)
     yield "Why", wrap(verdict.why, width)
     yield "Evidence", _wrap_all(map(_describe, verdict.evidence), width, "  ")
     yield "Next", commands(verdict.next, width)

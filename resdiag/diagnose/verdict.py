@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from resdiag.diagnose.advice import plots
 from resdiag.diagnose.breakdown import EXPLODED
@@ -47,7 +47,7 @@ _CAUSES_OF_A_STALL = {
 """Rules that would explain why a network guesses, in words."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Verdict:
     """The conclusion on one run.
 
@@ -91,11 +91,38 @@ class Verdict:
         """The verdict for JSON: NaN becomes null, infinities "inf" and "-inf"."""
         return {name: plain(value) for name, value in asdict(self).items()}
 
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> "Verdict":
+        """What `to_dict` wrote, perhaps of an older version: what is missing is unknown."""
+        waiting = [{"name": "", "reason": "", **entry} for entry in document.get("waiting", ())]
+        whole, applied = document.get("checks", (0, 0))
+        return cls(
+            **{name: str(document.get(name, "")) for name in ("name", "cause", "summary", "why")},
+            step=document.get("step"),
+            block=document.get("block"),
+            evidence=tuple(map(Evidence.from_dict, document.get("evidence", ()))),
+            next=tuple(map(str, document.get("next", ()))),
+            findings=tuple(map(Finding.from_dict, document.get("findings", ()))),
+            not_judged=tuple(map(str, document.get("not_judged", ()))),
+            waiting=tuple(NotJudged(**entry) for entry in waiting),
+            checks=(whole, applied),
+        )
+
+    def __repr__(self) -> str:
+        from resdiag.diagnose.text import title
+
+        return f"<Verdict {title(self)}. {self.summary}>"
+
     def __str__(self) -> str:
         """The text of `resdiag explain`, see `resdiag.diagnose.text.render`."""
         from resdiag.diagnose.text import render
 
         return render(self)
+
+    def _repr_html_(self) -> str:
+        from resdiag.diagnose.text import to_html
+
+        return to_html(self)
 
 
 Said = TypeVar("Said", Finding, Verdict)

@@ -130,7 +130,7 @@ class Session:
             folder = save(
                 self.monitor, self._folder, model=self._name, curve=curve if steps else None
             )
-            verdict = read_run(folder).verdict or {}
+            verdict = read_run(folder).written_verdict or {}
             line = f"{folder}: {verdict.get('name')}. {verdict.get('summary')}"
         except ResdiagError as error:
             line = f"the run was not saved: {error.message}"

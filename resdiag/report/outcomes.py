@@ -32,7 +32,7 @@ def measure(run: "Run", expected: Iterable[Expected]) -> dict[str, Outcome]:
     """
     curve = run.curve()
     found: dict[str, Outcome] = {"status": run.status, "loss": _last(curve, "loss")}
-    found["verdict"] = str((run.verdict or {}).get("name", ""))
+    found["verdict"] = str((run.written_verdict or {}).get("name", ""))
     found |= {name: _over(run, curve, name) for name in OUTCOMES if name not in found}
     wanted = {key_of(item): item for item in expected if item.measure not in OUTCOMES}
     by_block = {item.measure for item in wanted.values() if item.block is not None}

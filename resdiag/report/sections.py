@@ -201,7 +201,7 @@ def _cells(results: Results) -> Section:
 
 
 def _verdict_row(item: CellResult) -> list[Entry]:
-    verdict = (item.run.verdict if item.run else None) or {}
+    verdict = (item.run.written_verdict if item.run else None) or {}
     since = [f"{key} {verdict[key]}" for key in ("step", "block") if verdict.get(key) is not None]
     said = tame(str(verdict.get("summary") or ""))
     return [

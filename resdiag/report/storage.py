@@ -126,14 +126,14 @@ def _pack_cell(item: CellResult, shared: dict[str, list[Any]]) -> dict[str, Any]
     }
     if item.run:
         run = item.run
-        verdict = {name: (run.verdict or {}).get(name) for name in _SAID}
+        verdict = {name: (run.written_verdict or {}).get(name) for name in _SAID}
         packed["run"] = {
             "config": portable(run.config.to_dict()),
             "status": run.status,
             "steps": run.steps,
             "point": run.point,
             "notes": list(run.notes),
-            "verdict": verdict if run.verdict else None,
+            "verdict": verdict if run.written_verdict else None,
             **{name: _share(shared[name], getattr(run, name)) for name in _SHARED},
         }
     return packed
@@ -165,7 +165,7 @@ def _unpack_cell(
             steps=int(about["steps"]),
             point=str(about["point"]),
             notes=tuple(map(str, about["notes"])),
-            verdict=about["verdict"],
+            written_verdict=about["verdict"],
             metrics_frame=metrics,
             curve_frame=curve,
             **{name: kind(shared[name][about[name]]) for name, kind in _SHARED.items()},

@@ -4,6 +4,7 @@ pandas and pyarrow are imported with the first table, so that a wrong path is an
 """
 
 import difflib
+import importlib
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from resdiag.summary import NUMBERS, Summary, by_reason, summarise_blocks
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
+
+    from resdiag.diagnose.verdict import Verdict
 
 T = TypeVar("T")
 
@@ -42,7 +45,7 @@ class Run:
         custom_metrics: Custom metrics among the columns: id, label, unit, site, ...
         inventory: What model, optimizers and loop consist of, see `Monitor.inventory`; empty for
             runs of `resdiag run`, whose loop is ours.
-        verdict: The conclusion, once there is one.
+        written_verdict: The conclusion as it is written in the folder, once there is one.
         drift: Changes of environment between resumes.
         metrics_frame: Recorded block-level rows of a run that has no folder.
         curve_frame: Step-level rows of a run that has no folder.
@@ -61,7 +64,7 @@ class Run:
     notes: tuple[str, ...] = ()
     custom_metrics: list[dict[str, Any]] = field(default_factory=list)
     inventory: dict[str, Any] = field(default_factory=dict)
-    verdict: dict[str, Any] | None = None
+    written_verdict: dict[str, Any] | None = None
     drift: tuple[dict[str, Any], ...] = ()
     metrics_frame: "pd.DataFrame | None" = None
     curve_frame: "pd.DataFrame | None" = None
@@ -108,9 +111,20 @@ class Run:
         depth = "" if isinstance(self.config, WatchedConfig) else f"-{self.config.depth}"
         return f"{self.config.model}{depth}{seed}"
 
+    @property
+    def verdict(self) -> "Verdict | None":
+        """The conclusion that its folder holds; None if there is none. `judge` judges anew."""
+        if self.written_verdict is None:
+            return None
+        # by its name: this room is below the one that judges
+        verdicts = importlib.import_module("resdiag.diagnose.verdict")
+        verdict: Verdict = verdicts.Verdict.from_dict(self.written_verdict)
+        return verdict
+
     def __repr__(self) -> str:
         place = "" if self.path == Path() else f" in {self.path}"
-        told = f", verdict {self.verdict['name']}" if self.verdict else ""
+        written = (self.written_verdict or {}).get("name", "")
+        told = f", verdict {written}" if written else ""
         many = f"{len(self.blocks)} block{'s' * (len(self.blocks) != 1)}"
         steps = f"{self.steps} step{'s' * (self.steps != 1)}"
         return f"<Run {self.label}: {self.status} after {steps}, {many}{told}{place}>"
@@ -267,7 +281,7 @@ def _open(folder: Path, commit: Commit | None) -> Run:
             folder, blocks, "custom_metrics", {"id": str, "label": str, "unit": str}
         ),
         inventory=inventory if isinstance(inventory := blocks.get("inventory"), dict) else {},
-        verdict=_read_json(folder, commit, VERDICT) if commit else None,
+        written_verdict=_read_json(folder, commit, VERDICT) if commit else None,
         drift=commit.drift if commit else (),
         commit=commit,
     )

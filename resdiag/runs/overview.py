@@ -59,7 +59,7 @@ def summarise(folder: Path) -> Summary:
         depth=run.config.depth,
         seed=run.config.seed,
         status=_status(run),
-        verdict=str((run.verdict or {}).get("name", "")),
+        verdict=str((run.written_verdict or {}).get("name", "")),
         steps=run.steps,
         planned=run.config.steps,
         loss=loss,

@@ -108,7 +108,7 @@ def run_cell(request: Request, options: Options, say: Callable[[str], None]) -> 
                 status, notes = _train(writer, config, data, options, interrupt)
             run = read_run(writer.folder)
             verdict = judge(run)
-            if run.verdict is None or run.status != status:
+            if run.written_verdict is None or run.status != status:
                 writer.finish(status, verdict.to_dict())
                 run = read_run(writer.folder)
     return Outcome(run=run, verdict=verdict, resumed_at=begun, signal=interrupt.signal, notes=notes)

@@ -62,7 +62,7 @@ def assert_saved(folder, wanted, capsys):
     run, frame = resdiag.load_run(folder), wanted.to_frame()
     assert np.array_equal(run.metrics().grad_output, frame.grad_output)
     assert run.point == "pre_clip"
-    assert f"resdiag: {folder}: {run.verdict['name']}. " in capsys.readouterr().err
+    assert f"resdiag: {folder}: {run.verdict.name}. " in capsys.readouterr().err
 
 
 class Images(Dataset):

@@ -120,7 +120,7 @@ def test_the_command_writes_a_run_its_plots_and_one_document(call, tmp_path):
     assert all((tmp_path / file).stat().st_size > 1000 for file in document["files"])
     run = resdiag.load_run("mine")
     assert run.verdict is not None
-    assert run.verdict["name"] == "undetermined"
+    assert run.verdict.name == "undetermined"
     code, text, _ = call(*words)  # again, into the same folder: the same numbers
     assert code == 0
     assert f"{document['critical_lr']['value']:.3g} = 2 /" in text

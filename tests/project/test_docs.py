@@ -163,7 +163,7 @@ def test_the_diagram_of_the_rooms_is_the_contract():
 def test_every_folder_of_the_package_is_a_room_of_the_contract():
     package = ROOT / "resdiag"
     folders = {path.parent.name for path in package.glob("*/__init__.py")}
-    assert folders | {"errors", "registry", "summary"} == set(_contract())
+    assert folders | {"errors", "registry", "summary", "terminal"} == set(_contract())
 
 
 def test_modules_that_the_architecture_names_exist():

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import resdiag
+from resdiag.diagnose.text import render
 from resdiag.summary import Summary, by_reason
 from resdiag.watch.loop.attach import WatchWarning
 
@@ -133,3 +134,29 @@ def test_inspect_takes_a_module_its_inputs_or_a_name():
     assert re.match(r"torchvision:resnet18: 8 blocks, 11\.7 M", named)
     plain = resdiag.inspect(nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))))
     assert "modules without a residual addition" in str(plain)
+
+
+def test_a_verdict_is_text_a_line_or_html_and_comes_back_from_its_file(monitor, tmp_path):
+    verdict = resdiag.judge(monitor)
+    assert str(verdict) == render(verdict)
+    assert repr(verdict).startswith("<Verdict undetermined. ")
+    assert "\n" not in repr(verdict)
+    html = verdict._repr_html_()
+    assert "undetermined" in html
+    assert "<details>" in html
+    again = resdiag.load_run(resdiag.save(monitor, tmp_path / "mine")).verdict
+    assert again.to_dict() == resdiag.judge(tmp_path / "mine").to_dict()
+    assert str(again) == str(resdiag.judge(tmp_path / "mine"))
+
+
+def test_a_verdict_of_another_version_is_read_as_far_as_it_goes():
+    old = resdiag.Verdict.from_dict({"name": "exploded", "evidence": [{"value": "inf"}], "x": 1})
+    assert (old.name, old.evidence[0].value, old.checks) == ("exploded", float("inf"), (0, 0))
+    assert old._repr_html_()
+    assert str(old).startswith("Verdict   exploded")
+
+
+def test_html_of_a_verdict_escapes_what_it_quotes():
+    finding = resdiag.Verdict(name="<script>", summary="<b>", why="<i>", next=("<u>",))
+    assert not re.search("<(script|b|i|u)>[^<]*$", finding._repr_html_())
+    assert "&lt;script&gt;" in finding._repr_html_()

@@ -34,7 +34,7 @@ def test_a_run_reads_as_it_was_written(tmp_path):
     assert (run.environment, run.data) == (ENVIRONMENT, DATA)
     assert (run.status, run.steps, run.point) == ("done", 15, "local")
     assert (run.blocks, run.unavailable) == (make_blocks(), [])
-    assert run.verdict == {"name": "fine"}
+    assert run.written_verdict == {"name": "fine"}
     assert run.label == "elu_pre-8"
     for name, values in make_metrics(0, 15).items():
         np.testing.assert_array_equal(run.metrics()[name], values)

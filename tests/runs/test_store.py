@@ -457,10 +457,10 @@ def test_a_stopped_run_goes_on_without_its_old_verdict(tmp_path):
     with open_writer(tmp_path) as writer:
         writer.finish("stopped", {"name": "early"})
         writer.finish("stopped", {"name": "later"})
-        assert read_run(writer.folder).verdict == {"name": "later"}
+        assert read_run(writer.folder).written_verdict == {"name": "later"}
     with open_writer(tmp_path) as writer:
         writer.commit(10, {}, make_curve(5, 10), *make_checkpoint(10))
-        assert read_run(writer.folder).verdict is None
+        assert read_run(writer.folder).written_verdict is None
         assert not (writer.folder / "verdict.json").exists()
 
 

@@ -512,7 +512,7 @@ def test_every_variant_runs_through_the_cell(tmp_path, variant):
     assert len(run.metrics()) == 3 * 3
     kinds = [block["shortcut"] == "none" for block in run.blocks]
     assert kinds == [variant == "plain"] * 3
-    assert run.verdict["name"] == outcome.verdict.name
+    assert run.verdict.to_dict() == outcome.verdict.to_dict()
     assert said[0].startswith("data: digits")
     assert len(said) == 2
 
