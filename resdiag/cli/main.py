@@ -3,6 +3,7 @@
 from resdiag.cli.app import App, print_help
 from resdiag.cli.bench import bench_app
 from resdiag.cli.data import data_app
+from resdiag.cli.diff import diff
 from resdiag.cli.explain import explain
 from resdiag.cli.export import export
 from resdiag.cli.inspect import inspect
@@ -33,7 +34,8 @@ app = App(
 )
 app.callback()(print_help)
 for command in (
-    run, plot, explain, report, lesion, inspect, export, predict, probe, variants, metrics, version,
+    run, plot, explain, diff, report, lesion, inspect, export, predict, probe, variants, metrics,
+    version,
 ):  # fmt: skip
     app.command()(command)
 study_app.command("report")(report_study)
