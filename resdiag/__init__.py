@@ -7,6 +7,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from resdiag.agreement.diff import diff as diff
+    from resdiag.agreement.result import Agreement as Agreement
     from resdiag.catalog.custom import custom_metrics as custom_metrics
     from resdiag.catalog.custom import metric as metric
     from resdiag.catalog.custom import unregister_metric as unregister_metric
@@ -85,6 +87,9 @@ _HOMES = {
     "unregister_plot": "resdiag.plots.kinds",
     "judge": "resdiag.diagnose.verdict",
     "Verdict": "resdiag.diagnose.verdict",
+    # two runs that should agree
+    "diff": "resdiag.agreement.diff",
+    "Agreement": "resdiag.agreement.result",
     # what a verdict looks for
     "FINDINGS": "resdiag.diagnose.registry",
     "register_finding": "resdiag.diagnose.registry",

@@ -4,12 +4,13 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resdiag.cli.opening import open_runs
+from resdiag.cli.opening import open_runs_or_logs
 from resdiag.cli.options import DataRoot, Json, RunsRoot
 from resdiag.cli.output import coloured, print_entry, say_loading
 from resdiag.errors import UsageError, unknown
@@ -17,6 +18,7 @@ from resdiag.terminal import has_colour
 
 if TYPE_CHECKING:
     from resdiag.data.dataset import ImageData
+    from resdiag.diagnose.verdict import Verdict
     from resdiag.interventions.compare import Effect
     from resdiag.probe.examination import Examination
     from resdiag.runs.folder import Run
@@ -26,7 +28,12 @@ _STARTS = ("init", "checkpoint")
 
 def explain(
     path: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="Run folder; default: the latest run.")
+        Path | None,
+        typer.Argument(
+            metavar="[RUN|LOG]",
+            help="Run folder, or a log of another tool: a file or its folder; default: the latest "
+            "run.",
+        ),
     ] = None,
     names: Annotated[
         list[str] | None,
@@ -62,24 +69,38 @@ def explain(
         str, typer.Option(help="Data set for --lesion and --ask; default: the run's.")
     ] = "",
     data_root: DataRoot = None,
+    log_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="Format of a log, if its name does not say it: trainer_state, tensorboard, wandb, "
+            "jsonl or csv.",
+        ),
+    ] = "",
     runs: RunsRoot = Path("runs"),
     as_json: Json = False,
 ) -> None:
     """Print what happened in a run, why, and what to do next.
 
     That is its verdict, the mechanism, and the evidence. Of several runs: a line each, and whether
-    the error grows with the depth.
+    the error grows with the depth. A log of the Hugging Face Trainer, TensorBoard or W&B, or a CSV
+    table, is judged as far as its loss, gradient norm and learning rate go.
     """
     if start not in ("", *_STARTS):
         raise unknown("start", start, _STARTS)
     more = [] if lesion else [Path(name) for name in names or []]
-    opened = open_runs([path, *more] if path else None, runs)
+    opened = open_runs_or_logs([path, *more] if path else None, runs, log_format)
     if len(opened) > 1 and (lesion or ask):
-        raise UsageError(f"{path} holds {len(opened)} runs", f"name one, e.g. {opened[0].path}")
+        raise UsageError(f"{path} holds {len(opened)} runs", f"e.g. {place_of(opened[0])}")
     if len(opened) > 1:
         _explain_together(opened, as_json=as_json)
         return
     run = opened[0]
+    if (lesion or ask) and is_log(run):
+        raise UsageError(
+            f"{place_of(run)} is a log: --lesion and --ask need the network",
+            "in Python: print(resdiag.examine(model, batch, optimizer=optimizer))",
+        )
     images = _open_images(run, data, data_root, ask=ask) if lesion or ask else None
     effects: list[Effect] = []
     examination = None
@@ -130,9 +151,14 @@ def _print(
     from resdiag.diagnose.verdict import judge
 
     verdict = judge(run)
+    logged = is_log(run)
+    if logged:
+        verdict = _of_log(verdict)
     if as_json:
         said = verdict.to_dict()
-        document = {"schema": 1, "run": str(run.path), "verdict": said}
+        document: dict[str, object] = {"schema": 1, "run": place_of(run), "verdict": said}
+        if logged:
+            document["log"] = list(run.notes)
         document["findings"] = said["findings"]
         if effects is not None:
             document["lesions"] = [plain(effect.to_dict()) for effect in effects]
@@ -141,6 +167,8 @@ def _print(
         print(json.dumps(document))
         return
     print(render(verdict, colour=has_colour(sys.stdout)))
+    if logged:
+        print_entry("Log", list(run.notes))
     lines = [effect.describe(float(run.config.lr or 0)) for effect in effects or ()]
     if effects is not None:
         print_entry("Lesion", lines or [f"none proposed for '{verdict.name}'"])
@@ -148,6 +176,40 @@ def _print(
         print(examination)
     if effects is None and run.config.variant and (untried := _untried(run, verdict.name)):
         print_entry("Untried", [untried])
+
+
+def is_log(run: "Run") -> bool:
+    """Whether a run was read from a log of another tool."""
+    return "log" in getattr(run.config, "settings", {})
+
+
+def place_of(run: "Run") -> str:
+    """The run's folder, or the file of a log."""
+    return str(run.config.settings["log"]) if is_log(run) else str(run.path)  # type: ignore[union-attr]
+
+
+_BLOCKS = "resdiag.attach(model, optimizer)  # records what no log has: blocks, gradients, updates"
+
+
+_OF_LOGS = {"loss", "grad_norm", "lr", "train_loss", "test_loss"}
+"""What rules need and logs can have."""
+
+_ALSO_OF_LOGS = ("lr_too_high",)  # it does without the updates that it names
+
+
+def _of_log(verdict: "Verdict") -> "Verdict":
+    """A verdict on a log, which has no blocks to draw; the rules that need them are one line."""
+    from resdiag.diagnose.registry import FINDINGS
+
+    judged = [name for name, row in FINDINGS.items() if name in _ALSO_OF_LOGS
+              or set(row.needs) <= _OF_LOGS]  # fmt: skip
+    rules = {line: line.partition(":")[0] for line in verdict.not_judged}
+    unjudged = [line for line, rule in rules.items() if rule in judged or rule not in FINDINGS]
+    many = len(FINDINGS) - len(judged)
+    unjudged.append(f"{many} other rules: a log has no blocks, no updates and no model")
+    useful = [line for line in verdict.next if not line.startswith("resdiag ")]
+    waiting = tuple(item for item in verdict.waiting if item.name in judged)
+    return replace(verdict, next=(*useful, _BLOCKS), not_judged=tuple(unjudged), waiting=waiting)
 
 
 def _untried(run: "Run", verdict: str) -> str:
@@ -172,7 +234,7 @@ def _explain_together(runs: "Sequence[Run]", *, as_json: bool) -> None:
     comparisons = compare(runs)
     if as_json:
         each = [
-            {"run": str(run.path), "verdict": verdict.to_dict()}
+            {"run": place_of(run), "verdict": verdict.to_dict()}
             for run, verdict in zip(runs, verdicts, strict=True)
         ]
         together = [comparison.to_dict() for comparison in comparisons]
@@ -180,6 +242,6 @@ def _explain_together(runs: "Sequence[Run]", *, as_json: bool) -> None:
         return
     for run, verdict in zip(runs, verdicts, strict=True):
         where = "" if verdict.block is None else f" (block {verdict.block})"
-        print(f"{run.path}: {coloured(verdict.name, severity(verdict))}{where}")
+        print(f"{place_of(run)}: {coloured(verdict.name, severity(verdict))}{where}")
     for comparison in comparisons:
         print(f"{comparison.model}: {comparison.name}. {comparison.summary}")

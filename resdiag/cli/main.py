@@ -4,6 +4,7 @@ from resdiag.cli.app import App, NamesItsVariants, print_help_or_version
 from resdiag.cli.bench import bench_app
 from resdiag.cli.compare import compare
 from resdiag.cli.data import data_app
+from resdiag.cli.diff import diff
 from resdiag.cli.explain import explain
 from resdiag.cli.export import export
 from resdiag.cli.inspect import inspect
@@ -38,8 +39,8 @@ app = App(
 app.callback()(print_help_or_version)
 app.command(cls=NamesItsVariants)(run)
 for command in (
-    runs, watch, plot, explain, compare, report, lesion, inspect, export, predict, probe, variants,
-    metrics, version,
+    runs, watch, plot, explain, compare, diff, report, lesion, inspect, export, predict, probe,
+    variants, metrics, version,
 ):  # fmt: skip
     app.command()(command)
 study_app.command("report")(report_study)

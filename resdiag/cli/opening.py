@@ -26,6 +26,19 @@ def open_runs(paths: Sequence[Path] | None, root: Path) -> list[Run]:
     return [read_run(run) for run in dict.fromkeys(chain(*found.values()))]
 
 
+def open_runs_or_logs(paths: Sequence[Path] | None, root: Path, log_format: str) -> list[Run]:
+    """The runs named, or the latest; what is no run is read as a log of another tool."""
+    if not paths:
+        return open_runs(paths, root)
+    from resdiag.trackers.logs.formats import load_log
+
+    opened: list[Run] = []
+    for path in dict.fromkeys(paths):
+        is_log = log_format or path.is_file() or (path.is_dir() and not find_runs(path))
+        opened += [load_log(path, log_format)] if is_log else open_runs([path], root)
+    return opened
+
+
 def open_study(where: str, settings: Sequence[str] | None, mini: bool) -> "Study":
     """The study, with a word on what of it `--set` left without a cell."""
     from resdiag.study.study import load_study

@@ -20,7 +20,9 @@ from resdiag.diagnose.progress import (
     SETTLED_FALL,
     STALL,
     STALL_STEPS,
+    count_steps,
     has_settled,
+    span_words,
     spans_at_end,
     sum_updates,
 )
@@ -196,8 +198,8 @@ def stalled(seen: RunData) -> Outcome:
     if classes is None:
         yield STALLED.not_judged("the number of classes is unknown")
         return
-    if len(losses) < STALL_STEPS:
-        reason = f"{len(losses)} steps, {STALL_STEPS} needed"
+    if count_steps(losses) < STALL_STEPS:
+        reason = f"{span_words(losses)}, {STALL_STEPS} needed"
         yield STALLED.not_judged(reason, f"{STALL_STEPS} steps")
         return
     guess, moved = math.log(classes), sum_updates(seen, losses)
@@ -207,9 +209,9 @@ def stalled(seen: RunData) -> Outcome:
         return
     at_guessing = {s: w for s, w in spans.items() if 1 - STALL <= w.mean() / guess <= GUESSING}
     flat = {s: w for s, w in at_guessing.items() if has_settled(w, guess)}
-    if at_guessing and not moved >= MOVED and len(losses) < LONG_STALL:
+    if at_guessing and not moved >= MOVED and count_steps(losses) < LONG_STALL:
         way = "are not known" if math.isnan(moved) else f"add up to {moved:.2g} of the weights"
-        reason = f"the loss is that of guessing, but the updates of {len(losses)} steps {way}"
+        reason = f"the loss is that of guessing, but the updates of {span_words(losses)} {way}"
         needs = f"updates that add up to {MOVED} of the weights, or {LONG_STALL} steps"
         yield STALLED.not_judged(reason, needs)
     elif flat:

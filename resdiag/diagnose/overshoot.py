@@ -6,7 +6,11 @@ import numpy as np
 import pandas as pd
 
 from resdiag.diagnose.finding import DEFINITION, Evidence, Threshold
-from resdiag.diagnose.progress import has_fallen, is_falling
+from resdiag.diagnose.progress import (
+    has_fallen,
+    is_falling,
+    span_words,
+)
 from resdiag.diagnose.rundata import RunData, first_step
 from resdiag.theory.prediction import CRITICAL
 
@@ -51,7 +55,7 @@ def loss_got_worse(seen: RunData, losses: "pd.Series[float]") -> Evidence | None
     # from there on it is above the bar in the mean
     onward = known.iloc[::-1].expanding().mean().iloc[::-1]
     since = first_step((known > bar) & (onward > bar))
-    text = f"the mean loss of the last {len(last)} steps is {last.mean():.3g}, "
+    text = f"the mean loss of the last {span_words(last)} is {last.mean():.3g}, "
     text += f"it began at {float(known.iloc[0]):.3g}; above {bar:.3g} since step {since}"
     return evidence_of("loss", since, float(last.mean()), bar, text)
 

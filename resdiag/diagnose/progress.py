@@ -61,16 +61,40 @@ def find_doubts(seen: "RunData") -> tuple[str, ...]:
         last, guess = _ends(losses)[1], math.log(seen.classes)
         if not last.mean() < (1 - STALL) * guess:
             found.append(
-                f"the mean loss of the last {len(last)} steps, {last.mean():.3g}, is not below that"
-                f" of guessing, ln {seen.classes} = {guess:.3g}"
+                f"the mean loss of the last {span_words(last)}, {last.mean():.3g}, is not below "
+                f"that of guessing, ln {seen.classes} = {guess:.3g}"
             )
     elif not has_fallen(losses):
         first, last = _ends(losses)
         found.append(
-            f"the loss has not fallen: its mean is {first.mean():.3g} over the first {len(first)} "
-            f"steps, {last.mean():.3g} over the last {len(last)}"
+            f"the loss has not fallen: its mean is {first.mean():.3g} over the first "
+            f"{span_words(first)}, {last.mean():.3g} over the last {span_words(last)}"
         )
     return tuple(found)
+
+
+def count_steps(values: "pd.Series[float]") -> int:
+    """How many steps values stand for that are known every few steps, such as logged losses.
+
+    >>> import pandas as pd
+    >>> count_steps(pd.Series(1.0, index=[0, 1, 2])), count_steps(pd.Series(1.0, index=[9, 19, 29]))
+    (3, 30)
+    """
+    steps = values.index.to_numpy()
+    if len(steps) < 2:
+        return len(steps)
+    return int(steps[-1] - steps[0] + np.median(np.diff(steps)))
+
+
+def span_words(values: "pd.Series[float]") -> str:
+    """The steps that values stand for, and how many values there are if those are fewer.
+
+    >>> import pandas as pd
+    >>> span_words(pd.Series(1.0, index=[0, 1, 2])), span_words(pd.Series(1.0, index=[9, 19, 29]))
+    ('3 steps', '30 steps (3 values)')
+    """
+    steps = count_steps(values)
+    return f"{steps} steps" + ("" if steps == len(values) else f" ({len(values)} values)")
 
 
 def has_learned(seen: "RunData") -> bool:
@@ -136,11 +160,14 @@ def spans_at_end(seen: "RunData", losses: "pd.Series[float]") -> dict[str, "pd.S
     epochs = seen.series("epoch").reindex(losses.index)
     epochs = epochs.where(np.isfinite(epochs))
     epoch = losses[epochs > epochs.max() - 1]
-    spans = {f"the last {STALL_STEPS} steps": losses.iloc[-int(STALL_STEPS) :]}
-    if epochs.max() - epochs.min() >= 1 and len(epoch) >= STALL_STEPS:
+    last = losses[losses.index > losses.index[-1] - int(STALL_STEPS)]
+    spans = {f"the last {span_words(last)}": last}
+    if epochs.max() - epochs.min() >= 1 and count_steps(epoch) >= STALL_STEPS:
         spans = {"the last epoch": epoch}
     half = losses.iloc[len(losses) // 2 :]
-    return spans | ({f"the last {len(half)} steps": half} if len(half) > STALL_STEPS else {})
+    if count_steps(half) > STALL_STEPS:
+        spans[f"the last {span_words(half)}"] = half
+    return spans
 
 
 def sum_updates(seen: "RunData", losses: "pd.Series[float]") -> float:

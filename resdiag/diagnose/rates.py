@@ -92,7 +92,7 @@ def lr_too_high(seen: RunData) -> Outcome:
     if evidence:
         yield _explain_rate(seen, evidence, updates)
     elif len(losses) < SETTLED:
-        reason = f"whether the loss gets worse: {len(losses)} steps, {SETTLED} needed"
+        reason = f"whether the loss gets worse: {len(losses)} losses, {SETTLED} needed"
         yield LR_TOO_HIGH.not_judged(reason, f"{SETTLED} steps")
 
 
@@ -104,7 +104,8 @@ def _explain_rate(
     before = rates[rates.index <= since]
     lr = float(before.iloc[-1]) if len(before) else seen.lr
     momentum = seen.series("momentum").max() if len(seen.series("momentum")) else math.nan
-    cause, why = "", f"At learning rate {lr:.3g} a step overshoots what the gradient knows"
+    rate = "A" if math.isnan(lr) else f"At learning rate {lr:.3g} a"
+    cause, why = "", f"{rate} step overshoots what the gradient knows"
     if momentum > 0.99:
         cause = f"momentum {momentum:g} makes every step {1 / (1 - momentum):.0f} times as long"
         why = cause[:1].upper() + cause[1:]

@@ -14,7 +14,13 @@ from resdiag.diagnose.advice import plots
 from resdiag.diagnose.breakdown import EXPLODED
 from resdiag.diagnose.finding import Evidence, Finding, NotJudged, Rule, Threshold, plain
 from resdiag.diagnose.learning import STALLED
-from resdiag.diagnose.progress import LEAST_CHECKS, LEAST_LOSSES, find_doubts, has_learned
+from resdiag.diagnose.progress import (
+    LEAST_CHECKS,
+    LEAST_LOSSES,
+    find_doubts,
+    has_learned,
+    span_words,
+)
 from resdiag.diagnose.rates import LR_TOO_HIGH
 from resdiag.diagnose.registry import (
     CAUSES_FROM_THE_START,
@@ -271,7 +277,7 @@ def _unnamed(
 ) -> Verdict:
     """No rule names the verdict; how far the run went is said, not what it may still do."""
     losses = seen.series("loss")
-    span = f" in {len(losses)} steps, last loss {losses.iloc[-1]:.3g}" if len(losses) else ""
+    span = f" in {span_words(losses)}, last loss {losses.iloc[-1]:.3g}" if len(losses) else ""
     if len(losses) and seen.classes:
         span += f" (guessing is {math.log(seen.classes):.3g})"
     summary = f"No rule reports a fault{span}; {checks[0]} of {checks[1]} checks could run in full."

@@ -58,13 +58,14 @@ def write_run_report(runs: "Sequence[Run]", folder: Path) -> list[Path]:
     return _write(write_run_page(runs, pictures), pictures, folder)
 
 
-def _made() -> str:
+def made_by() -> str:
+    """Version and day, for the foot of a page."""
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
     return f"Made by resdiag {resdiag.__version__} on {day}."
 
 
 def _write(page: Page, pictures: Sequence[Picture], folder: Path) -> list[Path]:
-    page = replace(page, made=_made())
+    page = replace(page, made=made_by())
     make_folder(folder / FIGURES)
     files = {folder / PAGE: to_html(page).encode(), folder / TEXT: to_markdown(page).encode()}
     for picture in pictures:

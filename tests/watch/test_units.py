@@ -12,7 +12,7 @@ from watching import traces
 
 import resdiag
 from resdiag.diagnose.rundata import RunData
-from resdiag.runs.watched import opened
+from resdiag.runs.watched import load_run
 from resdiag.watch.base.safety import WatchWarning
 from resdiag.watch.find.blocks import find_blocks, find_units
 from resdiag.watch.loop.attach import attach
@@ -355,7 +355,7 @@ def test_the_gradient_of_a_plain_network_is_compared_between_its_outer_units():
     expected = frame.grad_output.iloc[0] / frame.grad_output.iloc[-1]
     # Glorot's weights: its square is halved by each of 19 layers, up to their finite width
     assert math.log(expected) == pytest.approx(-19 / 2 * math.log(2), abs=0.7)
-    assert RunData(opened(monitor)).gradient_ratio(0) == pytest.approx(expected, rel=1e-6)
+    assert RunData(load_run(monitor)).gradient_ratio(0) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_compiled_plain_network_records_what_an_eager_one_does():

@@ -1,0 +1,1 @@
+"""Whether two runs that should agree do, and where they part first: `resdiag.diff`."""
