@@ -4,9 +4,10 @@ matplotlib is imported by the first `draw`, so that a usage error stays fast.
 """
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from resdiag.errors import UsageError, unknown
 from resdiag.plots.kinds import KINDS as KINDS
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from resdiag.runs.folder import Run
     from resdiag.watch.loop.monitor import Monitor
 
+    Source: TypeAlias = Run | Monitor | str | os.PathLike[str]
+
 FORMATS = ("svg", "png", "pdf")
 """File formats that `save` writes."""
 
@@ -28,7 +31,7 @@ _LETTERS: Any = {"svg.fonttype": "none", "pdf.fonttype": 3}  # matplotlib types 
 
 def draw(
     kind: str,
-    runs: "Sequence[Run | Monitor] | Run | Monitor",
+    runs: "Sequence[Source] | Source",
     *,
     step: int | None = None,
     theory: bool = True,
@@ -38,21 +41,25 @@ def draw(
     Args:
         kind: A kind of plot, built in or registered, or the id of any metric per block, built in
             or custom.
-        runs: A run or a monitor, or several; runs that differ in their seed only are drawn as a
-            band.
+        runs: A run, a monitor or the folder of a run, or several of them; runs that differ in their
+            seed only are drawn as a band.
         step: Recorded step to show by block; None shows the first and the last ones.
         theory: Overlay the prediction where there is one.
 
     Returns:
-        A figure 7 inches wide that belongs to no pyplot state; its label is its title.
+        A figure 7 inches wide that belongs to no pyplot state; a notebook shows it. Its label is
+        its title.
 
     Raises:
         UsageError: Unknown kind, no run, a run without records, without a metric that the plot
-            needs, or without the step asked for.
+            needs, without the step asked for, or nothing that the plot could show.
     """
     from resdiag.runs.watched import opened as as_opened
 
-    opened = [as_opened(run) for run in (runs if isinstance(runs, Sequence) else [runs])]
+    listed: Sequence[Source] = (
+        [runs] if isinstance(runs, str) else (runs if isinstance(runs, Sequence) else [runs])
+    )
+    opened = [as_opened(run) for run in listed]
     entry = find_kind(kind, [metric for run in opened for metric in run.custom_metrics])
     if not opened:
         raise UsageError(f"plot '{kind}' needs a run", "resdiag run --variant elu_pre --depth 20")

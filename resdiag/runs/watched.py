@@ -74,8 +74,16 @@ def as_run(
     )
 
 
-def opened(run: "Run | Monitor") -> "Run":
-    """A run as it is, or what a monitor holds as a run."""
+def opened(run: "Run | Monitor | str | os.PathLike[str]") -> "Run":
+    """A run as it is, that of a folder, or what a monitor holds as a run.
+
+    Raises:
+        UsageError: There is no run in the folder.
+    """
+    if isinstance(run, (str, os.PathLike)):
+        from resdiag.runs.folder import load_run
+
+        return load_run(run)
     # not by its class: a monitor's is not to be had without PyTorch
     return as_run(cast("Monitor", run)) if hasattr(run, "to_frame") else run
 

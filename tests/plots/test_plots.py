@@ -7,7 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from plot_conformance import FEW, NONFINITE, PlotConformance, legend_labels, lines, panel, words
+from plot_conformance import (
+    FEW,
+    NONFINITE,
+    PlotConformance,
+    figure_axes,
+    legend_labels,
+    lines,
+    panel,
+    words,
+)  # fmt: skip
 from synthetic_runs import make_run
 
 from resdiag.diagnose.rundata import RunData
@@ -55,7 +64,7 @@ def test_rendering_twice_one_figure_gives_the_same_bytes():
         ("gradnorms", "of the parameters", "grad_param"),
         ("skip", "P1", "perturbation"),
         ("skip", "P3 skip gain, whole network", "skip_gain"),
-        ("signal", "output: second moment", "output_second_moment"),
+        ("signal", "output: mean square", "output_second_moment"),
         ("growth", "backward", "grad_growth"),
         ("updates", "by block", "update_ratio"),
         ("biasshift", "output: bias", "output_bias"),
@@ -144,8 +153,9 @@ def test_a_derived_metric_is_missing_for_the_reason_of_its_inputs():
     change = spoil("grad_input", [np.nan])
     figure = draw("growth", [make_run("elu", 20, unavailable=reason, metrics=change)])
     assert "input needs no gradient" in words(figure)
+    assert "backward: no value." in words(figure)
     assert not lines(figure, NONFINITE)
-    assert "no finite value" in words(figure)
+    assert not [a for a in figure_axes(figure) if a.get_title(loc="left").startswith("backward")]
 
 
 def test_equal_depths_are_placed_by_block_and_different_ones_by_share_of_the_depth():
@@ -243,12 +253,14 @@ def test_if_all_is_finite_the_largest_change_of_the_gradient_is_shown():
 
 
 def test_nothing_after_the_addition_is_said_and_not_an_empty_panel():
-    bare = words(draw("skip", [make_run("elu", 20, steps=FEW)]))
-    assert bare.count("exactly 0 in every block:\nnothing follows\nthe addition") == 3
-    assert "exactly 1 in every block" in bare
+    figure = draw("skip", [make_run("elu", 20, steps=FEW)])
+    bare = words(figure)
+    assert "P1 perturbation of the sum, P2 identity defect and P4 identity drift: exactly 0" in bare
+    assert "exactly 1 in every block (nothing follows the addition)" in bare
+    (left,) = figure_axes(figure)
+    assert left.get_title(loc="left") == "branch to shortcut"
     other = words(draw("skip", [make_run("original", 20, steps=FEW)]))
-    assert other.count("exactly 0 in every block") == 2
-    assert "block:\nnothing stands" not in other
+    assert "P2 identity defect and P4 identity drift: exactly 0 in every block." in other
 
 
 def test_a_mistake_is_one_line_that_names_the_way_out():
