@@ -73,10 +73,10 @@ def _statement(view: View, traces: Sequence[Trace]) -> str:
     trace, (block, value) = max(told, key=lambda pair: pair[1][1])
     who = "" if view.single else f" in {trace.label}"
     size = canvas.size_words(value)
-    word = "Activations stay centred" if value < _CENTRED else "Activations shift away from 0"
+    word = "stay centred: mean at most" if value < _CENTRED else "are off centre: mean"
     where = trace.records[0].block_words(block)
     when = when_words([trace]).removeprefix(", at")
-    return f"{word}: mean up to {size} of the spread ({where}{who}{when and ','}{when})"
+    return f"Activations {word} {size} times the spread ({where}{who}{when and ','}{when})"
 
 
 def _ends(traces: Sequence[Trace]) -> list[Trace]:

@@ -143,7 +143,8 @@ class Record:
         known = ~self.sick.all(axis=0)  # health unknown, or nothing finite: neither can be told
         lost = self.broken("grad_output") | self.broken("output_second_moment")
         bad = (self.sick & known) | lost
-        return np.logical_not(np.logical_or.reduce(bad, axis=0))
+        healthy: Bools = np.logical_not(np.logical_or.reduce(bad, axis=0))
+        return healthy
 
     @cached_property
     def last_finite(self) -> int:
