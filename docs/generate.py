@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
 from findingpages import findings_page
+from gallery import gallery_page
 from measuredtables import HEAD, peers_table, performance_page, table
 from suitepage import calibration_page
 from typer.main import get_command
@@ -359,6 +360,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "../explanation/calibration.md": calibration_page,
     "../explanation/other-tools.md": other_tools_page,
     "../explanation/performance.md": performance_page,
+    "../gallery.md": gallery_page,
 }
 """The generated pages and what makes them."""
 

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from resdiag.plots import canvas
-from resdiag.plots.findings import largest, when_words
+from resdiag.plots.findings import for_words, largest, when_words
 from resdiag.plots.view import Trace, View
 
 _PANELS = tuple(
@@ -71,7 +71,7 @@ def _statement(view: View, traces: Sequence[Trace]) -> str:
     if not told:
         return "The bias shift is not finite"
     trace, (block, value) = max(told, key=lambda pair: pair[1][1])
-    who = "" if view.single else f" in {trace.label}"
+    who = "" if len(view.series) == 1 else for_words(trace.label)
     size = canvas.size_words(value)
     word = "stay centred: mean at most" if value < _CENTRED else "are off centre: mean"
     where = trace.records[0].block_words(block)

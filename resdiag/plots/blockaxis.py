@@ -34,6 +34,7 @@ def finish_blocks(
     """
     _draw_stages(axes, view)
     axes.set_xlabel("depth (share of the blocks)" if view.normalised else "block")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:g}" if at >= 0 else ""))
     if not view.normalised:
         count = view.records[0].n_blocks
         _name_blocks(axes, view)
@@ -57,7 +58,6 @@ def _name_blocks(axes: Axes, view: View) -> None:
     shared, names = view.records[0].names
     if not names or any(record.names != (shared, names) for record in view.records):
         whole_ticks(axes)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:.0f}" if at >= 0 else ""))
         return
     letters = max(map(len, names))
     turned = letters > _UPRIGHT and letters * len(names) * _LETTER > 0.8 * panel_width(axes)

@@ -10,8 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from resdiag.plots import canvas
-from resdiag.plots.findings import middle, when_words
-from resdiag.plots.telling import metric_title
+from resdiag.plots.findings import for_words, middle, when_words
 from resdiag.plots.view import Record, Trace, View
 
 _DECADES = 1.5
@@ -99,7 +98,7 @@ def _statement(view: View, traces: Sequence[Trace]) -> str:
     metric = view.kind.needs[0]
     whole = [trace for trace in traces if trace.is_finite] or list(traces)
     told = whole[-1:] if view.single else whole
-    name = "Update to weight ratio" if metric == "update_ratio" else metric_title(metric)
+    name = view.kind.title.removesuffix(" by block and step")
     found = []
     for trace in told:
         values = np.array([middle(list(column)) for column in trace.values(metric).T])
@@ -110,9 +109,12 @@ def _statement(view: View, traces: Sequence[Trace]) -> str:
         return f"{name}: not finite in any block"
     (low, first, below), (high, last, above) = min(found), max(found)
     size = canvas.size_words
+    if metric == "update_ratio":
+        share = f"{size(100 * low)} to {size(100 * high)} %"
+        return f"A step moves the blocks by {share} of their weights{when_words(told)}"
     if low == high:
         return f"{name}: {size(low)} in every block{when_words(told)}"
-    who = ("", "") if view.single else (f" of {below}", f" of {above}")
+    who = ("", "") if len(view.series) == 1 else (for_words(below), for_words(above))
     record = told[0].records[0]
     blocks = (record.block_words(min(place, record.n_blocks - 1)) for place in (first, last))
     places = [f"{size(v)} in {b}{w}" for v, b, w in zip((low, high), blocks, who, strict=True)]

@@ -25,13 +25,14 @@ def draw(view: View) -> Figure:
     )
     names = list(dict.fromkeys(map(_name, view.series)))
     looks = _looks(view, names)
-    places = body.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    places = body.subplots(1, len(panels), squeeze=False)[0]
     for axes, (column, title) in zip(places, panels, strict=True):
         _draw_errors(axes, view, column, looks)
         _mark_broken(axes, view, looks)
         axes.set(xlabel="depth", xticks=sorted({_depth(record) for record in view.records}))
         canvas.head_panel(axes, title, "share of the samples")
         canvas.finish_scale(axes, log=False, floor=0.0)
+    canvas.share_scale(places)
     canvas.legend(body, extra=[
         canvas.Line2D([], [], color=look.colour, ls=look.line, marker=look.marker, label=name)
         for name, look in looks.items()

@@ -122,7 +122,8 @@ def _draw_loss(axes: Axes, view: View) -> None:
     if view.single:
         _trace(axes, view, "test_loss", _TEST, "test", log=log)
     thick = f" (thin: batch, thick: mean of {window})" if window > 1 and not view.single else ""
-    canvas.head_panel(axes, f"loss{thick}", "cross-entropy (nat)")
+    known = any(count_classes(record.run) for record in view.records)
+    canvas.head_panel(axes, f"loss{thick}", "cross-entropy (nat)" if known else "loss")
     canvas.finish_steps(axes, view, log=log)
     for classes in sorted({count_classes(record.run) or 0 for record in view.records} - {0}):
         level = float(np.log(classes))

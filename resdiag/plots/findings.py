@@ -1,6 +1,7 @@
 """What the titles of plots say: numbers of the lines that are drawn."""
 
 import math
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,6 +38,15 @@ def middle(values: Sequence[float]) -> float:
     """The median of the finite values; NaN of none."""
     kept = [value for value in values if math.isfinite(value)]
     return float(np.median(kept)) if kept else math.nan
+
+
+def for_words(label: str) -> str:
+    """A line in a title, without the number of its seeds.
+
+    >>> for_words("elu (d) (5 seeds)")
+    ' for elu (d)'
+    """
+    return f" for {re.sub(r' [(][0-9]+ seeds[)]', '', label)}"
 
 
 def extremes(found: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:

@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from resdiag.plots import canvas
-from resdiag.plots.findings import extremes, middle, when_words
+from resdiag.plots.findings import extremes, for_words, middle, when_words
 from resdiag.plots.view import Record, Trace, View
 
 _TENSOR = r"√B $\|\partial L/\partial H\|$"  # mathtext draws the bar of a root apart from it
@@ -74,7 +74,7 @@ def _statement(traces: list[Trace], *, many: bool) -> str:
     when = when_words(traces)
     if not found:
         return f"The gradient at the outputs is not finite or zero{when}"
-    words = [f"{_change(value)}{f' in {label}' if many else ''}" for label, value in found]
+    words = [f"{_change(value)}{for_words(label) if many else ''}" for label, value in found]
     return (
         f"Gradients on the way back to block 0: {', '.join(words)}{when}"
         if many

@@ -32,7 +32,7 @@ def draw(view: View) -> Figure:
     for panel, (left, right) in zip(chosen, rows, strict=True):
         title = f"{panel.title} growth per block (dotted: 1, scale kept)"
         _draw_factors(left, view, traces, panel.metric, title, panel.formula)
-        _draw_stage_means(right, traces, panel.metric)
+        _draw_stage_means(right, view, traces, panel.metric)
         canvas.share_scale((left, right))
     canvas.share_blocks([list(rows[:, 0])])
     canvas.legend(body)
@@ -49,10 +49,13 @@ def _draw_factors(
     canvas.guide(axes, 1.0, "")
 
 
-def _draw_stage_means(axes: Axes, traces: list[Trace], metric: str) -> None:
+def _draw_stage_means(axes: Axes, view: View, traces: list[Trace], metric: str) -> None:
     """Geometric mean of the stage's factors per line, with their range over blocks and seeds."""
-    canvas.head_panel(axes, "geometric mean, range", stages=True)
     factors = [_stage_factors(trace.records[0], trace.values(metric)) for trace in traces]
+    count = max(map(len, factors))
+    few = count <= _FEW_STAGES
+    title = "geometric mean, range" if few else "mean and range by stage"
+    canvas.head_panel(axes, title, stages=any(record.boundaries for record in view.records))
     axes.set_yscale("log")  # before: seaborn averages on the scale of the axis
     axes.grid(False, axis="x")
     rows = [
@@ -70,10 +73,8 @@ def _draw_stage_means(axes: Axes, traces: list[Trace], metric: str) -> None:
             errorbar=("pi", 100), err_kws={"linewidth": 0.9}, markersize=4.5, markeredgewidth=0,
             dodge=min(0.5, 0.16 * (len(traces) - 1)), legend=False, ax=axes,
         )  # fmt: skip
-    count = max(map(len, factors))
-    few = count <= _FEW_STAGES
     axes.set_xticks(range(1, count + 1), [f"stage {n}" if few else str(n) for n in range(count)])
-    axes.set(xlim=(0.45, count + 0.55), xlabel="" if few else "stage", ylabel="")
+    axes.set(xlim=(0.45, count + 0.55), xlabel="", ylabel="")
     canvas.finish_scale(axes, log=True)
     canvas.guide(axes, 1.0, "")
     _write_means(axes, traces, [np.array([_geometric_mean(p) for p in f]) for f in factors])
@@ -112,10 +113,7 @@ def _statement(view: View, traces: list[Trace], panels: list[canvas.Panel]) -> s
             if (parts_of := _stage_factors(trace.records[0], trace.values(panel.metric)))
         ]
         found = extremes(factors)
-        words = [
-            f"×{value:.3g}{'' if len(view.series) == 1 else f' ({label})'}"
-            for label, value in found
-        ]
+        words = [f"×{value:.3g}" for _, value in found]
         if words:
             parts.append(f"the {_WHAT[panel.metric]} {' to '.join(words[::-1])}")
     if not parts:

@@ -125,8 +125,10 @@ def _draw_several(view: View) -> Figure:
     records = view.records
     found = [canvas.find_first_nonfinite(record.metrics) for record in records]
     broken = sum(first is not None for first in found)
+    title = f"{broken} of {len(records)} runs became non-finite"
+    title = title if broken else f"All {len(records)} runs stay finite"
     figure, body = canvas.open_sheet(
-        view, f"{broken} of {len(records)} runs became non-finite",
+        view, title,
         height=0.9 + 0.26 * len(records), shown="all recorded steps",
     )  # fmt: skip
     axes = body.subplots()

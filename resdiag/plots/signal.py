@@ -3,7 +3,7 @@
 from matplotlib.figure import Figure
 
 from resdiag.plots import canvas
-from resdiag.plots.findings import extremes, growth_of, when_words
+from resdiag.plots.findings import extremes, for_words, growth_of, when_words
 from resdiag.plots.view import Trace, View
 
 _PANELS = (
@@ -51,5 +51,5 @@ def _statement(view: View, traces: list[Trace]) -> str:
     if len(view.series) == 1:
         value = found[0][1]
         return f"The signal {canvas.change_words(value)} in each block, in mean square{when}"
-    words = [f"{canvas.change_words(value)} in {label}" for label, value in found]
+    words = [f"{canvas.change_words(value)}{for_words(label)}" for label, value in found]
     return f"The signal in each block, in mean square: {', '.join(words)}"

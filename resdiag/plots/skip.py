@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from resdiag.plots import canvas
-from resdiag.plots.findings import extremes, largest, middle
+from resdiag.plots.findings import extremes, for_words, largest, middle
 from resdiag.plots.view import Record, Trace, View
 
 _GAIN = r"mean $\prod f'(u_k)$"
@@ -101,14 +101,15 @@ def _statement(view: View, traces: Sequence[Trace]) -> str:
         return f"Branches reach {canvas.times_words(ratio)} the size of their shortcut ({where})"
     if all(value == 1 for _, value in found):
         return "The skip path is open: shortcuts pass every gradient on unchanged"
-    words = [
-        f"{100 * value:.3g} %{'' if len(view.series) == 1 else f' in {label}'}"
-        for label, value in found
-    ]
+    if len(view.series) > 1:
+        words = [f"{100 * value:.3g} %{for_words(label)}" for label, value in found]
+        return f"Of a gradient, shortcuts alone pass on to the last block: {', '.join(words)}"
     since = ""
     if view.single and (begun := _restarted(view.single)) and begun[-1]:
         since = f" from {view.single.block_words(begun[-1])}"
-    return f"Shortcuts alone pass {' and '.join(words)} of a gradient on{since} to the last block"
+    return (
+        f"Shortcuts alone pass {100 * found[0][1]:.3g} % of a gradient on{since} to the last block"
+    )
 
 
 def _layers(view: View) -> tuple[list[list[Trace]], str]:

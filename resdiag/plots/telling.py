@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from resdiag.catalog.custom import known_metrics
 from resdiag.errors import UsageError
 from resdiag.plots.view import Trace, View
 
@@ -90,9 +89,3 @@ def _in_words(traces: Sequence[Trace], panel: Panel) -> str | None:
 
 def _listed(titles: Sequence[str]) -> str:
     return ", ".join(titles[:-1]) + " and " + titles[-1] if len(titles) > 1 else titles[0]
-
-
-def metric_title(metric: str) -> str:
-    """A metric's label, as a heading."""
-    label = known_metrics()[metric].label if metric in known_metrics() else metric
-    return f"{label[:1].upper()}{label[1:]}"

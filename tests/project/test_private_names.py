@@ -6,11 +6,11 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 LIMIT = 20
 THEIRS = {
-    # of PyTorch, matplotlib, pytest and the standard library
+    # of PyTorch, matplotlib, IPython, pytest and the standard library
     "_C", "_dynamo", "_exit", "_forward_hooks", "_forward_pre_hooks", "_left_title",
     "_len_torch_function_stack", "_local_scalar_dense", "_optimizer_step_post_hooks",
     "_optimizer_step_pre_hooks", "_post_accumulate_grad_hooks", "_unsafe_preserve_version_counter",
-    "_version",
+    "_repr_png_", "_version",
 }  # fmt: skip
 REPLACING = ("setattr", "delattr", "getattr", "hasattr")
 KNOWN = {
