@@ -255,7 +255,8 @@ def plots_page() -> str:
     parts = [
         _head("Plots", "resdiag/plots"),
         "`resdiag plot KIND` plots the latest run, `resdiag plot KIND RUN RUN ...` plots several "
-        "on the same axes. Values that are not finite have a marker of their own.\n",
+        "on the same axes. Values that are not finite have a marker of their own. The "
+        "[gallery](../gallery.md) has each kind for several trainings.\n",
     ]
     for kind in KINDS.values():
         needs = _code(kind.needs)

@@ -12,6 +12,8 @@ LONGEST = 16
 """Letters of a name on an axis; of a longer one the end is shown."""
 
 _ATTENTION = ("attention", "softmax")
+_TELLING = ("att", "mlp", "ff", "feed", "expert", "moe")
+_SHORT = {ATTENTION: "attn", MLP: "mlp"}
 
 
 def block_parts(blocks: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -37,7 +39,8 @@ def _calls(block: Mapping[str, Any]) -> Sequence[str]:
 def block_names(blocks: Sequence[Mapping[str, Any]]) -> tuple[str, list[str]]:
     """The modules of the blocks in a few letters, and the beginning that all of them share.
 
-    A module with several blocks is followed by its child that makes the branch.
+    A module with several blocks is followed by its child that makes the branch, or by "attn" and
+    "mlp" where that child says less, such as a dropout.
 
     >>> block_names([{"name": "h.0", "owner": "h.0", "branch_module": "h.0.attn"},
     ...              {"name": "h.0#1", "owner": "h.0", "branch_module": "h.0.mlp.out"},
@@ -45,7 +48,11 @@ def block_names(blocks: Sequence[Mapping[str, Any]]) -> tuple[str, list[str]]:
     ('h', ['0.attn', '0.mlp', '1'])
     """
     several = Counter(str(block.get("owner", "")) for block in blocks)
-    long = [_name(block, several[str(block.get("owner", ""))] > 1) for block in blocks]
+    parts = block_parts(blocks) or [""] * len(blocks)
+    long = [
+        _name(block, part) if several[str(block.get("owner", ""))] > 1 else str(block["name"])
+        for block, part in zip(blocks, parts, strict=True)
+    ]
     if len(set(long)) < len(long):
         long = [str(block.get("name", "")) for block in blocks]
     paths = [name.split(".") for name in long]
@@ -55,12 +62,14 @@ def block_names(blocks: Sequence[Mapping[str, Any]]) -> tuple[str, list[str]]:
     return ".".join(paths[0][:shared]) if paths else "", [_shortened(name) for name in names]
 
 
-def _name(block: Mapping[str, Any], several: bool) -> str:
+def _name(block: Mapping[str, Any], part: str) -> str:
+    """The name of one of several blocks of a module."""
     name, owner = str(block.get("name", "")), str(block.get("owner", ""))
     branch, begin = str(block.get("branch_module", "")), f"{owner}." if owner else ""
-    if not several or not branch.startswith(begin) or branch == begin:
-        return name
-    return begin + branch.removeprefix(begin).split(".")[0]
+    child = branch.removeprefix(begin).split(".")[0] if branch.startswith(begin) else ""
+    if part and not any(word in child.lower() for word in _TELLING):
+        child = _SHORT.get(part, child)
+    return begin + child if child else name
 
 
 def _shortened(name: str) -> str:

@@ -10,6 +10,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from resdiag.plots.style import BEYOND, GREY, NONFINITE, ZERO
 from resdiag.plots.view import Floats
 
+_DENSE = 0.75  # decades of a log axis below which 1, 2, 5 would be one tick or two
 _HUGE = 1e3  # ratio above which a linear axis hides the small values
 _LEAST_SPAN = 0.05  # of a linear axis, over its largest value: less would magnify rounding
 
@@ -129,12 +130,16 @@ def number_label(value: float, _: object = None) -> str:
 def name_decades(axes: Axes) -> None:
     """Ticks of a log axis in one notation: 1, 2, 5 within two decades, powers of ten beyond.
 
+    Some more where they span less than a decade.
+
     Plain numbers from 1e-4 to 1e5, powers of ten on an axis that reaches further.
     """
     low, high = axes.get_ylim()
     plain = low >= 1e-4 and high <= 1e5
-    narrow = np.log10(high) - np.log10(low) <= 2
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
+    decades = np.log10(high) - np.log10(low)
+    narrow = decades <= 2
+    subs = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0) if decades < _DENSE else (1.0, 2.0, 5.0)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs if narrow else (1.0,)))
     axes.yaxis.set_major_formatter(FuncFormatter(number_label if plain or narrow else _power))
     axes.yaxis.set_minor_locator(
         NullLocator() if narrow else LogLocator(subs=(2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0))

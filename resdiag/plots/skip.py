@@ -63,18 +63,18 @@ def _explained(metrics: Sequence[str]) -> list[str]:
 
 
 def _restarts(view: View, metrics: Sequence[str]) -> list[str]:
-    """Where P3 begins anew."""
-    single = view.single
-    if single is None or "skip_gain" not in metrics:
+    """Where P3 begins anew, of the networks in which it does."""
+    found = {tuple(map(r.block_words, _restarted(r))) for r in view.records} - {()}
+    if not found or "skip_gain" not in metrics:
         return []
-    begun = _restarted(single)
-    if not begun:
-        return []
-    where = ", ".join(single.block_words(block).removeprefix("block ") for block in begun)
-    many = "projections of blocks" if len(begun) > 1 else "projection of block"
+    where = "the projection at the beginning of a stage"
+    if len(found) == 1:
+        blocks = [block.removeprefix("block ") for block in found.pop()]
+        many = "projections of blocks" if len(blocks) > 1 else "projection of block"
+        where = f"the {many} {', '.join(blocks)}"
     return [
-        f"P3 of the whole network begins anew behind the {many} {where}: no path without weights "
-        "leads through a projection."
+        f"P3 of the whole network begins anew behind {where}: no path without weights leads "
+        "through a projection."
     ]
 
 

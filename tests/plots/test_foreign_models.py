@@ -87,6 +87,11 @@ def test_long_names_are_cut_at_the_front_and_equal_ones_stay_apart():
     assert shared == "encoder.block"
     assert [len(name) for name in names] == [LONGEST, LONGEST]
     assert len(set(names)) == 2
+    layer = [
+        {"name": name, "owner": "l", "branch_module": f"l.dropout{i}", "branch": branch}
+        for i, (name, branch) in enumerate((("l", ATTENDS), ("l#1", MLP)))
+    ]  # nn.TransformerEncoderLayer
+    assert block_names(layer) == ("l", ["attn", "mlp"])
     twice = [{"name": name, "owner": "m", "branch_module": "m.f"} for name in ("m", "m#1")]
     assert block_names(twice) == ("", ["m", "m#1"])
     assert block_names([]) == ("", [])
