@@ -288,7 +288,7 @@ def test_files_appear_whole_with_the_dots_of_their_stem(tmp_path):
     assert [p.name for p in paths] == ["lr0.1.svg", "lr0.1.png", "lr0.1.pdf"]
     assert [p.read_bytes()[:4] for p in paths] == [b"<?xm", b"\x89PNG", b"%PDF"]
     assert len(list(paths[0].parent.iterdir())) == 3
-    assert b"<title>Update to weight ratio" in paths[0].read_bytes()
+    assert f"<title>{figure.get_label()}</title>" in paths[0].read_text("utf-8")
 
 
 def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path):
