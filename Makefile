@@ -8,7 +8,7 @@ PARALLEL := -n $(WORKERS) --dist worksteal
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check static docs pages matrix coverage clean
+.PHONY: help demo test check static docs pages gallery matrix coverage clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -39,6 +39,9 @@ docs:  ## build the documentation into docs/_build/html; a warning is an error
 
 pages:  ## write the generated reference pages again
 	$(BIN)/python docs/generate.py
+
+gallery: $(VENV)/.installed-dev  ## train the runs of the gallery and draw its pictures again
+	OMP_NUM_THREADS=1 $(BIN)/python docs/gallery.py
 
 matrix: $(VENV)/.installed-dev  ## the tests on the oldest and newest Python and PyTorch: noxfile.py
 	$(BIN)/python -m nox

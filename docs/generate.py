@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
 from findingpages import findings_page
+from gallery import gallery_page
 from measuredtables import HEAD, peers_table, performance_page, table
 from suitepage import calibration_page
 from typer.main import get_command
@@ -254,7 +255,8 @@ def plots_page() -> str:
     parts = [
         _head("Plots", "resdiag/plots"),
         "`resdiag plot KIND` plots the latest run, `resdiag plot KIND RUN RUN ...` plots several "
-        "on the same axes. Values that are not finite have a marker of their own.\n",
+        "on the same axes. Values that are not finite have a marker of their own. The "
+        "[gallery](../gallery.md) has each kind for several trainings.\n",
     ]
     for kind in KINDS.values():
         needs = _code(kind.needs)
@@ -359,6 +361,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "../explanation/calibration.md": calibration_page,
     "../explanation/other-tools.md": other_tools_page,
     "../explanation/performance.md": performance_page,
+    "../gallery.md": gallery_page,
 }
 """The generated pages and what makes them."""
 

@@ -89,9 +89,10 @@ _SKIP = [
         "P3 (i); what is left of a unit gradient that passed through shortcuts only",
         over_ranks="mean"),
     Metric("skip_gain", "skip gain since the network's first block",
-        "mean over surviving units of prod f'(u_k), k from the first block, through h", "1",
-        "block", _GAIN,
-        "P3 (ii); below 0.05 at the last block the skip path has collapsed", over_ranks="mean"),
+        "mean over surviving units of prod f'(u_k), k from the first block, through h; from the "
+        "stage's first block where that has a projection", "1", "block", _GAIN,
+        "P3 (ii); below 0.05 at the last block the skip path has collapsed; a stage that begins "
+        "with a projection begins it anew, since no unit leads on through it", over_ranks="mean"),
     Metric("identity_drift", "identity drift since the stage began",
         "||f^(n)(h_1) - h_1||_F / ||h_1||_F, n blocks into the stage", "1", "block",
         _SHAH + "3.2.3; accumulated P2",

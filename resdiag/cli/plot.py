@@ -52,7 +52,8 @@ def plot(
     else:
         entry = find_kind(kind)
         opened = open_runs(paths, runs)
-    from resdiag.plots.drawing import draw, save
+    from resdiag.plots.drawing import draw
+    from resdiag.plots.figurefile import save
 
     figure = draw(entry.name, opened, step=step, theory=theory)
     files = save(figure, stem or _default_stem(entry.name, opened), endings)
@@ -61,7 +62,7 @@ def plot(
 
 def _plan_files(out: Path | None, formats: str) -> tuple[Path | None, list[str]]:
     """Where to draw and in which formats; an ending in `--out` is a format."""
-    from resdiag.plots.drawing import FORMATS
+    from resdiag.plots.figurefile import FORMATS
 
     endings = [word.strip() for word in formats.split(",") if word.strip()]
     if out is not None and out.suffix[1:] in FORMATS:

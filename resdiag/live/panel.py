@@ -49,7 +49,8 @@ class NotebookPanel:
     def __init__(self) -> None:
         from IPython.display import HTML, display
 
-        self._html, self._handle = HTML, display(HTML(""), display_id=True)
+        self._html: Any = HTML
+        self._handle: Any = display(HTML(""), display_id=True)
 
     def show(self, snapshot: Snapshot, run: Run) -> None:
         """Replace the panel."""

@@ -24,7 +24,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from resdiag.errors import ResdiagError
 from resdiag.live.runs import FollowedRuns, Seen
-from resdiag.plots.drawing import draw, render
+from resdiag.plots.drawing import draw
+from resdiag.plots.figurefile import render
 from resdiag.plots.kinds import KINDS
 
 _POLL_S = 1.0

@@ -17,18 +17,22 @@ _PANELS = (("test_error", "test error"), ("train_error", "training error of the 
 
 def draw(view: View) -> Figure:
     """Last test and training error against depth: median over seeds, bars from least to most."""
+    panels = [entry for entry in _PANELS if not _errors(view, entry[0]).empty or _broke(view)]
+    if not panels:
+        canvas.refuse(view, "no error was evaluated")
     figure, body = canvas.open_sheet(
-        view, f"Error by depth: {canvas.subject(view)}", height=3.0, shown="last evaluated step"
+        view, _statement(view), height=3.0, shown="last evaluated step"
     )
     names = list(dict.fromkeys(map(_name, view.series)))
     looks = _looks(view, names)
-    panels = body.subplots(1, 2, sharey=True)
-    for axes, (column, title) in zip(panels, _PANELS, strict=True):
+    places = body.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (column, title) in zip(places, panels, strict=True):
         _draw_errors(axes, view, column, looks)
         _mark_broken(axes, view, looks)
         axes.set(xlabel="depth", xticks=sorted({_depth(record) for record in view.records}))
         canvas.head_panel(axes, title, "share of the samples")
         canvas.finish_scale(axes, log=False, floor=0.0)
+    canvas.share_scale(places)
     canvas.legend(body, extra=[
         canvas.Line2D([], [], color=look.colour, ls=look.line, marker=look.marker, label=name)
         for name, look in looks.items()
@@ -37,12 +41,7 @@ def draw(view: View) -> Figure:
 
 
 def _draw_errors(axes: Axes, view: View, column: str, looks: dict[str, Look]) -> None:
-    rows = [
-        (_name(series), _depth(record), _last(record, column))
-        for series in view.series
-        for record in series.records
-    ]
-    frame = pd.DataFrame(rows, columns=["line", "depth", "error"]).dropna()
+    frame = _errors(view, column)
     if frame.empty:
         return
     sns.lineplot(
@@ -53,6 +52,45 @@ def _draw_errors(axes: Axes, view: View, column: str, looks: dict[str, Look]) ->
         estimator="median", errorbar=("pi", 100), err_style="bars", markersize=5,
         markeredgewidth=0, legend=False, ax=axes,
     )  # fmt: skip
+
+
+def _errors(view: View, column: str) -> pd.DataFrame:
+    """The last known value of each run: line, depth, error."""
+    rows = [
+        (_name(series), _depth(record), _last(record, column))
+        for series in view.series
+        for record in series.records
+    ]
+    return pd.DataFrame(rows, columns=["line", "depth", "error"]).dropna()
+
+
+def _broke(view: View) -> bool:
+    return any(canvas.first_breakdown(record) is not None for record in view.records)
+
+
+def _statement(view: View) -> str:
+    """Whether depth helps: the median error at the least and at the greatest depth."""
+    frame = _errors(view, "test_error")
+    words = []
+    for name, lines in frame.groupby("line", sort=False):
+        medians = lines.groupby("depth")["error"].median()
+        low, high = float(medians.iloc[0]), float(medians.iloc[-1])
+        if len(medians) == 1:
+            words.append(f"{name} {100 * low:.3g} %")
+            continue
+        verb = "rises" if high > low else "falls" if high < low else "stays"
+        depths = f"depth {medians.index[0]} to {medians.index[-1]}"
+        words.append(f"{name} {verb} from {100 * low:.3g} to {100 * high:.3g} %, {depths}")
+    if not words:
+        return "No test error is known: every run became non-finite"
+    return (
+        f"Test error: {'; '.join(words)}"
+        if len(words) <= 3
+        else (
+            f"Test error by depth of {len(words)} lines: {100 * frame['error'].min():.3g} to "
+            f"{100 * frame['error'].max():.3g} %"
+        )
+    )
 
 
 def _mark_broken(axes: Axes, view: View, looks: dict[str, Look]) -> None:

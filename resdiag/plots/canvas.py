@@ -8,9 +8,11 @@ from matplotlib.patches import Rectangle as Rectangle
 
 from resdiag.diagnose.nonfinite import find_first_nonfinite as find_first_nonfinite
 from resdiag.models.variants import variant_words as variant_words
+from resdiag.plots.blockaxis import finish_blocks as finish_blocks
+from resdiag.plots.blockaxis import share_blocks as share_blocks
 from resdiag.plots.heat import draw_heat as draw_heat
+from resdiag.plots.lines import clipped_words as clipped_words
 from resdiag.plots.lines import draw_line as draw_line
-from resdiag.plots.lines import finish_blocks as finish_blocks
 from resdiag.plots.lines import guide as guide
 from resdiag.plots.lines import head_panel as head_panel
 from resdiag.plots.lines import note_panel as note_panel
@@ -27,7 +29,6 @@ from resdiag.plots.scale import huge as huge
 from resdiag.plots.scale import plotted as plotted
 from resdiag.plots.scale import share_scale as share_scale
 from resdiag.plots.scale import whole_ticks as whole_ticks
-from resdiag.plots.sheet import factor_words as factor_words
 from resdiag.plots.sheet import legend as legend
 from resdiag.plots.sheet import open_sheet as open_sheet
 from resdiag.plots.sheet import subject as subject
@@ -37,5 +38,11 @@ from resdiag.plots.style import NONFINITE as NONFINITE
 from resdiag.plots.style import Look as Look
 from resdiag.plots.style import ink as ink
 from resdiag.plots.style import variant_looks as variant_looks
+from resdiag.plots.telling import Panel as Panel
+from resdiag.plots.telling import choose_panels as choose_panels
+from resdiag.plots.telling import refuse as refuse
 from resdiag.plots.view import Record as Record
 from resdiag.plots.view import moment_words as moment_words
+from resdiag.plots.wording import change_words as change_words
+from resdiag.plots.wording import size_words as size_words
+from resdiag.plots.wording import times_words as times_words

@@ -1,5 +1,7 @@
 """Training curves: loss, error, learning rate and gradient norm over steps."""
 
+from collections.abc import Callable
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,20 +20,94 @@ _TEST = canvas.Look("#D55E00", "X")
 def draw(view: View) -> Figure:
     """Loss with ln K, error in training and test, learning rate, gradient norm."""
     steps = max(len(record.curve) for record in view.records)
+    panels, sentences = _choose(view)
+    rows = -(-len(panels) // 2)
     figure, body = canvas.open_sheet(
-        view, f"Training curves: {canvas.subject(view)}", height=4.5,
-        shown=f"all {steps} steps", notes=_breakdowns(view),
+        view, _statement(view), height=0.4 + 2.05 * rows, symbols="L θ",
+        shown=f"all {steps} steps", notes=[*sentences, *_breakdowns(view)],
     )  # fmt: skip
-    panels = body.subplots(2, 2)
-    _draw_loss(panels[0, 0], view)
-    _draw_error(panels[0, 1], view)
-    _draw_plain(panels[1, 0], view, "lr", "learning rate", "lr", log=False)
-    _draw_plain(
-        panels[1, 1], view, "grad_norm", "gradient norm of all parameters",
-        r"$\|\partial L/\partial\theta\|$", log=True,
-    )  # fmt: skip
+    grid, first = body.add_gridspec(rows, 2), len(panels) % 2  # of an odd number one is wide
+    for place, draw_panel in enumerate(panels):
+        row, column = divmod(place + first, 2)
+        wide = bool(first) and place == 0
+        axes = body.add_subplot(grid[0, :] if wide else grid[row, column])
+        draw_panel(axes, view)
     canvas.legend(body)
     return figure
+
+
+def _choose(view: View) -> tuple[list[Callable[[Axes, View], None]], list[str]]:
+    """The panels with something to draw, and sentences in place of the others.
+
+    Raises:
+        UsageError: There is none.
+    """
+    known = {name for name in view.kind.needs if any(_has(r, name) for r in view.records)}
+    panels: list[Callable[[Axes, View], None]] = []
+    if known & {"loss", "test_loss"}:
+        panels.append(_draw_loss)
+    if known & {"error", "train_error", "test_error"}:
+        panels.append(_draw_error)
+    sentences = []
+    rates = [_finite(record, "lr") for record in view.records]
+    values = np.unique(np.concatenate(rates))
+    if len(values) > 1 and any(len(np.unique(rate)) > 1 for rate in rates):
+        panels.append(_draw_rate)
+    elif len(values):
+        listed = ", ".join(f"{value:g}" for value in values)
+        sentences.append(f"Learning rate: {listed} at every step.")
+    if "grad_norm" in known:
+        panels.append(_draw_norm)
+    if not panels:
+        canvas.refuse(view, "no loss, error or gradient norm is known; monitor.step(loss) tells it")
+    if not known & {"loss", "test_loss"}:
+        sentences.append("Loss: not known; monitor.step(loss) tells it.")
+    return panels, sentences
+
+
+def _has(record: Record, column: str) -> bool:
+    """Whether a column has a value to draw, finite or not."""
+    values = record.curve[column].to_numpy(dtype=np.float64)
+    return bool(np.isfinite(values).any() or np.isinf(values).any())
+
+
+def _statement(view: View) -> str:
+    """What becomes of the loss."""
+    broken = [step for step in map(canvas.first_breakdown, view.records) if step is not None]
+    if broken and view.single:
+        return f"Training breaks: the first non-finite value comes at step {broken[0]}"
+    if broken:
+        first = min(broken)
+        return f"{len(broken)} of {len(view.records)} runs break, the first at step {first}"
+    ends = [(_end(record, 0), _end(record, -1)) for record in view.records]
+    known = [pair for pair in ends if np.isfinite(pair).all()]
+    if not known:
+        return "The loss is not known"
+    before, after = (float(np.median(side)) for side in zip(*known, strict=True))
+    verb = "falls" if after < 0.97 * before else "rises" if after > 1.03 * before else "stays"
+    size = canvas.size_words
+    change = f"from {size(before)} to {size(after)}" if verb != "stays" else f"at {size(after)}"
+    many = "" if view.single else f", median of {len(known)} runs"
+    last = max(int(record.curve["step"].max()) for record in view.records) + 1
+    return f"The loss {verb} {change} in {last} step{'s' * (last > 1)}{many}"
+
+
+def _end(record: Record, place: int) -> float:
+    """The loss at the beginning or at the end: the mean over a tenth of the steps."""
+    losses = _finite(record, "loss")
+    share = max(1, len(losses) // 10)
+    if not len(losses):
+        return float("nan")
+    return float((losses[:share] if place == 0 else losses[-share:]).mean())
+
+
+def _draw_rate(axes: Axes, view: View) -> None:
+    _draw_plain(axes, view, "lr", "learning rate", "learning rate", log=False)
+
+
+def _draw_norm(axes: Axes, view: View) -> None:
+    title = f"gradient norm of all parameters{canvas.clipped_words(view)}"
+    _draw_plain(axes, view, "grad_norm", title, r"$\|\partial L/\partial\theta\|$", log=True)
 
 
 def _draw_loss(axes: Axes, view: View) -> None:
@@ -46,7 +122,8 @@ def _draw_loss(axes: Axes, view: View) -> None:
     if view.single:
         _trace(axes, view, "test_loss", _TEST, "test", log=log)
     thick = f" (thin: batch, thick: mean of {window})" if window > 1 and not view.single else ""
-    canvas.head_panel(axes, f"loss{thick}", "cross-entropy (nat)")
+    known = any(count_classes(record.run) for record in view.records)
+    canvas.head_panel(axes, f"loss{thick}", "cross-entropy (nat)" if known else "loss")
     canvas.finish_steps(axes, view, log=log)
     for classes in sorted({count_classes(record.run) or 0 for record in view.records} - {0}):
         level = float(np.log(classes))

@@ -5,9 +5,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from resdiag.plots import canvas
+from resdiag.plots.findings import extremes, for_words, middle, when_words
 from resdiag.plots.view import Record, Trace, View
 
-_TENSOR = r"$\sqrt{B}\,\|\partial L/\partial H\|$"
+_TENSOR = r"√B $\|\partial L/\partial H\|$"  # mathtext draws the bar of a root apart from it
 _PARAMETER = r"$\|\partial L/\partial\theta\|$"
 
 
@@ -21,24 +22,27 @@ def _draw_single(view: View, record: Record) -> Figure:
     traces = view.history()
     figure, body = canvas.open_sheet(
         view,
-        f"{_statement(record)}: {canvas.subject(view)}",
+        _statement(traces[:1], many=False),
         height=5.0,
         shown=view.steps_shown(traces),
+        symbols="L H B θ",
     )
     panels = body.subplot_mosaic([["tensor", "parameter"], ["map", "map"]], height_ratios=[1, 1.05])
     _draw_pair(panels["tensor"], panels["parameter"], view, traces)
     grid, broken = record.grid("grad_output"), record.broken("grad_output")
     keys = canvas.draw_heat(panels["map"], record, grid, broken, _TENSOR)
-    canvas.head_panel(panels["map"], "gradient at the block's output, every recorded step", "block")
+    canvas.head_panel(panels["map"], "gradient at the block's output, every recorded step")
     canvas.legend(body, extra=keys)
     return figure
 
 
 def _draw_several(view: View) -> Figure:
     moments = view.moments()
+    title = _statement(view.traces(moments[0]), many=len(view.series) > 1)
     figure, body = canvas.open_sheet(
-        view, f"Gradient norms by block: {canvas.subject(view)}", height=0.5 + 2.25 * len(moments),
+        view, title, height=0.5 + 2.25 * len(moments),
         shown="; ".join(canvas.moment_words(view.traces(moment)) for moment in moments),
+        symbols="L H B θ",
     )  # fmt: skip
     panels = body.subplots(len(moments), 2, squeeze=False)
     for row, moment in zip(panels, moments, strict=True):
@@ -46,6 +50,7 @@ def _draw_several(view: View) -> Figure:
         _draw_pair(row[0], row[1], view, traces, f", {canvas.moment_words(traces)}")
     for column in panels.T:
         canvas.share_scale(column, most=4)
+    canvas.share_blocks([list(column) for column in panels.T])
     canvas.legend(body)
     return figure
 
@@ -56,18 +61,40 @@ def _draw_pair(left: Axes, right: Axes, view: View, traces: list[Trace], when: s
     canvas.trace_theory(left, view, traces, "grad_output")
     canvas.trace_blocks(right, view, traces, "grad_param", log=True)
     canvas.head_panel(left, f"at the outputs{when}", _TENSOR, stages=True)
-    canvas.head_panel(right, f"of the parameters{when}", _PARAMETER, stages=True)
+    canvas.head_panel(
+        right, f"of the parameters{when}{canvas.clipped_words(view)}", _PARAMETER, stages=True
+    )
     canvas.finish_blocks(left, view, log=True, stem=True)
     canvas.finish_blocks(right, view, log=True)
 
 
-def _statement(record: Record) -> str:
+def _statement(traces: list[Trace], *, many: bool) -> str:
     """What happens to the gradient on its way back, in words."""
-    norms = record.grid("grad_output")[:, 0]
-    first = record.steps[0]
-    if not np.isfinite(norms[[0, -1]]).all() or norms[-1] <= 0 or norms[0] <= 0:
-        return f"The gradient at the outputs is not finite or zero at step {first}"
-    ratio = norms[0] / norms[-1]
-    verb, factor = ("grows", ratio) if ratio >= 1 else ("shrinks", 1 / ratio)
-    change = f"{verb} ×{canvas.factor_words(factor)}"
-    return f"The gradient {change} from the last block back to block 0 at step {first}"
+    found = extremes([(trace.label, middle(_kept(trace))) for trace in traces])
+    when = when_words(traces)
+    if not found:
+        return f"The gradient at the outputs is not finite or zero{when}"
+    words = [f"{_change(value)}{for_words(label) if many else ''}" for label, value in found]
+    return (
+        f"Gradients on the way back to block 0: {', '.join(words)}{when}"
+        if many
+        else (f"Gradients {words[0]} on the way back to block 0{when}")
+    )
+
+
+def _kept(trace: Trace) -> list[float]:
+    """The norm at block 0 over that at the last block, by run; NaN where there is none."""
+    norms = trace.values("grad_output")
+    with np.errstate(all="ignore"):
+        ratios = norms[:, 0] / norms[:, -1]
+    return [float(r) if r > 0 else float("nan") for r in ratios]
+
+
+def _change(ratio: float) -> str:
+    if 0.95 <= ratio <= 1.05:
+        return f"keep their size (×{ratio:.2f})"
+    if 0.5 < ratio < 2:
+        return f"{'grow' if ratio > 1 else 'shrink'} by {abs(100 * (ratio - 1)):.0f} %"
+    if ratio > 1:
+        return f"grow {canvas.times_words(ratio)}"
+    return f"shrink {canvas.times_words(1 / ratio)}"

@@ -7,28 +7,34 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from resdiag.plots import canvas
+from resdiag.plots.findings import extremes, when_words
 from resdiag.plots.view import Floats, Record, Trace, View
 
 _PANELS = (
-    ("forward_growth", "forward", r"$E[H^2]\,/\,E[x^2]$"),
-    ("grad_growth", "backward", r"$\|\partial L/\partial x\|^2/\|\partial L/\partial H\|^2$"),
+    canvas.Panel("forward_growth", "forward", r"$E[H^2]\,/\,E[x^2]$"),
+    canvas.Panel(
+        "grad_growth", "backward", r"$\|\partial L/\partial x\|^2/\|\partial L/\partial H\|^2$"
+    ),
 )
+_FEW_STAGES = 3  # of more, the numbers only fit
+_WHAT = {"forward_growth": "signal", "grad_growth": "gradient"}
 
 
 def draw(view: View) -> Figure:
     """Factor per block, and its geometric mean per stage, forward and backward."""
     traces = view.history(3) if view.single else view.traces("first")
+    chosen, sentences = canvas.choose_panels(view, traces, _PANELS)
     figure, body = canvas.open_sheet(
-        view, f"Growth per block, forward and backward: {canvas.subject(view)}", height=4.9,
-        shown=view.steps_shown(traces),
+        view, _statement(view, traces, chosen), height=0.3 + 2.3 * len(chosen),
+        shown=view.steps_shown(traces), symbols="x H L E", notes=sentences,
     )  # fmt: skip
-    panels = body.subplots(2, 2, width_ratios=[2.6, 1])
-    for (metric, way, formula), (left, right) in zip(_PANELS, panels, strict=True):
-        _draw_factors(
-            left, view, traces, metric, f"{way} growth per block (dotted: 1, scale kept)", formula
-        )
-        _draw_stage_means(right, traces, metric)
+    rows = body.subplots(len(chosen), 2, width_ratios=[2.6, 1], squeeze=False)
+    for panel, (left, right) in zip(chosen, rows, strict=True):
+        title = f"{panel.title} growth per block (dotted: 1, scale kept)"
+        _draw_factors(left, view, traces, panel.metric, title, panel.formula)
+        _draw_stage_means(right, view, traces, panel.metric)
         canvas.share_scale((left, right))
+    canvas.share_blocks([list(rows[:, 0])])
     canvas.legend(body)
     return figure
 
@@ -43,10 +49,13 @@ def _draw_factors(
     canvas.guide(axes, 1.0, "")
 
 
-def _draw_stage_means(axes: Axes, traces: list[Trace], metric: str) -> None:
+def _draw_stage_means(axes: Axes, view: View, traces: list[Trace], metric: str) -> None:
     """Geometric mean of the stage's factors per line, with their range over blocks and seeds."""
-    canvas.head_panel(axes, "geometric mean, range", stages=True)
     factors = [_stage_factors(trace.records[0], trace.values(metric)) for trace in traces]
+    count = max(map(len, factors))
+    few = count <= _FEW_STAGES
+    title = "geometric mean, range" if few else "mean and range by stage"
+    canvas.head_panel(axes, title, stages=any(record.boundaries for record in view.records))
     axes.set_yscale("log")  # before: seaborn averages on the scale of the axis
     axes.grid(False, axis="x")
     rows = [
@@ -55,6 +64,7 @@ def _draw_stage_means(axes: Axes, traces: list[Trace], metric: str) -> None:
         for stage, part in enumerate(stages, start=1)
         for factor in part
     ]
+    rows = [row for row in rows if traces[row[0]].is_finite] or rows
     if rows:
         sns.pointplot(
             pd.DataFrame(rows, columns=["line", "stage", "factor"]), x="stage", y="factor",
@@ -63,8 +73,7 @@ def _draw_stage_means(axes: Axes, traces: list[Trace], metric: str) -> None:
             errorbar=("pi", 100), err_kws={"linewidth": 0.9}, markersize=4.5, markeredgewidth=0,
             dodge=min(0.5, 0.16 * (len(traces) - 1)), legend=False, ax=axes,
         )  # fmt: skip
-    count = max(map(len, factors))
-    axes.set_xticks(range(1, count + 1), [f"stage {n}" for n in range(count)])
+    axes.set_xticks(range(1, count + 1), [f"stage {n}" if few else str(n) for n in range(count)])
     axes.set(xlim=(0.45, count + 0.55), xlabel="", ylabel="")
     canvas.finish_scale(axes, log=True)
     canvas.guide(axes, 1.0, "")
@@ -87,11 +96,30 @@ def _write_means(axes: Axes, traces: list[Trace], means: list[Floats]) -> None:
 def _short(value: float) -> str:
     if not np.isfinite(value):
         return "-"
-    return f"{value:.2f}" if 0.01 <= value < 1000 else f"{value:.0e}"
+    return f"{value:.2f}" if 0.01 <= value < 1000 else canvas.size_words(value)
 
 
 def _geometric_mean(values: Floats) -> float:
     return float(np.exp(np.log(values).mean())) if values.size else float("nan")
+
+
+def _statement(view: View, traces: list[Trace], panels: list[canvas.Panel]) -> str:
+    """By what factors a block multiplies signal and gradient."""
+    parts = []
+    for panel in panels:
+        factors = [
+            (trace.label, _geometric_mean(np.concatenate(parts_of)))
+            for trace in (traces[:1] if view.single else traces)
+            if (parts_of := _stage_factors(trace.records[0], trace.values(panel.metric)))
+        ]
+        found = extremes(factors)
+        words = [f"×{value:.3g}" for _, value in found]
+        if words:
+            parts.append(f"the {_WHAT[panel.metric]} {' to '.join(words[::-1])}")
+    if not parts:
+        return f"The growth per block is not finite{when_words(traces[:1])}"
+    when = when_words(traces[:1]).removeprefix(", at")
+    return f"Each block scales {' and '.join(parts)} (mean squares{when and ','}{when})"
 
 
 def _stage_factors(record: Record, values: Floats) -> list[Floats]:

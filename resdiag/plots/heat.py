@@ -3,14 +3,17 @@
 import numpy as np
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter
 
-from resdiag.plots.scale import name_decades
-from resdiag.plots.style import ALARM, MAGNITUDES, NONFINITE
+from resdiag.plots.blockaxis import block_words, most_labels
+from resdiag.plots.scale import name_decades, number_label
+from resdiag.plots.style import FAINT, MAGNITUDES, NONFINITE
 from resdiag.plots.view import Bools, Floats, Record
 
-_HATCH, _MISSING = "xxxx", "0.85"
+_HATCH, _MISSING = "////", "0.85"
 _COLUMNS = 700  # a figure 7 inches wide has about 900 pixels for them
 
 
@@ -37,7 +40,8 @@ def draw_heat(
     """
     keys = _keys(broken, np.isnan(values) & ~broken)
     finite = np.isfinite(values) & ~broken
-    low, high = limits or _limits(values[finite], log=log)
+    whole = finite & ~broken.any(axis=0)  # the colours follow the steps that are finite everywhere
+    low, high = limits or _limits(values[whole if whole.any() else finite], log=log)
     stride = -(-values.shape[1] // _COLUMNS)
     # what broke once must be seen: whether any of the columns that one stands for did
     columns = np.arange(0, values.shape[1], stride)
@@ -46,7 +50,7 @@ def draw_heat(
     shown = np.where(finite, np.clip(values, low, high), np.nan)
     norm = LogNorm(low, high) if log else Normalize(low, high)
     # a mesh cannot be hatched cell by cell: the background is, and holes show it
-    axes.patch.set(facecolor="white", edgecolor=ALARM, hatch=_HATCH, linewidth=0)
+    axes.patch.set(facecolor="white", edgecolor=FAINT, hatch=_HATCH, linewidth=0)
     missing = ~finite & ~broken
     if missing.any():
         axes.pcolormesh(
@@ -60,10 +64,18 @@ def draw_heat(
     )  # fmt: skip
     axes.set_ylim(0, len(shown))  # block 0 at the bottom
     scale = axes.collections[-1].colorbar
-    if scale is not None and log:
-        name_decades(scale.ax)
+    if scale is not None:
+        _label_colours(scale, log=log)
     _label_cells(axes, record, stride)
     return keys
+
+
+def _label_colours(scale: Colorbar, *, log: bool) -> None:
+    """Ticks of a colour bar in the notation of the axes."""
+    if log:
+        name_decades(scale.ax)
+    else:
+        scale.ax.yaxis.set_major_formatter(FuncFormatter(number_label))
 
 
 def _limits(values: Floats, *, log: bool) -> tuple[float, float]:
@@ -82,11 +94,14 @@ def _label_cells(axes: Axes, record: Record, stride: int) -> None:
     steps = record.steps[::stride]
     places = np.arange(0, len(steps), -(-len(steps) // 14))
     axes.set_xticks(places + 0.5, [str(steps[place]) for place in places], rotation=0)
-    every = max(1, record.n_blocks // 6)
-    blocks = np.arange(0, record.n_blocks, every)
-    axes.set_yticks(blocks + 0.5, [str(block) for block in blocks], rotation=0)
+    shared, names = record.names
+    most = most_labels(axes, along_y=True)
+    blocks = np.arange(
+        0, record.n_blocks, max(1, -(-record.n_blocks // min(most, 8 + 24 * bool(names))))
+    )
+    axes.set_yticks(blocks + 0.5, [names[b] if names else str(b) for b in blocks], rotation=0)
     often = f" (one in {stride} drawn; a non-finite one always)" if stride > 1 else ""
-    axes.set(xlabel=f"recorded step{often}", ylabel="block")
+    axes.set(xlabel=f"recorded step{often}", ylabel=block_words(shared))
     axes.grid(False)
     axes.tick_params(labelsize=7, length=2)
     for edge in record.boundaries:
@@ -100,7 +115,7 @@ def _keys(broken: Bools, missing: Bools) -> list[Patch]:
     keys = []
     if broken.any():
         keys.append(
-            Patch(facecolor="white", edgecolor=ALARM, hatch=_HATCH, lw=0, label=f"{NONFINITE} cell")
+            Patch(facecolor="white", edgecolor=FAINT, hatch=_HATCH, lw=0, label=f"{NONFINITE} cell")
         )
     if missing.any():
         keys.append(Patch(facecolor=_MISSING, lw=0, label="not available"))

@@ -3,14 +3,13 @@
 Finite values are drawn as they are, non-finite ones and zeros as marks on the edge of the axis.
 """
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from numpy.typing import NDArray
 
-from resdiag.plots.scale import finish_scale, whole_ticks
-from resdiag.plots.style import GREY, NONFINITE, PALE, THEORY, ZERO, Look
+from resdiag.plots.style import BEYOND, GREY, NONFINITE, THEORY, ZERO, Look
 from resdiag.plots.view import Bools, Floats, Record, Trace, View
 from resdiag.theory.prediction import Prediction, predict_run
 
@@ -20,7 +19,8 @@ _CROWDED = 500  # points from which a pale line covers what it should accompany
 
 def draw_line(
     axes: Axes, x: Floats, values: Floats, broken: Bools, look: Look, label: str, *,
-    log: bool = False, rank: int = 0, light: bool = False,
+    log: bool = False, rank: int = 0, light: bool = False, counts: bool = True,
+    hollow: bool = False, marks: Sequence[int] | None = None,
 ) -> None:  # fmt: skip
     """Draw rows of `values` (row, x) as one line: their median, with a band from least to most.
 
@@ -36,6 +36,9 @@ def draw_line(
         log: Whether the axis is, or will be, logarithmic.
         rank: Number of the line in its panel; marks of different lines do not hide each other.
         light: Thin, pale and not in the legend, for what the others are compared with.
+        counts: Whether the scale of the axis follows this line.
+        hollow: Whether its markers are hollow.
+        marks: The points that get a marker; None chooses about twelve.
     """
     drawn = np.where(np.isfinite(values) & ((values > 0) | (not log)), values, np.nan)
     middle, low, high = _spread(drawn)
@@ -47,12 +50,15 @@ def draw_line(
     axes.plot(
         x, middle, color=look.colour, ls=look.line, lw=width, alpha=alpha,
         label=f"_{label}" if light else label,
-        marker=look.marker, ms=(2.4 if light else 3.4) + thin, mec=look.colour if thin else "white",
-        mew=0.3,
-        markevery=[] if crowded else _places(x, rank),
+        marker=look.marker, ms=(2.4 if light else 3.4) + thin,
+        mfc="white" if hollow else look.colour, mec=look.colour if thin or hollow else "white",
+        mew=0.8 if hollow else 0.3, gid=None if counts else BEYOND,
+        markevery=[] if crowded else _places(x, rank) if marks is None else list(marks),
     )  # fmt: skip
     if len(values) > 1:
-        axes.fill_between(x, low, high, color=look.colour, alpha=0.18, lw=0)
+        axes.fill_between(
+            x, low, high, color=look.colour, alpha=0.18, lw=0, gid=None if counts else BEYOND
+        )
     _mark_edge(axes, x, np.any(broken, axis=0), look, rank, top=True)
     if log:
         _mark_edge(axes, x, np.any(values == 0, axis=0), look, rank, top=False)
@@ -92,11 +98,17 @@ def _mark_edge(axes: Axes, x: Floats, where: Bools, look: Look, rank: int, *, to
     )  # fmt: skip
 
 
-def head_panel(axes: Axes, title: str, formula: str = "", *, stages: bool = False) -> None:
-    """Title on the left, formula on the y axis."""
+def head_panel(axes: Axes, title: str, formula: str | None = None, *, stages: bool = False) -> None:
+    """Title on the left, formula on the y axis; None leaves what is there."""
     axes.set_title(title, loc="left", pad=13 if stages else 5)
-    axes.set_ylabel(formula)
+    if formula is not None:
+        axes.set_ylabel(formula)
     axes.tick_params(labelsize=7)
+
+
+def clipped_words(view: View) -> str:
+    """What a panel of parameter gradients adds to its title where they were read after clipping."""
+    return ", after clipping" if any(r.run.point == "post_clip" for r in view.records) else ""
 
 
 def note_panel(axes: Axes, text: str, *, y: float = 0.5) -> None:
@@ -139,7 +151,30 @@ def trace_blocks(
             x = np.concatenate([[x[0] - width], x])
             values = np.hstack([trace.values(stem)[:, :1], values])
             broken = np.hstack([trace.broken(stem)[:, :1], broken])
-        draw_line(axes, x, values, broken, trace.look, trace.label, log=log, rank=rank, light=light)
+        for part, here in enumerate(_parts(trace.records[0], len(x))):
+            draw_line(
+                axes, x[here], values[:, here], broken[:, here], trace.look,
+                f"{'_' * bool(part)}{trace.label}", log=log, rank=rank, light=light,
+                counts=trace.is_finite, hollow=bool(part),
+                marks=None if len(x) > 48 or not trace.records[0].parts else range(len(here)),
+            )  # fmt: skip
+    for place, name in enumerate(dict.fromkeys(traces[0].records[0].parts)):
+        axes.plot(
+            [], [], color="0.3", lw=0.8, marker="o", ms=3.8, mec="0.3", mew=0.8,
+            mfc="white" if place else "0.3", label=name,
+        )  # fmt: skip
+
+
+def _parts(record: Record, count: int) -> list[NDArray[np.intp]]:
+    """The points of each line: one for attention and one for MLPs, the stem in the first of them.
+
+    One line of all points where the blocks are of one sort.
+    """
+    parts = record.parts
+    if not parts:
+        return [np.arange(count)]
+    parts = [parts[0]] * (count - len(parts)) + parts
+    return [np.flatnonzero([p == part for p in parts]) for part in dict.fromkeys(parts)]
 
 
 def trace_theory(axes: Axes, view: View, traces: Sequence[Trace], metric: str) -> None:
@@ -155,48 +190,6 @@ def trace_theory(axes: Axes, view: View, traces: Sequence[Trace], metric: str) -
                 record.positions(view.normalised), values, color="0.58", lw=0.9, ls=(0, (4, 2)),
                 label=THEORY, zorder=3,  # on top: where it agrees it would not be seen below
             )  # fmt: skip
-
-
-def finish_blocks(
-    axes: Axes, view: View, *, log: bool = False, stem: bool = False, floor: float | None = None
-) -> None:
-    """Stage boundaries, the axis of blocks, and a scale that survives any range."""
-    _draw_stages(axes, view)
-    axes.set_xlabel("depth (share of the blocks)" if view.normalised else "block")
-    if not view.normalised:
-        whole_ticks(axes)
-        count = view.records[0].n_blocks
-        axes.set_xlim((-1.5 if stem else -0.5) - 0.01 * count, count - 0.5 + 0.01 * count)
-        if stem:
-            axes.axvspan(-2.5, -0.5, color="0.95", lw=0, zorder=0)
-            axes.annotate(
-                "stem", (-1, 0), xycoords=axes.get_xaxis_transform(), xytext=(0, 3), size=7,
-                textcoords="offset points", rotation=90, ha="center", va="bottom", color="0.45",
-            )  # fmt: skip
-    finish_scale(axes, log=log, floor=floor)
-
-
-def _draw_stages(axes: Axes, view: View) -> None:
-    """Light lines where a stage begins, with names above; none where the runs disagree."""
-    places = {tuple(_edges(record, view.normalised)) for record in view.records}
-    if len(places) != 1:
-        return
-    edges = places.pop()
-    for edge in edges[1:-1]:
-        axes.axvline(edge, color=PALE, lw=0.8, zorder=0.5)
-    if len(edges) < 3:
-        return
-    for number, (left, right) in enumerate(itertools.pairwise(edges)):
-        axes.text(
-            (left + right) / 2, 1.01, f"stage {number}", transform=axes.get_xaxis_transform(),
-            ha="center", va="bottom", size=7, color="0.45",
-        )  # fmt: skip
-
-
-def _edges(record: Record, normalised: bool) -> list[float]:
-    """Where stages begin and end on the axis, rounded so that equal places compare equal."""
-    bounds = [0, *record.boundaries, record.n_blocks]
-    return [round(b / record.n_blocks, 6) if normalised else b - 0.5 for b in bounds]
 
 
 def predicted(record: Record, metric: str) -> Floats | None:

@@ -30,7 +30,7 @@ def _draw_broken(view: View, record: Record, found: FirstNonfinite) -> Figure:
     window = slice(max(0, place - _AROUND), place + _AROUND + 1)
     near = _cut(record, window)
     figure, body = canvas.open_sheet(
-        view, f"{_name(record, found)}: {canvas.subject(view)}", height=4.8,
+        view, _name(record, found), height=4.8,
         shown=f"steps {near.steps[0]} to {near.steps[-1]} around the first non-finite value",
     )  # fmt: skip
     panels = body.subplots(2, 1, sharex=True)
@@ -41,7 +41,7 @@ def _draw_broken(view: View, record: Record, found: FirstNonfinite) -> Figure:
             axes, near, values, np.zeros(values.shape, dtype=bool), "non-finite fraction",
             log=False, limits=(0.0, 1.0), palette="OrRd",
         )  # fmt: skip
-        canvas.head_panel(axes, f"{way}: non-finite fraction of the {what}", "block")
+        canvas.head_panel(axes, f"{way}: non-finite fraction of the {what}")
         if way == found.direction:
             _mark(axes, near, found, place - window.start)
     panels[0].set_xlabel("")
@@ -81,25 +81,27 @@ def _draw_healthy(view: View, record: Record) -> Figure:
     size = float(np.abs(change[finite]).max()) if finite.any() else 1.0
     worst = np.unravel_index(np.argmax(np.where(finite, np.abs(change), -1)), change.shape)
     block, column = int(worst[0]), int(worst[1])
-    factor = f"{10 ** change[block, column]:.3g}" if finite.any() else "unknown"
-    title = (
-        f"Everything is finite; largest change of the gradient: ×{factor} "
-        f"in block {block} at step {record.steps[column]}"
-    )
+    title = "Everything is finite"
+    if finite.any():
+        factor = 10 ** change[block, column]
+        verb, times = ("grows", factor) if factor >= 1 else ("shrinks", 1 / factor)
+        where = f"{record.block_words(block)} at step {record.steps[column]}"
+        title += f"; the gradient {verb} at most {canvas.times_words(times)}, in {where}"
     figure, body = canvas.open_sheet(
         view,
-        f"{title}: {canvas.subject(view)}",
+        title,
         height=2.9,
         shown=f"{len(record.steps)} recorded steps",
+        symbols="L H",
     )
     axes = body.subplots()
     limit = max(size, 0.1)
     keys = canvas.draw_heat(
         axes, record, change, np.zeros(change.shape, dtype=bool),
-        r"log$_{10}$ of $\|g\|$ over its first value", log=False, limits=(-limit, limit),
-        palette="PuOr_r",
+        r"log$_{10}$ of $\|\partial L/\partial H\|$ over its first value", log=False,
+        limits=(-limit, limit), palette="PuOr_r",
     )  # fmt: skip
-    canvas.head_panel(axes, "gradient at the output, relative to the first recorded step", "block")
+    canvas.head_panel(axes, "gradient at the output, relative to the first recorded step")
     if finite.any():
         axes.add_patch(
             canvas.Rectangle(
@@ -123,8 +125,10 @@ def _draw_several(view: View) -> Figure:
     records = view.records
     found = [canvas.find_first_nonfinite(record.metrics) for record in records]
     broken = sum(first is not None for first in found)
+    title = f"{broken} of {len(records)} runs became non-finite"
+    title = title if broken else f"All {len(records)} runs stay finite"
     figure, body = canvas.open_sheet(
-        view, f"{broken} of {len(records)} runs became non-finite: {canvas.subject(view)}",
+        view, title,
         height=0.9 + 0.26 * len(records), shown="all recorded steps",
     )  # fmt: skip
     axes = body.subplots()
@@ -165,6 +169,6 @@ def _finish_rows(axes: Axes, records: list[Record]) -> None:
 
 def _name(record: Record, found: FirstNonfinite) -> str:
     return (
-        f"First non-finite value at step {found.step} in block {found.block} "
-        f"(last: {record.n_blocks - 1}), on the way {found.direction}"
+        f"The first non-finite value comes at step {found.step} in "
+        f"{record.block_words(found.block)}, on the way {found.direction}"
     )

@@ -10,19 +10,38 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
 from resdiag.models.variants import variant_words
+from resdiag.plots.figurefile import render
 from resdiag.plots.grouping import hidden_differences
 from resdiag.plots.lines import prediction
-from resdiag.plots.style import GREY, NONFINITE, THEORY, WIDTH, ZERO
+from resdiag.plots.style import BEYOND, GREY, NONFINITE, THEORY, WIDTH, ZERO
 from resdiag.plots.view import View
 
 _LINE = 0.135  # inches per line of small print
 _TITLE, _SMALL = 10.0, 7.0
 _MARGIN = 0.06  # inches
+_WIDEST = 80  # letters of a title in one line
+
+
+_SYMBOLS = {
+    "x": "input of a block", "h": "shortcut", "F": "branch", "u": "sum u = h + F",
+    "f": "what follows the addition", "H": "output of a block, H = f(u)", "L": "loss",
+    "B": "batch size", "θ": "parameters", "Δθ": "their change in a step",
+    "c": "a channel, with mean μ and standard deviation σ", "E": "mean over all values",
+}  # fmt: skip
+
+
+class SelfShowing(Figure):
+    """A figure that a notebook shows as a picture, without pyplot and without a magic command."""
+
+    def _repr_png_(self) -> bytes:
+        """The picture, as `resdiag plot` writes it."""
+        return render(self, "png")
 
 
 def open_sheet(
-    view: View, title: str, *, height: float, shown: str, notes: Sequence[str] = ()
-) -> tuple[Figure, SubFigure]:
+    view: View, title: str, *, height: float, shown: str, notes: Sequence[str] = (),
+    symbols: str = "",
+) -> tuple[Figure, SubFigure]:  # fmt: skip
     """An empty figure with its words around a body.
 
     Args:
@@ -31,20 +50,30 @@ def open_sheet(
         height: Of the body in inches.
         shown: The recorded steps shown, in words.
         notes: Small print under the caption.
+        symbols: The symbols on the panels, with spaces between: they are explained.
 
     Returns:
         The figure and the part of it that takes the panels, `height` inches high.
     """
-    heading = textwrap.wrap(title, 76)
-    about = textwrap.wrap(_about(view, shown), 126)
+    heading = _balanced(title)
+    about = textwrap.wrap(_about(view, title, shown), 126)
     caption = textwrap.wrap(f"Read: {view.kind.reading}", 126)
-    notes = [*notes, *_anchor(view), *_broken_ends(view), *_differences(view), *_reasons(view)]
+    notes = [
+        *_symbols(symbols),
+        *notes,
+        *_bands(view),
+        *_anchor(view),
+        *_broken_ends(view),
+        *_differences(view),
+        *_reasons(view),
+    ]
     small = [line for note in notes for line in textwrap.wrap(note, 126)]
     top = 0.18 * len(heading) + _LINE * len(about) + _MARGIN
     bottom = _LINE * (len(caption) + len(small)) + 2 * _MARGIN
     layout = ConstrainedLayoutEngine(w_pad=0.05, h_pad=0.04, wspace=0.02, hspace=0.02)
-    figure = Figure(figsize=(WIDTH, top + height + bottom), layout=layout)
-    figure.set_label(title)
+    figure = SelfShowing(figsize=(WIDTH, top + height + bottom), layout=layout)
+    who = subject(view)
+    figure.set_label(title if who in title else f"{title}: {who}")
     parts = figure.subfigures(3, 1, squeeze=False, height_ratios=[top, height, bottom])
     head, body, foot = parts[:, 0]
     _write(head, [(line, _TITLE, "bold", "black", 0.18) for line in heading]
@@ -85,14 +114,37 @@ def _write(
         y -= step
 
 
-def _about(view: View, shown: str) -> str:
-    """Data, reading point, runs and steps."""
+def _balanced(title: str) -> list[str]:
+    """Lines of a title of about equal length, as few as there is room for."""
+    rows = len(textwrap.wrap(title, _WIDEST))
+    for width in range(len(title) // max(1, rows), _WIDEST + 1):
+        if len(lines := textwrap.wrap(title, width)) <= rows:
+            return lines
+    return textwrap.wrap(title, _WIDEST)
+
+
+def _symbols(names: str) -> list[str]:
+    """What symbols mean, in one sentence."""
+    told = [f"{name}: {_SYMBOLS[name]}" for name in names.split()]
+    return [f"Symbols: {'; '.join(told)}."] if told else []
+
+
+def _bands(view: View) -> list[str]:
+    """What the bands are where runs differ in their seed."""
+    if all(len(series.records) == 1 for series in view.series) or view.kind.axis == "runs":
+        return []
+    return ["Lines: median over the seeds; bands and bars: from the least to the most."]
+
+
+def _about(view: View, title: str, shown: str) -> str:
+    """Kind of plot, data, reading point, runs and steps."""
     known = [str(r.run.data.get("name", "?")) for r in view.records]
     data = f" · data: {_listed(known)}" if set(known) != {"?"} else ""  # a saved monitor has none
     point = _listed([r.run.point for r in view.records])
     runs = [record.run.label for record in view.records]
     names = ", ".join(runs) if len(runs) <= 4 else f"{len(runs)} runs"
-    return f"{names}{data} · gradients read: {point} · {shown}"
+    kind = "" if title.startswith(view.kind.title) else f"{view.kind.title} · "
+    return f"{kind}{names}{data} · gradients read: {point} · {shown}"
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -155,17 +207,6 @@ def subject(view: View) -> str:
     return f"{who}, depth{many} {', '.join(map(str, depths))}"
 
 
-def factor_words(factor: float) -> str:
-    """A factor for a title.
-
-    >>> factor_words(1.234), factor_words(43210.0), factor_words(2.21e7)
-    ('1.2', '43,210', '2.2e7')
-    """
-    if factor < 1e5:
-        return f"{factor:.2g}" if factor < 10 else f"{factor:,.0f}"
-    return f"{factor:.1e}".replace("e+0", "e").replace("e+", "e")
-
-
 def legend(body: SubFigure, *, extra: Sequence[Artist] = ()) -> None:
     """One legend above the panels for all their labels, each once."""
     handles: dict[str, Artist] = {}
@@ -174,7 +215,8 @@ def legend(body: SubFigure, *, extra: Sequence[Artist] = ()) -> None:
             handles.setdefault(label, handle)
     for handle in extra:
         handles.setdefault(str(handle.get_label()), handle)
-    handles |= {label: _plain_mark(label) for label in (NONFINITE, ZERO) if label in handles}
+    plain = [label for label in (NONFINITE, ZERO, BEYOND) if label in handles]
+    handles |= {label: _plain_mark(label) for label in plain}
     if not handles:
         return
     labels = sorted(handles, key=lambda label: _LAST.index(label) if label in _LAST else -1)
@@ -184,7 +226,7 @@ def legend(body: SubFigure, *, extra: Sequence[Artist] = ()) -> None:
     )  # fmt: skip
 
 
-_LAST = (THEORY, ZERO, NONFINITE)
+_LAST = (THEORY, ZERO, BEYOND, NONFINITE)
 
 
 def _columns(labels: Sequence[str]) -> int:
@@ -200,5 +242,5 @@ def _columns(labels: Sequence[str]) -> int:
 
 def _plain_mark(label: str) -> Line2D:
     """A mark of no line's colour, for the legend."""
-    return Line2D([], [], ls="none", marker="^" if label == NONFINITE else "v", ms=4, mew=0.4,
-                  mfc="0.75", mec="black", label=label)  # fmt: skip
+    return Line2D([], [], ls="none", marker="v" if label == ZERO else "^", ms=4, mew=0.4,
+                  mfc="white" if label == BEYOND else "0.75", mec="black", label=label)  # fmt: skip

@@ -18,10 +18,11 @@ WIDTH = 7.0
 PIXELS_PER_INCH = 150
 """Of pictures, and of what is a picture inside an SVG."""
 
-GREY, PALE, ALARM = "0.35", "0.82", "#D55E00"
-"""Theory and notes; stage boundaries and missing cells; non-finite values."""
+GREY, PALE, ALARM, FAINT = "0.35", "0.82", "#D55E00", "#E0A27A"
+"""Theory and notes; stage boundaries and missing cells; non-finite values; their hatching."""
 
 NONFINITE, ZERO, THEORY = "non-finite", "zero", "theory (no fitted constant)"
+BEYOND = "beyond the axis"
 """Labels that mean the same in every legend."""
 
 MAGNITUDES = "cividis"
@@ -88,7 +89,7 @@ _RC: Any = {  # matplotlib types keys one by one
     "legend.handlelength": 2.6,
     "lines.linewidth": 1.2,
     "lines.markersize": 3.4,
-    "hatch.linewidth": 0.6,
+    "hatch.linewidth": 0.4,
     "figure.dpi": 100,
     "savefig.dpi": PIXELS_PER_INCH,
     "savefig.bbox": None,

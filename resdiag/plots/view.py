@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from resdiag.catalog.table import inputs_of
 from resdiag.errors import UsageError
+from resdiag.plots.names import block_names, block_parts
 from resdiag.plots.plotkind import PlotKind
 from resdiag.plots.style import Look, step_looks
 
@@ -53,6 +54,21 @@ class Record:
     def n_blocks(self) -> int:
         """Blocks of the network."""
         return len(self.run.blocks)
+
+    @cached_property
+    def names(self) -> tuple[str, list[str]]:
+        """The beginning that the modules of the blocks share, and the rest; of foreign models."""
+        return ("", []) if self.run.config.depth else block_names(self.run.blocks)
+
+    def block_words(self, block: int) -> str:
+        """A block in a title: by its number, or by its module in a foreign model."""
+        names = self.names[1]
+        return f"block {names[block]}" if names else f"block {block}"
+
+    @cached_property
+    def parts(self) -> list[str]:
+        """Whether each block is attention or MLP; empty if the blocks are of one sort."""
+        return block_parts(self.run.blocks)
 
     @property
     def boundaries(self) -> list[int]:
@@ -122,6 +138,15 @@ class Record:
         return np.isinf(values) | lost
 
     @cached_property
+    def is_finite(self) -> Bools:
+        """Columns of the steps at which everything is finite in every block."""
+        known = ~self.sick.all(axis=0)  # health unknown, or nothing finite: neither can be told
+        lost = self.broken("grad_output") | self.broken("output_second_moment")
+        bad = (self.sick & known) | lost
+        healthy: Bools = np.logical_not(np.logical_or.reduce(bad, axis=0))
+        return healthy
+
+    @cached_property
     def last_finite(self) -> int:
         """Column of the last step whose gradients are all finite; 0 if none is."""
         healthy = np.flatnonzero(~self.broken("grad_output").any(axis=0))
@@ -174,6 +199,12 @@ class Trace:
         """Values by (record, block)."""
         pairs = zip(self.records, self.places, strict=True)
         return np.stack([record.grid(metric)[:, place] for record, place in pairs])
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether everything is finite at the steps drawn, in every block of every run."""
+        pairs = zip(self.records, self.places, strict=True)
+        return all(bool(record.is_finite[place]) for record, place in pairs)
 
     def broken(self, metric: str) -> Bools:
         """Non-finite values by (record, block)."""

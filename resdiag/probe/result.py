@@ -74,7 +74,8 @@ class ProbeResult:
 
     def draw(self) -> list[Path]:
         """Draw `PLOTS` into the run's folder; none where there are no blocks."""
-        from resdiag.plots.drawing import draw, save
+        from resdiag.plots.drawing import draw
+        from resdiag.plots.figurefile import save
 
         kinds = [kind for kind in PLOTS if not (self.is_plain and kind == "skip")]
         folder = self.run.path / "figures"

@@ -94,7 +94,7 @@ def _picture(found: Agreement) -> Picture | None:
         beyond = [row for row in judged if row.first is not None] or judged
         metric = max(beyond, key=lambda row: row.largest).metric
     drawing = _draw(per_block[metric], found)
-    from resdiag.plots.drawing import render
+    from resdiag.plots.figurefile import render
 
     return Picture(
         number=1,

@@ -140,7 +140,7 @@ def _draw_activations(place: int, title: str, only: Collection[str] | None) -> P
 
 
 def _with_files(picture: Picture, drawing: "Figure") -> Picture:
-    from resdiag.plots.drawing import render
+    from resdiag.plots.figurefile import render
 
     svg, pdf = (render(drawing, form, letters=True) for form in ("svg", "pdf"))
     return replace(picture, svg=svg, pdf=pdf)

@@ -53,16 +53,16 @@ def showing_progress(job: "Job", *, quiet: bool) -> "Iterator[Job]":
                 )
 
             say = partial(console.print, markup=False)
-            yield replace(job, look=_at_most_every(1.0, draw), say=say)
+            yield replace(job, look=at_most_every(1.0, draw), say=say)
     else:
 
         def tell() -> None:
             job.say(sum_up(job.study, read_ledger(job.study, job.runs)))
 
-        yield replace(job, look=_at_most_every(LINE_EVERY_S, tell))
+        yield replace(job, look=at_most_every(LINE_EVERY_S, tell))
 
 
-def _at_most_every(seconds: float, show: Callable[[], None]) -> Callable[[], None]:
+def at_most_every(seconds: float, show: Callable[[], None]) -> Callable[[], None]:
     """What calls `show` if its last call is so long ago."""
     last = -math.inf
 
@@ -88,10 +88,11 @@ def draw_study(study: Study, entries: Sequence[Entry], height: int, width: int =
     hidden = len(entries) - len(shown)
     parts = [Text(study.file.question, style="bold"), Text(sum_up(study, entries))]
     more = [Text(f"... and {hidden} more cells", style="dim")] if hidden else []
-    return Group(*parts, _table(shown, width), *more)
+    return Group(*parts, draw_table(shown, width), *more)
 
 
-def _table(entries: Sequence[Entry], width: int) -> "Table":
+def draw_table(entries: Sequence[Entry], width: int) -> "Table":
+    """The cells of a study; columns that have no room are left out."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text

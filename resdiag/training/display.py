@@ -102,7 +102,7 @@ class Bar:
         bar = _SHORT if narrow else 20
         # the step as M/N, the time as 0:00:00, and a blank between any two
         self._taken = len(title) + bar + 2 * len(str(steps)) + 1 + len("0:00:00") + 4
-        self._bar = Progress(
+        self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=bar),
             MofNCompleteColumn(),
@@ -111,18 +111,18 @@ class Bar:
             console=self._console,
             transient=True,
         )
-        self._task = self._bar.add_task(title, total=steps, completed=done, progress="")
-        self._bar.start()
+        self._task = self.bar.add_task(title, total=steps, completed=done, progress="")
+        self.bar.start()
 
     def show(self, progress: Progress) -> None:
         """Move the bar; the terminal may have got another width."""
         self._console.width = width_of(sys.stderr)
         said = progress.fit(self._console.width - self._taken)
-        self._bar.update(self._task, completed=progress.done, progress=said)
+        self.bar.update(self._task, completed=progress.done, progress=said)
 
     def close(self) -> None:
         """Take the bar away."""
-        self._bar.stop()
+        self.bar.stop()
 
 
 def open_display(title: str, steps: int, done: int, *, quiet: bool) -> Display:

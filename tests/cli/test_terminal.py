@@ -112,7 +112,7 @@ def test_bar_step_and_time_left_are_seen_at_every_width(monkeypatch, width, titl
         bar = open_display(title, steps, 0, quiet=False)
         assert isinstance(bar, Bar)
         bar.show(AT)
-        bar._bar.refresh()
+        bar.bar.refresh()
         bar.close()
     line = [line for line in screen.lines if "30/" in line][-1]
     assert len(line) <= width
@@ -141,7 +141,7 @@ def test_what_has_no_room_is_left_out_the_least_important_first(columns):
 def test_studies_say_a_line_every_ten_seconds(monkeypatch):
     clock, shown = SimpleNamespace(now=0.0), []
     monkeypatch.setattr(live.time, "monotonic", lambda: clock.now)
-    look = live._at_most_every(display.LINE_EVERY_S, lambda: shown.append(clock.now))
+    look = live.at_most_every(display.LINE_EVERY_S, lambda: shown.append(clock.now))
     for clock.now in range(25):
         look()
     assert shown == [0, 10, 20]
@@ -180,7 +180,7 @@ def test_the_table_of_a_study_leaves_columns_out_before_it_cuts_a_cell(
     with on_terminal(monkeypatch, width) as screen:
         console = open_console(sys.stdout)
         assert console.width == width
-        console.print(live._table(entries, console.width))
+        console.print(live.draw_table(entries, console.width))
     assert max(map(len, screen.lines)) <= width
     assert "…" not in screen.text
     for word in ("elu_pre-d110-lr0.1-s0", "running", "failed", "300/64000"):

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from synthetic_runs import make_run
 
 from resdiag.catalog.custom import known_metrics
-from resdiag.plots.drawing import draw, render
+from resdiag.plots.drawing import draw
+from resdiag.plots.figurefile import render
 from resdiag.plots.kinds import KINDS
 
 NONFINITE = "non-finite"

@@ -163,7 +163,9 @@ def _skip_path(units, samples, stages):
             in_stage, base, iterate = np.ones_like(u), h, h
         if whole is None:
             whole = alive = np.ones_like(array(unit.input)[:samples])
-        known = known and unit.path != "projection"
+        begins = index == 0 or stages[index] != stages[index - 1]
+        if unit.path == "projection":  # a product begins anew with the stage, or is lost
+            whole, alive, known = np.ones_like(u), np.ones_like(u), begins
         if known and unit.path == "option_a":
             whole = option_a(whole, u.shape[1], unit.stride)
             alive = option_a(alive, u.shape[1], unit.stride)

@@ -9,7 +9,7 @@ THEIRS = {
     # of PyTorch, matplotlib, IPython, pytest and the standard library
     "_C", "_dynamo", "_exit", "_forward_hooks", "_forward_pre_hooks", "_left_title",
     "_len_torch_function_stack", "_local_scalar_dense", "_optimizer_step_post_hooks",
-    "_optimizer_step_pre_hooks", "_post_accumulate_grad_hooks", "_repr_html_",
+    "_optimizer_step_pre_hooks", "_post_accumulate_grad_hooks", "_repr_html_", "_repr_png_",
     "_unsafe_preserve_version_counter", "_version",
 }  # fmt: skip
 REPLACING = ("setattr", "delattr", "getattr", "hasattr")

@@ -59,7 +59,8 @@ def test_a_list_of_blocks_is_a_list_and_shows_a_table(monitor):
     assert isinstance(blocks, list)
     assert repr(blocks).splitlines()[0] == "3 blocks"
     assert len(repr(blocks).splitlines()) == 2 + len(blocks)
-    assert repr(blocks[1]).startswith("<Block 1 'stages.1.0': identity shortcut, relu after")
+    where = "relu after the addition, stage 1, shape 32x16x16"
+    assert repr(blocks[1]) == f"<Block 1 'stages.1.0': identity shortcut, {where}>"
 
 
 def test_what_is_unavailable_is_said_once_per_reason():

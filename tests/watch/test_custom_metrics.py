@@ -272,7 +272,7 @@ def test_runs_with_and_without_a_custom_metric_are_read_together(runs, tmp_path)
 def test_a_custom_metric_is_drawn_by_its_name(runs, count, tmp_path):
     opened = [resdiag.load_run(p) for p in sorted(runs.iterdir()) if p.is_dir()][:count]
     figure = draw("kurtosis", opened)
-    assert figure.get_label().startswith("Kurtosis of the output by block")
+    assert figure.get_label().startswith("Kurtosis of the output: from ")
     values = opened[0].metrics().query("step == 0")["kurtosis"].to_list()
     lines = [line for part in figure.subfigs for a in part.axes for line in a.get_lines()]
     if count == 1:
@@ -288,8 +288,11 @@ def test_a_custom_metric_is_drawn_by_its_name(runs, count, tmp_path):
 
 def test_any_built_in_metric_per_block_is_drawn_too(runs):
     opened = [resdiag.load_run(p) for p in sorted(runs.iterdir()) if p.is_dir()][:1]
-    for name in ("output_mean", "grad_growth", "dead_fraction"):
-        assert draw(name, opened).get_label().startswith(METRICS[name].label[:1].upper())
+    for name in ("output_mean", "grad_growth", "negative_fraction"):
+        label = METRICS[name].label
+        assert draw(name, opened).get_label().startswith(f"{label[:1].upper()}{label[1:]}: from ")
+    with pytest.raises(UsageError, match="dead_fraction is exactly 0 in every block"):
+        draw("dead_fraction", opened)
 
 
 def test_a_plot_that_is_not_there_names_the_nearest_kind_or_metric(runs, tmp_path):

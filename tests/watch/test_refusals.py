@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
 import torch._dynamo
@@ -75,7 +76,7 @@ def test_a_run_that_cannot_be_saved_ends_no_training(monkeypatch, capsys):
         raise ResdiagError("no space left")
 
     monkeypatch.setattr(session, "save", full)
-    watched = SimpleNamespace(warnings=[])
+    watched = SimpleNamespace(warnings=[], to_frame=lambda _: pd.DataFrame())
     part = SimpleNamespace(_losses={}, monitor=watched, _folder=None, _name="net")
     session.Session._save(part)
     assert watched.warnings == ["the run was not saved: no space left"]
@@ -151,9 +152,16 @@ class Shortcut(Net):
         return self.head(self.blocks[1](self.between(x)))
 
 
+class InsideAStage(Shortcut):
+    """The given shortcut is that of the second block."""
+
+    def forward(self, x):
+        x = self.blocks[1](self.stem(x))
+        return self.head(self.shortcut(x) + self.deep(F.elu(self.blocks[0].layer(x))))
+
+
 def test_reasons_of_the_skip_path():
-    projected = once(Shortcut(nn.Linear(6, 6)))
-    assert skip_path.MIXED in reasons(projected)
+    assert skip_path.MIXED in reasons(once(InsideAStage(nn.Linear(6, 6))))
     assert skip_path.BROKEN in reasons(once(Shortcut(nn.Identity())))
     says = "no gradient leads from the shortcut back to the block's input"
     assert says in reasons(once(Shortcut(torch.detach)))
@@ -374,6 +382,11 @@ PROVOKED = {
     "no gradient leads through all blocks": None,  # on an accelerator
     "nothing shows the {} of": "nothing shows the operands",
     "takes another tensor of": "takes another tensor of the pass",
+    "step{}, {} recorded": "3 blocks, 1 step, 1 recorded",
+    "monitor.py: {}: {} blocks": "3 blocks, 1 step, 1 recorded",
+    "stage {}, shape {}": "stage 1, shape 32x16x16",
+    "<Block {}": "<Block 1 'stages.1.0': identity shortcut",
+    "the training stops: {}": "training stops: {told[0].name}",
     "stands for an operation that cannot be repeated": None,  # never called: a placeholder
 }
 """Texts of which tests have other words than the text itself; None: no user can cause it."""

@@ -84,6 +84,7 @@ class _Passage:
     path: tuple[Call, ...] | None = None
     scale: float = 1.0  # factor on the shortcut inside the addition
     stage: int | None = None  # the block's stage; None for a block of which P1 alone is measured
+    projected: bool = False  # whether the shortcut is a projection, which no unit leads through
     joined: bool = False  # whether x is the sum or output of the block before, or there is none
     source: str = ""  # which of the two h itself is, "sum" or "output"; "" if it is neither
     u: Tensor | None = None  # the sum before the after-add
@@ -147,6 +148,7 @@ class SkipPath:
         scale: float,
         *,
         stage: int,
+        projected: bool,
         joined: bool,
         source: str,
     ) -> None:
@@ -156,7 +158,9 @@ class SkipPath:
         source = source if path == () and scale == 1 and row - 1 in self._passages else ""
         shape = self.head(x) if x is not None and path else None
         copy = None if source else self._keep(row, "h", h)
-        self._passages[row] = _Passage(row, shape, copy, path, scale, stage, joined, source)
+        self._passages[row] = _Passage(
+            row, shape, copy, path, scale, stage, projected, joined, source
+        )
 
     def add(self, row: int, u: Tensor) -> None:
         """Pass a block's sum, before an in-place after-add overwrites it."""
@@ -264,7 +268,12 @@ class SkipPath:
         """Lead the running products through the block's shortcut."""
         new = self._begin_stage(passage)
         path = passage.path
-        for chain in (self._whole,) if new else (self._stage, self._whole):
+        begun = [] if new else [self._stage]
+        if new and passage.projected:  # the product of the network begins anew with the stage
+            self._whole = _Chain()
+        else:
+            begun.append(self._whole)
+        for chain in begun:
             if not passage.joined:
                 chain.lose(BROKEN)
             if path is None or any(call.is_activation for call in path):

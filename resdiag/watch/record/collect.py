@@ -192,7 +192,10 @@ class GraphRecorder:
             scale, joined = addition.shortcut_scale, joined and block.joined
             if not core:
                 stage, h = self._blocks[row].stage, h if scale == 1 else h * scale
-                skip.open(row, x, h, addition.path, scale, stage=stage, joined=joined, source="")
+                skip.open(
+                    row, x, h, addition.path, scale, stage=stage,
+                    projected=addition.kind == "projection", joined=joined, source="",
+                )  # fmt: skip
             skip.add(row, u)
             output = head_of(block.output)
             skip.close(row, u if output is None else output, addition.after)

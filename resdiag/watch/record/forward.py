@@ -155,8 +155,9 @@ class Recorder(Observer):
         scale, stage = addition.shortcut_scale, self.anatomy.blocks[row].stage
         joined = row == 0 or bool(source)
         self.skip.open(
-            row, x, shortcut, addition.path, scale, stage=stage, joined=joined, source=source
-        )
+            row, x, shortcut, addition.path, scale, stage=stage,
+            projected=addition.kind == "projection", joined=joined, source=source,
+        )  # fmt: skip
 
     @guarded
     def added(self, addition: Addition, total: Tensor) -> None:
