@@ -57,11 +57,10 @@ def draw_heat(
     )
     axes.set(xlim=(0, shown.shape[1]), ylim=(0, len(shown)))  # block 0 at the bottom
     axes.spines[:].set_visible(False)
-    scale = axes.figure.colorbar(
-        cells, ax=axes, label=label, pad=0.015, aspect=18, fraction=0.06
-    )
+    scale = axes.figure.colorbar(cells, ax=axes, label=label, pad=0.015, aspect=18, fraction=0.06)
     scale.outline.set_linewidth(0)
-    scale.solids.set_rasterized(True)
+    if scale.solids is not None:
+        scale.solids.set_rasterized(True)
     if log:
         name_decades(scale.ax)
     _label_cells(axes, record, stride)
