@@ -1,6 +1,6 @@
 """What the kinds of plots are drawn with, in one place.
 
-Import it where a figure is drawn: it costs numpy, pandas, matplotlib and seaborn.
+Import it where a figure is drawn: it costs numpy, pandas and matplotlib.
 """
 
 from matplotlib.lines import Line2D as Line2D

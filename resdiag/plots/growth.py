@@ -1,8 +1,8 @@
 """Growth per block: the factor by which each block multiplies the signal and the gradient."""
 
+from collections.abc import Sequence
+
 import numpy as np
-import pandas as pd
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -56,28 +56,31 @@ def _draw_stage_means(axes: Axes, view: View, traces: list[Trace], metric: str) 
     few = count <= _FEW_STAGES
     title = "geometric mean, range" if few else "mean and range by stage"
     canvas.head_panel(axes, title, stages=any(record.boundaries for record in view.records))
-    axes.set_yscale("log")  # before: seaborn averages on the scale of the axis
+    axes.set_yscale("log")
     axes.grid(False, axis="x")
-    rows = [
-        (rank, stage, factor)
-        for rank, stages in enumerate(factors)
-        for stage, part in enumerate(stages, start=1)
-        for factor in part
-    ]
-    rows = [row for row in rows if traces[row[0]].is_finite] or rows
-    if rows:
-        sns.pointplot(
-            pd.DataFrame(rows, columns=["line", "stage", "factor"]), x="stage", y="factor",
-            hue="line", hue_order=range(len(traces)), palette=[t.look.colour for t in traces],
-            markers=[trace.look.marker for trace in traces], linestyle="none", native_scale=True,
-            errorbar=("pi", 100), err_kws={"linewidth": 0.9}, markersize=4.5, markeredgewidth=0,
-            dodge=min(0.5, 0.16 * (len(traces) - 1)), legend=False, ax=axes,
-        )  # fmt: skip
+    finite = any(trace.is_finite for trace in traces)
+    apart = min(0.5, 0.16 * (len(traces) - 1))
+    for rank, (trace, stages) in enumerate(zip(traces, factors, strict=True)):
+        if trace.is_finite or not finite:
+            shift = apart * (rank / (len(traces) - 1) - 0.5) if rank or apart else 0.0
+            _draw_means(axes, trace, stages, shift)
     axes.set_xticks(range(1, count + 1), [f"stage {n}" if few else str(n) for n in range(count)])
     axes.set(xlim=(0.45, count + 0.55), xlabel="", ylabel="")
     canvas.finish_scale(axes, log=True)
     canvas.guide(axes, 1.0, "")
     _write_means(axes, traces, [np.array([_geometric_mean(p) for p in f]) for f in factors])
+
+
+def _draw_means(axes: Axes, trace: Trace, stages: Sequence[Floats], shift: float) -> None:
+    """One line's mark per stage at the geometric mean, and a bar from the least to the most."""
+    drawn = [(at + shift, part) for at, part in enumerate(stages, start=1) if part.size]
+    means = [_geometric_mean(part) for _, part in drawn]
+    axes.plot(
+        [at for at, _ in drawn], means, ls="none", marker=trace.look.marker, ms=4.5, mew=0,
+        color=trace.look.colour,
+    )  # fmt: skip
+    for at, part in drawn:
+        axes.plot([at, at], [part.min(), part.max()], lw=0.9, color=trace.look.colour)
 
 
 def _write_means(axes: Axes, traces: list[Trace], means: list[Floats]) -> None:

@@ -1,7 +1,6 @@
 """Heat maps of block against recorded step; non-finite cells are hatched, missing ones grey."""
 
 import numpy as np
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colorbar import Colorbar
 from matplotlib.colors import LogNorm, Normalize
@@ -57,15 +56,16 @@ def draw_heat(
             np.ma.masked_array(missing.astype(float), ~missing), cmap="Greys", vmin=0, vmax=5,
             rasterized=True,
         )  # fmt: skip
-    about = {"label": label, "pad": 0.015, "aspect": 18, "fraction": 0.06}
-    sns.heatmap(
-        shown, mask=~finite, norm=norm, vmin=low, vmax=high, cmap=palette, cbar_kws=about, ax=axes,
-        xticklabels=False, yticklabels=False, rasterized=True,
-    )  # fmt: skip
-    axes.set_ylim(0, len(shown))  # block 0 at the bottom
-    scale = axes.collections[-1].colorbar
-    if scale is not None:
-        _label_colours(scale, log=log)
+    cells = axes.pcolormesh(
+        np.ma.masked_array(shown, ~finite), norm=norm, cmap=palette, rasterized=True
+    )
+    axes.set(xlim=(0, shown.shape[1]), ylim=(0, len(shown)))  # block 0 at the bottom
+    axes.spines[:].set_visible(False)
+    scale = axes.figure.colorbar(cells, ax=axes, label=label, pad=0.015, aspect=18, fraction=0.06)
+    scale.outline.set_linewidth(0)
+    if scale.solids is not None:
+        scale.solids.set_rasterized(True)
+    _label_colours(scale, log=log)
     _label_cells(axes, record, stride)
     return keys
 

@@ -35,6 +35,7 @@ from resdiag.theory.moments import (
     elu_times_slope_along,
     elu_times_slope_sq,
 )
+from resdiag.theory.sobol import sobol_points
 
 _HALF_TAPS = 4.5
 """|x|^2 of a patch of nine taps over C q, under He's initialisation: 9 / 2."""
@@ -186,9 +187,7 @@ def _head(pre: bool, level: Level, classes: int, share: float) -> Gradient:
 
 def pull_of_logits(variance: float, classes: int) -> tuple[float, float]:
     """E[((p - y) . z)^2] and E[|p - y|^2] for Gaussian logits z of this variance, by quadrature."""
-    from scipy import stats  # half a second that few need
-
-    points = stats.qmc.Sobol(classes, scramble=False).random_base2(_LOG2_SAMPLES)
+    points = sobol_points(classes, _LOG2_SAMPLES)
     z = special.ndtri((points + 0.5 / 2**_LOG2_SAMPLES) % 1.0) * np.sqrt(variance)
     error = special.softmax(z, axis=1)
     error[:, 0] -= 1.0  # the label is independent of the weights: any class will do
