@@ -59,7 +59,7 @@ def find_doubts(seen: "RunData") -> tuple[str, ...]:
         found.append(f"the loss of {len(losses)} steps is known, {LEAST_LOSSES} needed")
     elif seen.classes:
         last, guess = _ends(losses)[1], math.log(seen.classes)
-        if not last.mean() < (1 - STALL) * guess:
+        if not is_below_guessing(losses, seen.classes):
             found.append(
                 f"the mean loss of the last {len(last)} steps, {last.mean():.3g}, is not below that"
                 f" of guessing, ln {seen.classes} = {guess:.3g}"
@@ -71,6 +71,16 @@ def find_doubts(seen: "RunData") -> tuple[str, ...]:
             f"steps, {last.mean():.3g} over the last {len(last)}"
         )
     return tuple(found)
+
+
+def is_below_guessing(losses: "pd.Series[float]", classes: int) -> bool:
+    """Whether the mean of the last fifth of the losses is below ln K, by 2 % or more.
+
+    Args:
+        losses: By step, the finite ones; at least one.
+        classes: K.
+    """
+    return bool(_ends(losses)[1].mean() < (1 - STALL) * math.log(classes))
 
 
 def has_learned(seen: "RunData") -> bool:

@@ -169,9 +169,12 @@ class Page:
         headline: The answer in one sentence.
         found: What came out.
         sure: How sure that is.
+        expected: How many expected values are met, and which ones are not.
         claim: What was expected, and whose claim that is.
         sections: The rest.
         made: With what it was made; empty for pages that are compared.
+        table: The numbers that answer the question.
+        key: The figure that shows the answer.
     """
 
     name: str
@@ -184,3 +187,5 @@ class Page:
     made: str = ""
     about: str = "a study"
     table: Table | None = None
+    key: Picture | None = None
+    expected: Sequence[str] = ()

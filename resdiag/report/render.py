@@ -32,7 +32,9 @@ def to_html(page: Page) -> str:
     page; scripts, frames, forms and every request are refused.
     """
     styles, drawings, size = Styles(), dict[str, Markup](), 0
-    for picture in _pictures([part for section in page.sections for part in section.parts]):
+    parts: list[Part] = [page.key] if page.key else []
+    parts += [part for section in page.sections for part in section.parts]
+    for picture in _pictures(parts):
         drawing = picture.inline(styles)
         if size + len(drawing) <= MOST_BYTES:
             size += len(drawing)
@@ -72,9 +74,12 @@ def to_markdown(
         bulky: Whether long tables are written: verdicts of all cells, numbers of figures.
     """
     lines = [f"# {escape(title or page.question)}", "", f"**{escape(page.headline)}**", ""]
+    lines += _picture(page.key, figures, bulky) if page.key else []
     lines += _table(page.table) if page.table else []
     lines += [f"- {escape(line)}" for line in page.found]
     lines += ["", "How sure:", "", *(f"- {escape(line)}" for line in page.sure), ""]
+    if page.expected:
+        lines += ["What was expected:", "", *(f"- {escape(line)}" for line in page.expected), ""]
     for term, words in page.claim:
         lines += [f"{escape(term)}: {escape(words)}", ""]
     for section in page.sections:

@@ -21,6 +21,16 @@ from resdiag.report.parts import (
     Text,
 )
 from resdiag.report.results import CellResult, Group, Results
+from resdiag.report.training_outcome import (
+    AT_CHANCE,
+    DIVERGES,
+    FALLS,
+    FLAT,
+    TRAINS,
+    TRAINS_ONLY,
+    UNKNOWN,
+    training_outcome,
+)
 from resdiag.report.words import (
     count,
     listing,
@@ -40,11 +50,12 @@ def write_page(results: Results, pictures: Sequence[Picture]) -> Page:
     file, judged = results.study.file, judge_all(results)
     said = answer(results, judged)
     claim = [("Expected result", file.expects), ("Source of the claim", file.source)]
+    key = choose_key(pictures, said.plots)
     seeds = [item.cell.request.seed for item in results.cells]
     sections = [
         expected_section(judged),
         _outcomes(results),
-        figures_section(pictures, max((item.thinned for item in results.cells), default=1)),
+        figures_section(pictures, max((item.thinned for item in results.cells), default=1), key),
         _cells(results),
         origin_section(results.runs, seeds, "cells"),
         remake_section(results),
@@ -56,6 +67,8 @@ def write_page(results: Results, pictures: Sequence[Picture]) -> Page:
         found=said.found,
         sure=said.sure,
         table=said.table,
+        key=key,
+        expected=said.expected,
         claim=[pair for pair in claim if pair[1]],
         sections=[section for section in sections if section.parts],
     )
@@ -104,14 +117,31 @@ def _are_numbers(values: Sequence[Any]) -> bool:
     return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
 
 
+_SHORT = {
+    TRAINS: ("trains", "good"),
+    TRAINS_ONLY: ("trains, test error at chance", "open"),
+    AT_CHANCE: ("at chance", "open"),
+    DIVERGES: ("diverged", "bad"),
+    FALLS: ("lowers its loss", "good"),
+    FLAT: ("does not lower its loss", "open"),
+    UNKNOWN: ("done", "plain"),
+}
+"""How training went, in a table: the word and its mark. Too few steps to say: done."""
+
+
 def _ended_words(group: Group) -> Entry:
-    """`3 done`, `2 of 3 diverged`, `1 missing`."""
-    states = Counter(member.state for member in group.members)
+    """`3 trains`, `2 at chance, 1 diverged`, `1 missing`."""
     total = len(group.members)
-    words = ", ".join(f"{amount} {state}" for state, amount in states.items())
-    if states["diverged"] == total:
-        return Mark(f"{total} diverged" if total > 1 else "diverged", "bad")
-    return words if len(states) > 1 or total > 1 else next(iter(states))
+    tally = Counter(_went(member) for member in group.members)
+    words = ", ".join(f"{amount} {word}" for (word, _), amount in tally.items())
+    (word, kind), amount = tally.most_common(1)[0]
+    if amount == total:
+        return Mark(f"{total} {word}" if total > 1 else word, kind)
+    return words
+
+
+def _went(item: CellResult) -> tuple[str, str]:
+    return _SHORT[training_outcome(item)] if item.ended else (item.state, "plain")
 
 
 def _verdict_words(group: Group) -> Entry:
@@ -142,17 +172,32 @@ def _numbers(results: Results) -> Table:
 # -- figures ---------------------------------------------------------------------------------------
 
 
-def figures_section(pictures: Sequence[Picture], thinned: int) -> Section:
+def choose_key(pictures: Sequence[Picture], plots: Sequence[str]) -> Picture | None:
+    """The figure that shows the answer: of the first kind of plot that was drawn, the first.
+
+    Args:
+        pictures: The drawings.
+        plots: Kinds of plots, the best one first; without any of them the first drawing is chosen.
+    """
+    drawn = [picture for picture in pictures if picture.svg is not None]
+    by_kind = [p for kind in plots for p in drawn if p.name.split("-")[1:2] == [kind]]
+    return next(iter([*by_kind, *drawn]), None)
+
+
+def figures_section(
+    pictures: Sequence[Picture], thinned: int, key: Picture | None = None
+) -> Section:
     """Each figure; what could not be drawn says why.
 
     Args:
         pictures: The drawings, those of one figure together.
         thinned: Most steps that one row of a curve stands for.
+        key: The one that stands under the answer already.
     """
     parts: list[Part] = []
     for number_, some in groupby(pictures, key=lambda picture: picture.number):
         members = list(some)
-        images = list(map(_drawn, members))
+        images = [_drawn(member, key) for member in members]
         parts.append(Text(f"Figure {number_}. {members[0].question}"))
         parts += images[:1]
         if len(images) > 1:
@@ -163,9 +208,11 @@ def figures_section(pictures: Sequence[Picture], thinned: int) -> Section:
     return Section(id="figures", title="Figures", parts=parts)
 
 
-def _drawn(picture: Picture) -> Part:
+def _drawn(picture: Picture, key: Picture | None) -> Part:
     if picture.svg is None:
         return Text(f"{picture.title}: not drawn: {picture.reason}")
+    if picture is key:
+        return Text(f"{picture.title}: see the figure under the answer.")
     return picture
 
 

@@ -30,6 +30,7 @@ from resdiag.report.results import Results
 from resdiag.report.sections import write_page
 from resdiag.report.storage import read_results, write_results
 from resdiag.report.svg import DARK_PAPER, contrast, on_dark
+from resdiag.report.training_outcome import TRAINS, TRAINS_ONLY, run_outcome
 from resdiag.report.words import number, summarise
 from resdiag.report.write import write_report
 from resdiag.study.shipped import shipped_studies
@@ -190,9 +191,12 @@ def cut(results):
     return Results(study=results.study, cells=short, source="")
 
 
-def test_the_answer_counts():
+def test_the_answer_says_which_networks_train_and_counts():
     found = said(make_results())
-    assert found.headline == "All 4 expected values are met."
+    assert found.headline == (
+        "elu (d) trains at both depths; elu_pre (b) diverges at both depths; 2 seeds."
+    )
+    assert found.expected == ["All 4 expected values are met."]
     assert "Diverged: 4 of 8 cells: elu_pre (b) 4 of 4; none of elu (d)." in found.found
     assert "n = 2 per setting, 4 settings." in found.sure
     assert "All 8 cells ended." in found.sure
@@ -206,11 +210,77 @@ def test_what_is_missing_and_what_disagrees_is_said():
         failed=(1,),
     )
     found = said(results)
-    assert found.headline.endswith("so far (6 of 8 cells).")
-    assert "1 is not" in found.headline
-    assert any("Not met: how it ended diverged: elu_pre (b), depth 56" in x for x in found.found)
+    assert found.headline == (
+        "elu (d) has no result at depth 20 and trains at depth 56; elu_pre (b) trains in 1 of 2 "
+        "seeds at depth 20, diverges in 1 of 2 seeds at depth 20 and in 1 of 2 seeds at depth 56 "
+        "and stays at chance in 1 of 2 seeds at depth 56; 2 seeds. So far 6 of 8 cells ended."
+    )
+    assert "1 is not" in found.expected[0]
+    assert any("Not met: how it ended diverged: elu_pre (b), depth 56" in x for x in found.expected)
     assert any("2 of 8 cells (1 missing, 1 failed): elu (d)" in x for x in found.sure)
     assert any("disagree on how it ended in 2 of 3" in x for x in found.sure)
+
+
+def with_losses(text, losses):
+    """Results whose loss is the given one, in units of ln K, in every step of a cell."""
+    results = make_results(make_study(text), broken=lambda request: None)
+    cells = []
+    for item in results.cells:
+        loss = losses[item.cell.request.variant, item.cell.request.depth] * math.log(10)
+        curve = item.run.curve().assign(loss=loss)
+        cells.append(replace(item, run=replace(item.run, curve_frame=curve)))
+    return Results(study=results.study, cells=cells, source="")
+
+
+def test_done_is_not_trained():
+    one = GRID.replace("seeds = [0, 1]", "seeds = [0]")
+    losses = {("elu", 20): 0.5, ("elu", 56): 0.97, ("elu_pre", 20): 0.99, ("elu_pre", 56): 3.0}
+    found = said(with_losses(one, losses))
+    assert found.headline == (
+        "elu (d) trains at both depths; elu_pre (b) stays at chance at both depths; one seed."
+    )
+    assert any("at chance: it is not" in line for line in found.sure)
+    losses["elu_pre", 20] = 0.5
+    found = said(with_losses(one, losses))
+    assert "elu_pre (b) trains at depth 20 and stays at chance at depth 56" in found.headline
+    html = page_of(with_losses(one, losses))
+    assert "at chance</span></td>" in html
+
+
+def test_a_test_error_of_guessing_is_said_where_the_number_of_test_images_is_known():
+    results = make_results(broken=lambda request: None)
+    item = results.cells[0]
+    run = replace(item.run, data={**item.run.data, "test": 900})
+    limit = 0.9 - 2 * math.sqrt(0.9 * 0.1 / 900)  # two standard errors of 900 images
+    for error, outcome in ((limit + 1e-6, TRAINS_ONLY), (limit - 1e-6, TRAINS), (math.nan, TRAINS)):
+        assert run_outcome(run, error) == outcome
+    assert run_outcome(item.run, 0.9) == TRAINS  # how many there are is not known
+
+
+def test_the_committed_studies_are_answered_in_their_own_words():
+    folder = Path(__file__).parents[2] / "studies" / "results"
+    heads = {
+        name: said(read_results(folder / name)).headline
+        for name in ("smoke", "explosion", "initialisation", "degradation-cpu")
+    }
+    assert heads["smoke"] == (
+        "original and elu (d) train at both depths; elu_pre (b) stays at chance at depth 8 and "
+        "diverges at depth 20; one seed."
+    )
+    assert heads["explosion"].startswith(
+        "elu_nobn (a) diverges from learning rate 0.01 at depth 20, 1e-05 at depth 56 and 1e-09 at "
+        "depth 110; "
+    )
+    assert heads["explosion"].endswith(
+        "original and elu (d) diverge at no rate tried, up to 0.1; 3 seeds."
+    )
+    assert heads["initialisation"].startswith(
+        "The second moment of the output at step 0, last block"
+    )
+    assert heads["degradation-cpu"] == (
+        "From depth 20 to 56, original and elu_after (c) get worse; elu (d) is not shown to get "
+        "worse; no_relu cannot be decided."
+    )
 
 
 def test_the_least_rate_that_broke_is_told_by_the_rest():
@@ -221,6 +291,10 @@ def test_the_least_rate_that_broke_is_told_by_the_rest():
         return 3 if request.lr > limits.get((request.variant, request.depth), 1) else None
 
     results = make_results(make_study(text), broken=broken)
+    assert said(results).headline == (
+        "elu_pre (b) diverges from learning rate 0.1 at depth 20 and 0.001 at depth 56; "
+        "elu (d) diverges at no rate tried, up to 0.1; 2 seeds."
+    )
     (line,) = [x for x in said(results).found if "Lowest" in x]
     assert line == (
         "Lowest learning rate at which a seed diverged: elu (d), depth 20: none up to 0.1; "
@@ -272,8 +346,7 @@ ERRORS_BY_DEPTH = {
 def test_without_expected_values_the_answer_is_whether_the_error_grows_with_depth():
     found = said(by_depth(ERRORS_BY_DEPTH))
     assert found.headline == (
-        "Error from depth 20 to 56: worse with depth: elu_pre (b); "
-        "worse with depth on test images only: elu (d)."
+        "From depth 20 to 56, elu_pre (b) gets worse; elu (d) gets worse on test images only."
     )
     rows = {row[0]: row for row in found.table.rows}
     assert rows["elu_pre (b)"][2:5] == ["20.10 ± 0.10 %", "25.10 ± 0.10 %", "3"]
@@ -282,7 +355,7 @@ def test_without_expected_values_the_answer_is_whether_the_error_grows_with_dept
     assert rows["elu (d)"][6] == "-1.00 (limit 0.16)"
     assert [row[1].kind for row in found.table.rows] == ["bad", "bad"]
     even = said(by_depth({**ERRORS_BY_DEPTH, ("elu", 56): (0.09, 0.19)}))
-    assert "not shown to be worse: elu (d)" in even.headline
+    assert "elu (d) is not shown to get worse" in even.headline
 
 
 def test_few_seeds_say_what_was_seen_and_that_it_decides_nothing():
@@ -295,16 +368,19 @@ def test_few_seeds_say_what_was_seen_and_that_it_decides_nothing():
     assert any("Some settings have 1 seed here" in line for line in found.sure)
     part = said(by_depth(ERRORS_BY_DEPTH, missing=(0,)))
     assert part.headline.endswith("So far 11 of 12 cells ended.")
-    assert "not decidable: elu (d)" in part.headline
+    assert "elu (d) cannot be decided" in part.headline
 
 
 def test_a_short_study_that_expects_values_asks_something_else():
     text = GRID.replace("[0, 1]", "[0, 1, 2]")
     long = said(by_depth(ERRORS_BY_DEPTH, text))
-    assert "expected values" in long.headline
-    assert long.found[0].startswith("Error from depth 20 to 56")
+    assert long.headline == (
+        "elu (d) trains at both depths; elu_pre (b) trains at depth 20 and stays at chance at "
+        "depth 56; 3 seeds."
+    )
+    assert long.found[0].startswith("From depth 20 to 56, ")
     found = said(cut(by_depth(ERRORS_BY_DEPTH, text)))
-    assert not any("from depth 20" in line for line in found.found)
+    assert not any("rom depth 20" in line for line in found.found)
     assert "with depth" not in (found.table.header if found.table else ())
 
 
@@ -485,8 +561,8 @@ def page_of(results, drawn=()):
 def test_the_first_words_are_question_answer_and_how_sure():
     seen = check_harmless(page_of(make_results()))
     places = [seen.text.index(words) for words in (
-        "Do deeper networks explode?", "All 4 expected values are met.", "n = 2 per setting",
-        "Expected values",
+        "Do deeper networks explode?", "elu (d) trains at both depths", "n = 2 per setting",
+        "All 4 expected values are met.", "Expected values",
     )]  # fmt: skip
     assert places == sorted(places)
     assert places[2] < 1200  # letters: a first screen
