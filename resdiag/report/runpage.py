@@ -15,6 +15,7 @@ from resdiag.diagnose.degraded import compare
 from resdiag.diagnose.finding import Evidence
 from resdiag.diagnose.rundata import RunData, count_classes
 from resdiag.diagnose.verdict import Verdict, judge, unjudged
+from resdiag.plots.kinds import KINDS
 from resdiag.report.origin import is_lossy, list_sources, origin_section
 from resdiag.report.outcomes import Outcome, measure
 from resdiag.report.parts import (
@@ -73,15 +74,39 @@ class _Seen:
         return tame(str(self.run.data.get("name") or self.run.config.data), 80)
 
 
-def write_run_page(runs: Sequence[Run], pictures: Sequence[Picture]) -> Page:
+MOST_PLOTS = 4
+"""Kinds of plots that a report draws unless all are asked for."""
+
+
+def choose_plots(verdicts: Sequence[Verdict]) -> list[str]:
+    """The kinds of plots that a report draws first.
+
+    Those that the verdicts advise, the curves, the error by depth and the gradients, of which the
+    first four are drawn, and those that other packages have added.
+    """
+    advised = [kind for verdict in verdicts for kind in _advised(verdict)[: MOST_PLOTS - 1]]
+    shown = list(dict.fromkeys(["curves", "depth"] if len(verdicts) > 1 else ["curves"]))
+    wanted = [*shown, *advised, "gradnorms", "signal"]
+    added = [kind for kind in KINDS if not KINDS.is_built_in(kind)]
+    return [*list(dict.fromkeys(kind for kind in wanted if kind in KINDS))[:MOST_PLOTS], *added]
+
+
+def write_run_page(
+    runs: Sequence[Run], pictures: Sequence[Picture], verdicts: Sequence[Verdict] = ()
+) -> Page:
     """Everything that a report of runs, at least one, says, and drawings of them.
+
+    Args:
+        runs: The runs.
+        pictures: The drawings.
+        verdicts: What was concluded of each run; without them each is judged here.
 
     Raises:
         UsageError: A run is damaged.
     """
     seen = [
-        _Seen(run, name, judge(run), measure(run, ()))
-        for run, name in zip(runs, _names(runs), strict=True)
+        _Seen(run, name, verdict, measure(run, ()))
+        for run, name, verdict in zip(runs, _names(runs), verdicts or map(judge, runs), strict=True)
     ]
     one = len(runs) == 1
     headline, found = _alone(seen[0]) if one else _together(seen)

@@ -33,6 +33,7 @@ from resdiag.report.training_outcome import (
 )
 from resdiag.report.words import (
     count,
+    joined,
     listing,
     measure_words,
     settings_words,
@@ -179,7 +180,8 @@ def choose_key(pictures: Sequence[Picture], plots: Sequence[str]) -> Picture | N
         pictures: The drawings.
         plots: Kinds of plots, the best one first; without any of them the first drawing is chosen.
     """
-    drawn = [picture for picture in pictures if picture.svg is not None]
+    drawn = [picture for picture in pictures if picture.svg]
+    drawn = drawn or [picture for picture in pictures if picture.svg is not None]
     by_kind = [p for kind in plots for p in drawn if p.name.split("-")[1:2] == [kind]]
     return next(iter([*by_kind, *drawn]), None)
 
@@ -195,13 +197,22 @@ def figures_section(
         key: The one that stands under the answer already.
     """
     parts: list[Part] = []
-    for number_, some in groupby(pictures, key=lambda picture: picture.number):
+    shown = [picture for picture in pictures if picture.svg != b""] or pictures
+    for number_, some in groupby(shown, key=lambda picture: picture.number):
         members = list(some)
         images = [_drawn(member, key) for member in members]
         parts.append(Text(f"Figure {number_}. {members[0].question}"))
         parts += images[:1]
         if len(images) > 1:
             parts.append(Folded(f"Figure {number_}, {len(images) - 1} more", images[1:]))
+    left = [picture.title for picture in pictures if picture not in shown]
+    if left:
+        parts.append(
+            Text(
+                f"Not drawn here: {joined(left)}. Their data are in the folder figures; with "
+                "--all-figures the report draws them."
+            )
+        )
     if thinned > 1 and parts:
         note = f"Loss and batch error in curves are means over up to {thinned} steps."
         parts.insert(0, Text(note))

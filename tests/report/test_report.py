@@ -23,7 +23,7 @@ from resdiag.plots.style import VARIANT_LOOKS
 from resdiag.report.answer import answer
 from resdiag.report.comparisons import threshold_table
 from resdiag.report.expected import FEW, MET, NOT_MET, OPEN, SEVERAL, expected_section, judge_all
-from resdiag.report.figures import MOST_LINES, draw_figures
+from resdiag.report.figures import MOST_LINES, Drawings, draw_figures
 from resdiag.report.origin import changed_settings, remake_commands
 from resdiag.report.render import MOST_BYTES, to_html, to_markdown
 from resdiag.report.results import Results
@@ -492,16 +492,30 @@ def test_a_file_follows_the_scheme_of_who_shows_it(pictures):
 def test_a_crowd_of_lines_is_split_by_depth():
     study = make_study(GRID.replace('"elu_pre"]', '"elu_pre", "original", "plain", "no_relu"]'))
     assert len(study.cells) > 2 * MOST_LINES - 1
-    found = list(draw_figures(make_results(study, broken=lambda r: None), only=()))
+    found = list(draw_figures(make_results(study, broken=lambda r: None), Drawings(only=())))
     assert [picture.name for picture in found][:2] == ["01-gradnorms", "02-curves"]
     study = make_study(
         GRID.replace("depth = [20, 56]\n[[f", "depth = [8, 14, 20, 26, 32, 56]\n[[f")
     )
-    found = list(draw_figures(make_results(study, broken=lambda r: None), only=()))
+    found = list(draw_figures(make_results(study, broken=lambda r: None), Drawings(only=())))
     assert [picture.name for picture in found][:2] == [
         "01-gradnorms-depth-8",
         "01-gradnorms-depth-14",
     ]
+
+
+def test_of_a_figure_that_is_split_the_deepest_is_drawn_unless_all_are_asked_for():
+    text = GRID.partition('[[figure]]\nplot = "curves"')[0]
+    study = make_study(
+        text.replace("depth = [20, 56]", "depth = [8, 20, 26]").replace(
+            '"elu_pre"]', '"elu_pre", "original", "plain", "no_relu"]'
+        )
+    )
+    results = make_results(study, broken=lambda r: None)
+    found = {p.name: bool(p.svg) for p in draw_figures(results, Drawings(deepest=True))}
+    assert found == {f"01-gradnorms-depth-{d}": d == 26 for d in (8, 20, 26)}
+    page = write_page(results, list(draw_figures(results, Drawings(deepest=True))))
+    assert "with --all-figures the report draws them" in check_harmless(to_html(page)).text
 
 
 def test_lines_of_a_drawing_are_told_apart():
@@ -509,7 +523,7 @@ def test_lines_of_a_drawing_are_told_apart():
     from resdiag.plots.kinds import KINDS
 
     results = make_results(load_study("paper", ["seeds=[0]"]))
-    curves = [p for p in draw_figures(results, only=()) if p.number == 2]
+    curves = [p for p in draw_figures(results, Drawings(only=())) if p.number == 2]
     assert [p.name for p in curves] == [f"02-curves-depth-{d}" for d in (20, 32, 44, 56, 110)]
     runs = [c.run for c in results.cells if c.cell.request.depth == 110 and "10" in c.data[-2:]]
     looks = [
@@ -520,7 +534,7 @@ def test_lines_of_a_drawing_are_told_apart():
 
 def test_the_activations_are_a_figure_of_their_own_with_the_numbers_of_theory():
     text = GRID.replace('plot = "gradnorms"', 'plot = "activations"')
-    (picture, *_) = draw_figures(make_results(make_study(text)), only={"01-activations"})
+    (picture, *_) = draw_figures(make_results(make_study(text)), Drawings(only={"01-activations"}))
     rows = list(csv.DictReader(io.StringIO(picture.csv)))
     assert len(rows) == len({row["x"] for row in rows}) > 100
     for row in rows:
@@ -541,7 +555,7 @@ def test_growth_at_the_start_does_not_repeat_what_only_acts_later():
     study = make_study(
         text.replace('"gradnorms"', '"growth"').replace("depth = 56 }", "depth = 20 }")
     )
-    growth = next(draw_figures(make_results(study, broken=lambda r: None), only=()))
+    growth = next(draw_figures(make_results(study, broken=lambda r: None), Drawings(only=())))
     lines = {row["line"] for row in csv.DictReader(io.StringIO(growth.csv))}
     assert lines == {"elu (d)", "elu_pre (b)"}
 
@@ -651,7 +665,7 @@ def test_report_of_nothing_of_frozen_results_and_as_json(tmp_path, monkeypatch, 
     html = (tmp_path / "runs/tiny/report/report.html").read_text()
     assert "No answer yet: none of 4 cells has ended." in html
     write_results(make_results(), tmp_path / "ice")
-    assert app.run(["study", "report", "ice", "--out", "page", "--json"]) == 0
+    assert app.run(["study", "report", "ice", "--out", "page", "--json", "--pdf"]) == 0
     files = json.loads(capsys.readouterr().out)["files"]
     endings = Counter(name.rpartition(".")[2] for name in files)
     assert endings == {"html": 1, "md": 1, "svg": 2, "pdf": 2, "csv": 2}

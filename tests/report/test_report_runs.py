@@ -16,8 +16,9 @@ from resdiag.diagnose.verdict import judge
 from resdiag.plots.kinds import KINDS
 from resdiag.report.figures import draw_runs
 from resdiag.report.render import to_html, to_markdown
-from resdiag.report.runpage import write_run_page
+from resdiag.report.runpage import MOST_PLOTS, choose_plots, write_run_page
 from resdiag.report.words import number
+from resdiag.report.write import write_run_report
 from resdiag.runs.watched_config import WatchedConfig
 
 
@@ -103,6 +104,26 @@ def test_the_figure_that_the_verdict_advises_stands_first_and_once():
     assert html.index("<svg") < html.index("How sure")
 
 
+def test_the_plots_that_the_verdict_advises_are_drawn_and_the_others_are_named(tmp_path):
+    run = synthetic_runs.make_run("elu_pre", 56, explode=4)
+    wanted = choose_plots([judge(run)])
+    assert wanted[0] == "curves"
+    advised = re.findall(r"resdiag plot (\S+)", "\n".join(judge(run).next))
+    assert set(wanted) <= {"curves", *advised, "gradnorms", "signal"}
+    assert len(wanted) == MOST_PLOTS
+    files = {path.name for path in write_run_report([run], tmp_path, every=False, pdf=False)}
+    assert {name.split("-")[1] for name in files if name.endswith(".svg")} == {
+        f"{kind}.svg" for kind in wanted
+    }
+    assert not [name for name in files if name.endswith(".pdf")]
+    kinds = [kind for kind in KINDS.values() if not kind.compares]
+    assert len([name for name in files if name.endswith(".csv")]) == len(kinds)  # all data
+    text = check_harmless((tmp_path / "report.html").read_text()).text
+    (left,) = re.findall(r"Not drawn here: ([^.]*)\.", text)
+    for kind in kinds:
+        assert (kind.title in left) == (kind.name not in wanted)
+
+
 def test_rules_that_were_not_applied_for_one_reason_share_a_line():
     lines = [
         line for line in write_run_page([synthetic_runs.make_run()], []).sure if "loop" in line
@@ -140,7 +161,7 @@ def test_the_command_writes_one_page_and_figures_beside_the_run(tmp_path, monkey
     few = {name: KINDS[name] for name in ("curves", "nonfinite")}  # drawing all takes ten seconds
     monkeypatch.setattr("resdiag.report.write.KINDS", few)
     folder = write_run(tmp_path / "runs")
-    assert app.run(["report", "--json"]) == 0  # the latest run
+    assert app.run(["report", "--json", "--pdf", "--all-figures"]) == 0  # the latest run
     files = json.loads(capsys.readouterr().out)["files"]
     assert files[0] == f"runs/{folder.name}/report/report.html"
     endings = Counter(name.rpartition(".")[2] for name in files)
