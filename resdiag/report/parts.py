@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from resdiag.report.heatmap import HeatMap
 from resdiag.report.svg import refine
 
 
@@ -175,6 +176,7 @@ class Page:
         made: With what it was made; empty for pages that are compared.
         table: The numbers that answer the question.
         key: The figure that shows the answer.
+        heat_maps: Runs whose metrics can be looked at cell by cell, by block and step.
     """
 
     name: str
@@ -189,3 +191,4 @@ class Page:
     table: Table | None = None
     key: Picture | None = None
     expected: Sequence[str] = ()
+    heat_maps: Sequence[HeatMap] = ()

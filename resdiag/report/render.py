@@ -10,6 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from resdiag.report.heatmap import to_json
 from resdiag.report.parts import Bullets, Code, Folded, Page, Part, Picture, Table, Text
 from resdiag.report.svg import Styles
 
@@ -28,8 +29,9 @@ def _environment() -> Environment:
 def to_html(page: Page) -> str:
     """Write a page as HTML that needs nothing but itself.
 
-    The content security policy allows the one style sheet, by its hash, and pictures inside the
-    page; scripts, frames, forms and every request are refused.
+    The content security policy allows the one style sheet and the one script of a heat map, by
+    their hashes, and pictures inside the page; other scripts, frames, forms and every request are
+    refused.
     """
     styles, drawings, size = Styles(), dict[str, Markup](), 0
     parts: list[Part] = [page.key] if page.key else []
@@ -39,14 +41,27 @@ def to_html(page: Page) -> str:
         if size + len(drawing) <= MOST_BYTES:
             size += len(drawing)
             drawings[picture.name] = Markup(drawing)  # written by ElementTree
+    script = (_TEMPLATES / "heatmap.js").read_text("utf-8") if page.heat_maps else ""
     css = f"{(_TEMPLATES / 'report.css').read_text('utf-8')}\n{styles.css()}\n"
-    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
+    allowed = f"script-src '{_digest(script)}'; " if script else ""
     policy = (
-        f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; "
+        f"default-src 'none'; style-src '{_digest(css)}'; {allowed}img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
     template = _environment().get_template("report.html")
-    return template.render(page=page, css=Markup(css), policy=Markup(policy), drawings=drawings)
+    return template.render(
+        page=page,
+        css=Markup(css),
+        policy=Markup(policy),
+        drawings=drawings,
+        script=Markup(script),
+        heat_data=Markup(to_json(page.heat_maps)),
+    )
+
+
+def _digest(text: str) -> str:
+    """What a content security policy calls a style sheet or a script in the page."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def _pictures(parts: "list[Part]") -> Iterator[Picture]:

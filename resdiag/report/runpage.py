@@ -16,6 +16,7 @@ from resdiag.diagnose.finding import Evidence
 from resdiag.diagnose.rundata import RunData, count_classes
 from resdiag.diagnose.verdict import Verdict, judge, unjudged
 from resdiag.plots.kinds import KINDS
+from resdiag.report.heatmap import MOST_CELLS, make_heat_map
 from resdiag.report.origin import is_lossy, list_sources, origin_section
 from resdiag.report.outcomes import Outcome, measure
 from resdiag.report.parts import (
@@ -108,9 +109,12 @@ def write_run_page(
         _Seen(run, name, verdict, measure(run, ()))
         for run, name, verdict in zip(runs, _names(runs), verdicts or map(judge, runs), strict=True)
     ]
+    maps = [make_heat_map(one.run, one.name, MOST_CELLS // len(seen)) for one in seen]
     one = len(runs) == 1
     headline, found = _alone(seen[0]) if one else _together(seen)
-    key = choose_key(pictures, [*_advised(seen[0].verdict), "curves"] if one else ["curves"])
+    named = one and seen[0].verdict.is_named
+    advised = _advised(seen[0].verdict) if named else []
+    key = choose_key(pictures, [*advised, "curves"])
     sections = [
         Section(id="runs", title="How it ended", parts=[_outcomes(seen)]),
         figures_section(pictures, thinned=1, key=key),
@@ -127,6 +131,7 @@ def write_run_page(
         sure=_sure(seen),
         claim=(),
         key=key,
+        heat_maps=[one for one in maps if one is not None],
         sections=[section for section in sections if section.parts],
     )
 
@@ -266,7 +271,11 @@ def _outcomes(seen: Sequence[_Seen]) -> Table:
         rows.append([one.name, status, verdict.name, ", ".join(since), *numbers, one.data])
     header = ["run", "how it ended", "verdict", "since", *_NUMBERS.values(), "data"]
     if len(rows) == 1:
-        facts = [[name, value] for name, value in zip(header, rows[0], strict=True) if value != "-"]
+        facts = [
+            [name, value]
+            for name, value in zip(header, rows[0], strict=True)
+            if value not in ("-", "")
+        ]
         return Table(caption="Verdict and numbers", header=["", "value"], rows=facts)
     numeric = range(4, 4 + len(_NUMBERS))
     return Table(caption="Verdict and numbers", header=header, rows=rows, numeric=numeric)
