@@ -202,8 +202,19 @@ def expected_section(judged: Sequence[Judged]) -> Section:
         "if every cell has it. Error rates on other data, or of another training, are not compared "
         "with published ones."
     )
-    parts: list[Part] = [_table(source, items) for (_, source), items in tables.items()]
+    parts: list[Part] = [_short(_table(source, items)) for (_, source), items in tables.items()]
     return Section(id="expected", title="Expected values", parts=[rule, *parts])
+
+
+def _short(table: Table) -> Part:
+    """The table without the columns that are the same everywhere; a sentence if all are."""
+    first = {str(row[1]) for row in table.rows}
+    short = table.without_constants(2)
+    if len(table.rows) < 2 or len(short.header) > 2 or len(first) > 1:
+        return short
+    cells = "; ".join(str(row[0]) for row in table.rows)
+    note = short.note.removeprefix("In every row: ")
+    return Text(f"{table.caption}. {first.pop()} in all {len(table.rows)}: {cells}. {note}")
 
 
 def _word(item: Judged) -> bool:

@@ -136,6 +136,8 @@ def _parts(parts: Sequence[Part], figures: str, bulky: bool) -> Iterator[str]:
 def _table(table: Table) -> Iterator[str]:
     rule = ["---:" if place in table.numeric else "---" for place in range(len(table.header))]
     yield from (f"**{escape(table.caption)}**", "")
+    if table.note:
+        yield from (escape(table.note), "")
     yield _row(map(escape, table.header))
     yield _row(rule)
     for row in table.rows:

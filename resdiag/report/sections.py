@@ -89,7 +89,7 @@ def _outcomes(results: Results) -> Section:
     return Section(id="outcomes", title="Results", parts=parts)
 
 
-def _matrix(results: Results, caption: str, words: Callable[[Group], Entry]) -> Table:
+def _matrix(results: Results, caption: str, words: Callable[[Group], Entry]) -> Part:
     """Settings against the last telling one: the learning rate, the warm-up, or the depth."""
     numeric = [name for name in results.telling if _are_numbers(_values(results, name))]
     column = numeric[-1] if numeric else results.telling[-1]
@@ -103,6 +103,9 @@ def _matrix(results: Results, caption: str, words: Callable[[Group], Entry]) -> 
         cells.setdefault(name, {})[repr(group.settings[column])] = words(group)
     header = [", ".join(rows), *(settings_words({column: value}) or column for value in columns)]
     body = [[name, *(row.get(repr(value), "") for value in columns)] for name, row in cells.items()]
+    entries = {str(words(group)) for group in results.groups}
+    if len(entries) == 1:
+        return Text(f"{caption}: {entries.pop()} in all {count(len(results.groups), 'setting')}.")
     return Table(
         caption=f"{caption}, cells by {column.replace('_', ' ')}", header=header, rows=body
     )

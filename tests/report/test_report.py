@@ -23,15 +23,16 @@ from resdiag.plots.style import VARIANT_LOOKS
 from resdiag.report.answer import answer
 from resdiag.report.comparisons import threshold_table
 from resdiag.report.expected import FEW, MET, NOT_MET, OPEN, SEVERAL, expected_section, judge_all
-from resdiag.report.figures import MOST_LINES, Drawings, draw_figures
+from resdiag.report.figures import MOST_LINES, Drawings, draw_figures, draw_runs
 from resdiag.report.origin import changed_settings, remake_commands
+from resdiag.report.parts import Table, Text
 from resdiag.report.render import MOST_BYTES, to_html, to_markdown
 from resdiag.report.results import Results
 from resdiag.report.sections import write_page
 from resdiag.report.storage import read_results, write_results
-from resdiag.report.svg import DARK_PAPER, contrast, on_dark
+from resdiag.report.svg import DARK_PAPER, Styles, contrast, on_dark
 from resdiag.report.training_outcome import TRAINS, TRAINS_ONLY, run_outcome
-from resdiag.report.words import number, summarise
+from resdiag.report.words import number, settings_words, summarise
 from resdiag.report.write import write_report
 from resdiag.study.shipped import shipped_studies
 from resdiag.study.study import load_study
@@ -163,7 +164,9 @@ def test_summaries_are_those_of_numpy(values):
 def test_sources_with_few_values_share_a_table_and_lose_none():
     study = load_study("initialisation", ["seeds=[0]"])
     judgements = judge_all(make_results(study, broken=lambda request: None))
-    _rule, *tables = expected_section(judgements).parts
+    _rule, *parts = expected_section(judgements).parts
+    tables = [part for part in parts if isinstance(part, Table)]
+    sentences = [part.text for part in parts if isinstance(part, Text)]
     sizes = Counter(item.expected.source for item in judgements)
     few = {source: number for source, number in sizes.items() if number < FEW}
     assert [t.caption for t in tables].count(SEVERAL) == 1
@@ -172,7 +175,27 @@ def test_sources_with_few_values_share_a_table_and_lose_none():
             assert Counter(row[-1] for row in table.rows) == few
         else:
             assert len(table.rows) == sizes[table.caption] >= FEW
-    assert sum(len(table.rows) for table in tables) == len(judgements)
+    said = {source: text for source in sizes for text in sentences if text.startswith(f"{source}.")}
+    assert len(said) == len(sentences)
+    for source, text in said.items():
+        alike = [item for item in judgements if item.expected.source == source]
+        assert f"in all {len(alike)}: " in text
+        assert all(settings_words(item.settings) in text for item in alike)
+    assert sum(len(t.rows) for t in tables) + sum(sizes[s] for s in said) == len(judgements)
+
+
+def test_what_is_the_same_in_every_row_is_no_column():
+    table = Table(
+        caption="c", header=["cells", "judged", "n", "data", "mean"], numeric=(2, 4),
+        rows=[["a", "met", "3", "digits", "1"], ["b", "met", "3", "digits", "2"]],
+    )  # fmt: skip
+    short = table.without_constants(2)
+    assert short.header == ["cells", "judged", "mean"]
+    assert [list(row) for row in short.rows] == [["a", "met", "1"], ["b", "met", "2"]]
+    assert list(short.numeric) == [2]
+    assert short.note == "In every row: n: 3; data: digits."
+    one = replace(table, rows=table.rows[:1])
+    assert one.without_constants(2) is one
 
 
 # -- the answer ------------------------------------------------------------------------------------
@@ -462,8 +485,6 @@ def test_the_numbers_of_a_figure_are_those_of_the_run(pictures):
 
 
 def test_a_drawing_is_titled_unique_and_without_styles_of_its_own(pictures):
-    from resdiag.report.svg import Styles
-
     styles = Styles()
     texts = [picture.inline(styles) for picture in pictures]
     ids = Counter(re.findall(r' id="([^"]+)"', "".join(texts)))
@@ -479,6 +500,17 @@ def test_a_drawing_is_titled_unique_and_without_styles_of_its_own(pictures):
         assert used <= set(named)  # every reference is resolved
         classes = {e.get("class") for e in root.iter()} - {None}
         assert all(f".{name}{{" in styles.css() for name in classes)
+
+
+def test_hatching_survives_with_its_own_id():
+    run = make_results(make_study(GRID)).cells[-1].run
+    (picture,) = draw_runs(["gradnorms"], [run])
+    assert b"url(#h" in picture.svg  # matplotlib's name of a hatching
+    for text in (picture.file(), picture.inline(styles := Styles()) + styles.css()):
+        named = set(re.findall(r' id="([^"]+)"', text))
+        (filled,) = set(re.findall(r"fill:url\(#([^)]+)\)", text))
+        assert f'<pattern id="{filled}"' in re.sub(r"<pattern [^>]*?id=", "<pattern id=", text)
+        assert filled in named
 
 
 def test_a_file_follows_the_scheme_of_who_shows_it(pictures):
