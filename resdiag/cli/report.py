@@ -26,6 +26,12 @@ Sets = Annotated[
 Mini = Annotated[bool, typer.Option("--mini", help="Same as for `study run`.")]
 
 
+AllFigures = Annotated[
+    bool,
+    typer.Option("--all-figures", help="Draw everything: it takes several times as long."),
+]
+Pdf = Annotated[bool, typer.Option("--pdf", help="Write each figure as PDF, too.")]
+
 MOST_RUNS = 12
 """Runs that one page can show side by side."""
 
@@ -36,13 +42,16 @@ def report(
         Path | None,
         typer.Option("--out", "-o", help="Folder; default: `report` in the run's folder."),
     ] = None,
+    every: AllFigures = False,
+    pdf: Pdf = False,
     runs: RunsRoot = Path("runs"),
     as_json: Json = False,
 ) -> None:
     """Write one HTML page about one run, or about several.
 
-    It has verdict, evidence, figures and origin. The same text is written as Markdown, and every
-    figure as SVG and PDF, with its data as CSV. For a study, use `resdiag study report`.
+    The same text is written as Markdown, and every figure as SVG, with its data as CSV. The curves
+    and what the verdict advises are drawn, or all kinds of plots with --all-figures. For a study,
+    use `resdiag study report`.
     """
     for path in paths or []:
         _refuse_study(path)
@@ -56,7 +65,7 @@ def report(
 
     one = opened[0].path / "report"
     folder = out or (one if len(opened) == 1 else Path("reports") / f"{len(opened)}-runs")
-    files = write_run_report(opened, folder)
+    files = write_run_report(opened, folder, every=every, pdf=pdf)
     print_files(files if as_json else files[:1], as_json)
 
 
@@ -118,13 +127,17 @@ def report_study(
         Path | None,
         typer.Option("--out", "-o", help="Folder; default: `report` in the study's folder."),
     ] = None,
+    every: AllFigures = False,
+    pdf: Pdf = False,
     runs: RunsRoot = Path("runs"),
     as_json: Json = False,
 ) -> None:
     """Write the results of a study as one HTML page.
 
-    They are also written as Markdown, and as figures with their data. The study may be unfinished:
-    the report lists what is missing. STUDY may also be a folder that `study freeze` wrote.
+    It is also written as Markdown, with its figures and their data. The study may be unfinished:
+    the report lists what is missing. STUDY may also be a folder that `study freeze` wrote. Of a
+    figure that is split, by depth for instance, the drawing of the deepest networks is made, or
+    every one with --all-figures.
     """
     results = _read(where, settings, mini, runs)
     _refuse_empty(results, runs)
@@ -132,7 +145,8 @@ def report_study(
 
     frozen = results.source == where
     folder = out or (Path("reports") / results.study.name if frozen else Path(results.source))
-    files = write_report(results, folder if out or frozen else folder / "report")
+    folder = folder if out or frozen else folder / "report"
+    files = write_report(results, folder, every=every, pdf=pdf)
     print_files(files if as_json else files[:1], as_json)
 
 

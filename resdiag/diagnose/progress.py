@@ -59,7 +59,7 @@ def find_doubts(seen: "RunData") -> tuple[str, ...]:
         found.append(f"the loss of {len(losses)} steps is known, {LEAST_LOSSES} needed")
     elif seen.classes:
         last, guess = _ends(losses)[1], math.log(seen.classes)
-        if not last.mean() < (1 - STALL) * guess:
+        if not is_below_guessing(losses, seen.classes):
             found.append(
                 f"the mean loss of the last {span_words(last)}, {last.mean():.3g}, is not below "
                 f"that of guessing, ln {seen.classes} = {guess:.3g}"
@@ -95,6 +95,16 @@ def span_words(values: "pd.Series[float]") -> str:
     """
     steps = count_steps(values)
     return f"{steps} steps" + ("" if steps == len(values) else f" ({len(values)} values)")
+
+
+def is_below_guessing(losses: "pd.Series[float]", classes: int) -> bool:
+    """Whether the mean of the last fifth of the losses is below ln K, by 2 % or more.
+
+    Args:
+        losses: By step, the finite ones; at least one.
+        classes: K.
+    """
+    return bool(_ends(losses)[1].mean() < (1 - STALL) * math.log(classes))
 
 
 def has_learned(seen: "RunData") -> bool:

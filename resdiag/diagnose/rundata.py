@@ -14,6 +14,7 @@ from resdiag.diagnose.nonfinite import FirstNonfinite, find_first_nonfinite
 from resdiag.runs.folder import Run
 from resdiag.runs.watched_config import WatchedConfig
 from resdiag.theory.prediction import Prediction, predict_run
+from resdiag.watch.base.names import NORMALISATIONS
 
 Found = TypeVar("Found")
 
@@ -239,8 +240,6 @@ class RunData:
 
     def shortcut_factors(self, step: int) -> "pd.Series[float]":
         """The factor on every identity shortcut within a stage, signed, by block."""
-        from resdiag.watch.base.functions import NORMALISATIONS  # imports torch, plots do not
-
         found = {}
         for row in self.rows:
             block = int(row["index"])

@@ -22,7 +22,7 @@ from resdiag.diagnose.freezing import (
 )
 from resdiag.diagnose.progress import STALL_STEPS, find_doubts
 from resdiag.diagnose.rundata import RunData, held_since, trailing
-from resdiag.watch.base.functions import NORMALISATIONS
+from resdiag.watch.base.names import NORMALISATIONS
 
 FIRST_BRANCH = Threshold(1.0, "RMS of a branch over that of its shortcut, at the first step.")
 TRAINED = Threshold(0.8, "First loss over ln K below which a network was trained before.")

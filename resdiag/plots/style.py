@@ -82,7 +82,7 @@ _WHITEGRID: Any = {  # matplotlib types keys one by one
 }
 """seaborn's theme "whitegrid", written out: seaborn imports scipy.stats, a second and a half."""
 
-_RC: Any = {
+DENSER: Any = {
     "font.family": ["DejaVu Sans"],  # ships with matplotlib: the same figure on every machine
     "mathtext.fontset": "dejavusans",
     "font.size": 7.5,
@@ -128,7 +128,7 @@ def ink(colour: str) -> tuple[float, float, float]:
 
 def look() -> AbstractContextManager[None]:
     """The matplotlib settings under which figures are drawn and written: seaborn's, made denser."""
-    return mpl.rc_context({**_WHITEGRID, **_RC})
+    return mpl.rc_context({**_WHITEGRID, **DENSER})
 
 
 def step_looks(count: int) -> list[Look]:

@@ -1,6 +1,7 @@
-"""The answer to a study's question, computed by rule from what was expected and what came out.
+"""The answer to a study's question, computed by rule from what came out.
 
-No sentence here is written for one study: each is a count or a comparison with its rule.
+No sentence here is written for one study: each is a count or a comparison with its rule. What was
+expected stands apart, see `resdiag.report.expected`.
 """
 
 import math
@@ -8,32 +9,23 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from resdiag.models.variants import variant_words
+from resdiag.report.certainty import certainty, missing_words
 from resdiag.report.comparisons import (
     ByDepth,
     compare_by_depth,
     depth_headline,
-    depth_rule,
     depth_table,
+    threshold_headline,
     threshold_table,
     threshold_words,
 )
-from resdiag.report.expected import MET, NOT_MET, OPEN, Judged, is_metric, metric_table
-from resdiag.report.origin import changed_settings, is_lossy, list_sources
+from resdiag.report.expected import Judged, expected_words
+from resdiag.report.metric_answer import metric_headline, metric_table, metrics_alike
 from resdiag.report.parts import Table
 from resdiag.report.results import Group, Results
-from resdiag.report.words import (
-    Summary,
-    count,
-    listing,
-    measure_words,
-    number,
-    settings_words,
-    summarise,
-)
-from resdiag.training.recipe import RECIPES
+from resdiag.report.training_outcome import seeds_words, training_headline
+from resdiag.report.words import Summary, count, listing, settings_words, summarise
 
 _MOST_RANKS = 8
 """Settings whose variants are ranked on the first screen."""
@@ -47,95 +39,77 @@ class Answer:
         headline: One sentence.
         found: What came out, most telling first.
         sure: How sure that is: seeds, spread, what is missing, which data.
+        expected: How many expected values are met, and which ones are not.
         table: The numbers that answer the question, if they fit there.
+        plots: Kinds of plots that show the answer, the best one first.
     """
 
     headline: str
     found: Sequence[str]
     sure: Sequence[str]
+    expected: Sequence[str] = ()
     table: Table | None = None
+    plots: Sequence[str] = ()
 
 
 def answer(results: Results, judged: Sequence[Judged]) -> Answer:
-    """Put the answer together."""
-    ended = [item for item in results.cells if item.ended]
-    if not ended:
+    """Put the answer together: what the cells say of the setting that the study varies.
+
+    The first of these that is known: the error by depth, where no value was expected; the learning
+    rate at which networks diverge; which networks train; how an expected metric changes with depth.
+    """
+    if not any(item.ended for item in results.cells):
         return Answer(
             headline=f"No answer yet: none of {count(len(results.cells), 'cell')} has ended.",
             found=(),
-            sure=[_missing(results)],
+            sure=[missing_words(results)],
         )
     lines = compare_by_depth(results)
     rates = None if lines else threshold_table(results)
-    found = [*_not_met(judged), *_came_out(judged)]
-    found += [*([] if rates else threshold_words(results)), *_broken(results)]
-    found += [*_ranked(results), *_verdicts(results)]
-    if lines and judged:
-        found.insert(0, depth_headline(lines))
+    said = _headlines(results, judged, lines)
     return Answer(
-        headline=depth_headline(lines) + _so_far(results) if lines and not judged
-        else _headline(results, judged),
-        found=found,
-        sure=_sure(results, lines),
+        headline=said[0][0] + _so_far(results),
+        found=[
+            *(sentence for sentence, _ in said[1:]), *metrics_alike(judged),
+            *([] if rates else threshold_words(results)), *_broken(results), *_ranked(results),
+            *_verdicts(results),
+        ],
+        sure=certainty(results, lines),
+        expected=expected_words(judged),
         table=depth_table(lines) if lines else rates or metric_table(judged),
+        plots=said[0][1],
     )  # fmt: skip
+
+
+def _headlines(
+    results: Results, judged: Sequence[Judged], lines: Sequence[ByDepth]
+) -> list[tuple[str, Sequence[str]]]:
+    """The sentences that could answer, the best one first, each with the plots that show it."""
+    by_depth = (depth_headline(lines), ("depth", "curves")) if lines else ("", ())
+    rates = threshold_headline(results)
+    metric = metric_headline(judged)
+    seeds = seeds_words(results)
+    found: list[tuple[str, Sequence[str]]] = [
+        by_depth if not judged else ("", ()),
+        (f"{rates}; {seeds}." if rates else "", ("gradnorms", "nonfinite")),
+        (training_headline(results), ("curves",)),
+        (f"{metric}; {seeds}." if metric else "", ("signal", "growth")),
+        by_depth if judged else ("", ()),
+    ]
+    known = [pair for pair in found if pair[0]]
+    return known or [(_ended(results), ("curves",))]
+
+
+def _ended(results: Results) -> str:
+    """What is left to say of cells that made too few steps to train, and of no other question."""
+    ended = [item for item in results.cells if item.ended]
+    return f"{count(len(ended), 'cell')} ended, in too few steps to say whether they train."
 
 
 def _so_far(results: Results) -> str:
     ended = sum(item.ended for item in results.cells)
     total = len(results.cells)
     return "" if ended == total else f" So far {ended} of {total} cells ended."
-
-
-def _headline(results: Results, judged: Sequence[Judged]) -> str:
-    """Expected values by outcome, or by state if nothing was expected."""
-    ended = [item for item in results.cells if item.ended]
-    part = "" if len(ended) == len(results.cells) else f" so far ({len(ended)} of "
-    part += f"{len(results.cells)} cells)" if part else ""
-    tally = Counter(item.outcome for item in judged)
-    decided = tally[MET] + tally[NOT_MET]
-    if decided:
-        rest = f", {tally[OPEN]} cannot be decided" if tally[OPEN] else ""
-        missed = f"{tally[NOT_MET]} {'is' if tally[NOT_MET] == 1 else 'are'} not"
-        met = f"{tally[MET]} of {count(len(judged), 'expected value')}"
-        if tally[MET] == len(judged) > 1:
-            return f"All {len(judged)} expected values are met{part}."
-        return f"{met} {'is' if tally[MET] == 1 else 'are'} met, {missed}{rest}{part}."
-    lost = sum(item.state == "diverged" for item in ended)
-    why = f"None of {count(len(judged), 'expected value')} can be decided" if judged else ""
-    why = why or "The study has no expected values"
-    return f"{why}; {lost} of {count(len(ended), 'cell')} that ended diverged{part}."
-
-
-def _not_met(judged: Sequence[Judged]) -> list[str]:
-    """The expected values that did not come out, by measure; of words, by the word."""
-    missed: dict[str, list[str]] = {}
-    for item in judged:
-        if item.outcome == NOT_MET:
-            want = item.expected
-            claim = measure_words(want.measure, want.step, want.block)
-            if isinstance(want.value, str):
-                claim, found = f"{claim} {want.value}", item.reason
-            else:
-                mean = item.reason or number(item.numbers.mean, want.measure)
-                found = f"{mean}, expected {number(want.value, want.measure)}"
-            missed.setdefault(claim, []).append(f"{settings_words(item.settings)} ({found})")
-    return [f"Not met: {claim}: {listing(where, 8)}." for claim, where in missed.items()]
-
-
-def _came_out(judged: Sequence[Judged]) -> list[str]:
-    """Metrics that came out alike, and as expected, in all the settings they were expected of."""
-    found: dict[str, list[str]] = {}
-    for item in judged:
-        if is_metric(item):
-            want = item.expected
-            words = f"{number(item.numbers.mean)}, expected {number(want.value)}"
-            found.setdefault(measure_words(want.measure, want.step, want.block), []).append(words)
-    return [
-        f"In all {len(words)} settings, {measure}: {words[0]}."
-        for measure, words in found.items()
-        if len(words) > 1 and len(set(words)) == 1
-    ]
 
 
 def _broken(results: Results) -> list[str]:
@@ -201,109 +175,3 @@ def _verdicts(results: Results) -> list[str]:
     tally = Counter(str(item.outcomes.get("verdict", "")) for item in results.cells if item.ended)
     words = [f"{name} {amount}" for name, amount in tally.most_common() if name]
     return [f"Verdicts: {', '.join(words)}."] if words else []
-
-
-# -- how sure --------------------------------------------------------------------------------------
-
-
-def _sure(results: Results, by_depth: Sequence[ByDepth]) -> list[str]:
-    """Seeds, spread, what is missing, how long it was trained, data, device."""
-    lines = [_seeds(results), *([depth_rule(by_depth)] if by_depth else []), *_short(results)]
-    lines += [_missing(results), *_disagreement(results), *_spread(results)]
-    return [
-        line for line in [*lines, _data(results), *_changed(results), _devices(results)] if line
-    ]
-
-
-def _seeds(results: Results) -> str:
-    sizes = [len(group.ended) for group in results.groups if group.ended]
-    low, high = min(sizes), max(sizes)
-    n = f"n = {low}" if low == high else f"n = {low} to {high}"
-    single = ": a single seed has no spread" if high == 1 else ""
-    return f"{n} per setting, {count(len(sizes), 'setting')}{single}."
-
-
-def _short(results: Results) -> list[str]:
-    """How much of a recipe that counts in epochs was run, if it was cut short."""
-    found = []
-    for item in results.cells:
-        recipe = RECIPES[item.cell.request.recipe]
-        if item.run and item.ended and item.cell.request.steps and not recipe.steps:
-            found.append(
-                f"{item.run.steps} steps, {item.epochs:.2g} of the recipe's {recipe.epochs} epochs"
-            )
-    words = listing(list(dict.fromkeys(found)), 3)
-    return [f"A short training: {words}; it does not show how a full one ends."] if found else []
-
-
-def _missing(results: Results) -> str:
-    """Cells that are no result, by state."""
-    left = [item for item in results.cells if not item.ended]
-    if not left:
-        return f"All {count(len(results.cells), 'cell')} ended."
-    states = Counter(item.state for item in left)
-    words = ", ".join(f"{amount} {state}" for state, amount in states.most_common())
-    where = list(dict.fromkeys(variant_words(item.cell.request.variant) for item in left))
-    return (
-        f"Without a result: {len(left)} of {len(results.cells)} cells ({words}): {listing(where)}."
-    )
-
-
-def _disagreement(results: Results) -> list[str]:
-    """Settings whose seeds ended differently."""
-    mixed = [
-        settings_words(group.settings)
-        for group in results.groups
-        if len({member.state for member in group.ended}) > 1
-    ]
-    several = sum(len(group.ended) > 1 for group in results.groups)
-    if not several:
-        return []
-    if not mixed:
-        return [f"The seeds agree on how it ended in all {several} settings with several seeds."]
-    return [f"The seeds disagree on how it ended in {len(mixed)} of {several}: {listing(mixed)}."]
-
-
-def _spread(results: Results) -> list[str]:
-    """Largest spread of the final test error over seeds, if the training was long enough."""
-    spreads = [
-        (found.high - found.low, settings_words(group.settings))
-        for group in results.groups
-        if group.trained and (found := _errors(group)).n > 1
-    ]
-    if not spreads:
-        return []
-    most, where = max(spreads)
-    middle = float(np.median([spread for spread, _ in spreads]))
-    return [
-        f"Range of the final test error over seeds: {100 * middle:.2f} points in the median "
-        f"setting, {100 * most:.2f} at {where}."
-    ]
-
-
-def _data(results: Results) -> str:
-    """Names of the data, and what lossy copies mean."""
-    names = list(dict.fromkeys(item.data for item in results.cells if item.run))
-    if not names:
-        return ""
-    lossy = [name for name in names if is_lossy(name)]
-    warning = (
-        f" {listing(lossy)} is a lossy copy: its error rates can be compared with each other, "
-        "not with published ones."
-        if lossy
-        else ""
-    )
-    return f"Data: {listing(names)}.{warning}"
-
-
-def _changed(results: Results) -> list[str]:
-    changed = changed_settings(results.study)
-    return (
-        [f"Differs from the training of the shipped study: {listing(changed)}."] if changed else []
-    )
-
-
-def _devices(results: Results) -> str:
-    found = list_sources(results.runs, "environment", ("device", "dtype"))
-    words = [f"{name} ({amount})" if len(found) > 1 else name for name, amount in found]
-    return f"Computed on: {'; '.join(words)}." if any(name for name, _ in found) else ""

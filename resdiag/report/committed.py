@@ -11,7 +11,7 @@ from pathlib import Path
 
 from resdiag.report.answer import answer
 from resdiag.report.expected import judge_all
-from resdiag.report.figures import draw_figures
+from resdiag.report.figures import Drawings, draw_figures
 from resdiag.report.parts import Picture
 from resdiag.report.render import escape, to_markdown
 from resdiag.report.results import Results
@@ -76,7 +76,7 @@ def write_figures(root: Path, name: str, folder: Path) -> list[Path]:
     wanted = set(digests(root, name))
     make_folder(folder)
     files = []
-    for picture in draw_figures(_thaw(root / name), only=wanted):
+    for picture in draw_figures(_thaw(root / name), Drawings(only=wanted)):
         if picture.svg:
             path = folder / f"{picture.name}.svg"
             write_file(path, picture.file().encode())
@@ -92,7 +92,7 @@ def _thaw(folder: Path) -> Results:
 @lru_cache(maxsize=8)
 def _chosen(folder: Path) -> Sequence[Picture]:
     """Of the drawings of a figure the first of the deepest networks; not drawn yet."""
-    found = list(draw_figures(_thaw(folder), only=()))
+    found = list(draw_figures(_thaw(folder), Drawings(only=())))
     numbers = dict.fromkeys(picture.number for picture in found)
     return [
         max((p for p in found if p.number == number), key=lambda picture: picture.depth)

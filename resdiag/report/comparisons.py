@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from resdiag.diagnose.degraded import CLOSE, LEAST_SEEDS, Comparison, Depth, Gap, compare_depths
 from resdiag.report.parts import Entry, Mark, Table
 from resdiag.report.results import Group, Results
-from resdiag.report.words import count, listing, settings_words, spread_words, summarise
+from resdiag.report.words import count, joined, listing, settings_words, spread_words, summarise
 
 _WORDS = {
     "degraded": "worse with depth",
@@ -17,6 +17,13 @@ _WORDS = {
     "not_degraded": "not shown to be worse",
     "undecidable": "not decidable",
 }
+_VERBS = {
+    "degraded": ("gets worse", "get worse"),
+    "overfit": ("gets worse on test images only", "get worse on test images only"),
+    "not_degraded": ("is not shown to get worse", "are not shown to get worse"),
+    "undecidable": ("cannot be decided", "cannot be decided"),
+}
+"""The same as verbs, of one network and of several."""
 _KINDS = {"degraded": "bad", "overfit": "bad", "undecidable": "open"}
 
 
@@ -71,8 +78,12 @@ def depth_headline(lines: Sequence[ByDepth]) -> str:
     for line in lines:
         names.setdefault(line.comparison.name, []).append(line.name)
     if set(names) != {"undecidable"}:
-        said = [f"{_WORDS[name]}: {listing(names[name])}" for name in _WORDS if name in names]
-        return f"Error from depth {depths[0]} to {depths[-1]}: {'; '.join(said)}."
+        said = [
+            f"{joined(names[name])} {_VERBS[name][len(names[name]) > 1]}"
+            for name in _VERBS
+            if name in names
+        ]
+        return f"From depth {depths[0]} to {depths[-1]}, {'; '.join(said)}."
     known = [line.comparison.test for line in lines if line.comparison.test]
     if not known:
         return f"Whether the error grows with depth is not decidable yet: {_why_not(lines)}."
@@ -159,6 +170,41 @@ def threshold_words(results: Results) -> list[str]:
         for where, rates in _tried(results, rest).items()
     ]
     return [f"{_CAPTION}: {'; '.join(words)}."] if words else []
+
+
+def threshold_headline(results: Results) -> str:
+    """From which learning rate on each network diverges, at each depth; empty without rates.
+
+    Without the full stop: how many seeds that is may be added.
+    """
+    depths = "depth" in results.telling
+    rest = [name for name in results.telling if name not in ("lr", "depth")]
+    by_network: dict[str, dict[int, Rates]] = {}
+    for where, rates in _tried(results, [*rest, *(["depth"] if depths else [])]).items():
+        name = settings_words(dict(zip(rest, where, strict=False))) or "the network"
+        by_network.setdefault(name, {})[where[-1] if depths else 0] = rates
+    clauses, kept = [], dict[str, float]()
+    for name, by_depth in by_network.items():
+        lowest = {depth: _lowest(rates) for depth, rates in sorted(by_depth.items())}
+        if not any(lowest.values()):
+            kept[name] = max(max(rates) for rates in by_depth.values())
+            continue
+        words = [
+            (f"{rate:g}" if rate else "no rate tried") + (f" at depth {depth}" if depths else "")
+            for depth, rate in lowest.items()
+        ]
+        clauses.append(f"{name} diverges from learning rate {joined(words)}")
+    if kept:
+        verb = "diverges" if len(kept) == 1 else "diverge"
+        clauses.append(
+            f"{joined(list(kept))} {verb} at no rate tried, up to {max(kept.values()):g}"
+        )
+    return "; ".join(clauses)
+
+
+def _lowest(rates: Rates) -> float | None:
+    """The lowest rate at which a seed diverged; None if none did."""
+    return min((rate for rate, diverged in rates.items() if diverged), default=None)
 
 
 def threshold_table(results: Results) -> Table | None:

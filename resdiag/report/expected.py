@@ -1,6 +1,7 @@
 """Expected values beside what came out: met, not met, or not decidable, each by a rule."""
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from resdiag.report.words import (
     spread_words,
     summarise,
 )
-from resdiag.study.spec import OUTCOMES, WORDS, Expected
+from resdiag.study.spec import WORDS, Expected
 
 MET, NOT_MET, OPEN = "met", "not met", "not decidable"
 _ROUNDING = 1e-9
@@ -140,7 +141,41 @@ def _judge_numbers(
     return (MET if distance <= limit * (1 + _ROUNDING) + _ROUNDING else NOT_MET), ""
 
 
-_KINDS = {MET: "good", NOT_MET: "bad"}
+def expected_words(judged: Sequence[Judged]) -> list[str]:
+    """How many expected values are met, and which ones are not; empty if nothing was expected."""
+    tally = Counter(item.outcome for item in judged)
+    total = count(len(judged), "expected value")
+    if not judged:
+        return []
+    if tally[OPEN] == len(judged):
+        return [f"None of {total} can be decided."]
+    if tally[MET] == len(judged) > 1:
+        return [f"All {len(judged)} expected values are met."]
+    rest = f", {tally[OPEN]} cannot be decided" if tally[OPEN] else ""
+    met, missed = (
+        f"{tally[name]} {'is' if tally[name] == 1 else 'are'}" for name in (MET, NOT_MET)
+    )
+    words = f"{met.partition(' ')[0]} of {total} {met.partition(' ')[2]} met, {missed} not{rest}."
+    return [words, *_not_met(judged)]
+
+
+def _not_met(judged: Sequence[Judged]) -> list[str]:
+    """The expected values that did not come out, by measure; of words, by the word."""
+    missed: dict[str, list[str]] = {}
+    for item in judged:
+        if item.outcome == NOT_MET:
+            want = item.expected
+            claim = measure_words(want.measure, want.step, want.block)
+            if isinstance(want.value, str):
+                claim, found = f"{claim} {want.value}", item.reason
+            else:
+                mean = item.reason or number(item.numbers.mean, want.measure)
+                found = f"{mean}, expected {number(want.value, want.measure)}"
+            missed.setdefault(claim, []).append(f"{settings_words(item.settings)} ({found})")
+    return [f"Not met: {claim}: {listing(where, 8)}." for claim, where in missed.items()]
+
+
+KINDS = {MET: "good", NOT_MET: "bad"}
 FEW = 3
 """Rows of a source that are worth a table of their own."""
 SEVERAL = "From several sources"
@@ -167,8 +202,19 @@ def expected_section(judged: Sequence[Judged]) -> Section:
         "if every cell has it. Error rates on other data, or of another training, are not compared "
         "with published ones."
     )
-    parts: list[Part] = [_table(source, items) for (_, source), items in tables.items()]
+    parts: list[Part] = [_short(_table(source, items)) for (_, source), items in tables.items()]
     return Section(id="expected", title="Expected values", parts=[rule, *parts])
+
+
+def _short(table: Table) -> Part:
+    """The table without the columns that are the same everywhere; a sentence if all are."""
+    first = {str(row[1]) for row in table.rows}
+    short = table.without_constants(2)
+    if len(table.rows) < 2 or len(short.header) > 2 or len(first) > 1:
+        return short
+    cells = "; ".join(str(row[0]) for row in table.rows)
+    note = short.note.removeprefix("In every row: ")
+    return Text(f"{table.caption}. {first.pop()} in all {len(table.rows)}: {cells}. {note}")
 
 
 def _word(item: Judged) -> bool:
@@ -193,37 +239,8 @@ def _table(source: str, items: Sequence[Judged]) -> Table:
     return Table(caption=source or SEVERAL, header=header, rows=rows, numeric=numeric)
 
 
-def is_metric(item: Judged) -> bool:
-    """Whether a recorded metric was expected, and came out as a number."""
-    return item.expected.measure not in OUTCOMES and item.numbers.n > 0
-
-
-def metric_table(judged: Sequence[Judged]) -> Table | None:
-    """The first expected metric that varies, by depth: what came out, and what was expected."""
-    lots: dict[str, list[Judged]] = {}
-    for item in filter(is_metric, judged):
-        want = item.expected
-        lots.setdefault(measure_words(want.measure, want.step, want.block), []).append(item)
-    for measure, items in lots.items():
-        depths = sorted({item.settings["depth"] for item in items if "depth" in item.settings})
-        if len(depths) < 2 or len({number(item.numbers.mean) for item in items}) == 1:
-            continue
-        rows: dict[str, dict[int, Entry]] = {}
-        for item in items:
-            name = settings_words({k: v for k, v in item.settings.items() if k != "depth"})
-            words = f"{number(item.numbers.mean)} ({number(item.expected.value)})"
-            kind = _KINDS.get(item.outcome, "open")
-            rows.setdefault(name, {})[item.settings["depth"]] = Mark(words, kind)
-        return Table(
-            caption=f"{measure}: mean over seeds, expected value in brackets",
-            header=["cells", *(f"depth {depth}" for depth in depths)],
-            rows=[[name, *(row.get(depth, "") for depth in depths)] for name, row in rows.items()],
-        )
-    return None
-
-
 def _judgement(item: Judged) -> Mark:
-    return Mark(item.outcome, _KINDS.get(item.outcome, "open"), item.reason)
+    return Mark(item.outcome, KINDS.get(item.outcome, "open"), item.reason)
 
 
 def _word_row(item: Judged) -> list[Entry]:

@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,16 +36,38 @@ _LATER = (
 """Settings that act later than the first step."""
 
 
-def draw_figures(results: Results, *, only: Collection[str] | None = None) -> Iterator[Picture]:
+@dataclass(frozen=True, kw_only=True)
+class Drawings:
+    """Which figures are drawn, and how; the others have their data and tables only.
+
+    Attributes:
+        only: Names of the figures, or of the kinds of plots; None draws all.
+        deepest: Whether of a figure that is split only the drawing of the deepest networks is made.
+        pdf: Whether each is written as PDF, too: that takes as long as drawing it.
+    """
+
+    only: Collection[str] | None = None
+    deepest: bool = False
+    pdf: bool = False
+
+    def include(self, name: str) -> bool:
+        """Whether a figure or a kind of plot is among those."""
+        return self.only is None or name in self.only
+
+
+EVERYTHING = Drawings(pdf=True)
+
+
+def draw_figures(results: Results, how: Drawings = EVERYTHING) -> Iterator[Picture]:
     """The figures of a study, in its order.
 
     Args:
         results: What came out.
-        only: Names of those to draw; the others have their data and tables only. None draws all.
+        how: Which ones are drawn.
     """
     for place, figure in enumerate(results.study.file.figure, start=1):
         if figure.plot == ACTIVATION_PLOT.name:
-            yield _draw_activations(place, figure.title, only)
+            yield _draw_activations(place, figure.title, how)
             continue
         members = [item for item in results.select(figure.cells.given) if _has_records(item)]
         kind = KINDS[figure.plot]
@@ -59,13 +81,16 @@ def draw_figures(results: Results, *, only: Collection[str] | None = None) -> It
             continue
         if kind.first_step_only:
             members = _distinct_at_start(members)
-        for where, some in _facets(results, members):
+        facets = list(_facets(results, members))
+        depths = [max(item.cell.request.depth for item in some) for _, some in facets]
+        deepest = depths.index(max(depths))
+        for number_, (where, some) in enumerate(facets):
             name = re.sub(r"[^a-z0-9.]+", "-", f"{stem} {where}".lower()).strip("-")
             full = f"{title}: {where}" if where else title
-            depth = max(item.cell.request.depth for item in some)
-            one = replace(blank, name=name, title=full, depth=depth)
+            one = replace(blank, name=name, title=full, depth=depths[number_])
             runs = [item.run for item in some if item.run is not None]
-            yield _draw(one, kind, runs, only is None or name in only)
+            wanted = how.include(name) and (number_ == deepest or not how.deepest)
+            yield _draw(one, kind, runs, how if wanted else None)
 
 
 def _has_records(item: CellResult) -> bool:
@@ -118,7 +143,7 @@ def _are_crowded(results: Results, lots: Mapping[str, Sequence[CellResult]]) -> 
     return False
 
 
-def _draw_activations(place: int, title: str, only: Collection[str] | None) -> Picture:
+def _draw_activations(place: int, title: str, how: Drawings) -> Picture:
     """The figure that no run is needed for."""
     from resdiag.plots.activations import activation_moments, activation_values, draw
 
@@ -136,22 +161,25 @@ def _draw_activations(place: int, title: str, only: Collection[str] | None) -> P
             header=["activation", *next(iter(moments.values()))], rows=rows, numeric=(1, 2, 3),
         ),
     )  # fmt: skip
-    return picture if only is not None and name not in only else _with_files(picture, draw())
+    return _with_files(picture, draw(), how) if how.include(name) else picture
 
 
-def _with_files(picture: Picture, drawing: "Figure") -> Picture:
+def _with_files(picture: Picture, drawing: "Figure", how: Drawings) -> Picture:
     from resdiag.plots.figurefile import render
 
-    svg, pdf = (render(drawing, form, letters=True) for form in ("svg", "pdf"))
-    return replace(picture, svg=svg, pdf=pdf)
+    pdf = render(drawing, "pdf", letters=True) if how.pdf else b""
+    return replace(picture, svg=render(drawing, "svg", letters=True), pdf=pdf)
 
 
-def draw_runs(kinds: Sequence[str], runs: "Sequence[Run]") -> Iterator[Picture]:
+def draw_runs(
+    kinds: Sequence[str], runs: "Sequence[Run]", how: Drawings = EVERYTHING
+) -> Iterator[Picture]:
     """Runs side by side in each of some kinds of plots; what cannot be drawn says why.
 
     Args:
         kinds: Names in `resdiag.plots.kinds.KINDS`.
         runs: At least one.
+        how: Which kinds are drawn.
     """
     for place, name in enumerate(kinds, start=1):
         kind = KINDS[name]
@@ -159,10 +187,10 @@ def draw_runs(kinds: Sequence[str], runs: "Sequence[Run]") -> Iterator[Picture]:
             number=place, name=f"{place:02d}-{name}", title=kind.title, question=kind.question,
             reading=kind.reading, depth=max(run.config.depth for run in runs),
         )  # fmt: skip
-        yield _draw(blank, kind, runs, True)
+        yield _draw(blank, kind, runs, how if how.include(name) else None)
 
 
-def _draw(blank: Picture, kind: PlotKind, runs: "Sequence[Run]", drawn: bool) -> Picture:
+def _draw(blank: Picture, kind: PlotKind, runs: "Sequence[Run]", how: Drawings | None) -> Picture:
     """A picture with its data, and with its drawing if that is wanted."""
     from resdiag.plots.drawing import draw_view
     from resdiag.plots.grouping import open_view
@@ -170,7 +198,7 @@ def _draw(blank: Picture, kind: PlotKind, runs: "Sequence[Run]", drawn: bool) ->
     try:
         view = open_view(kind, runs, step=None, theory=True)
         picture = replace(blank, svg=b"", csv=to_csv(view), table=to_table(view, blank.title))
-        return _with_files(picture, draw_view(view)) if drawn else picture
+        return _with_files(picture, draw_view(view), how) if how else picture
     except ResdiagError as error:
         return replace(blank, reason=error.message)
 

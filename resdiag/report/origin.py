@@ -154,7 +154,9 @@ def origin_section(runs: "Sequence[Run]", seeds: Sequence[int], noun: str) -> Se
     ):
         found = list_sources(runs, part, names)
         rows: list[list[Entry]] = [[tame(words) or "not known", str(n)] for words, n in found]
-        if rows:
+        if len(rows) == 1:
+            parts.append(Text(f"{caption}, in all {noun}: {tame(found[0][0]) or 'not known'}."))
+        elif rows:
             header = [caption.lower(), noun]
             parts.append(Table(caption=caption, header=header, rows=rows, numeric=(1,)))
     parts.append(Text(f"Seeds: {listing(list(map(str, sorted(set(seeds)))), 20)}."))

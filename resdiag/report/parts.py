@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+from resdiag.report.heatmap import HeatMap
 from resdiag.report.svg import refine
 
 
@@ -44,12 +45,38 @@ class Table:
         header: Names of the columns.
         rows: Their cells; the first one names the row.
         numeric: Columns that are set to the right.
+        note: What is the same in every row, and therefore no column.
     """
 
     caption: str
     header: Sequence[str]
     rows: Sequence[Sequence[Entry]]
     numeric: Sequence[int] = ()
+    note: str = ""
+
+    def without_constants(self, kept: int) -> "Table":
+        """The same with the columns that are the same in every row in a note.
+
+        Args:
+            kept: Columns at the left that stay.
+        """
+        if len(self.rows) < 2:
+            return self
+        shown = list(range(kept))
+        said = []
+        for place, name in enumerate(self.header[kept:], start=kept):
+            entries = {str(row[place]) for row in self.rows}
+            if len(entries) > 1:
+                shown.append(place)
+            else:
+                said.append(f"{name}: {entries.pop()}")
+        return replace(
+            self,
+            header=[self.header[place] for place in shown],
+            rows=[[row[place] for place in shown] for row in self.rows],
+            numeric=[new for new, place in enumerate(shown) if place in self.numeric],
+            note=f"In every row: {'; '.join(said)}." if said else "",
+        )
 
 
 @dataclass(frozen=True)
@@ -169,9 +196,13 @@ class Page:
         headline: The answer in one sentence.
         found: What came out.
         sure: How sure that is.
+        expected: How many expected values are met, and which ones are not.
         claim: What was expected, and whose claim that is.
         sections: The rest.
         made: With what it was made; empty for pages that are compared.
+        table: The numbers that answer the question.
+        key: The figure that shows the answer.
+        heat_maps: Runs whose metrics can be looked at cell by cell, by block and step.
     """
 
     name: str
@@ -184,3 +215,6 @@ class Page:
     made: str = ""
     about: str = "a study"
     table: Table | None = None
+    key: Picture | None = None
+    expected: Sequence[str] = ()
+    heat_maps: Sequence[HeatMap] = ()

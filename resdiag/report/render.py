@@ -10,6 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from resdiag.report.heatmap import to_json
 from resdiag.report.parts import Bullets, Code, Folded, Page, Part, Picture, Table, Text
 from resdiag.report.svg import Styles
 
@@ -28,23 +29,39 @@ def _environment() -> Environment:
 def to_html(page: Page) -> str:
     """Write a page as HTML that needs nothing but itself.
 
-    The content security policy allows the one style sheet, by its hash, and pictures inside the
-    page; scripts, frames, forms and every request are refused.
+    The content security policy allows the one style sheet and the one script of a heat map, by
+    their hashes, and pictures inside the page; other scripts, frames, forms and every request are
+    refused.
     """
     styles, drawings, size = Styles(), dict[str, Markup](), 0
-    for picture in _pictures([part for section in page.sections for part in section.parts]):
+    parts: list[Part] = [page.key] if page.key else []
+    parts += [part for section in page.sections for part in section.parts]
+    for picture in _pictures(parts):
         drawing = picture.inline(styles)
         if size + len(drawing) <= MOST_BYTES:
             size += len(drawing)
             drawings[picture.name] = Markup(drawing)  # written by ElementTree
+    script = (_TEMPLATES / "heatmap.js").read_text("utf-8") if page.heat_maps else ""
     css = f"{(_TEMPLATES / 'report.css').read_text('utf-8')}\n{styles.css()}\n"
-    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
+    allowed = f"script-src '{_digest(script)}'; " if script else ""
     policy = (
-        f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; "
+        f"default-src 'none'; style-src '{_digest(css)}'; {allowed}img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
     template = _environment().get_template("report.html")
-    return template.render(page=page, css=Markup(css), policy=Markup(policy), drawings=drawings)
+    return template.render(
+        page=page,
+        css=Markup(css),
+        policy=Markup(policy),
+        drawings=drawings,
+        script=Markup(script),
+        heat_data=Markup(to_json(page.heat_maps)),
+    )
+
+
+def _digest(text: str) -> str:
+    """What a content security policy calls a style sheet or a script in the page."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 
 def _pictures(parts: "list[Part]") -> Iterator[Picture]:
@@ -72,9 +89,12 @@ def to_markdown(
         bulky: Whether long tables are written: verdicts of all cells, numbers of figures.
     """
     lines = [f"# {escape(title or page.question)}", "", f"**{escape(page.headline)}**", ""]
+    lines += _picture(page.key, figures, bulky) if page.key else []
     lines += _table(page.table) if page.table else []
     lines += [f"- {escape(line)}" for line in page.found]
     lines += ["", "How sure:", "", *(f"- {escape(line)}" for line in page.sure), ""]
+    if page.expected:
+        lines += ["What was expected:", "", *(f"- {escape(line)}" for line in page.expected), ""]
     for term, words in page.claim:
         lines += [f"{escape(term)}: {escape(words)}", ""]
     for section in page.sections:
@@ -116,6 +136,8 @@ def _parts(parts: Sequence[Part], figures: str, bulky: bool) -> Iterator[str]:
 def _table(table: Table) -> Iterator[str]:
     rule = ["---:" if place in table.numeric else "---" for place in range(len(table.header))]
     yield from (f"**{escape(table.caption)}**", "")
+    if table.note:
+        yield from (escape(table.note), "")
     yield _row(map(escape, table.header))
     yield _row(rule)
     for row in table.rows:

@@ -21,8 +21,19 @@ from resdiag.report.parts import (
     Text,
 )
 from resdiag.report.results import CellResult, Group, Results
+from resdiag.report.training_outcome import (
+    AT_CHANCE,
+    DIVERGES,
+    FALLS,
+    FLAT,
+    TRAINS,
+    TRAINS_ONLY,
+    UNKNOWN,
+    training_outcome,
+)
 from resdiag.report.words import (
     count,
+    joined,
     listing,
     measure_words,
     settings_words,
@@ -40,11 +51,12 @@ def write_page(results: Results, pictures: Sequence[Picture]) -> Page:
     file, judged = results.study.file, judge_all(results)
     said = answer(results, judged)
     claim = [("Expected result", file.expects), ("Source of the claim", file.source)]
+    key = choose_key(pictures, said.plots)
     seeds = [item.cell.request.seed for item in results.cells]
     sections = [
         expected_section(judged),
         _outcomes(results),
-        figures_section(pictures, max((item.thinned for item in results.cells), default=1)),
+        figures_section(pictures, max((item.thinned for item in results.cells), default=1), key),
         _cells(results),
         origin_section(results.runs, seeds, "cells"),
         remake_section(results),
@@ -56,6 +68,8 @@ def write_page(results: Results, pictures: Sequence[Picture]) -> Page:
         found=said.found,
         sure=said.sure,
         table=said.table,
+        key=key,
+        expected=said.expected,
         claim=[pair for pair in claim if pair[1]],
         sections=[section for section in sections if section.parts],
     )
@@ -75,7 +89,7 @@ def _outcomes(results: Results) -> Section:
     return Section(id="outcomes", title="Results", parts=parts)
 
 
-def _matrix(results: Results, caption: str, words: Callable[[Group], Entry]) -> Table:
+def _matrix(results: Results, caption: str, words: Callable[[Group], Entry]) -> Part:
     """Settings against the last telling one: the learning rate, the warm-up, or the depth."""
     numeric = [name for name in results.telling if _are_numbers(_values(results, name))]
     column = numeric[-1] if numeric else results.telling[-1]
@@ -89,6 +103,9 @@ def _matrix(results: Results, caption: str, words: Callable[[Group], Entry]) -> 
         cells.setdefault(name, {})[repr(group.settings[column])] = words(group)
     header = [", ".join(rows), *(settings_words({column: value}) or column for value in columns)]
     body = [[name, *(row.get(repr(value), "") for value in columns)] for name, row in cells.items()]
+    entries = {str(words(group)) for group in results.groups}
+    if len(entries) == 1:
+        return Text(f"{caption}: {entries.pop()} in all {count(len(results.groups), 'setting')}.")
     return Table(
         caption=f"{caption}, cells by {column.replace('_', ' ')}", header=header, rows=body
     )
@@ -104,14 +121,31 @@ def _are_numbers(values: Sequence[Any]) -> bool:
     return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
 
 
+_SHORT = {
+    TRAINS: ("trains", "good"),
+    TRAINS_ONLY: ("trains, test error at chance", "open"),
+    AT_CHANCE: ("at chance", "open"),
+    DIVERGES: ("diverged", "bad"),
+    FALLS: ("lowers its loss", "good"),
+    FLAT: ("does not lower its loss", "open"),
+    UNKNOWN: ("done", "plain"),
+}
+"""How training went, in a table: the word and its mark. Too few steps to say: done."""
+
+
 def _ended_words(group: Group) -> Entry:
-    """`3 done`, `2 of 3 diverged`, `1 missing`."""
-    states = Counter(member.state for member in group.members)
+    """`3 trains`, `2 at chance, 1 diverged`, `1 missing`."""
     total = len(group.members)
-    words = ", ".join(f"{amount} {state}" for state, amount in states.items())
-    if states["diverged"] == total:
-        return Mark(f"{total} diverged" if total > 1 else "diverged", "bad")
-    return words if len(states) > 1 or total > 1 else next(iter(states))
+    tally = Counter(_went(member) for member in group.members)
+    words = ", ".join(f"{amount} {word}" for (word, _), amount in tally.items())
+    (word, kind), amount = tally.most_common(1)[0]
+    if amount == total:
+        return Mark(f"{total} {word}" if total > 1 else word, kind)
+    return words
+
+
+def _went(item: CellResult) -> tuple[str, str]:
+    return _SHORT[training_outcome(item)] if item.ended else (item.state, "plain")
 
 
 def _verdict_words(group: Group) -> Entry:
@@ -142,30 +176,57 @@ def _numbers(results: Results) -> Table:
 # -- figures ---------------------------------------------------------------------------------------
 
 
-def figures_section(pictures: Sequence[Picture], thinned: int) -> Section:
+def choose_key(pictures: Sequence[Picture], plots: Sequence[str]) -> Picture | None:
+    """The figure that shows the answer: of the first kind of plot that was drawn, the first.
+
+    Args:
+        pictures: The drawings.
+        plots: Kinds of plots, the best one first; without any of them the first drawing is chosen.
+    """
+    drawn = [picture for picture in pictures if picture.svg]
+    drawn = drawn or [picture for picture in pictures if picture.svg is not None]
+    by_kind = [p for kind in plots for p in drawn if p.name.split("-")[1:2] == [kind]]
+    return next(iter([*by_kind, *drawn]), None)
+
+
+def figures_section(
+    pictures: Sequence[Picture], thinned: int, key: Picture | None = None
+) -> Section:
     """Each figure; what could not be drawn says why.
 
     Args:
         pictures: The drawings, those of one figure together.
         thinned: Most steps that one row of a curve stands for.
+        key: The one that stands under the answer already.
     """
     parts: list[Part] = []
-    for number_, some in groupby(pictures, key=lambda picture: picture.number):
+    shown = [picture for picture in pictures if picture.svg != b""] or pictures
+    for number_, some in groupby(shown, key=lambda picture: picture.number):
         members = list(some)
-        images = list(map(_drawn, members))
+        images = [_drawn(member, key) for member in members]
         parts.append(Text(f"Figure {number_}. {members[0].question}"))
         parts += images[:1]
         if len(images) > 1:
             parts.append(Folded(f"Figure {number_}, {len(images) - 1} more", images[1:]))
+    left = [picture.title for picture in pictures if picture not in shown]
+    if left:
+        parts.append(
+            Text(
+                f"Not drawn here: {joined(left)}. Their data are in the folder figures; with "
+                "--all-figures the report draws them."
+            )
+        )
     if thinned > 1 and parts:
         note = f"Loss and batch error in curves are means over up to {thinned} steps."
         parts.insert(0, Text(note))
     return Section(id="figures", title="Figures", parts=parts)
 
 
-def _drawn(picture: Picture) -> Part:
+def _drawn(picture: Picture, key: Picture | None) -> Part:
     if picture.svg is None:
         return Text(f"{picture.title}: not drawn: {picture.reason}")
+    if picture is key:
+        return Text(f"{picture.title}: see the figure under the answer.")
     return picture
 
 

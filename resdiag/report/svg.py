@@ -129,16 +129,18 @@ def _rename_ids(root: ET.Element, prefix: str) -> None:
         if href.startswith("#"):
             del element.attrib[_HREF]  # SVG 2 has it without a namespace: a third of all bytes
             element.attrib = {"href": f"#{used[href[1:]]}", **element.attrib}
-        if "clip-path" in element.attrib:
-            path = _URL.sub(lambda m: f"url(#{used[m.group(1)]})", element.get("clip-path", ""))
-            element.set("clip-path", path)
+        for name in ("clip-path", "style"):  # a style can fill with a hatching
+            if "url(#" in element.get(name, ""):
+                text = _URL.sub(lambda m: f"url(#{used[m.group(1)]})", element.get(name, ""))
+                element.set(name, text)
 
 
 def _references(element: ET.Element) -> Iterator[str]:
     href = element.get(_HREF, "")
     if href.startswith("#"):
         yield href[1:]
-    yield from _URL.findall(element.get("clip-path", ""))
+    for name in ("clip-path", "style"):
+        yield from _URL.findall(element.get(name, ""))
 
 
 def _shrink(element: ET.Element, styles: Styles) -> None:

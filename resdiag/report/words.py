@@ -89,6 +89,15 @@ def listing(words: Sequence[str], most: int = 6) -> str:
     return ", ".join(words[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def joined(words: Sequence[str]) -> str:
+    """Words as a sentence lists them.
+
+    >>> joined(["a", "b", "c"]), joined(["a"])
+    ('a, b and c', 'a')
+    """
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
 def tame(text: str, most: int = 600) -> str:
     r"""Words that no study file checked, on one bounded line without control characters.
 

@@ -2,9 +2,15 @@
 
 import base64
 import hashlib
+import json
 import re
 from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
+
+import resdiag
+
+_SCRIPT = Path(resdiag.__file__).parent / "report" / "templates" / "heatmap.js"
 
 
 class _Reader(HTMLParser):
@@ -25,7 +31,7 @@ class _Reader(HTMLParser):
             pass
 
     def handle_data(self, data):
-        if "style" not in self._path:
+        if not {"style", "script"} & set(self._path):
             self.texts.append(data)
 
     @property
@@ -34,9 +40,11 @@ class _Reader(HTMLParser):
 
 
 def check_harmless(html):
-    """No script, no handler, no request, one style sheet that the policy knows by its hash."""
+    """No handler, no request; a style sheet, at most a heat map's script, known by their hash."""
     seen = _Reader(html)
-    forbidden = ("script", "iframe", "object", "embed", "form", "link", "base", "img")
+    (policy,) = re.findall(r'Security-Policy" content="([^"]*)"', html)
+    _check_scripts(html, policy, seen.tags["script"])
+    forbidden = ("iframe", "object", "embed", "form", "link", "base", "img")
     assert not [tag for tag in forbidden if seen.tags[tag]]
     assert not [a for a in seen.attributes if a[1].startswith("on") or a[1] in ("style", "srcset")]
     for tag, name, value in seen.attributes:
@@ -45,12 +53,31 @@ def check_harmless(html):
     assert "url(http" not in html
     assert "@import" not in html
     (sheet,) = re.findall(r"<style>(.*?)</style>", html, re.DOTALL)
-    digest = base64.b64encode(hashlib.sha256(sheet.encode()).digest()).decode()
-    (policy,) = re.findall(r'Security-Policy" content="([^"]*)"', html)
-    assert f"style-src 'sha256-{digest}'" in policy
+    assert f"style-src '{_digest(sheet)}'" in policy
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
     return seen
+
+
+def _check_scripts(html, policy, amount):
+    """None, and none is allowed; or the one that the package ships, and its data."""
+    found = re.findall(r"<script([^>]*)>(.*?)</script>", html, re.DOTALL)
+    assert len(found) == amount
+    if not found:
+        assert "script-src" not in policy
+        return
+    (about, data), (plain, script) = found
+    assert (about, plain) == (' type="application/json" id="heat-data"', "")
+    assert not set("<>&") & set(data)
+    assert json.loads(data)
+    assert script == _SCRIPT.read_text("utf-8")
+    assert re.findall(r"script-src ([^;]*);", policy) == [f"'{_digest(script)}'"]
+    for word in ("http", "fetch", "import", "innerHTML", "eval", "Request", "WebSocket"):
+        assert word not in script
+
+
+def _digest(text):
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 HOSTILE = [

@@ -79,7 +79,7 @@ def make_run(request, explode=None, data=None):
     name = "exploded" if explode is not None else "healthy"
     verdict = {"name": name, "step": explode, "block": 0, "summary": "A sentence.", "why": "Why."}
     about = {"name": data or request.data, "classes": 10, "train": 1437, "sha256": "0" * 64}
-    return replace(run, environment=ENVIRONMENT, data=about, verdict=verdict)
+    return replace(run, environment=ENVIRONMENT, data=about, written_verdict=verdict)
 
 
 def _made(study, cell, explode, data, steps):

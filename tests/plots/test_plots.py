@@ -311,14 +311,14 @@ def test_kinds_cost_no_matplotlib():
 def test_heat_maps_and_intervals_are_seaborns_in_its_theme():
     import seaborn as sns
 
-    from resdiag.plots.style import _RC, look
+    from resdiag.plots.style import DENSER, look
 
     theme = sns.axes_style("whitegrid")
     with look():
         import matplotlib as mpl
 
         ours = {name: mpl.rcParams[name] for name in theme}
-    with mpl.rc_context({**theme, **_RC}):
+    with mpl.rc_context({**theme, **DENSER}):
         theirs = {name: mpl.rcParams[name] for name in theme}
     unused = ("image.cmap", "font.sans-serif")  # heat maps name theirs, and the font is named too
     assert {n: v for n, v in ours.items() if n not in unused} == {

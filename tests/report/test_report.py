@@ -23,14 +23,16 @@ from resdiag.plots.style import VARIANT_LOOKS
 from resdiag.report.answer import answer
 from resdiag.report.comparisons import threshold_table
 from resdiag.report.expected import FEW, MET, NOT_MET, OPEN, SEVERAL, expected_section, judge_all
-from resdiag.report.figures import MOST_LINES, draw_figures
+from resdiag.report.figures import MOST_LINES, Drawings, draw_figures, draw_runs
 from resdiag.report.origin import changed_settings, remake_commands
+from resdiag.report.parts import Table, Text
 from resdiag.report.render import MOST_BYTES, to_html, to_markdown
 from resdiag.report.results import Results
 from resdiag.report.sections import write_page
 from resdiag.report.storage import read_results, write_results
-from resdiag.report.svg import DARK_PAPER, contrast, on_dark
-from resdiag.report.words import number, summarise
+from resdiag.report.svg import DARK_PAPER, Styles, contrast, on_dark
+from resdiag.report.training_outcome import TRAINS, TRAINS_ONLY, run_outcome
+from resdiag.report.words import number, settings_words, summarise
 from resdiag.report.write import write_report
 from resdiag.study.shipped import shipped_studies
 from resdiag.study.study import load_study
@@ -162,7 +164,9 @@ def test_summaries_are_those_of_numpy(values):
 def test_sources_with_few_values_share_a_table_and_lose_none():
     study = load_study("initialisation", ["seeds=[0]"])
     judgements = judge_all(make_results(study, broken=lambda request: None))
-    _rule, *tables = expected_section(judgements).parts
+    _rule, *parts = expected_section(judgements).parts
+    tables = [part for part in parts if isinstance(part, Table)]
+    sentences = [part.text for part in parts if isinstance(part, Text)]
     sizes = Counter(item.expected.source for item in judgements)
     few = {source: number for source, number in sizes.items() if number < FEW}
     assert [t.caption for t in tables].count(SEVERAL) == 1
@@ -171,7 +175,27 @@ def test_sources_with_few_values_share_a_table_and_lose_none():
             assert Counter(row[-1] for row in table.rows) == few
         else:
             assert len(table.rows) == sizes[table.caption] >= FEW
-    assert sum(len(table.rows) for table in tables) == len(judgements)
+    said = {source: text for source in sizes for text in sentences if text.startswith(f"{source}.")}
+    assert len(said) == len(sentences)
+    for source, text in said.items():
+        alike = [item for item in judgements if item.expected.source == source]
+        assert f"in all {len(alike)}: " in text
+        assert all(settings_words(item.settings) in text for item in alike)
+    assert sum(len(t.rows) for t in tables) + sum(sizes[s] for s in said) == len(judgements)
+
+
+def test_what_is_the_same_in_every_row_is_no_column():
+    table = Table(
+        caption="c", header=["cells", "judged", "n", "data", "mean"], numeric=(2, 4),
+        rows=[["a", "met", "3", "digits", "1"], ["b", "met", "3", "digits", "2"]],
+    )  # fmt: skip
+    short = table.without_constants(2)
+    assert short.header == ["cells", "judged", "mean"]
+    assert [list(row) for row in short.rows] == [["a", "met", "1"], ["b", "met", "2"]]
+    assert list(short.numeric) == [2]
+    assert short.note == "In every row: n: 3; data: digits."
+    one = replace(table, rows=table.rows[:1])
+    assert one.without_constants(2) is one
 
 
 # -- the answer ------------------------------------------------------------------------------------
@@ -190,9 +214,12 @@ def cut(results):
     return Results(study=results.study, cells=short, source="")
 
 
-def test_the_answer_counts():
+def test_the_answer_says_which_networks_train_and_counts():
     found = said(make_results())
-    assert found.headline == "All 4 expected values are met."
+    assert found.headline == (
+        "elu (d) trains at both depths; elu_pre (b) diverges at both depths; 2 seeds."
+    )
+    assert found.expected == ["All 4 expected values are met."]
     assert "Diverged: 4 of 8 cells: elu_pre (b) 4 of 4; none of elu (d)." in found.found
     assert "n = 2 per setting, 4 settings." in found.sure
     assert "All 8 cells ended." in found.sure
@@ -206,11 +233,77 @@ def test_what_is_missing_and_what_disagrees_is_said():
         failed=(1,),
     )
     found = said(results)
-    assert found.headline.endswith("so far (6 of 8 cells).")
-    assert "1 is not" in found.headline
-    assert any("Not met: how it ended diverged: elu_pre (b), depth 56" in x for x in found.found)
+    assert found.headline == (
+        "elu (d) has no result at depth 20 and trains at depth 56; elu_pre (b) trains in 1 of 2 "
+        "seeds at depth 20, diverges in 1 of 2 seeds at depth 20 and in 1 of 2 seeds at depth 56 "
+        "and stays at chance in 1 of 2 seeds at depth 56; 2 seeds. So far 6 of 8 cells ended."
+    )
+    assert "1 is not" in found.expected[0]
+    assert any("Not met: how it ended diverged: elu_pre (b), depth 56" in x for x in found.expected)
     assert any("2 of 8 cells (1 missing, 1 failed): elu (d)" in x for x in found.sure)
     assert any("disagree on how it ended in 2 of 3" in x for x in found.sure)
+
+
+def with_losses(text, losses):
+    """Results whose loss is the given one, in units of ln K, in every step of a cell."""
+    results = make_results(make_study(text), broken=lambda request: None)
+    cells = []
+    for item in results.cells:
+        loss = losses[item.cell.request.variant, item.cell.request.depth] * math.log(10)
+        curve = item.run.curve().assign(loss=loss)
+        cells.append(replace(item, run=replace(item.run, curve_frame=curve)))
+    return Results(study=results.study, cells=cells, source="")
+
+
+def test_done_is_not_trained():
+    one = GRID.replace("seeds = [0, 1]", "seeds = [0]")
+    losses = {("elu", 20): 0.5, ("elu", 56): 0.97, ("elu_pre", 20): 0.99, ("elu_pre", 56): 3.0}
+    found = said(with_losses(one, losses))
+    assert found.headline == (
+        "elu (d) trains at both depths; elu_pre (b) stays at chance at both depths; one seed."
+    )
+    assert any("at chance: it is not" in line for line in found.sure)
+    losses["elu_pre", 20] = 0.5
+    found = said(with_losses(one, losses))
+    assert "elu_pre (b) trains at depth 20 and stays at chance at depth 56" in found.headline
+    html = page_of(with_losses(one, losses))
+    assert "at chance</span></td>" in html
+
+
+def test_a_test_error_of_guessing_is_said_where_the_number_of_test_images_is_known():
+    results = make_results(broken=lambda request: None)
+    item = results.cells[0]
+    run = replace(item.run, data={**item.run.data, "test": 900})
+    limit = 0.9 - 2 * math.sqrt(0.9 * 0.1 / 900)  # two standard errors of 900 images
+    for error, outcome in ((limit + 1e-6, TRAINS_ONLY), (limit - 1e-6, TRAINS), (math.nan, TRAINS)):
+        assert run_outcome(run, error) == outcome
+    assert run_outcome(item.run, 0.9) == TRAINS  # how many there are is not known
+
+
+def test_the_committed_studies_are_answered_in_their_own_words():
+    folder = Path(__file__).parents[2] / "studies" / "results"
+    heads = {
+        name: said(read_results(folder / name)).headline
+        for name in ("smoke", "explosion", "initialisation", "degradation-cpu")
+    }
+    assert heads["smoke"] == (
+        "original and elu (d) train at both depths; elu_pre (b) stays at chance at depth 8 and "
+        "diverges at depth 20; one seed."
+    )
+    assert heads["explosion"].startswith(
+        "elu_nobn (a) diverges from learning rate 0.01 at depth 20, 1e-05 at depth 56 and 1e-09 at "
+        "depth 110; "
+    )
+    assert heads["explosion"].endswith(
+        "original and elu (d) diverge at no rate tried, up to 0.1; 3 seeds."
+    )
+    assert heads["initialisation"].startswith(
+        "The second moment of the output at step 0, last block"
+    )
+    assert heads["degradation-cpu"] == (
+        "From depth 20 to 56, original and elu_after (c) get worse; elu (d) is not shown to get "
+        "worse; no_relu cannot be decided."
+    )
 
 
 def test_the_least_rate_that_broke_is_told_by_the_rest():
@@ -221,6 +314,10 @@ def test_the_least_rate_that_broke_is_told_by_the_rest():
         return 3 if request.lr > limits.get((request.variant, request.depth), 1) else None
 
     results = make_results(make_study(text), broken=broken)
+    assert said(results).headline == (
+        "elu_pre (b) diverges from learning rate 0.1 at depth 20 and 0.001 at depth 56; "
+        "elu (d) diverges at no rate tried, up to 0.1; 2 seeds."
+    )
     (line,) = [x for x in said(results).found if "Lowest" in x]
     assert line == (
         "Lowest learning rate at which a seed diverged: elu (d), depth 20: none up to 0.1; "
@@ -272,8 +369,7 @@ ERRORS_BY_DEPTH = {
 def test_without_expected_values_the_answer_is_whether_the_error_grows_with_depth():
     found = said(by_depth(ERRORS_BY_DEPTH))
     assert found.headline == (
-        "Error from depth 20 to 56: worse with depth: elu_pre (b); "
-        "worse with depth on test images only: elu (d)."
+        "From depth 20 to 56, elu_pre (b) gets worse; elu (d) gets worse on test images only."
     )
     rows = {row[0]: row for row in found.table.rows}
     assert rows["elu_pre (b)"][2:5] == ["20.10 ± 0.10 %", "25.10 ± 0.10 %", "3"]
@@ -282,7 +378,7 @@ def test_without_expected_values_the_answer_is_whether_the_error_grows_with_dept
     assert rows["elu (d)"][6] == "-1.00 (limit 0.16)"
     assert [row[1].kind for row in found.table.rows] == ["bad", "bad"]
     even = said(by_depth({**ERRORS_BY_DEPTH, ("elu", 56): (0.09, 0.19)}))
-    assert "not shown to be worse: elu (d)" in even.headline
+    assert "elu (d) is not shown to get worse" in even.headline
 
 
 def test_few_seeds_say_what_was_seen_and_that_it_decides_nothing():
@@ -295,16 +391,19 @@ def test_few_seeds_say_what_was_seen_and_that_it_decides_nothing():
     assert any("Some settings have 1 seed here" in line for line in found.sure)
     part = said(by_depth(ERRORS_BY_DEPTH, missing=(0,)))
     assert part.headline.endswith("So far 11 of 12 cells ended.")
-    assert "not decidable: elu (d)" in part.headline
+    assert "elu (d) cannot be decided" in part.headline
 
 
 def test_a_short_study_that_expects_values_asks_something_else():
     text = GRID.replace("[0, 1]", "[0, 1, 2]")
     long = said(by_depth(ERRORS_BY_DEPTH, text))
-    assert "expected values" in long.headline
-    assert long.found[0].startswith("Error from depth 20 to 56")
+    assert long.headline == (
+        "elu (d) trains at both depths; elu_pre (b) trains at depth 20 and stays at chance at "
+        "depth 56; 3 seeds."
+    )
+    assert long.found[0].startswith("From depth 20 to 56, ")
     found = said(cut(by_depth(ERRORS_BY_DEPTH, text)))
-    assert not any("from depth 20" in line for line in found.found)
+    assert not any("rom depth 20" in line for line in found.found)
     assert "with depth" not in (found.table.header if found.table else ())
 
 
@@ -386,8 +485,6 @@ def test_the_numbers_of_a_figure_are_those_of_the_run(pictures):
 
 
 def test_a_drawing_is_titled_unique_and_without_styles_of_its_own(pictures):
-    from resdiag.report.svg import Styles
-
     styles = Styles()
     texts = [picture.inline(styles) for picture in pictures]
     ids = Counter(re.findall(r' id="([^"]+)"', "".join(texts)))
@@ -405,6 +502,17 @@ def test_a_drawing_is_titled_unique_and_without_styles_of_its_own(pictures):
         assert all(f".{name}{{" in styles.css() for name in classes)
 
 
+def test_hatching_survives_with_its_own_id():
+    run = make_results(make_study(GRID)).cells[-1].run
+    (picture,) = draw_runs(["gradnorms"], [run])
+    assert b"url(#h" in picture.svg  # matplotlib's name of a hatching
+    for text in (picture.file(), picture.inline(styles := Styles()) + styles.css()):
+        named = set(re.findall(r' id="([^"]+)"', text))
+        (filled,) = set(re.findall(r"fill:url\(#([^)]+)\)", text))
+        assert f'<pattern id="{filled}"' in re.sub(r"<pattern [^>]*?id=", "<pattern id=", text)
+        assert filled in named
+
+
 def test_a_file_follows_the_scheme_of_who_shows_it(pictures):
     root = ET.fromstring(pictures[0].file())
     sheet = root.find(f"{SVG}style").text
@@ -416,16 +524,30 @@ def test_a_file_follows_the_scheme_of_who_shows_it(pictures):
 def test_a_crowd_of_lines_is_split_by_depth():
     study = make_study(GRID.replace('"elu_pre"]', '"elu_pre", "original", "plain", "no_relu"]'))
     assert len(study.cells) > 2 * MOST_LINES - 1
-    found = list(draw_figures(make_results(study, broken=lambda r: None), only=()))
+    found = list(draw_figures(make_results(study, broken=lambda r: None), Drawings(only=())))
     assert [picture.name for picture in found][:2] == ["01-gradnorms", "02-curves"]
     study = make_study(
         GRID.replace("depth = [20, 56]\n[[f", "depth = [8, 14, 20, 26, 32, 56]\n[[f")
     )
-    found = list(draw_figures(make_results(study, broken=lambda r: None), only=()))
+    found = list(draw_figures(make_results(study, broken=lambda r: None), Drawings(only=())))
     assert [picture.name for picture in found][:2] == [
         "01-gradnorms-depth-8",
         "01-gradnorms-depth-14",
     ]
+
+
+def test_of_a_figure_that_is_split_the_deepest_is_drawn_unless_all_are_asked_for():
+    text = GRID.partition('[[figure]]\nplot = "curves"')[0]
+    study = make_study(
+        text.replace("depth = [20, 56]", "depth = [8, 20, 26]").replace(
+            '"elu_pre"]', '"elu_pre", "original", "plain", "no_relu"]'
+        )
+    )
+    results = make_results(study, broken=lambda r: None)
+    found = {p.name: bool(p.svg) for p in draw_figures(results, Drawings(deepest=True))}
+    assert found == {f"01-gradnorms-depth-{d}": d == 26 for d in (8, 20, 26)}
+    page = write_page(results, list(draw_figures(results, Drawings(deepest=True))))
+    assert "with --all-figures the report draws them" in check_harmless(to_html(page)).text
 
 
 def test_lines_of_a_drawing_are_told_apart():
@@ -433,7 +555,7 @@ def test_lines_of_a_drawing_are_told_apart():
     from resdiag.plots.kinds import KINDS
 
     results = make_results(load_study("paper", ["seeds=[0]"]))
-    curves = [p for p in draw_figures(results, only=()) if p.number == 2]
+    curves = [p for p in draw_figures(results, Drawings(only=())) if p.number == 2]
     assert [p.name for p in curves] == [f"02-curves-depth-{d}" for d in (20, 32, 44, 56, 110)]
     runs = [c.run for c in results.cells if c.cell.request.depth == 110 and "10" in c.data[-2:]]
     looks = [
@@ -444,7 +566,7 @@ def test_lines_of_a_drawing_are_told_apart():
 
 def test_the_activations_are_a_figure_of_their_own_with_the_numbers_of_theory():
     text = GRID.replace('plot = "gradnorms"', 'plot = "activations"')
-    (picture, *_) = draw_figures(make_results(make_study(text)), only={"01-activations"})
+    (picture, *_) = draw_figures(make_results(make_study(text)), Drawings(only={"01-activations"}))
     rows = list(csv.DictReader(io.StringIO(picture.csv)))
     assert len(rows) == len({row["x"] for row in rows}) > 100
     for row in rows:
@@ -465,7 +587,7 @@ def test_growth_at_the_start_does_not_repeat_what_only_acts_later():
     study = make_study(
         text.replace('"gradnorms"', '"growth"').replace("depth = 56 }", "depth = 20 }")
     )
-    growth = next(draw_figures(make_results(study, broken=lambda r: None), only=()))
+    growth = next(draw_figures(make_results(study, broken=lambda r: None), Drawings(only=())))
     lines = {row["line"] for row in csv.DictReader(io.StringIO(growth.csv))}
     assert lines == {"elu (d)", "elu_pre (b)"}
 
@@ -485,8 +607,8 @@ def page_of(results, drawn=()):
 def test_the_first_words_are_question_answer_and_how_sure():
     seen = check_harmless(page_of(make_results()))
     places = [seen.text.index(words) for words in (
-        "Do deeper networks explode?", "All 4 expected values are met.", "n = 2 per setting",
-        "Expected values",
+        "Do deeper networks explode?", "elu (d) trains at both depths", "n = 2 per setting",
+        "All 4 expected values are met.", "Expected values",
     )]  # fmt: skip
     assert places == sorted(places)
     assert places[2] < 1200  # letters: a first screen
@@ -535,7 +657,8 @@ source = {text}
     )
     results = make_results(study, broken=lambda r: None, failed=(1,))
     verdict = {"name": words, "summary": words, "why": words, "step": 1}
-    run = replace(results.cells[0].run, verdict=verdict, notes=(words,), data={"name": words})
+    first = results.cells[0].run
+    run = replace(first, written_verdict=verdict, notes=(words,), data={"name": words})
     cells = [
         replace(results.cells[0], run=run, outcomes={"verdict": words, "status": "done"}),
         replace(results.cells[1], message=f"{words}\u202e\x1b[31m"),
@@ -570,12 +693,10 @@ def test_markdown_tables_keep_their_columns():
 def test_report_of_nothing_of_frozen_results_and_as_json(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_study(tmp_path)
-    assert app.run(["study", "report", "tiny.toml"]) == 0
-    assert capsys.readouterr().out.strip() == "runs/tiny/report/report.html"
-    html = (tmp_path / "runs/tiny/report/report.html").read_text()
-    assert "No answer yet: none of 4 cells has ended." in html
+    assert app.run(["study", "report", "tiny.toml"]) == 2
+    assert "no cell of tiny was begun under runs" in capsys.readouterr().err
     write_results(make_results(), tmp_path / "ice")
-    assert app.run(["study", "report", "ice", "--out", "page", "--json"]) == 0
+    assert app.run(["study", "report", "ice", "--out", "page", "--json", "--pdf"]) == 0
     files = json.loads(capsys.readouterr().out)["files"]
     endings = Counter(name.rpartition(".")[2] for name in files)
     assert endings == {"html": 1, "md": 1, "svg": 2, "pdf": 2, "csv": 2}

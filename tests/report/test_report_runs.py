@@ -1,9 +1,11 @@
 """The report of runs without a study: what it says first, what it refuses, that it is harmless."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import synthetic_runs
 from hostile import HOSTILE, check_harmless
 from made_runs import make_config, write_run
@@ -14,8 +16,9 @@ from resdiag.diagnose.verdict import judge
 from resdiag.plots.kinds import KINDS
 from resdiag.report.figures import draw_runs
 from resdiag.report.render import to_html, to_markdown
-from resdiag.report.runpage import write_run_page
+from resdiag.report.runpage import MOST_PLOTS, choose_plots, write_run_page
 from resdiag.report.words import number
+from resdiag.report.write import write_run_report
 from resdiag.runs.watched_config import WatchedConfig
 
 
@@ -24,7 +27,9 @@ def test_the_first_words_are_the_verdict_and_its_evidence_has_the_numbers():
     verdict = judge(run)
     seen = check_harmless(to_html(write_run_page([run], [])))
     places = [seen.text.index(words) for words in (
-        "What happened in elu_pre-56?", f"{verdict.name}: {verdict.summary}", verdict.why,
+        "What happened in elu_pre-56?",
+        f"elu_pre-56 diverges: not finite from step 4 on. Cause: {verdict.cause}.",
+        f"{verdict.name}: {verdict.summary}", verdict.why,
         "diverged after 6 of 150 steps", "How sure", "one seed", "Evidence",
     )]  # fmt: skip
     assert places == sorted(places)
@@ -53,11 +58,78 @@ def test_runs_side_by_side_are_counted_named_and_compared_over_depth():
     runs = [synthetic_runs.make_run("elu", d, seed=s) for d in depths for s in seeds]
     page = write_run_page(runs, [])
     tally = Counter(judge(run).name for run in runs)
-    assert page.headline == f"6 runs: {', '.join(f'{n} {k}' for n, k in tally.most_common())}."
-    assert page.found[0].startswith("elu, error by depth: ")
-    assert "depth 56 against 20" in page.found[0]
+    assert page.headline == "6 runs train."
+    said = ", ".join(f"{name} {amount}" for name, amount in tally.most_common())
+    assert page.found[0] == f"Verdicts: {said}."
+    assert page.found[1].startswith("elu, error by depth: ")
+    assert "depth 56 against 20" in page.found[1]
     rows = page.sections[0].parts[0].rows
     assert [row[0] for row in rows] == [run.label for run in runs]
+
+
+def with_loss(loss, **more):
+    """A healthy run of 151 steps whose loss is another one in all of them."""
+    run = synthetic_runs.make_run("elu", 20)
+    curve = run.curve().assign(loss=loss)
+    return replace(run, curve_frame=curve, **more)
+
+
+def test_a_run_that_is_done_is_not_said_to_be_trained():
+    chance = write_run_page([with_loss(np.log(10) * 0.99)], [])
+    assert chance.headline.startswith(
+        "elu-20 stays at chance after 151 steps: the mean loss of the last fifth is 2.28, "
+        "guessing is 2.3"
+    )
+    assert write_run_page([with_loss(np.log(10) * 0.97)], []).headline.startswith("elu-20 trains")
+    unknown = {"name": "own"}  # without classes, it is the fall of the loss that counts
+    flat = write_run_page([with_loss(1.0, data=unknown)], [])
+    assert flat.headline.startswith("elu-20 does not lower its loss after 151 steps")
+    falling = write_run_page([with_loss(np.linspace(2, 1, 151), data=unknown)], [])
+    assert falling.headline.startswith("elu-20 lowers its loss after 151 steps: the mean")
+    short = with_loss(1.0)
+    short = replace(short, curve_frame=short.curve().head(19), steps=19)
+    assert "whether it trains cannot be judged" in write_run_page([short], []).headline
+    both = write_run_page([with_loss(3.0), synthetic_runs.make_run("elu_pre", 56, explode=4)], [])
+    assert both.headline == "elu-20 stays at chance; elu_pre-56 diverges."
+
+
+def test_the_figure_that_the_verdict_advises_stands_first_and_once():
+    run = synthetic_runs.make_run("elu_pre", 56, explode=4)
+    (kind, *_) = re.findall(r"resdiag plot (\S+)", "\n".join(judge(run).next))
+    pictures = list(draw_runs(["curves", kind], [run]))
+    page = write_run_page([run], pictures)
+    assert page.key is pictures[1]
+    html = to_html(page)
+    assert check_harmless(html).tags["svg"] == 2
+    assert html.index("<svg") < html.index("How sure")
+
+
+def test_the_plots_that_the_verdict_advises_are_drawn_and_the_others_are_named(tmp_path):
+    run = synthetic_runs.make_run("elu_pre", 56, explode=4)
+    wanted = choose_plots([judge(run)])
+    assert wanted[0] == "curves"
+    advised = re.findall(r"resdiag plot (\S+)", "\n".join(judge(run).next))
+    assert set(wanted) <= {"curves", *advised, "gradnorms", "signal"}
+    assert len(wanted) == MOST_PLOTS
+    files = {path.name for path in write_run_report([run], tmp_path, every=False, pdf=False)}
+    assert {name.split("-")[1] for name in files if name.endswith(".svg")} == {
+        f"{kind}.svg" for kind in wanted
+    }
+    assert not [name for name in files if name.endswith(".pdf")]
+    kinds = [kind for kind in KINDS.values() if not kind.compares]
+    assert len([name for name in files if name.endswith(".csv")]) == len(kinds)  # all data
+    text = check_harmless((tmp_path / "report.html").read_text()).text
+    (left,) = re.findall(r"Not drawn here: ([^.]*)\.", text)
+    for kind in kinds:
+        assert (kind.title in left) == (kind.name not in wanted)
+
+
+def test_rules_that_were_not_applied_for_one_reason_share_a_line():
+    lines = [
+        line for line in write_run_page([synthetic_runs.make_run()], []).sure if "loop" in line
+    ]
+    assert len(lines) == 1
+    assert "optimizer_mismatch" in lines[0]
 
 
 def hostile(words):
@@ -89,7 +161,7 @@ def test_the_command_writes_one_page_and_figures_beside_the_run(tmp_path, monkey
     few = {name: KINDS[name] for name in ("curves", "nonfinite")}  # drawing all takes ten seconds
     monkeypatch.setattr("resdiag.report.write.KINDS", few)
     folder = write_run(tmp_path / "runs")
-    assert app.run(["report", "--json"]) == 0  # the latest run
+    assert app.run(["report", "--json", "--pdf", "--all-figures"]) == 0  # the latest run
     files = json.loads(capsys.readouterr().out)["files"]
     assert files[0] == f"runs/{folder.name}/report/report.html"
     endings = Counter(name.rpartition(".")[2] for name in files)

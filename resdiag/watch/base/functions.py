@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resdiag.watch.base.names import NORMALISATIONS as NORMALISATIONS
+
 ACTIVATIONS = frozenset({
     "relu", "relu_", "relu6", "elu", "elu_", "selu", "selu_", "celu", "celu_", "gelu", "silu",
     "mish", "leaky_relu", "leaky_relu_", "prelu", "hardswish", "hardtanh", "hardtanh_",
@@ -16,10 +18,6 @@ ACTIVATIONS = frozenset({
     "clamp", "clamp_",
 })  # fmt: skip
 """Elementwise functions without randomness: applying one again changes nothing."""
-
-NORMALISATIONS = frozenset(
-    {"batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm"}
-)
 
 _TRANSFORMS = ("conv", "linear", "matmul", "einsum", "tensordot", "attention", "lstm", "gru", "rnn",
                "fft", "pool")  # fmt: skip
