@@ -37,7 +37,7 @@ def _explain(seen: RunData, broken: Sequence[Evidence]) -> Finding:
     if seen.lr * norm >= CRITICAL:
         why = f"The step was too large: lr x ||g_0|| = {seen.lr * norm:.3g}, above {CRITICAL}"
     elif row and not row.norm:
-        why = "Nothing normalises the branches, so weights that grow multiply E[H^2] in every block"
+        why = "Nothing normalises the branches: growing weights multiply the signal in every block"
     if seen.first_nonfinite and seen.first_nonfinite.direction == "backward":
         outputs = seen.profile("output_nonfinite", seen.first_nonfinite.step)
         whole = outputs.notna().all() and len(outputs) == len(seen.indices)
@@ -48,7 +48,7 @@ def _explain(seen: RunData, broken: Sequence[Evidence]) -> Finding:
         cause=_breakdown_cause(seen, broken),
         summary=describe_end(seen, broken),
         why=why,
-        next=(*plots(*EXPLODED.plots), *lower_lr(seen)),
+        next=(*plots(*EXPLODED.plots), *(lower_lr(seen) or [EXPLODED.untried])),
     )
     return replace(finding, block=block)
 

@@ -217,6 +217,11 @@ class Rule:
         return inspect.getdoc(self.judge) or ""
 
     @property
+    def untried(self) -> str:
+        """The remedy as a line of advice that says that nobody tried it on this network."""
+        return f"to try: {self.remedy}"
+
+    @property
     def fires_when(self) -> str:
         """The first line of the definition."""
         return self.definition.split("\n")[0]
@@ -272,9 +277,10 @@ class Rule:
             summary: What happened, where and when, without a full stop.
             cause: The cause, where it is known better than the rule's.
             why: The mechanism, where it is known better than the rule's.
-            next: Commands to run next, instead of the rule's plots or else its remedy.
+            next: Commands to run next, instead of the rule's remedy and plots.
         """
-        commands = tuple(f"resdiag plot {kind}" for kind in self.plots) or (self.remedy,)
+        commands = tuple(f"resdiag plot {kind}" for kind in self.plots)
+        commands = (self.untried, *commands) if commands else (self.remedy,)
         return Finding(
             name=self.name,
             step=evidence[0].step,

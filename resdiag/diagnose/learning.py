@@ -166,7 +166,7 @@ def _explain_collapse(seen: RunData, evidence: Sequence[Evidence]) -> Finding:
         next=(
             *plots(*SKIP_COLLAPSED.plots),
             *run_variant(seen, f"elu --depth {seen.depth}", "nothing on the skip path"),
-            *lower_lr(seen),
+            *(lower_lr(seen) or [SKIP_COLLAPSED.untried]),
         ),
     )
     return replace(finding, step=min(item.step for item in evidence if item.step is not None))
@@ -258,7 +258,7 @@ def at_risk(seen: RunData) -> Outcome:
         AT_RISK.evidence("lr_grad_norm", lr * norm, CRITICAL, text, step=0),
         summary=f"{AT_RISK.cause} for the gradient: {text}",
         why=why,
-        next=(*plots(*AT_RISK.plots), *lower_lr(seen)),
+        next=(*plots(*AT_RISK.plots), *(lower_lr(seen) or [AT_RISK.untried])),
     )
 
 

@@ -95,7 +95,10 @@ def _explain_growth(
     growth, loss = seen.growth_per_block(0), seen.scalar("loss", 0)
     parts = []
     if math.isfinite(growth):
-        parts.append(f"E[H^2] is multiplied by {growth:.2f} per block at step 0, before any update")
+        parts.append(
+            f"the mean square of the blocks' outputs, E[H^2], grows {growth:.2f} times per block "
+            "at step 0, before any update"
+        )
     if not math.isnan(loss):
         parts.append(f"the loss at step 0 is {loss:.3g}")
     parts.append(describe_end(seen, broken))
@@ -106,8 +109,11 @@ def _explain_growth(
         why=_why_growth(seen, growth),
         next=(
             *plots(*GROWS_AT_INIT.plots, *["nonfinite"] * bool(broken)),
-            *run_variant(
-                seen, normalised_variant(seen), "normalised branch, nothing on the skip path"
+            *(
+                run_variant(
+                    seen, normalised_variant(seen), "normalised branch, nothing on the skip path"
+                )
+                or [GROWS_AT_INIT.untried]
             ),
             *(lower_lr(seen) if broken else ()),
         ),
@@ -119,13 +125,14 @@ def _why_growth(seen: RunData, growth: float) -> str:
     theory, row = seen.prediction, variant_of(seen)
     if row is None or row.norm or not math.isfinite(growth):
         return "The signal is multiplied from block to block by the weights as initialised."
-    predicted = "" if theory is None else f", x{theory.growth_per_block:.2f} by theory"
-    not_elu = {"elu": "ELU' <= 1, so it is not 'the exponential'"}.get(
-        row.activation, "with ReLU, so it is not ELU"
+    predicted = "" if theory is None else f" (theory: {theory.growth_per_block:.2f})"
+    not_elu = {"elu": "The exponential is not the cause: ELU's slope is at most 1"}.get(
+        row.activation, "ELU is not the cause: this is a network with ReLU"
     )
     return (
-        "Un-normalised residual sum under He's initialisation: each block adds a branch as large "
-        f"as its shortcut, so E[H^2] grows x{growth:.2f} per block{predicted}; {not_elu}."
+        "Nothing normalises the residual sum, and under He's initialisation each block adds a "
+        f"branch as large as its shortcut, so the signal grows {growth:.2f} times per "
+        f"block{predicted}. {not_elu}."
     )
 
 
@@ -141,16 +148,21 @@ def _theory_of_growth(seen: RunData, growth: float) -> list[Evidence]:
             "forward_growth",
             growth,
             theory.growth_per_block,
-            "E[H^2] per block: x{:.3g}",
+            "the mean square grows {:.3g} times per block",
         ),
-        ("grad_input", ratio, theory.gradient_ratio, "||g_0|| / ||g_L||: {:.3g}"),
+        (
+            "grad_input",
+            ratio,
+            theory.gradient_ratio,
+            "the gradient at the first block is {:.3g} times that at the last",
+        ),
     )
     return [
         Evidence(
             metric=metric,
             step=0,
             value=measured,
-            text=f"{words.format(measured)} measured, {predicted:.3g} by theory"
+            text=f"{words.format(measured)}, {predicted:.3g} by theory"
             + bound * (metric == "grad_input"),
             source=theory.basis,
         )
@@ -172,8 +184,10 @@ def _init_cause(seen: RunData, growth: float, *, grows: bool) -> str:
     bare = bool(names) and not any("norm" in name for name in names)
     variant = variant_of(seen)
     if growth >= 1.2 and (grows or bare or (variant and not variant.norm)):
-        without = " without normalisation" if bare or (variant and not variant.norm) else ""
-        return f"forward variance x{growth:.2f} per block{without}"
+        bare = bare or bool(variant and not variant.norm)
+        return (
+            f"the signal grows {growth:.2f} times per block" + ", and nothing normalises it" * bare
+        )
     return "logits too large at initialisation"
 
 
@@ -207,7 +221,7 @@ def _total_growth(seen: RunData) -> Evidence | None:
 
 
 def _stage_evidence(seen: RunData, stage: int, growth: float, ratios: int, first: int) -> Evidence:
-    text = f"E[H^2] x{growth:.2f} per block in stage {stage}, from {seen.name(first)}"
+    text = f"E[H^2] grows {growth:.2f} times per block in stage {stage}, from {seen.name(first)}"
     text += f": geometric mean of {ratios} ratios"
     return GROWS_AT_INIT.evidence(
         "output_second_moment", growth, INIT_GROWTH, text, step=0, block=first

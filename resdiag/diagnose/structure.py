@@ -266,7 +266,7 @@ def _frozen_norm(seen: RunData, rows: Sequence[dict[str, object]]) -> Outcome:
     # fine-tuning on the statistics of a trained network is a method
     if frozen and find_doubts(seen) and (growth >= GROWTH_WITHOUT_NORM or stuck):
         text = f"BatchNorm of {len(frozen)} blocks runs on running statistics in training"
-        text += f"; E[H^2] x{growth:.3g} per block at step 0"
+        text += f"; the signal grows {growth:.3g} times per block at step 0"
         yield MISSING_NORM.found(
             MISSING_NORM.evidence("forward_growth", growth, GROWTH_WITHOUT_NORM, text, step=0),
             cause="BatchNorm in evaluation mode",

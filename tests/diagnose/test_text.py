@@ -27,7 +27,7 @@ def made(name="exploded", **changes):
         why="Each block adds a branch as large as its shortcut, so E[H^2] grows x1.89 per block.",
         evidence=(
             Evidence(metric="output_second_moment", value=2.0, threshold=1.4, source="x",
-                     text="E[H^2] x2.28 per block in stage 0, from block 0 (stages.0.0)"),
+                     text="E[H^2] grows 2.28 times per block in stage 0, from block 0 (s.0.0)"),
         ),
         next=(
             f"resdiag plot signal {LONG}",

@@ -80,7 +80,7 @@ def test_un_normalised_sums_have_grows_at_init(variant, depth):
     growth = [item for item in verdict.evidence if item.metric == "output_second_moment"]
     assert len(growth) == 3
     assert all(item.value >= item.threshold == 1.4 for item in growth)
-    assert f"x{theory.growth_per_block:.2f} by theory" in verdict.why
+    assert f"(theory: {theory.growth_per_block:.2f})" in verdict.why
     assert any(
         f"--variant {'no_relu' if variant == 'relu_nobn' else 'elu'} " in line
         for line in verdict.next
@@ -104,8 +104,8 @@ def test_growth_at_init_is_the_cause_of_the_explosion_that_follows():
     verdict = judge(plant("elu_pre", 56, steps=6, change=explode))
     assert (verdict.name, verdict.step) == ("grows_at_init", 0)
     assert [finding.name for finding in verdict.findings] == ["grows_at_init", "exploded"]
-    assert "x1.83 per block" in verdict.why
-    assert "multiplied by 1.83 per block at step 0" in verdict.summary
+    assert "grows 1.83 times per block" in verdict.why
+    assert "grows 1.83 times per block at step 0" in verdict.summary
     assert "non-finite at step 3, forward in block 5 (stages.0.5)" in verdict.summary
     assert any((item.step, item.block) == (3, 5) for item in verdict.evidence)
 
