@@ -236,8 +236,11 @@ def vanishing(seen: RunData) -> Outcome:
     that at that output; and the product of these ratios over the blocks is below 1e-3 as well,
     which leaves out what lies between two blocks: a downsampling, a normalisation, or the change
     to another stream, such as the class token's in CaiT. Not where one block loses it all: that is
-    `dead_block`.
+    `dead_block`. What happens over time inside a recurrent module is not recorded, which is said.
     """
+    names = ", ".join(map(str, seen.inventory.get("recurrent") or ()))
+    if names:
+        yield VANISHING.not_judged(f"gradients over time inside {names} are not recorded")
     if not seen.steps or len(seen.indices) < 2:
         yield VANISHING.not_judged("fewer than 2 blocks were recorded")
         return

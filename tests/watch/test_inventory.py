@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import resdiag
 from resdiag.models.resnet import build_model
 from resdiag.watch.loop.attach import attach
 
@@ -264,7 +265,7 @@ def test_dropout_on_a_shortcut_is_in_its_path():
     assert [b.shortcut_path for b in monitor.blocks][:2] == [("dropout",), ()]
 
 
-def test_recurrent_modules_are_named():
+def test_recurrent_modules_are_named_and_an_optimizer_of_another_model_is_warned_of():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -276,6 +277,17 @@ def test_recurrent_modules_are_named():
     model = Net()
     found = train(model, sgd(model.parameters()), 1, draw=lambda: torch.randn(2, 4, 8))
     assert found["recurrent"] == ["lstm"]
+    with attach(Net(), sgd(model.parameters())) as monitor:
+        pass
+    assert monitor.warnings == [
+        "the optimizer holds no parameter of the model, and cannot train it"
+    ]
+    with attach(model, sgd(model.lstm.parameters())) as monitor:
+        model(torch.randn(2, 4, 8)).sum().backward()
+        monitor.step()
+    assert not any("holds no parameter" in text for text in monitor.warnings)
+    unjudged = resdiag.judge(monitor).not_judged
+    assert "vanishing: gradients over time inside lstm are not recorded" in unjudged
 
 
 def test_what_a_pass_cannot_show_is_said():

@@ -103,6 +103,12 @@ class Inventory:
             if (statistics := _running(module)) is not None
         }
 
+    @property
+    def trains_nothing(self) -> bool:
+        """Whether there are optimizers, and all that they hold is not the model's."""
+        held = {id(p) for group in self.holdings.groups() for p in group.parameters}
+        return bool(held) and held.isdisjoint(map(id, self._model.parameters()))
+
     def take(
         self,
         anatomy: Anatomy,

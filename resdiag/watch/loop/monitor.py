@@ -81,6 +81,8 @@ class Monitor:
         self._shards.same = self._driver.same
         self._steps = OptimizerSteps(model, optimizers, self._before_update, self._after_update)
         self._inventory = Inventory(model, optimizers)
+        if self._inventory.trains_nothing:
+            self._warnings.say("the optimizer holds no parameter of the model, and cannot train it")
         self._followers: list[tuple[Callable[[], object], Callable[[], object]]] = []
 
     def prepare(self, inputs: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
