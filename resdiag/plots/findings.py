@@ -15,12 +15,16 @@ def when_words(traces: Sequence[Trace]) -> str:
     return f", at step {steps.pop()}" if len(steps) == 1 else ""
 
 
-def growth_of(trace: Trace, metric: str) -> float:
-    """The geometric mean of the factors from block to block within the stages; NaN of none.
+def growth_of(trace: Trace) -> float:
+    """The factor of E[H^2] per block, a geometric mean as in verdicts; NaN of none.
 
-    The median over the runs of a line.
+    The median over the runs of a line. Of frozen results, which lack the input of a block, it is
+    the factor from block to block within the stages.
     """
-    found = []
+    whole = middle([geometric_mean(values) for values in trace.values("forward_growth")])
+    if math.isfinite(whole):
+        return whole
+    metric, found = "output_second_moment", []
     for record, values in zip(trace.records, trace.values(metric), strict=True):
         inner = [i for i in range(1, record.n_blocks) if i not in record.boundaries]
         with np.errstate(all="ignore"):

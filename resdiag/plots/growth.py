@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from resdiag.plots import canvas
-from resdiag.plots.findings import extremes, when_words
+from resdiag.plots.findings import extremes, geometric_mean, when_words
 from resdiag.plots.view import Floats, Record, Trace, View
 
 _PANELS = (
@@ -68,13 +68,13 @@ def _draw_stage_means(axes: Axes, view: View, traces: list[Trace], metric: str) 
     axes.set(xlim=(0.45, count + 0.55), xlabel="", ylabel="")
     canvas.finish_scale(axes, log=True)
     canvas.guide(axes, 1.0, "")
-    _write_means(axes, traces, [np.array([_geometric_mean(p) for p in f]) for f in factors])
+    _write_means(axes, traces, [np.array([geometric_mean(p) for p in f]) for f in factors])
 
 
 def _draw_means(axes: Axes, trace: Trace, stages: Sequence[Floats], shift: float) -> None:
     """One line's mark per stage at the geometric mean, and a bar from the least to the most."""
     drawn = [(at + shift, part) for at, part in enumerate(stages, start=1) if part.size]
-    means = [_geometric_mean(part) for _, part in drawn]
+    means = [geometric_mean(part) for _, part in drawn]
     axes.plot(
         [at for at, _ in drawn], means, ls="none", marker=trace.look.marker, ms=4.5, mew=0,
         color=trace.look.colour,
@@ -102,18 +102,13 @@ def _short(value: float) -> str:
     return f"{value:.2f}" if 0.01 <= value < 1000 else canvas.size_words(value)
 
 
-def _geometric_mean(values: Floats) -> float:
-    return float(np.exp(np.log(values).mean())) if values.size else float("nan")
-
-
 def _statement(view: View, traces: list[Trace], panels: list[canvas.Panel]) -> str:
-    """By what factors a block multiplies signal and gradient."""
+    """By what factors a block multiplies signal and gradient, over all blocks as in verdicts."""
     parts = []
     for panel in panels:
         factors = [
-            (trace.label, _geometric_mean(np.concatenate(parts_of)))
+            (trace.label, geometric_mean(trace.values(panel.metric)))
             for trace in (traces[:1] if view.single else traces)
-            if (parts_of := _stage_factors(trace.records[0], trace.values(panel.metric)))
         ]
         found = extremes(factors)
         words = [f"×{value:.3g}" for _, value in found]

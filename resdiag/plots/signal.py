@@ -44,7 +44,7 @@ def draw(view: View) -> Figure:
 def _statement(view: View, traces: list[Trace]) -> str:
     """By what factor the signal grows from block to block."""
     told = traces[:1] if view.single else traces
-    found = extremes([(t.label, growth_of(t, "output_second_moment")) for t in told])
+    found = extremes([(t.label, growth_of(t)) for t in told])
     when = when_words(traces[:1])
     if not found:
         return f"The signal is not finite or zero{when}"
