@@ -43,7 +43,7 @@ def _read_for(kind: PlotKind) -> set[str]:
     """The metrics that a plot looks at: reading all of a long run takes longer than drawing it."""
     health = {name for name in METRICS if name.endswith("_nonfinite")}
     sides = {f"{name}_{q}" for name in kind.needs for q in ("q10", "q50", "q90")}
-    return {*kind.needs, *sides, *health, *_START, "output_second_moment"}
+    return {*kind.needs, *sides, *health, *_START, "output_second_moment", "forward_growth"}
 
 
 def _check(kind: PlotKind, record: Record) -> None:
