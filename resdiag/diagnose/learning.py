@@ -71,8 +71,9 @@ LEAST_GRADIENT = Threshold(
 def skip_collapsed(seen: RunData) -> Outcome:
     """Skip gain at the last block below 0.05, or total gradient ratio below 0.3, at the end.
 
-    For the last 3 recorded steps at least. Not where the loss was that of guessing for 20 steps
-    before it came to that: then it is a consequence, and what stalls the training another cause.
+    For the last 3 recorded steps at least, of those before the first non-finite number: behind it
+    a slope is 0 because its unit is not a number. Not where the loss was that of guessing for 20
+    steps before it came to that: then it is a consequence, and another cause stalls the training.
     """
     if seen.run.blocks and all(row.get("shortcut") == "none" for row in seen.run.blocks):
         yield SKIP_COLLAPSED.not_applicable("the network has no shortcuts")
@@ -80,15 +81,20 @@ def skip_collapsed(seen: RunData) -> Outcome:
     if not seen.steps:
         yield SKIP_COLLAPSED.not_judged("no step was recorded")
         return
+    broke = seen.first_nonfinite
+    steps = [step for step in seen.steps if broke is None or step < broke.step]
+    if broke is not None and len(steps) < HELD:
+        yield SKIP_COLLAPSED.not_judged(f"numbers are not finite from step {broke.step} on")
+        return
     last, evidence = seen.indices[-1], []
-    end = seen.steps[-1]
+    end = steps[-1]
     gain, ratio = seen.value("skip_gain", end, last), kept_gradient(seen, end)
     for value, what in ((gain, "skip gain"), (ratio, "gradient ratio")):
         if not math.isfinite(value):
             yield SKIP_COLLAPSED.not_judged(
                 f"{what} at the last recorded step {end}: not recorded or NaN"
             )
-    since = _since(seen, lambda step: seen.value("skip_gain", step, last) < LEAST_GAIN)
+    since = _since(steps, lambda step: seen.value("skip_gain", step, last) < LEAST_GAIN)
     if since is not None:
         profile = seen.profile("skip_gain", end)
         first = int(profile.index[int((profile < LEAST_GAIN).to_numpy().argmax())])
@@ -98,7 +104,7 @@ def skip_collapsed(seen: RunData) -> Outcome:
             SKIP_COLLAPSED.evidence("skip_gain", gain, LEAST_GAIN, text, step=since, block=first)
         )
     least = LEAST_GRADIENT if seen.variant else LEAST_GRADIENT_ELSEWHERE
-    since = _since(seen, lambda step: kept_gradient(seen, step) < least)
+    since = _since(steps, lambda step: kept_gradient(seen, step) < least)
     if since is not None:
         text = f"gradient at the first block's input is {ratio:.2g} of that at the last "
         text += f"block's output at step {end}, below {least} since step {since}"
@@ -172,17 +178,17 @@ def _explain_collapse(seen: RunData, evidence: Sequence[Evidence]) -> Finding:
     return replace(finding, step=min(item.step for item in evidence if item.step is not None))
 
 
-def _since(seen: RunData, bad: Callable[[int], bool]) -> int | None:
-    """The first recorded step from which on `bad` holds until the end; None if for fewer than 3.
+def _since(steps: Sequence[int], bad: Callable[[int], bool]) -> int | None:
+    """The first of the steps from which on `bad` holds until the end; None if for fewer than 3.
 
     A skip gain is measured on few samples, a single one says little.
     """
     held = 0
-    for step in reversed(seen.steps):
+    for step in reversed(steps):
         if not bad(step):
             break
         held += 1
-    return seen.steps[-held] if held >= min(HELD, len(seen.steps)) else None
+    return steps[-held] if held >= min(HELD, len(steps)) else None
 
 
 def stalled(seen: RunData) -> Outcome:

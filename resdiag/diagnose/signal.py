@@ -124,6 +124,8 @@ def _why_growth(seen: RunData, growth: float) -> str:
     """The mechanism of growth at initialisation."""
     theory, row = seen.prediction, variant_of(seen)
     if row is None or row.norm or not math.isfinite(growth):
+        if _is_bare(seen):
+            return "Nothing normalises the branches: each block adds to the signal in proportion."
         return "The signal is multiplied from block to block by the weights as initialised."
     predicted = "" if theory is None else f" (theory: {theory.growth_per_block:.2f})"
     not_elu = {"elu": "The exponential is not the cause: ELU's slope is at most 1"}.get(
@@ -180,8 +182,7 @@ def _init_cause(seen: RunData, growth: float, *, grows: bool) -> str:
     rows = seen.run.blocks
     if any(row.get("frozen_norm") for row in rows):
         return "BatchNorm in evaluation mode"
-    names = [str(name) for row in rows for name in row.get("branch") or ()]
-    bare = bool(names) and not any("norm" in name for name in names)
+    bare = _is_bare(seen)
     variant = variant_of(seen)
     if growth >= 1.2 and (grows or bare or (variant and not variant.norm)):
         bare = bare or bool(variant and not variant.norm)
@@ -189,6 +190,12 @@ def _init_cause(seen: RunData, growth: float, *, grows: bool) -> str:
             f"the signal grows {growth:.2f} times per block" + ", and nothing normalises it" * bare
         )
     return "logits too large at initialisation"
+
+
+def _is_bare(seen: RunData) -> bool:
+    """Whether the branches are known and have no normalisation."""
+    names = [str(name) for row in seen.run.blocks for name in row.get("branch") or ()]
+    return bool(names) and not any("norm" in name for name in names)
 
 
 def _steep_halves(seen: RunData) -> list[tuple[int, tuple[float, int, int]]]:
