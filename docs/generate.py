@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, get_args
 from findingpages import findings_page
 from gallery import gallery_page
 from measuredtables import HEAD, peers_table, performance_page, table
+from readmetable import readme_page
 from suitepage import calibration_page
 from typer.main import get_command
 
@@ -362,6 +363,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "../explanation/other-tools.md": other_tools_page,
     "../explanation/performance.md": performance_page,
     "../gallery.md": gallery_page,
+    "../../README.md": readme_page,
 }
 """The generated pages and what makes them."""
 

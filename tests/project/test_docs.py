@@ -119,12 +119,25 @@ def test_python_examples_run_from_top_to_bottom(page, capsys):
     assert capsys.readouterr().out
 
 
+def test_the_readme_shows_the_beginning_of_what_its_example_prints(capsys):
+    (example,), texts = _blocks(ROOT / "README.md", "python"), _blocks(ROOT / "README.md", "text")
+    exec(compile(example, "README.md", "exec"), {})
+    printed, shown = capsys.readouterr().out.split(), texts[0].partition("[...")[0].split()
+    assert shown[0] == "Verdict"
+    assert "Why" in shown
+    _compare(printed[: len(shown)], shown)
+
+
 def test_the_page_about_attaching_prints_what_it_shows(capsys):
     page = DOCS / "howto" / "attach.md"
     exec(compile("\n".join(_blocks(page, "python")), "attach.md", "exec"), {})
     printed = capsys.readouterr().out.split()
     shown = "".join(_blocks(page, "text")).split()
     assert len(printed) == len(shown)
+    _compare(printed, shown)
+
+
+def _compare(printed, shown):
     for word, expected in zip(printed, shown, strict=True):
         try:  # numbers differ in their last digits between processors
             assert float(word) == pytest.approx(float(expected), rel=0.05, nan_ok=True)
@@ -186,10 +199,10 @@ def test_make_targets_that_the_pages_name_exist():
                 assert re.search(rf"^{target}:", makefile, re.MULTILINE), (page, target)
 
 
-def test_exit_codes_of_the_readme_are_those_of_the_errors():
+def test_exit_codes_of_their_page_are_those_of_the_errors():
     from resdiag import errors
 
-    table = _without_code(ROOT / "README.md").partition("## Exit codes")[2].partition("\n## ")[0]
+    table = _without_code(DOCS / "reference" / "exit-codes.md")
     listed = {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)}
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
     assert {kind.exit_code for kind in kinds if issubclass(kind, errors.ResdiagError)} <= listed
@@ -198,7 +211,11 @@ def test_exit_codes_of_the_readme_are_those_of_the_errors():
 def test_variants_of_the_readme_are_those_of_the_table():
     from resdiag.models.variants import VARIANTS
 
-    table = _without_code(ROOT / "README.md").partition("## Variants")[2].partition("\n## ")[0]
+    table = (
+        _without_code(ROOT / "README.md")
+        .partition("\n## The paper's networks\n")[2]
+        .partition("\n## ")[0]
+    )
     assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == list(VARIANTS)
 
 

@@ -326,7 +326,10 @@ def test_the_blocks_of_diffusion_models_are_their_own_block_classes():
         assert len(find_blocks(model, *inputs)) == expected
 
 
-@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", "docs/explanation/watching.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "CHANGELOG.md", "docs/explanation/watching.md", "docs/explanation/limits.md"],
+)
 def test_the_pages_state_how_many_architectures_were_counted(page):
     text = (Path(__file__).parents[2] / page).read_text("utf-8")
     told = re.findall(r"(\d+) (?:published architectures|networks of torchvision, timm)", text)
