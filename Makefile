@@ -8,7 +8,7 @@ PARALLEL := -n $(WORKERS) --dist worksteal
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check static docs pages gallery matrix coverage clean
+.PHONY: help demo test check static docs pages notebooks gallery matrix coverage clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -42,6 +42,9 @@ pages:  ## write the generated reference pages again
 
 gallery: $(VENV)/.installed-dev  ## train the runs of the gallery and draw its pictures again
 	OMP_NUM_THREADS=1 $(BIN)/python docs/gallery.py
+
+notebooks: $(VENV)/.installed-dev  ## run the notebooks of the documentation again
+	$(BIN)/python docs/notebooks/execute.py
 
 matrix: $(VENV)/.installed-dev  ## the tests on the oldest and newest Python and PyTorch: noxfile.py
 	$(BIN)/python -m nox

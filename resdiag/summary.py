@@ -106,7 +106,9 @@ def summarise_blocks(
     described = list(blocks)
     numbers = _last_numbers(columns or {})
     if numbers:
-        title = f"{title}; numbers of step {int(numbers['step'][0])}"
+        step, end = int(numbers["step"][0]), int(np.max((columns or {})["step"]))
+        late = "" if step == end else ", the last at which all are finite"
+        title = f"{title}; numbers of step {step}{late}"
     header = ["block", "name", "stage", "shortcut", "after add", "shape"]
     header += [NUMBERS[name] for name in numbers if name in NUMBERS]
     rows = []
@@ -165,7 +167,12 @@ def _last_numbers(columns: Mapping[str, Any]) -> dict[str, Any]:
     steps = np.asarray(columns.get("step", ()))
     if not len(steps):
         return {}
-    last = steps == steps.max()
+    finite = np.ones(len(steps), dtype=bool)
+    for name in NUMBERS:
+        values = np.asarray(columns.get(name, ()), dtype=float)
+        if len(values) == len(steps) and np.isfinite(values).any():
+            finite &= np.isfinite(values)
+    last = steps == steps[finite if finite.any() else slice(None)].max()
     found = {name: np.asarray(columns[name])[last] for name in ("step", "block")}
     for name in NUMBERS:
         values = np.asarray(columns.get(name, ()), dtype=float)

@@ -54,7 +54,7 @@ def to_html(verdict: "Verdict") -> str:
     parts.append(f"<p>also: {escape(others)}</p>" if others else "")
     parts.append(f"<p>{escape(verdict.why)}</p>")
     rows = [
-        (item.text, "" if math.isnan(item.threshold) else f"{item.threshold:.3g}", item.metric)
+        (item.text, f"{item.threshold:.3g}" if math.isfinite(item.threshold) else "", item.metric)
         for item in verdict.evidence
     ]
     if rows:
@@ -121,7 +121,7 @@ def _wrap_all(texts: Iterable[str], width: int, indent: str = "") -> list[str]:
 
 
 def _describe(item: Evidence) -> str:
-    limit = "" if math.isnan(item.threshold) else f"threshold {item.threshold:.3g}; "
+    limit = f"threshold {item.threshold:.3g}; " if math.isfinite(item.threshold) else ""
     return f"- {item.text} [{limit}{item.metric}]"
 
 

@@ -200,13 +200,17 @@ def _apply(row: Rule, seen: RunData) -> list[Finding | NotJudged]:
 
 
 def _of_run(said: Said, run: Run) -> Said:
-    """With the run's folder behind the commands that draw it."""
-    if run.path == Path():
-        return said
-    draws = re.compile(r"resdiag plot \w+")
-    folder = shlex.quote(str(run.path))
-    commands = (f"{line} {folder}" if draws.fullmatch(line) else line for line in said.next)
-    return replace(said, next=tuple(commands))
+    """With the run's folder behind the commands that draw it; in Python if a monitor holds it."""
+    return replace(said, next=tuple(_draw_of_run(line, run) for line in said.next))
+
+
+def _draw_of_run(line: str, run: Run) -> str:
+    match = re.fullmatch(r"resdiag plot (\w+)", line)
+    if match is None:
+        return line
+    if run.path != Path():
+        return f"{line} {shlex.quote(str(run.path))}"
+    return f'resdiag.draw("{match[1]}", monitor)' if isinstance(run.config, WatchedConfig) else line
 
 
 def _dates(found: Sequence[Finding], name: str) -> int:
