@@ -1,4 +1,4 @@
-"""The notebooks of the documentation, executed; what they show is compared with what is committed."""
+"""The notebooks of the documentation, executed and compared with what is committed."""
 
 import base64
 import re
