@@ -111,6 +111,8 @@ def _incomparable(ended: Sequence[CellResult], changed: Sequence[str]) -> str:
 
 def _judge_words(item: Expected, words: Sequence[str]) -> tuple[str, str]:
     other = [word for word in words if word != item.value]
+    if not words:
+        return OPEN, "not judged"
     if not other:
         return MET, ""
     found = listing([f"{word} in {other.count(word)}" for word in dict.fromkeys(other)])

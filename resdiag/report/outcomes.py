@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from resdiag.study.spec import OUTCOMES, Expected
+from resdiag.study.spec import OUTCOMES, WORDS, Expected
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,8 +32,9 @@ def measure(run: "Run", expected: Iterable[Expected]) -> dict[str, Outcome]:
     """
     curve = run.curve()
     found: dict[str, Outcome] = {"status": run.status, "loss": _last(curve, "loss")}
-    found["verdict"] = str((run.written_verdict or {}).get("name", ""))
-    found |= {name: _over(run, curve, name) for name in OUTCOMES if name not in found}
+    if run.written_verdict:  # a run that was killed after its last step has none yet
+        found["verdict"] = str(run.written_verdict.get("name", ""))
+    found |= {name: _over(run, curve, name) for name in OUTCOMES if name not in WORDS}
     wanted = {key_of(item): item for item in expected if item.measure not in OUTCOMES}
     by_block = {item.measure for item in wanted.values() if item.block is not None}
     frame = run.metrics(by_block) if by_block else None

@@ -21,8 +21,9 @@ class Damaged(UsageError):
 
 
 class System:
-    """The operations that change the disk; tests replace `system` to fail at each of them."""
+    """The operations on the disk; tests replace `system` to fail at each of them."""
 
+    read = staticmethod(Path.read_bytes)
     open = staticmethod(os.open)
     write = staticmethod(os.write)
     fsync = staticmethod(os.fsync)
@@ -145,16 +146,24 @@ def list_folder(path: Path) -> list[str]:
         raise _storage_error(path, error) from error
 
 
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
 def read_file(path: Path, sha256: str | None = None) -> bytes:
     """Read a file, checking its hash if one is given.
 
     Raises:
-        Damaged: It is missing, unreadable, or other bytes than were written.
+        Damaged: It is missing, or other bytes than were written.
+        StorageError: It could not be read now, for a reason that may pass: no permission, a network
+            that is away, no memory or file handle left. Nothing must be repaired for that.
     """
     try:
-        data = path.read_bytes()
-    except OSError as error:
+        data = system.read(path)
+    except _MISSING as error:
         raise Damaged(f"cannot read {path}: {error.strerror or error}") from error
+    except OSError as error:
+        hint = "nothing was changed; mend what keeps it from being read, then try again"
+        raise StorageError(f"cannot read {path}: {error.strerror or error}", hint) from error
     if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
         raise Damaged(f"{path} is damaged: its SHA-256 is not the committed one")
     return data

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from resdiag.catalog.table import RECORDED, RECORDED_PER_STEP
+from resdiag.errors import StorageError
 from resdiag.runs.commit import Commit
 from resdiag.runs.files import Damaged
 
@@ -183,7 +184,7 @@ def merge(
         return {**columns}, ()
     try:
         old = decode(table, [(folder / name, commit.read_file(folder, name)) for name in small])
-    except Damaged:  # the reader of the run reports it; the training goes on
+    except (Damaged, StorageError):  # the reader of the run reports it; the training goes on
         return {**columns}, ()
     before = {name: old.column(name).to_numpy() for name in old.column_names}
     return _joined(before, columns), small

@@ -8,7 +8,7 @@ from typing import Any
 
 from resdiag.diagnose.finding import plain
 from resdiag.errors import ResdiagError
-from resdiag.runs.commit import COMMIT, RUN, Commit
+from resdiag.runs.commit import COMMIT, RUN, VERDICT, Commit
 from resdiag.runs.files import list_folder
 from resdiag.runs.lock import find_holder
 from resdiag.study.failure import read_failure
@@ -86,8 +86,12 @@ def read_entry(folder: Path) -> Entry:
 
 
 def _state(folder: Path, run: Path | None, commit: Commit | None) -> tuple[str, str]:
-    """State and message; a commit or a living owner counts more than an earlier failure."""
-    if commit and commit.status in ENDED:
+    """State and message; a commit or a living owner counts more than an earlier failure.
+
+    A run has ended when its verdict is written, which comes after its last step: a process may
+    die in between.
+    """
+    if commit and commit.status in ENDED and VERDICT in commit.files:
         return commit.status, ""
     holder = find_holder(folder)
     if holder and holder.alive:
@@ -95,6 +99,8 @@ def _state(folder: Path, run: Path | None, commit: Commit | None) -> tuple[str, 
     failure = read_failure(folder)
     if failure:
         return "failed", failure.message
+    if commit and commit.status in ENDED:
+        return "stale", "trained to its end, not judged yet"
     if holder:
         return "stale", f"process {holder.pid} on {holder.host} is gone"
     return ("stale", "stopped") if run else ("missing", "")

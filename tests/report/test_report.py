@@ -119,6 +119,13 @@ def test_a_word_is_met_if_every_cell_says_it():
     assert judged(word, ("done",) * 3, states=("running",) * 3).reason == "no cell has ended"
 
 
+def test_an_expected_verdict_of_runs_that_were_not_judged_is_open():
+    healthy = 'measure = "verdict"\nvalue = "healthy"'
+    found = judged(healthy, (math.nan,) * 3)  # what is not among the outcomes
+    assert (found.outcome, found.reason) == (OPEN, "not judged")
+    assert judged(healthy, ("healthy", "healthy", math.nan)).outcome == MET
+
+
 def test_errors_on_lossy_copies_are_not_held_against_published_ones():
     found = judged(ERROR, (0.1, 0.1, 0.1), data="cifar10-jpeg")
     assert found.outcome == OPEN

@@ -35,11 +35,11 @@ OPERATIONS = ("open", "write", "fsync", "rename", "unlink", "mkdir")
 class Faulty(files.System):
     """Counts the operations and does `fault` at the n-th; nothing waits for the disk."""
 
-    def __init__(self, at=None, fault=None):
-        self.done, self.at, self.fault = [], at, fault
+    def __init__(self, at=None, fault=None, operations=OPERATIONS):
+        self.done, self.at, self.fault, self.operations = [], at, fault, operations
 
     def __getattribute__(self, name):
-        if name not in OPERATIONS:
+        if name == "operations" or name not in self.operations:
             return super().__getattribute__(name)
 
         def operate(*args):
@@ -166,6 +166,69 @@ def test_a_failing_disk_is_a_storage_error_and_leaves_the_old_commit(tmp_path, m
         with open_writer(root) as writer:
             continue_run(writer)
         assert contents(root / name) == expected, operations[point - 1]
+
+
+PASSING = ("EIO", "EMFILE", "ENFILE", "ESTALE", "EACCES", "ENOMEM")
+
+
+@pytest.mark.parametrize("reason", PASSING)
+def test_a_read_that_fails_for_a_while_changes_nothing(tmp_path, monkeypatch, reason):
+    root, number = tmp_path / "run", getattr(errno, reason)
+    with open_writer(root) as writer:
+        continue_run(writer, until=10)
+    before = _bytes(writer.folder)
+
+    def fail(_name, args):
+        raise OSError(number, os.strerror(number), str(args[0]))
+
+    for point in range(1, 1000):
+        monkeypatch.setattr(files, "system", Faulty(point, fail, operations=("read",)))
+        failure = None
+        try:
+            with open_writer(root) as writer:
+                writer.restore()
+        except StorageError as error:
+            failure = error
+        if failure is None:
+            break
+        assert failure.exit_code == 74
+        assert failure.message.startswith(f"cannot read {root}")
+        assert os.strerror(number) in failure.message
+        assert "repair" not in failure.hint
+        assert _bytes(writer.folder) == before
+        monkeypatch.setattr(files, "system", Faulty(1, fail, operations=("read",)))
+        with pytest.raises(StorageError, match="cannot read"):
+            read_run(writer.folder)
+    assert point > 8  # each of the commits' files was read, and failed once
+    monkeypatch.setattr(files, "system", files.System())
+    with open_writer(root) as writer:
+        assert writer.committed_step == 10
+        continue_run(writer)
+    with open_writer(tmp_path / "whole") as writer:
+        continue_run(writer)
+    assert contents(root / make_config().name) == contents(writer.folder)
+
+
+def _bytes(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and "lock" not in p.name}
+
+
+def test_a_merge_of_segments_that_cannot_be_read_now_waits(tmp_path, monkeypatch):
+    def fail(_name, args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(args[0]))
+
+    def refuse(*_):
+        fail("read", ("a segment",))
+
+    monkeypatch.setattr(segments, "COUNT", 2)
+    with open_writer(tmp_path) as writer:
+        continue_run(writer, until=5)
+        monkeypatch.setattr(files.System, "read", staticmethod(refuse))
+        continue_run(writer, until=10)
+        assert writer.committed_step == 10
+    monkeypatch.undo()
+    assert read_run(writer.folder).steps == 10
+    assert len(read_run(writer.folder).curve()) == 10
 
 
 def test_a_commit_is_tried_again_after_room_was_made(tmp_path, monkeypatch):

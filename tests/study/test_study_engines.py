@@ -24,8 +24,11 @@ from study_runs import (
 from studyfiles import TINY, write_study
 from tiny_training import digest
 
+import resdiag
 from resdiag.cli.main import app
+from resdiag.report.outcomes import measure
 from resdiag.runs.lock import Lock
+from resdiag.runs.store import RunWriter
 from resdiag.study.engines import job as engine_job
 from resdiag.study.engines.job import Job
 from resdiag.study.engines.local import find_slots
@@ -63,6 +66,33 @@ def test_a_cell_by_itself_ends_like_one_of_the_engine_and_is_done_once(undisturb
     assert said[-1] == f"{cell} is done already"
     assert entry.run.stat().st_mtime_ns == written
     assert not list(entry.folder.glob("lock-*"))
+
+
+def test_a_cell_that_dies_between_its_last_step_and_its_verdict_is_judged_later(
+    undisturbed, tmp_path, monkeypatch
+):
+    cell = next(iter(states(undisturbed)))
+    plan = undisturbed.study.write_plan(tmp_path)
+    task = Task(study=str(plan), cell=cell, runs=str(tmp_path), device="cpu")
+    folder = tmp_path / "tiny" / cell
+
+    def die(*_):
+        raise SystemExit(9)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunWriter, "finish", die)
+        with pytest.raises(SystemExit):
+            work(task, print)
+    entry = read_entry(folder)
+    run = resdiag.load_run(entry.run)
+    assert (run.status, run.written_verdict) == ("done", None)
+    assert (entry.state, entry.message) == ("stale", "trained to its end, not judged yet")
+    assert "verdict" not in measure(run, [])
+    assert work(task, print) == 0
+    entry = read_entry(folder)
+    assert entry.state == "done"
+    assert digest(entry.run) == digests(undisturbed)[cell]
+    assert measure(resdiag.load_run(entry.run), [])["verdict"]
 
 
 def test_a_cell_that_somebody_has_is_refused_and_left_alone(tmp_path, capsys, monkeypatch):

@@ -26,7 +26,9 @@ from resdiag.study.work import Task, work
 from resdiag.training.recipe import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = ("paper", "explosion", "degradation", "degradation-cpu", "initialisation", "smoke")
+SHIPPED = (
+    "paper", "explosion", "degradation", "degradation-cpu", "initialisation", "rescue-cpu", "smoke",
+)  # fmt: skip
 
 
 def build(text, *sets, mini=False):
