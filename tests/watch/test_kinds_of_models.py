@@ -241,17 +241,27 @@ def test_a_copy_of_a_watched_model_is_not_watched():
     assert at(monitor, "grad_output") == close(g2(first_gradients(Net())))
 
 
-def test_a_watched_model_can_be_saved_by_its_state_and_after_closing_whole():
-    model = Net()
+def test_a_watched_model_can_be_saved_by_its_state_and_whole_and_copied_unwatched():
+    model, inputs = Net(), torch.randn(5, 3)
     keys = list(model.state_dict())
+    file = io.BytesIO()
     with attach(model) as monitor:
-        monitor.paused()
-        torch.save(model.state_dict(), io.BytesIO())
+        for _ in range(2):
+            model(inputs).square().mean().backward()
+            monitor.step()
+        rows = len(monitor.to_frame())
         assert list(model.state_dict()) == keys
-        with pytest.raises((AttributeError, pickle.PicklingError), match="PassDriver"):
-            pickle.dumps(model)
-    torch.save(model, io.BytesIO())
-    assert type(pickle.loads(pickle.dumps(model))) is Net
+        torch.save(model, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)  # noqa: TID251 - saved above
+        for other in (loaded, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+            assert type(other) is Net
+            other(inputs).sum().backward()
+        assert monitor.warnings == []
+        model(inputs).square().mean().backward()
+        monitor.step()
+        assert len(monitor.to_frame()) == rows * 3 // 2
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 class Checkpointed(Net):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from resdiag.watch.base.functions import Call
+from resdiag.watch.base.hooks import Hook
 from resdiag.watch.base.safety import is_running_compiled, never_alone, plain
 from resdiag.watch.find.additions import Addition
 from resdiag.watch.find.dataflow import Dataflow
@@ -148,8 +149,8 @@ class PassDriver:
         self._thread = 0
         enter, leave = self._hooks()
         self._handles = [
-            model.register_forward_pre_hook(enter, with_kwargs=True),
-            model.register_forward_hook(leave, always_call=True),
+            model.register_forward_pre_hook(Hook(enter), with_kwargs=True),
+            model.register_forward_hook(Hook(leave), always_call=True),
         ]
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from torch.optim.optimizer import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from resdiag.watch.base.hooks import Hook
 from resdiag.watch.base.tensors import local, mesh_of, placements_of
 from resdiag.watch.measure.reductions import norms, on_host
 
@@ -138,8 +139,10 @@ class Shards:
         for name, module in self._model.named_modules():
             if is_sharding(module):
                 # the first one runs before fully_shard's own, the second one after it
-                yield module.register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
-                yield module.register_forward_pre_hook(self._after(name), with_kwargs=True)
+                yield module.register_forward_pre_hook(
+                    Hook(self._before), prepend=True, with_kwargs=True
+                )
+                yield module.register_forward_pre_hook(Hook(self._after(name)), with_kwargs=True)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._given[module] = _direct(args, kwargs)

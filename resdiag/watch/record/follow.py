@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from resdiag.watch.base.hooks import Hook
 from resdiag.watch.base.safety import never_alone
 from resdiag.watch.find.additions import Addition
 from resdiag.watch.find.inspection import Inspection
@@ -179,9 +180,9 @@ class Recompute:
                 self._pass.finish(module, output)
                 self._stop()
 
-        handle = owner.register_forward_pre_hook(enter, with_kwargs=True)
+        handle = owner.register_forward_pre_hook(Hook(enter), with_kwargs=True)
         self._armed.callback(handle.remove)
-        self._armed.callback(owner.register_forward_hook(leave).remove)
+        self._armed.callback(owner.register_forward_hook(Hook(leave)).remove)
 
     def _stop(self) -> None:
         followed, self._pass = self._pass, None
