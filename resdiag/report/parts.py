@@ -55,7 +55,7 @@ class Table:
     note: str = ""
 
     def without_constants(self, kept: int) -> "Table":
-        """The same with the columns that are the same in every row in a note.
+        """The same with the columns that are the same in every row in a note; not those of dashes.
 
         Args:
             kept: Columns at the left that stay.
@@ -68,7 +68,7 @@ class Table:
             entries = {str(row[place]) for row in self.rows}
             if len(entries) > 1:
                 shown.append(place)
-            else:
+            elif entries != {"-"}:
                 said.append(f"{name}: {entries.pop()}")
         return replace(
             self,

@@ -149,7 +149,7 @@ def _went(item: CellResult) -> tuple[str, str]:
 
 
 def _verdict_words(group: Group) -> Entry:
-    names = Counter(str(member.outcomes.get("verdict") or "-") for member in group.members)
+    names = Counter(str(member.outcomes.get("verdict") or "no verdict") for member in group.members)
     return ", ".join(f"{name} {n}" if len(names) > 1 else name for name, n in names.items())
 
 
