@@ -35,6 +35,7 @@ from resdiag.plots.sheet import subject as subject
 from resdiag.plots.style import ALARM as ALARM
 from resdiag.plots.style import GREY as GREY
 from resdiag.plots.style import NONFINITE as NONFINITE
+from resdiag.plots.style import ONE_RUN as ONE_RUN
 from resdiag.plots.style import Look as Look
 from resdiag.plots.style import ink as ink
 from resdiag.plots.style import variant_looks as variant_looks

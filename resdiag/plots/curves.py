@@ -11,8 +11,8 @@ from resdiag.plots import canvas
 from resdiag.plots.view import Record, View
 
 _CROWDED = 500  # steps from which the noise of single batches covers the lines
-_BATCH = canvas.Look("#0072B2", "o")
-_TRAIN = canvas.Look("#0072B2", "s", (0, (5, 1.5)))
+_BATCH = canvas.ONE_RUN
+_TRAIN = canvas.Look(_BATCH.colour, "s", (0, (5, 1.5)))
 _TEST = canvas.Look("#D55E00", "X")
 """Looks of the lines of a single run."""
 

@@ -275,7 +275,10 @@ class View:
         if not self.single:
             return moment_words(traces)
         steps = [str(trace.records[0].steps[trace.places[0]]) for trace in traces]
-        return f"lines: step {', '.join(steps)} of {len(self.records[0].steps)} recorded"
+        first, last = ", ".join(steps[:-1]), steps[-1]
+        lines = f"steps {first} and {last}" if first else f"step {last}"
+        known = len(self.records[0].steps)
+        return f"lines: {lines}, of {known} recorded step{'s' * (known > 1)}"
 
 
 def moment_words(traces: Sequence[Trace]) -> str:
