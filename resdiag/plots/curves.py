@@ -127,8 +127,7 @@ def _draw_loss(axes: Axes, view: View) -> None:
     canvas.finish_steps(axes, view, log=log)
     for classes in sorted({count_classes(record.run) or 0 for record in view.records} - {0}):
         level = float(np.log(classes))
-        low, high = axes.get_ylim()
-        axes.set_ylim(min(low, level * 0.9), max(high, level * 1.15))
+        canvas.reach(axes, level * 0.9, level * 1.15)
         canvas.guide(axes, level, f"ln {classes}: guessing")
     canvas.mark_breakdown(axes, view, words=True)
 

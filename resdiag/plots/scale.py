@@ -114,6 +114,14 @@ def _make_room(axes: Axes, y: Floats, *, log: bool) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(number_label))
 
 
+def reach(axes: Axes, low: float, high: float) -> None:
+    """Widen the range of y to values that it must show, and name its ticks anew."""
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(min(bottom, low), max(top, high))
+    if axes.get_yscale() == "log":
+        name_decades(axes)
+
+
 def number_label(value: float, _: object = None) -> str:
     r"""The label of a tick: a plain number, or one times a power of ten where that is shorter.
 

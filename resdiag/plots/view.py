@@ -277,8 +277,7 @@ class View:
         steps = [str(trace.records[0].steps[trace.places[0]]) for trace in traces]
         first, last = ", ".join(steps[:-1]), steps[-1]
         lines = f"steps {first} and {last}" if first else f"step {last}"
-        known = len(self.records[0].steps)
-        return f"lines: {lines}, of {known} recorded step{'s' * (known > 1)}"
+        return f"lines: {lines} ({len(self.records[0].steps)} recorded)"
 
 
 def moment_words(traces: Sequence[Trace]) -> str:

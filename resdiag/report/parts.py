@@ -153,13 +153,15 @@ class Picture:
     def inline(self, styles: Any) -> str:  # noqa: ANN401
         """The figure for a page whose style sheet `styles` collects."""
         assert self.svg is not None
-        return refine(
+        drawn = refine(
             self.svg,
             prefix=f"p{re.sub(r'[^0-9a-z]', '', self.name)}x",
             title=self.title,
             description=self.description(),
             styles=styles,
         )
+        # where it is lower than its place, it begins where the text does
+        return drawn.replace("<svg ", '<svg preserveAspectRatio="xMinYMin" ', 1)
 
     def file(self) -> str:
         """The figure as a file of its own."""

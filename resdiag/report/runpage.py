@@ -175,7 +175,7 @@ def _went(seen: _Seen) -> str:
     test = number(seen.numbers["test_error"], "test_error")
     error = "" if test == "-" else f", the final test error {test}"
     said = f"the mean loss of the last fifth is {last:.3g}, {other}"
-    return f"{outcome} {steps}: {said}{error}"
+    return f"{outcome}: {steps}, {said}{error}"
 
 
 def _advised(verdict: Verdict) -> list[str]:
@@ -249,12 +249,16 @@ def _sure(seen: Sequence[_Seen]) -> list[str]:
 
 
 def _reservations(seen: Sequence[_Seen]) -> list[str]:
-    """What could not be judged, in each run, and why."""
-    return [
-        f"Not judged{'' if len(seen) == 1 else f' in {one.name}'}: {line}"
-        for one in seen
-        for line in _by_reason(unjudged(one.verdict))
-    ]
+    """What could not be judged, in which runs, and why."""
+    found: dict[str, list[str]] = {}
+    for one in seen:
+        for line in _by_reason(unjudged(one.verdict)):
+            found.setdefault(line.replace("`", ""), []).append(one.name)
+    lines = []
+    for line, names in found.items():
+        where = f" in {listing(names, MOST_NAMES)}" if len(names) < len(seen) else ""
+        lines.append(f"Not judged{where}: {line}")
+    return lines
 
 
 def _by_reason(lines: Sequence[str]) -> list[str]:
@@ -288,7 +292,8 @@ def _outcomes(seen: Sequence[_Seen]) -> Table:
         ]
         return Table(caption="Verdict and numbers", header=["", "value"], rows=facts)
     numeric = range(4, 4 + len(_NUMBERS))
-    return Table(caption="Verdict and numbers", header=header, rows=rows, numeric=numeric)
+    table = Table(caption="Verdict and numbers", header=header, rows=rows, numeric=numeric)
+    return table.without_constants(3)
 
 
 def _evidence(seen: Sequence[_Seen]) -> Section:
