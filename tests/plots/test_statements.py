@@ -268,3 +268,18 @@ def test_a_name_of_a_guide_gives_way_to_a_point_at_the_right_end():
         (words,) = [text for text in axes.texts if "guessing" in text.get_text()]
         ends[name] = words.get_ha()
     assert ends == {"free": "right", "taken": "center"}
+
+
+def test_marks_of_panels_that_share_a_scale_stand_above_their_lines():
+    figure = draw("signal", [make_run("elu_pre", 20, explode=4)])
+    for title in ("output: squared channel mean", "output: channel variance"):
+        axes = panel(figure, title)
+        marks = [line.get_ydata().min() for line in axes.lines if line.get_gid() == NONFINITE]
+        values = np.concatenate(
+            [line.get_ydata() for line in axes.lines if line.get_transform() == axes.transData]
+        )
+        top = axes.transAxes.inverted().transform(axes.transData.transform((0, np.nanmax(values))))[
+            1
+        ]
+        assert marks
+        assert top < min(marks) - 0.03

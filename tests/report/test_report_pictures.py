@@ -121,6 +121,18 @@ def test_a_printed_report_is_a_few_full_pages_of_a4(page, pictures, name):
     assert all(len(content) > 500 for content in page_contents(data))
 
 
+SPLIT = """[...document.querySelectorAll('thead th')].filter(e => {
+    const words = document.createRange(); words.selectNodeContents(e);
+    return !e.textContent.includes(' ') && words.getClientRects().length > 1;
+}).map(e => e.textContent)"""
+
+
+def test_no_word_of_a_printed_head_is_split(page):
+    show(page, **LOOKS["print"])
+    assert run(page, "document.querySelectorAll('thead th').length") > 5
+    assert run(page, SPLIT) == []
+
+
 def page_contents(data):
     """What the pages of a PDF draw."""
     for stream in re.findall(rb"stream\r?\n(.*?)\r?\nendstream", data, re.DOTALL):
