@@ -28,15 +28,27 @@ def draw(view: View) -> Figure:
         view, _statement(view, traces, chosen), height=0.3 + 2.3 * len(chosen),
         shown=view.steps_shown(traces), symbols="x H L E", notes=sentences,
     )  # fmt: skip
-    rows = body.subplots(len(chosen), 2, width_ratios=[2.6, 1], squeeze=False)
-    for panel, (left, right) in zip(chosen, rows, strict=True):
+    ratios = [2.6, 1] if _has_means(traces, chosen) else [1]
+    rows = body.subplots(len(chosen), len(ratios), width_ratios=ratios, squeeze=False)
+    for panel, (left, *right) in zip(chosen, rows, strict=True):
         title = f"{panel.title} growth per block (dotted: 1, scale kept)"
         _draw_factors(left, view, traces, panel.metric, title, panel.formula)
-        _draw_stage_means(right, view, traces, panel.metric)
-        canvas.share_scale((left, right))
+        for axes in right:
+            _draw_stage_means(axes, view, traces, panel.metric)
+        canvas.share_scale((left, *right))
     canvas.share_blocks([list(rows[:, 0])])
     canvas.legend(body)
     return figure
+
+
+def _has_means(traces: Sequence[Trace], panels: Sequence[canvas.Panel]) -> bool:
+    """Whether any stage has several factors: a mean of one is the line beside it again."""
+    return any(
+        part.size > 1
+        for panel in panels
+        for trace in traces
+        for part in _stage_factors(trace.records[0], trace.values(panel.metric))
+    )
 
 
 def _draw_factors(

@@ -125,8 +125,8 @@ def _balanced(title: str) -> list[str]:
 
 
 def _wrapped(text: str) -> list[str]:
-    """Lines of small print; a number stays with the word in front of it."""
-    bound = re.sub(r"(?<=[a-z]) (?=[0-9])", "\u00a0", text)
+    """Lines of small print; a number stays with the word in front of it, or with what it counts."""
+    bound = re.sub(r"(?<=[a-z]) (?=[0-9])|(?<=[0-9]) (?=recorded)", "\u00a0", text)
     return [line.replace("\u00a0", " ") for line in textwrap.wrap(bound, 126)]
 
 
