@@ -122,7 +122,8 @@ def draw_panel(snapshot: Snapshot, width: int, name: str = "") -> Panel:
     if more := len(snapshot.findings) - len(shown):
         parts.append(Text(f"and {more} more"))
     if snapshot.verdict and not shown:
-        parts.append(Text(f"verdict so far: {snapshot.verdict}"))
+        going = snapshot.status in ("new", "running")
+        parts.append(Text(f"verdict{' so far' * going}: {snapshot.verdict}"))
     title = Text("  ".join(filter(None, ["resdiag", name, snapshot.label])))
     return Panel(Group(*parts), title=title, title_align="left", width=min(width, _WIDEST))
 

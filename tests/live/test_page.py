@@ -227,6 +227,7 @@ def test_in_a_browser_numbers_and_plots_grow_without_an_error(page, two, picture
     )
     _wait_for(lambda: "step\n2" in shown(page, "numbers"))
     assert violations(page, axe) == []
+    assert "verdict\nundetermined" in shown(page, "numbers")  # not "so far": the run has ended
     assert page.get_log("browser") == []
 
 

@@ -85,6 +85,7 @@ def test_watch_fills_a_terminal_with_panels_whose_borders_stand(tmux, folder, pi
     assert text.count("step 3 ") == 2
     assert re.search(r"step 3   loss \S+ at step 1 ", text)  # no later one was finite
     assert "not finite" in text
+    assert "verdict: undetermined" in text  # not "so far": the run has ended
     assert re.search(r"loss [▁-█×]+", text)
     faults = [line for line in screen.split("\n") if "! " in line]
     assert faults
