@@ -80,3 +80,32 @@ def call(capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def pictures(request, tmp_path):
+    """Where a test writes pictures: a folder of the test file in `$RESDIAG_SCREENSHOTS`."""
+    import os
+    from pathlib import Path
+
+    root = os.environ.get("RESDIAG_SCREENSHOTS")
+    folder = Path(root) / request.path.stem.removeprefix("test_") if root else tmp_path / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def driver():
+    """A browser without a window."""
+    from browser import open_browser
+
+    with open_browser() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def axe():
+    """The script of axe, which looks for what some people cannot read or reach."""
+    from browser import read_axe
+
+    return read_axe()

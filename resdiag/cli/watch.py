@@ -61,8 +61,8 @@ def _serve(path: Path, port: int) -> None:
 
 
 def _print(found: "list[Seen]") -> None:
-    from resdiag.live.panel import draw_panel
+    from resdiag.live.panel import draw_one
 
     console = open_console(sys.stdout)
     for one in found:
-        console.print(draw_panel(one.snapshot, console.width))
+        console.print(draw_one(one, console.width, len(found)))

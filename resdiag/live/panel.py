@@ -25,6 +25,7 @@ from resdiag.terminal import STYLES, can_redraw, open_console
 _LINE_EVERY_S = 10.0
 _MOST_FINDINGS = 6
 _PANEL_HEIGHT = 9
+_WIDEST = 120
 
 
 class TerminalPanel:
@@ -93,10 +94,18 @@ def open_panel() -> TerminalPanel | NotebookPanel | LogLines:
     return TerminalPanel() if can_redraw(sys.stderr) else LogLines()
 
 
-def draw_panel(snapshot: Snapshot, width: int) -> Panel:
-    """The panel of one training, at most `width` columns wide."""
-    inner = max(20, width - 4)
-    parts: list[RenderableType] = [Text("   ".join(_head(snapshot)))]
+def draw_panel(snapshot: Snapshot, width: int, name: str = "") -> Panel:
+    """The panel of one training, at most `width` columns wide.
+
+    Args:
+        snapshot: How it stands.
+        width: Columns of the terminal.
+        name: Of the run, where its network alone does not tell it apart from others.
+    """
+    inner = max(20, min(width, _WIDEST) - 4)
+    head = Text("   ".join(_head(snapshot)))
+    head.highlight_words([snapshot.status], STYLES.get(snapshot.status, ""))
+    parts: list[RenderableType] = [head]
     if snapshot.losses:
         parts.append(Text("loss " + _curve([loss for _, loss in snapshot.losses], inner - 5)))
     if snapshot.gradients:
@@ -113,9 +122,10 @@ def draw_panel(snapshot: Snapshot, width: int) -> Panel:
     if more := len(snapshot.findings) - len(shown):
         parts.append(Text(f"and {more} more"))
     if snapshot.verdict and not shown:
-        parts.append(Text(f"verdict so far: {snapshot.verdict}"))
-    title = f"resdiag  {snapshot.label}"
-    return Panel(Group(*parts), title=title, title_align="left", width=min(width, 120))
+        going = snapshot.status in ("new", "running")
+        parts.append(Text(f"verdict{' so far' * going}: {snapshot.verdict}"))
+    title = Text("  ".join(filter(None, ["resdiag", name, snapshot.label])))
+    return Panel(Group(*parts), title=title, title_align="left", width=min(width, _WIDEST))
 
 
 def to_html(snapshot: Snapshot) -> str:
@@ -153,12 +163,17 @@ def follow_runs(runs: FollowedRuns, every: float) -> None:
             time.sleep(every)
 
 
+def draw_one(one: Seen, width: int, count: int) -> Panel:
+    """The panel of one of `count` runs: with its name if it is not alone."""
+    return draw_panel(one.snapshot, width, one.name if count > 1 else "")
+
+
 def _draw_all(found: Sequence[Seen], console: Console) -> RenderableType:
     """As many panels as the terminal is high, the newest run first."""
     if not found:
         return Text("waiting for the first commit of a run")
     shown = found[: max(1, console.height // _PANEL_HEIGHT)]
-    parts: list[RenderableType] = [draw_panel(one.snapshot, console.width) for one in shown]
+    parts: list[RenderableType] = [draw_one(one, console.width, len(found)) for one in shown]
     more = len(found) - len(shown)
     return Group(*parts, *([Text(f"and {more} more runs")] if more else []))
 
@@ -173,7 +188,9 @@ def _head(snapshot: Snapshot) -> list[str]:
     total = f" of {snapshot.steps}" if snapshot.steps else ""
     words.append(f"step {snapshot.step}{total}" if snapshot.step >= 0 else "no step recorded yet")
     if snapshot.losses:
-        words.append(f"loss {snapshot.loss:.4g}")
+        known = snapshot.losses[-1][0]
+        since = f" at step {known}" if known < snapshot.step else ""
+        words.append(f"loss {snapshot.loss:.4g}{since}")
     return words
 
 

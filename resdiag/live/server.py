@@ -27,6 +27,7 @@ from resdiag.live.runs import FollowedRuns, Seen
 from resdiag.plots.drawing import draw
 from resdiag.plots.figurefile import render
 from resdiag.plots.kinds import KINDS
+from resdiag.report.svg import refine
 
 _POLL_S = 1.0
 _PAGE = Path(__file__).with_name("page.html")
@@ -162,7 +163,11 @@ class _Handler(BaseHTTPRequestHandler):
 
 @lru_cache(maxsize=32)
 def _draw(kind: str, run: Any) -> bytes:  # noqa: ANN401 - runs are equal if they are the same
-    return render(draw(kind, run), "svg", letters=True)
+    figure = draw(kind, run)
+    title = str(figure.get_label())
+    drawn = render(figure, "svg", letters=True)
+    # with colours for light and for dark: a filter of the page would turn colour scales over
+    return refine(drawn, prefix="f", title=title, description=title).encode()
 
 
 def serve(root: Path, port: int = 0) -> LiveServer:

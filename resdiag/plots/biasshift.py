@@ -114,7 +114,8 @@ def _draw_bias(axes: Axes, view: View, traces: Sequence[Trace], site: str) -> No
 
 def _draw_head(axes: Axes, view: View, column: str, title: str) -> None:
     # a single run's line needs no name: the title has it
-    canvas.trace_steps(axes, view, column, label="_{}" if view.single else "")
+    look = canvas.ONE_RUN if view.single else None
+    canvas.trace_steps(axes, view, column, look=look, label="_{}" if view.single else "")
     canvas.head_panel(axes, title, "B1" if column == "head_mean" else "B2")
     canvas.finish_steps(axes, view)
     _compress(axes)

@@ -9,7 +9,7 @@ from matplotlib.figure import SubFigure
 from matplotlib.ticker import FuncFormatter
 
 from resdiag.plots.scale import finish_scale, whole_ticks
-from resdiag.plots.style import PALE, WIDTH
+from resdiag.plots.style import PALE, WIDTH, ZERO
 from resdiag.plots.view import Record, View
 
 _LETTER = 0.058  # inches per letter of 7 pt DejaVu Sans on average
@@ -41,8 +41,10 @@ def finish_blocks(
         axes.set_xlim((-1.5 if stem else -0.5) - 0.01 * count, count - 0.5 + 0.01 * count)
         if stem:
             axes.axvspan(-2.5, -0.5, color="0.95", lw=0, zorder=0)
+            # the name stands above the marks of zeros
+            low = 0.26 * any(line.get_gid() == ZERO for line in axes.lines)
             axes.annotate(
-                "stem", (-1, 0), xycoords=axes.get_xaxis_transform(), xytext=(0, 3), size=7,
+                "stem", (-1, low), xycoords=axes.get_xaxis_transform(), xytext=(0, 3), size=7,
                 textcoords="offset points", rotation=90, ha="center", va="bottom", color="0.45",
             )  # fmt: skip
     finish_scale(axes, log=log, floor=floor, also=also)

@@ -110,8 +110,10 @@ def _statement(view: View, traces: Sequence[Trace]) -> str:
     (low, first, below), (high, last, above) = min(found), max(found)
     size = canvas.size_words
     if metric == "update_ratio":
-        share = f"{size(100 * low)} to {size(100 * high)} %"
-        return f"A step moves the blocks by {share} of their weights{when_words(told)}"
+        scale, unit = (1.0, "times their weights") if high > 1 else (100.0, "% of their weights")
+        sizes = dict.fromkeys(size(scale * value) for value in (low, high))
+        share = f"{' to '.join(sizes)} {unit}"
+        return f"A step moves the blocks by {share}{when_words(told)}"
     if low == high:
         return f"{name}: {size(low)} in every block{when_words(told)}"
     who = ("", "") if len(view.series) == 1 else (for_words(below), for_words(above))

@@ -78,9 +78,12 @@ def _statement(view: View) -> str:
         if len(medians) == 1:
             words.append(f"{name} {100 * low:.3g} %")
             continue
-        verb = "rises" if high > low else "falls" if high < low else "stays"
-        depths = f"depth {medians.index[0]} to {medians.index[-1]}"
-        words.append(f"{name} {verb} from {100 * low:.3g} to {100 * high:.3g} %, {depths}")
+        if high == low:
+            words.append(f"{name} {100 * low:.3g} % at every depth")
+            continue
+        verb = "rises" if high > low else "falls"
+        first, last = (f"at depth {depth}" for depth in (medians.index[0], medians.index[-1]))
+        words.append(f"{name} {verb} from {100 * low:.3g} % {first} to {100 * high:.3g} % {last}")
     if not words:
         return "No test error is known: every run became non-finite"
     return (

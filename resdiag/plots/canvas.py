@@ -27,6 +27,7 @@ from resdiag.plots.overtime import trace_steps as trace_steps
 from resdiag.plots.scale import finish_scale as finish_scale
 from resdiag.plots.scale import huge as huge
 from resdiag.plots.scale import plotted as plotted
+from resdiag.plots.scale import reach as reach
 from resdiag.plots.scale import share_scale as share_scale
 from resdiag.plots.scale import whole_ticks as whole_ticks
 from resdiag.plots.sheet import legend as legend
@@ -35,6 +36,7 @@ from resdiag.plots.sheet import subject as subject
 from resdiag.plots.style import ALARM as ALARM
 from resdiag.plots.style import GREY as GREY
 from resdiag.plots.style import NONFINITE as NONFINITE
+from resdiag.plots.style import ONE_RUN as ONE_RUN
 from resdiag.plots.style import Look as Look
 from resdiag.plots.style import ink as ink
 from resdiag.plots.style import variant_looks as variant_looks

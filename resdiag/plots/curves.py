@@ -11,8 +11,8 @@ from resdiag.plots import canvas
 from resdiag.plots.view import Record, View
 
 _CROWDED = 500  # steps from which the noise of single batches covers the lines
-_BATCH = canvas.Look("#0072B2", "o")
-_TRAIN = canvas.Look("#0072B2", "s", (0, (5, 1.5)))
+_BATCH = canvas.ONE_RUN
+_TRAIN = canvas.Look(_BATCH.colour, "s", (0, (5, 1.5)))
 _TEST = canvas.Look("#D55E00", "X")
 """Looks of the lines of a single run."""
 
@@ -127,8 +127,7 @@ def _draw_loss(axes: Axes, view: View) -> None:
     canvas.finish_steps(axes, view, log=log)
     for classes in sorted({count_classes(record.run) or 0 for record in view.records} - {0}):
         level = float(np.log(classes))
-        low, high = axes.get_ylim()
-        axes.set_ylim(min(low, level * 0.9), max(high, level * 1.15))
+        canvas.reach(axes, level * 0.9, level * 1.15)
         canvas.guide(axes, level, f"ln {classes}: guessing")
     canvas.mark_breakdown(axes, view, words=True)
 

@@ -32,6 +32,22 @@ def growth_of(trace: Trace) -> float:
     return middle(found)
 
 
+def end_ratios(trace: Trace, metric: str) -> list[float]:
+    """The value at the last block over that at the first, by run; NaN where one is not positive."""
+    values = trace.values(metric)
+    with np.errstate(all="ignore"):
+        ratios = values[:, -1] / values[:, 0]
+    return [float(ratio) if 0 < ratio < math.inf else math.nan for ratio in ratios]
+
+
+def lost_words(traces: Sequence[Trace], metric: str) -> str:
+    """Why the values of a metric have no ratio: "is zero in every block", "is not finite"."""
+    values = np.concatenate([trace.values(metric).ravel() for trace in traces])
+    if not values[np.isfinite(values)].any() and np.isfinite(values).all():
+        return "is zero in every block"
+    return "is zero in some blocks" if np.isfinite(values).all() else "is not finite"
+
+
 def geometric_mean(values: Floats) -> float:
     """Of the positive finite values; NaN of none."""
     kept = values[np.isfinite(values) & (values > 0)]

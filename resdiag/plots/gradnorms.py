@@ -1,11 +1,17 @@
 """Gradient norms by block: where the gradient explodes or vanishes, and since when."""
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from resdiag.plots import canvas
-from resdiag.plots.findings import extremes, for_words, middle, when_words
+from resdiag.plots.findings import (
+    end_ratios,
+    extremes,
+    for_words,
+    lost_words,
+    middle,
+    when_words,
+)
 from resdiag.plots.view import Record, Trace, View
 
 _TENSOR = r"√B $\|\partial L/\partial H\|$"  # mathtext draws the bar of a root apart from it
@@ -70,24 +76,15 @@ def _draw_pair(left: Axes, right: Axes, view: View, traces: list[Trace], when: s
 
 def _statement(traces: list[Trace], *, many: bool) -> str:
     """What happens to the gradient on its way back, in words."""
-    found = extremes([(trace.label, middle(_kept(trace))) for trace in traces])
+    ratios = [(t.label, [1 / r for r in end_ratios(t, "grad_output")]) for t in traces]
+    found = extremes([(label, middle(of_runs)) for label, of_runs in ratios])
     when = when_words(traces)
     if not found:
-        return f"The gradient at the outputs is not finite or zero{when}"
+        return f"The gradient at the outputs {lost_words(traces, 'grad_output')}{when}"
     words = [f"{_change(value)}{for_words(label) if many else ''}" for label, value in found]
-    return (
-        f"Gradients on the way back to block 0: {', '.join(words)}{when}"
-        if many
-        else (f"Gradients {words[0]} on the way back to block 0{when}")
-    )
-
-
-def _kept(trace: Trace) -> list[float]:
-    """The norm at block 0 over that at the last block, by run; NaN where there is none."""
-    norms = trace.values("grad_output")
-    with np.errstate(all="ignore"):
-        ratios = norms[:, 0] / norms[:, -1]
-    return [float(r) if r > 0 else float("nan") for r in ratios]
+    if many:
+        return f"On the way back to block 0, gradients {' and '.join(words)}{when}"
+    return f"Gradients {words[0]} on the way back to block 0{when}"
 
 
 def _change(ratio: float) -> str:

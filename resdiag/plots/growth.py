@@ -28,15 +28,27 @@ def draw(view: View) -> Figure:
         view, _statement(view, traces, chosen), height=0.3 + 2.3 * len(chosen),
         shown=view.steps_shown(traces), symbols="x H L E", notes=sentences,
     )  # fmt: skip
-    rows = body.subplots(len(chosen), 2, width_ratios=[2.6, 1], squeeze=False)
-    for panel, (left, right) in zip(chosen, rows, strict=True):
+    ratios = [2.6, 1] if _has_means(traces, chosen) else [1]
+    rows = body.subplots(len(chosen), len(ratios), width_ratios=ratios, squeeze=False)
+    for panel, (left, *right) in zip(chosen, rows, strict=True):
         title = f"{panel.title} growth per block (dotted: 1, scale kept)"
         _draw_factors(left, view, traces, panel.metric, title, panel.formula)
-        _draw_stage_means(right, view, traces, panel.metric)
-        canvas.share_scale((left, right))
+        for axes in right:
+            _draw_stage_means(axes, view, traces, panel.metric)
+        canvas.share_scale((left, *right))
     canvas.share_blocks([list(rows[:, 0])])
     canvas.legend(body)
     return figure
+
+
+def _has_means(traces: Sequence[Trace], panels: Sequence[canvas.Panel]) -> bool:
+    """Whether any stage has several factors: a mean of one is the line beside it again."""
+    return any(
+        part.size > 1
+        for panel in panels
+        for trace in traces
+        for part in _stage_factors(trace.records[0], trace.values(panel.metric))
+    )
 
 
 def _draw_factors(
@@ -117,7 +129,17 @@ def _statement(view: View, traces: list[Trace], panels: list[canvas.Panel]) -> s
     if not parts:
         return f"The growth per block is not finite{when_words(traces[:1])}"
     when = when_words(traces[:1]).removeprefix(", at")
-    return f"Each block scales {' and '.join(parts)} (mean squares{when and ','}{when})"
+    who = _who(traces[0].records[0])
+    return f"{who} scales {' and '.join(parts)} (mean squares{when and ','}{when})"
+
+
+def _who(record: Record) -> str:
+    """Every block, or the one that is no transition."""
+    kept = [i for i, block in enumerate(record.run.blocks) if not block.get("transition", False)]
+    if len(kept) != 1:
+        return "Each block"
+    words = record.block_words(kept[0])
+    return f"{words[0].upper()}{words[1:]}"
 
 
 def _stage_factors(record: Record, values: Floats) -> list[Floats]:

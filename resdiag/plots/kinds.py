@@ -158,10 +158,10 @@ _ROWS = (
         title="Where and when values become non-finite",
         question="Where do infinities or NaN first appear: block, step, and direction of the pass?",
         reading=(
-            "the marked cell is the first step with a non-finite value, and the block where it "
-            "arose: the lowest in the forward pass, the highest in the backward pass. Later "
-            "cells are consequences. If everything is finite, the change of the gradient is "
-            "shown instead."
+            "the mark is the first step with a non-finite value, and the block where it arose: the "
+            "lowest in the forward pass, the highest in the backward pass. What follows is a "
+            "consequence. Of one run that stays finite, the change of the gradient is shown "
+            "instead."
         ),
         needs=("output_nonfinite", "grad_nonfinite", "grad_output"),
         draw=_drawn_by("nonfinite"),

@@ -120,12 +120,25 @@ def note_panel(axes: Axes, text: str, *, y: float = 0.5) -> None:
 
 
 def guide(axes: Axes, y: float, text: str) -> None:
-    """A horizontal reference with its name at the right end."""
+    """A horizontal reference with its name at the right end, or in the middle if that is taken."""
+    taken = bool(text) and not _is_free(axes, y, 0.7)
+    at, side = (0.5, "center") if taken else (1.0, "right")
     axes.axhline(y, color="0.25", lw=0.7, ls=(0, (1, 1.5)), zorder=1)
     axes.annotate(
-        text, (1, y), xycoords=axes.get_yaxis_transform(), xytext=(-2, 1.5),
-        textcoords="offset points", ha="right", va="bottom", size=7, color="0.25", zorder=1.2,
+        text, (at, y), xycoords=axes.get_yaxis_transform(), xytext=(-2, 1.5),
+        textcoords="offset points", ha=side, va="bottom", size=7, color="0.25", zorder=1.2,
     )  # fmt: skip
+
+
+def _is_free(axes: Axes, y: float, left: float) -> bool:
+    """Whether no point is drawn just above `y` in the right part of a panel."""
+    lines = [line for line in axes.lines if line.get_transform() == axes.transData]
+    points = [np.column_stack(line.get_data()).astype(np.float64) for line in lines]
+    places = axes.transData.transform(np.concatenate([*points, [[np.nan, np.nan]]]))
+    across, up = axes.transAxes.inverted().transform(places).T
+    floor = axes.transAxes.inverted().transform(axes.transData.transform((0.0, y)))[1]
+    with np.errstate(invalid="ignore"):
+        return not ((across > left) & (up > floor) & (up < floor + 0.1)).any()
 
 
 def trace_blocks(

@@ -12,6 +12,7 @@ LONGEST = 16
 """Letters of a name on an axis; of a longer one the end is shown."""
 
 _ATTENTION = ("attention", "softmax")
+_LINEAR = {"linear", "addmm"}  # GPT-2 of Hugging Face calls the latter
 _TELLING = ("att", "mlp", "ff", "feed", "expert", "moe")
 _SHORT = {ATTENTION: "attn", MLP: "mlp"}
 
@@ -27,7 +28,7 @@ def block_parts(blocks: Sequence[Mapping[str, Any]]) -> list[str]:
     if all(attends) or not any(attends):
         return []
     rest = [_calls(block) for block, is_one in zip(blocks, attends, strict=True) if not is_one]
-    plain = all("linear" in ops and not any("conv" in op for op in ops) for ops in rest)
+    plain = all(not _LINEAR.isdisjoint(ops) and not any("conv" in op for op in ops) for ops in rest)
     other = MLP if plain else OTHER
     return [ATTENTION if is_one else other for is_one in attends]
 
@@ -59,7 +60,22 @@ def block_names(blocks: Sequence[Mapping[str, Any]]) -> tuple[str, list[str]]:
     levels = zip(*(path[:-1] for path in paths), strict=False) if len(paths) > 1 else ()
     shared = len(list(itertools.takewhile(lambda level: len(set(level)) == 1, levels)))
     names = [".".join(path[shared:]) for path in paths]
-    return ".".join(paths[0][:shared]) if paths else "", [_shortened(name) for name in names]
+    begin, names = _without_beginning(names)
+    words = [*paths[0][:shared], *([begin] if begin else [])] if paths else []
+    return ".".join(words), [_shortened(name) for name in names]
+
+
+def _without_beginning(names: list[str]) -> tuple[str, list[str]]:
+    """What long names such as "encoder_layer_0.mlp" share in front of "_", and the rest of each.
+
+    >>> _without_beginning(["encoder_layer_0.attn", "encoder_layer_10.attn"])
+    ('encoder_layer', ['0.attn', '10.attn'])
+    """
+    letters = itertools.takewhile(lambda here: len(set(here)) == 1, zip(*names, strict=False))
+    begin, found, _ = "".join(letter for letter, *_ in letters).rpartition("_")
+    if not found or "." in begin or max(map(len, names)) <= LONGEST:
+        return "", names
+    return begin, [name.removeprefix(f"{begin}_") for name in names]
 
 
 def _name(block: Mapping[str, Any], part: str) -> str:

@@ -83,10 +83,9 @@ def _draw_healthy(view: View, record: Record) -> Figure:
     block, column = int(worst[0]), int(worst[1])
     title = "Everything is finite"
     if finite.any():
-        factor = 10 ** change[block, column]
-        verb, times = ("grows", factor) if factor >= 1 else ("shrinks", 1 / factor)
+        factor = canvas.size_words(float(10 ** change[block, column]))
         where = f"{record.block_words(block)} at step {record.steps[column]}"
-        title += f"; the gradient {verb} at most {canvas.times_words(times)}, in {where}"
+        title += f"; the gradient changes most in {where} (×{factor})"
     figure, body = canvas.open_sheet(
         view,
         title,
@@ -103,11 +102,13 @@ def _draw_healthy(view: View, record: Record) -> Figure:
     )  # fmt: skip
     canvas.head_panel(axes, "gradient at the output, relative to the first recorded step")
     if finite.any():
-        axes.add_patch(
-            canvas.Rectangle(
-                (column, block), 1, 1, fill=False, ec="black", lw=1.4, label="largest change"
-            )
-        )
+        for colour, width, label in (("white", 3.0, "_"), ("black", 1.2, "largest change")):
+            axes.add_patch(
+                canvas.Rectangle(
+                    (column, block), 1, 1, fill=False, ec=colour, lw=width, label=label, zorder=6,
+                    clip_on=False,
+                )
+            )  # fmt: skip
     canvas.legend(body, extra=keys)
     return figure
 

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 from resdiag.plots.lines import draw_line
 from resdiag.plots.scale import finish_scale, whole_ticks
-from resdiag.plots.style import ALARM, Look
+from resdiag.plots.style import ALARM, ONE_RUN, Look
 from resdiag.plots.view import Bools, Floats, Record, Series, View
 
 Points = tuple[Floats, Floats, Bools]
@@ -50,13 +50,17 @@ def _running_mean(points: Points, window: int) -> Points:
 def trace_block_steps(
     axes: Axes, view: View, metric: str, block: int, *, log: bool = False, silent: bool = False
 ) -> None:
-    """Draw a metric of one block (-1: the last) against the step; `silent`: not in the legend."""
+    """Draw a metric of one block (-1: the last) against the step.
+
+    `silent` is for a single run: its line is not in the legend, and has the look of such lines.
+    """
 
     def points(record: Record) -> Points:
         values, broken = record.grid(metric)[block], record.broken(metric)[block]
         return record.steps.astype(np.float64), values, broken
 
-    _trace(axes, view.series, points, label="_{}" if silent else "{}", log=log)
+    look, label = (ONE_RUN, "_{}") if silent else (None, "{}")
+    _trace(axes, view.series, points, look=look, label=label, log=log)
 
 
 def curve_points(record: Record, column: str) -> Points:

@@ -12,6 +12,7 @@ from resdiag.plots.view import Floats
 
 _DENSE = 0.75  # decades of a log axis below which 1, 2, 5 would be one tick or two
 _HUGE = 1e3  # ratio above which a linear axis hides the small values
+_UNDER_MARKS = 0.8  # share of the axis below the marks on its upper edge
 _LEAST_SPAN = 0.05  # of a linear axis, over its largest value: less would magnify rounding
 
 
@@ -114,6 +115,14 @@ def _make_room(axes: Axes, y: Floats, *, log: bool) -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(number_label))
 
 
+def reach(axes: Axes, low: float, high: float) -> None:
+    """Widen the range of y to values that it must show, and name its ticks anew."""
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(min(bottom, low), max(top, high))
+    if axes.get_yscale() == "log":
+        name_decades(axes)
+
+
 def number_label(value: float, _: object = None) -> str:
     r"""The label of a tick: a plain number, or one times a power of ten where that is shorter.
 
@@ -163,10 +172,22 @@ def share_scale(panels: Iterable[Axes], *, most: float = np.inf) -> None:
     logs = np.log10(limits) if chosen[0].get_yscale() == "log" else limits
     if logs[:, 1].max() - logs[:, 0].min() > most * np.diff(logs).min():
         return
+    low, high = logs[:, 0].min(), max(logs[:, 1].max(), _top_with_marks(chosen, logs[:, 0].min()))
     for axes in chosen:
-        axes.set_ylim(limits[:, 0].min(), limits[:, 1].max())
-        if axes.get_yscale() == "log":
+        log = axes.get_yscale() == "log"
+        axes.set_ylim(*((10**low, 10**high) if log else (low, high)))
+        if log:
             name_decades(axes)
+
+
+def _top_with_marks(panels: Sequence[Axes], low: float) -> float:
+    """The upper end that panels beginning at `low` need for the marks on their upper edges."""
+    if NONFINITE not in {line.get_gid() for axes in panels for line in axes.lines}:
+        return -np.inf
+    values = np.concatenate([plotted(axes) for axes in panels])
+    log = panels[0].get_yscale() == "log"
+    top = np.log10(values[values > 0].max()) if log else values.max()
+    return float(low + (top - low) / _UNDER_MARKS)
 
 
 def huge(values: Floats) -> bool:

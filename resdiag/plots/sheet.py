@@ -1,5 +1,6 @@
 """The page around the panels: statement on top, caption and reasons below, legend in between."""
 
+import re
 import textwrap
 from collections.abc import Sequence
 
@@ -56,7 +57,7 @@ def open_sheet(
         The figure and the part of it that takes the panels, `height` inches high.
     """
     heading = _balanced(title)
-    about = textwrap.wrap(_about(view, title, shown), 126)
+    about = _wrapped(_about(view, title, shown))
     caption = textwrap.wrap(f"Read: {view.kind.reading}", 126)
     notes = [
         *_symbols(symbols),
@@ -121,6 +122,12 @@ def _balanced(title: str) -> list[str]:
         if len(lines := textwrap.wrap(title, width)) <= rows:
             return lines
     return textwrap.wrap(title, _WIDEST)
+
+
+def _wrapped(text: str) -> list[str]:
+    """Lines of small print; a number stays with the word in front of it, or with what it counts."""
+    bound = re.sub(r"(?<=[a-z]) (?=[0-9])|(?<=[0-9]) (?=recorded)", "\u00a0", text)
+    return [line.replace("\u00a0", " ") for line in textwrap.wrap(bound, 126)]
 
 
 def _symbols(names: str) -> list[str]:

@@ -3,7 +3,15 @@
 from matplotlib.figure import Figure
 
 from resdiag.plots import canvas
-from resdiag.plots.findings import extremes, for_words, growth_of, when_words
+from resdiag.plots.findings import (
+    end_ratios,
+    extremes,
+    for_words,
+    growth_of,
+    lost_words,
+    middle,
+    when_words,
+)
 from resdiag.plots.view import Trace, View
 
 _PANELS = (
@@ -44,12 +52,16 @@ def draw(view: View) -> Figure:
 def _statement(view: View, traces: list[Trace]) -> str:
     """By what factor the signal grows from block to block."""
     told = traces[:1] if view.single else traces
-    found = extremes([(t.label, growth_of(t)) for t in told])
-    when = when_words(traces[:1])
+    metric, when = "output_second_moment", when_words(traces[:1])
+    found, where = extremes([(t.label, growth_of(t)) for t in told]), "in each block"
+    if not found:  # stages of one block each: no block has another one in front of it
+        found = extremes([(t.label, middle(end_ratios(t, metric))) for t in told])
+        where = "from the first block to the last"
     if not found:
-        return f"The signal is not finite or zero{when}"
+        return f"The signal {lost_words(told, metric)}{when}"
     if len(view.series) == 1:
         value = found[0][1]
-        return f"The signal {canvas.change_words(value)} in each block, in mean square{when}"
+        return f"The signal {canvas.change_words(value)} {where}, in mean square{when}"
     words = [f"{canvas.change_words(value)}{for_words(label)}" for label, value in found]
-    return f"The signal in each block, in mean square: {', '.join(words)}"
+    where = f"{where[0].upper()}{where[1:]}"
+    return f"{where}, the mean square of the signal {' and '.join(words)}{when}"

@@ -153,8 +153,7 @@ def _draw_steps(axes: Axes, view: View) -> None:
     canvas.head_panel(axes, "P3 skip gain at the last block over steps", "P3")
     canvas.finish_steps(axes, view, log=log)
     if log:
-        low, high = axes.get_ylim()
-        axes.set_ylim(min(low, _COLLAPSED / 2), max(high, 1.3))
+        canvas.reach(axes, _COLLAPSED / 2, 1.3)
         canvas.guide(axes, _COLLAPSED, "0.05: collapsed")
     elif positive.size:
         axes.set_ylim(0, 1.15)

@@ -43,6 +43,9 @@ class Look:
     line: str | tuple[int, tuple[float, ...]] = "-"
 
 
+ONE_RUN = Look(_BLUE)
+"""Lines over steps of a single run, which no other line is compared with."""
+
 _DASHED, _DOTTED, _DASHDOT = (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5))
 _LINES: tuple[str | tuple[int, tuple[float, ...]], ...] = ("-", _DASHED, _DASHDOT, _DOTTED)
 _MARKERS = "osDPXhd*p"

@@ -275,7 +275,9 @@ class View:
         if not self.single:
             return moment_words(traces)
         steps = [str(trace.records[0].steps[trace.places[0]]) for trace in traces]
-        return f"lines: step {', '.join(steps)} of {len(self.records[0].steps)} recorded"
+        first, last = ", ".join(steps[:-1]), steps[-1]
+        lines = f"steps {first} and {last}" if first else f"step {last}"
+        return f"lines: {lines} ({len(self.records[0].steps)} recorded)"
 
 
 def moment_words(traces: Sequence[Trace]) -> str:

@@ -270,7 +270,7 @@ def _number_row(item: Judged) -> list[Entry]:
         f"{value} {allowed}",
         mean,
         spread if found.n > 1 else "-",
-        f"{low} to {high}" if found.n else "-",
+        (low if low == high else f"{low} to {high}") if found.n else "-",
         f"{item.ended} of {item.cells}",
         listing(item.data),
     ]

@@ -55,7 +55,7 @@ class Table:
     note: str = ""
 
     def without_constants(self, kept: int) -> "Table":
-        """The same with the columns that are the same in every row in a note.
+        """The same with the columns that are the same in every row in a note; not those of dashes.
 
         Args:
             kept: Columns at the left that stay.
@@ -68,7 +68,7 @@ class Table:
             entries = {str(row[place]) for row in self.rows}
             if len(entries) > 1:
                 shown.append(place)
-            else:
+            elif entries != {"-"}:
                 said.append(f"{name}: {entries.pop()}")
         return replace(
             self,
@@ -153,13 +153,15 @@ class Picture:
     def inline(self, styles: Any) -> str:  # noqa: ANN401
         """The figure for a page whose style sheet `styles` collects."""
         assert self.svg is not None
-        return refine(
+        drawn = refine(
             self.svg,
             prefix=f"p{re.sub(r'[^0-9a-z]', '', self.name)}x",
             title=self.title,
             description=self.description(),
             styles=styles,
         )
+        # where it is lower than its place, it begins where the text does
+        return drawn.replace("<svg ", '<svg preserveAspectRatio="xMinYMin" ', 1)
 
     def file(self) -> str:
         """The figure as a file of its own."""

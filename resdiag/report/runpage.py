@@ -21,6 +21,7 @@ from resdiag.report.heatmap import MOST_CELLS, make_heat_map
 from resdiag.report.origin import is_lossy, list_sources, origin_section
 from resdiag.report.outcomes import Outcome, measure
 from resdiag.report.parts import (
+    Bullets,
     Code,
     Entry,
     Folded,
@@ -44,6 +45,7 @@ _NUMBERS = {"loss": "last loss"} | {
     name: words for name, words in MEASURES.items() if name not in ("status", "verdict")
 }
 _MOST_LINES = 8
+_OTHER_RESERVATIONS = 2  # one seed, and how many checks had all their numbers
 _ONE_SEED = (
     "Each run is one seed: it shows what happened, not how often. Networks are compared over three "
     "seeds or more."
@@ -173,7 +175,7 @@ def _went(seen: _Seen) -> str:
     test = number(seen.numbers["test_error"], "test_error")
     error = "" if test == "-" else f", the final test error {test}"
     said = f"the mean loss of the last fifth is {last:.3g}, {other}"
-    return f"{outcome} {steps}: {said}{error}"
+    return f"{outcome}: {steps}, {said}{error}"
 
 
 def _advised(verdict: Verdict) -> list[str]:
@@ -234,9 +236,7 @@ def _sure(seen: Sequence[_Seen]) -> list[str]:
     lines = [_ONE_SEED]
     checks = ["{}: {} of {}".format(one.name, *one.verdict.checks) for one in seen]
     lines.append(f"Checks that had all the numbers that they need: {listing(checks)}.")
-    for one in seen:
-        which = "" if len(seen) == 1 else f" in {one.name}"
-        lines += [f"Not judged{which}: {line}" for line in _by_reason(unjudged(one.verdict))]
+    lines += _reservations(seen)
     data = list(dict.fromkeys(one.data for one in seen if one.data))
     lossy = (
         ", lossy copies: compare errors with each other only" if any(map(is_lossy, data)) else ""
@@ -246,6 +246,19 @@ def _sure(seen: Sequence[_Seen]) -> list[str]:
     known = [f"Data: {listing(data)}{lossy}."] if data else []
     known += [f"Computed on: {listing(where)}."] if where else []
     return [*_short(lines, "reservation"), *map(tame, known)]
+
+
+def _reservations(seen: Sequence[_Seen]) -> list[str]:
+    """What could not be judged, in which runs, and why."""
+    found: dict[str, list[str]] = {}
+    for one in seen:
+        for line in _by_reason(unjudged(one.verdict)):
+            found.setdefault(line.replace("`", ""), []).append(one.name)
+    lines = []
+    for line, names in found.items():
+        where = f" in {listing(names, MOST_NAMES)}" if len(names) < len(seen) else ""
+        lines.append(f"Not judged{where}: {line}")
+    return lines
 
 
 def _by_reason(lines: Sequence[str]) -> list[str]:
@@ -279,7 +292,8 @@ def _outcomes(seen: Sequence[_Seen]) -> Table:
         ]
         return Table(caption="Verdict and numbers", header=["", "value"], rows=facts)
     numeric = range(4, 4 + len(_NUMBERS))
-    return Table(caption="Verdict and numbers", header=header, rows=rows, numeric=numeric)
+    table = Table(caption="Verdict and numbers", header=header, rows=rows, numeric=numeric)
+    return table.without_constants(3)
 
 
 def _evidence(seen: Sequence[_Seen]) -> Section:
@@ -293,13 +307,17 @@ def _evidence(seen: Sequence[_Seen]) -> Section:
         if one.verdict.next:
             parts.append(Text(f"What to do next with {one.name}:"))
             parts.append(Code("\n".join(one.verdict.next)))
+    if len(lines := _reservations(seen)) > _MOST_LINES - _OTHER_RESERVATIONS:
+        parts.append(Folded("All that was not judged", [Bullets([*map(tame, lines)])]))
     return Section(id="evidence", title="Evidence", parts=parts)
 
 
 def _evidence_row(item: Evidence) -> list[Entry]:
     places = ["-" if at is None else str(at) for at in (item.step, item.block)]
-    values = [number(value) for value in (item.value, item.threshold)]
-    return [tame(item.text), item.metric, *places, *values, tame(item.source)]
+    value = "nan" if math.isnan(item.value) else number(item.value)
+    return [
+        tame(item.text), item.metric, *places, value, number(item.threshold), tame(item.source),
+    ]  # fmt: skip
 
 
 def _settings(seen: Sequence[_Seen]) -> Section:

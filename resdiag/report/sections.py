@@ -33,7 +33,6 @@ from resdiag.report.training_outcome import (
 )
 from resdiag.report.words import (
     count,
-    joined,
     listing,
     measure_words,
     settings_words,
@@ -149,7 +148,7 @@ def _went(item: CellResult) -> tuple[str, str]:
 
 
 def _verdict_words(group: Group) -> Entry:
-    names = Counter(str(member.outcomes.get("verdict") or "-") for member in group.members)
+    names = Counter(str(member.outcomes.get("verdict") or "no verdict") for member in group.members)
     return ", ".join(f"{name} {n}" if len(names) > 1 else name for name, n in names.items())
 
 
@@ -201,18 +200,18 @@ def figures_section(
     """
     parts: list[Part] = []
     shown = [picture for picture in pictures if picture.svg != b""] or pictures
+    left = [picture.title for picture in pictures if picture not in shown]
     for number_, some in groupby(shown, key=lambda picture: picture.number):
         members = list(some)
         images = [_drawn(member, key) for member in members]
-        parts.append(Text(f"Figure {number_}. {members[0].question}"))
+        parts.append(Text(f"{'' if left else f'Figure {number_}. '}{members[0].question}"))
         parts += images[:1]
         if len(images) > 1:
             parts.append(Folded(f"Figure {number_}, {len(images) - 1} more", images[1:]))
-    left = [picture.title for picture in pictures if picture not in shown]
     if left:
         parts.append(
             Text(
-                f"Not drawn here: {joined(left)}. Their data are in the folder figures; with "
+                f"Not drawn here: {'; '.join(left)}. Their data are in the folder figures; with "
                 "--all-figures the report draws them."
             )
         )

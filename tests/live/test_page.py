@@ -14,16 +14,13 @@ from urllib.parse import urlencode
 
 import pytest
 import torch
+from browser import ink_share, needs_browser, paper_of, run, show, take_picture, violations
 
 import resdiag
 from resdiag.live.runs import FollowedRuns
 from resdiag.live.server import serve
 
 ROOT = Path(__file__).parents[2]
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-DRIVER = shutil.which("chromedriver")
 
 
 def train(steps=3, rate=0.01):
@@ -175,44 +172,76 @@ def _wait_for(condition):
         time.sleep(0.1)
 
 
-@pytest.mark.skipif(not (BROWSER and DRIVER), reason="no Chromium with its driver")
-def test_in_a_browser_numbers_and_plots_grow_without_an_error(server, folder, tmp_path):
-    webdriver = pytest.importorskip("selenium.webdriver")
-    package = pytest.importorskip("axe_core_python")
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+LOOKS = {
+    "wide": {"width": 1280},
+    "narrow": {"width": 400},
+    "dark": {"width": 1280, "scheme": "dark"},
+}
+
+
+@pytest.fixture
+def two(folder):
+    """A second run, newer than the first, that a test can let grow."""
     monitor, model, optimizer = train()
     resdiag.save(monitor, folder / "two")
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    try:
-        driver.set_script_timeout(120)
-        driver.get(server.url)
 
-        def shown(name):
-            return driver.find_element("id", name).text
-
-        _wait_for(lambda: "step\n2" in shown("numbers"))
-        _wait_for(lambda: driver.find_element("id", "plot").is_displayed())
-        before = driver.find_element("id", "plot").get_attribute("alt")
-        advance(monitor, model, optimizer, 3)
+    def grow(steps):
+        advance(monitor, model, optimizer, steps)
         resdiag.save(monitor, folder / "two")
-        _wait_for(lambda: "step\n5" in shown("numbers"))
-        _wait_for(lambda: driver.find_element("id", "plot").get_attribute("alt") != before)
-        select = driver.find_element("id", "run")
-        assert [o.text for o in select.find_elements("tag name", "option")] == ["two", "<b>one</b>"]
-        driver.execute_script(
-            "document.getElementById('run').value = '<b>one</b>'; "
-            "document.getElementById('run').dispatchEvent(new Event('change'))"
-        )
-        _wait_for(lambda: "step\n2" in shown("numbers"))
-        driver.save_screenshot(str(tmp_path / "live.png"))
-        axe = Path(os.environ.get("AXE") or Path(package.__file__).parent / "axe.min.js")
-        driver.execute_script(axe.read_text("utf-8"))
-        found = driver.execute_async_script("axe.run().then(arguments[arguments.length - 1])")
-        assert [issue["id"] for issue in found["violations"]] == []
-        assert driver.get_log("browser") == []
-    finally:
-        driver.quit()
+
+    return grow
+
+
+@pytest.fixture
+def page(driver, server, two):
+    """The browser on the live page, its first plot drawn."""
+    driver.get_log("browser")
+    show(driver, width=1280)
+    driver.get(server.url)
+    _wait_for(lambda: driver.find_element("id", "plot").is_displayed())
+    yield driver
+    driver.get("about:blank")  # the page would go on asking a server that is away
+    show(driver)
+
+
+def shown(driver, name):
+    return driver.find_element("id", name).text
+
+
+@needs_browser
+def test_in_a_browser_numbers_and_plots_grow_without_an_error(page, two, pictures, axe):
+    _wait_for(lambda: "step\n2" in shown(page, "numbers"))
+    before = page.find_element("id", "plot").get_attribute("alt")
+    first = take_picture(page, pictures / "before.png")
+    two(3)
+    _wait_for(lambda: "step\n5" in shown(page, "numbers"))
+    _wait_for(lambda: page.find_element("id", "plot").get_attribute("alt") != before)
+    second = take_picture(page, pictures / "after.png")
+    height = min(len(first), len(second))
+    assert (first[:height] != second[:height]).any(axis=-1).mean() > 1e-3  # it is seen to grow
+    select = page.find_element("id", "run")
+    assert [o.text for o in select.find_elements("tag name", "option")] == ["two", "<b>one</b>"]
+    page.execute_script(
+        "document.getElementById('run').value = '<b>one</b>'; "
+        "document.getElementById('run').dispatchEvent(new Event('change'))"
+    )
+    _wait_for(lambda: "step\n2" in shown(page, "numbers"))
+    assert violations(page, axe) == []
+    assert "verdict\nundetermined" in shown(page, "numbers")  # not "so far": the run has ended
+    assert page.get_log("browser") == []
+
+
+@needs_browser
+@pytest.mark.parametrize("look", LOOKS)
+def test_the_live_page_fits_its_screen_in_light_and_dark(page, pictures, axe, look):
+    show(page, **LOOKS[look])
+    picture = take_picture(page, pictures / f"{look}.png")
+    assert picture.shape[1] == LOOKS[look]["width"]
+    assert run(page, "document.documentElement.scrollWidth") == LOOKS[look]["width"]
+    assert 0.02 < ink_share(picture) < 0.6
+    if look == "dark":
+        assert paper_of(picture).max() < 40
+        assert (picture.min(axis=-1) > 230).mean() < 0.01  # the plot is not left white
+    else:
+        assert paper_of(picture).min() == 255
+    assert violations(page, axe) == []

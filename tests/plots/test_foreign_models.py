@@ -156,3 +156,16 @@ def test_the_skip_gain_says_where_it_begins_anew():
     ))])  # fmt: skip
     assert "begins anew behind the projections of blocks layer1.0, layer2.0" in words(figure)
     assert "from block layer2.0 to the last block" in figure.get_label()
+
+
+def test_what_long_names_share_in_front_of_a_number_stands_on_the_axis_once():
+    blocks = [
+        {"name": f"e.layers.encoder_layer_{n}{m}", "owner": f"e.layers.encoder_layer_{n}",
+         "branch_module": f"e.layers.encoder_layer_{n}.{child}", "branch": [op]}
+        for n in range(2) for m, child, op in (("", "attn", "attention"), ("#1", "mlp", "addmm"))
+    ]  # fmt: skip
+    shared, names = block_names(blocks)
+    assert (shared, names) == ("e.layers.encoder_layer", ["0.attn", "0.mlp", "1.attn", "1.mlp"])
+    assert block_parts(blocks) == ["attention", "MLP"] * 2
+    short = [{"name": name, "owner": name} for name in ("unit_0", "unit_1")]
+    assert block_names(short) == ("", ["unit_0", "unit_1"])

@@ -212,3 +212,91 @@ def test_words_of_no_finite_number():
     assert np.isnan(geometric_mean(np.array([np.nan, -1.0, 0.0])))
     assert extremes([("a", float("nan"))]) == []
     assert extremes([("a", 2.0), ("b", 1.0), ("c", 3.0)]) == [("c", 3.0), ("b", 1.0)]
+
+
+def single_blocks(**columns):
+    """A run whose stages have one block each, as a U-Net's: no ratio is within a stage."""
+
+    def change(frame):
+        return frame.assign(**{name: np.float32(value) for name, value in columns.items()})
+
+    return make_run("elu", 8, steps=(0, 1), metrics=change)
+
+
+def test_a_signal_of_stages_of_one_block_is_finite_and_told_from_end_to_end():
+    run = single_blocks()
+    values = run.metrics()["output_second_moment"].to_numpy(np.float64)
+    assert "in each block" in draw("signal", [run]).get_label()
+    frozen = run.metrics_frame.drop(columns="input_channel_std")  # without the inputs of blocks
+    title = draw("signal", [replace(run, metrics_frame=frozen)]).get_label()
+    assert "from the first block to the last" in title
+    factor = float(re.search(r"\(×([\d.]+)\)", title)[1])
+    assert factor == pytest.approx(values[2] / values[0], rel=0.01)
+    growth = draw("growth", [run])
+    assert growth.get_label().startswith("Block 0 scales the signal ×")
+    assert len(figure_axes(growth)) == 2  # no means of one block each
+    assert len(figure_axes(draw("growth", [make_run("elu", 20, steps=FEW)]))) == 4
+
+
+@pytest.mark.parametrize(
+    ("value", "words"), [(0, "is zero in every block"), (np.nan, "is not finite")]
+)
+def test_what_is_zero_and_what_is_not_finite_is_told_apart(value, words):
+    title = draw("gradnorms", [single_blocks(grad_output=value)]).get_label()
+    assert title.startswith(f"The gradient at the outputs {words}")
+
+
+def test_titles_of_several_runs_are_sentences_about_the_most_and_the_least():
+    runs = [make_run("elu_pre", 20, steps=FEW), make_run("elu", 20, steps=FEW)]
+    assert re.match(
+        r"On the way back to block 0, gradients grow \S+ times for elu_pre \(b\) and "
+        r"(grow|shrink) .* for elu \(d\), at step 0",
+        draw("gradnorms", runs).get_label(),
+    )
+    assert re.match(
+        r"In each block, the mean square of the signal .* for elu_pre \(b\) and .* for elu \(d\)",
+        draw("signal", runs).get_label(),
+    )
+
+
+def test_an_update_larger_than_the_weights_is_told_in_times_not_in_percent():
+    large = make_run("elu", 20, steps=(0,), metrics=lambda f: f.assign(update_ratio=12.0))
+    title = draw("updates", [large]).get_label()
+    assert title.startswith("A step moves the blocks by 12 times their weights, at step 0")
+    assert "% of their weights" in draw("updates", [make_run("elu", 20, steps=FEW)]).get_label()
+
+
+def test_the_ticks_of_a_loss_that_explodes_do_not_overprint():
+    run = make_run("elu_pre", 56, steps=(0, 1, 2))
+    run.curve_frame.loc[:, "loss"] = np.float32([6e6, np.nan, np.nan][: len(run.curve_frame)])
+    axes = panel(draw("curves", [run]), "loss")
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in axes.get_yticks() if low <= tick <= high]
+    assert len(ticks) <= 9
+
+
+def test_a_name_of_a_guide_gives_way_to_a_point_at_the_right_end():
+    losses = {"free": [2.3, 2.0, 1.0], "taken": [2.3, 2.3, 2.36]}
+    ends = {}
+    for name, loss in losses.items():
+        run = make_run("elu", 20, steps=(0, 1, 2))
+        run.curve_frame["loss"], run.curve_frame["test_loss"] = np.float32(loss), np.nan
+        axes = panel(draw("curves", [run]), "loss")
+        (words,) = [text for text in axes.texts if "guessing" in text.get_text()]
+        ends[name] = words.get_ha()
+    assert ends == {"free": "right", "taken": "center"}
+
+
+def test_marks_of_panels_that_share_a_scale_stand_above_their_lines():
+    figure = draw("signal", [make_run("elu_pre", 20, explode=4)])
+    for title in ("output: squared channel mean", "output: channel variance"):
+        axes = panel(figure, title)
+        marks = [line.get_ydata().min() for line in axes.lines if line.get_gid() == NONFINITE]
+        values = np.concatenate(
+            [line.get_ydata() for line in axes.lines if line.get_transform() == axes.transData]
+        )
+        top = axes.transAxes.inverted().transform(axes.transData.transform((0, np.nanmax(values))))[
+            1
+        ]
+        assert marks
+        assert top < min(marks) - 0.03

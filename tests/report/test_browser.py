@@ -5,63 +5,25 @@ axe.min.js than the one that comes with the latter.
 """
 
 import json
-import os
-import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import synthetic_runs
+from browser import needs_browser, run, show, violations
 from hostile import HOSTILE
+from made_pages import run_html, study_html
 from made_studies import GRID, make_results, make_study
 
-from resdiag.report.figures import draw_figures, draw_runs
 from resdiag.report.render import to_html
 from resdiag.report.runpage import write_run_page
 from resdiag.report.sections import write_page
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (BROWSER and DRIVER), reason="no Chromium with its driver: apt-get install chromium-driver"
-)
-
-
-@pytest.fixture(scope="module")
-def driver():
-    selenium = pytest.importorskip("selenium.webdriver")
-    options = selenium.ChromeOptions()
-    options.binary_location = BROWSER
-    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    opened = selenium.Chrome(options=options, service=selenium.ChromeService(DRIVER))
-    opened.set_script_timeout(120)
-    yield opened
-    opened.quit()
-
-
-@pytest.fixture(scope="module")
-def axe():
-    package = pytest.importorskip("axe_core_python")
-    path = os.environ.get("AXE") or Path(package.__file__).parent / "axe.min.js"
-    return Path(path).read_text("utf-8")
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")
 def html():
-    results = make_results(missing=(1,), failed=(2,))
-    page = write_page(results, list(draw_figures(results)))
-    return to_html(replace(page, made="Made now."))
-
-
-@pytest.fixture(scope="module")
-def run_html():
-    run = synthetic_runs.make_run("elu_pre", 20, explode=4)
-    page = write_run_page([run], list(draw_runs(["curves", "signal"], [run])))
-    return to_html(replace(page, made="Made now."))
+    return study_html()
 
 
 @pytest.fixture
@@ -72,9 +34,9 @@ def page(html, tmp_path):
 
 
 @pytest.fixture
-def run_page(run_html, tmp_path):
+def run_page(tmp_path):
     path = tmp_path / "run.html"
-    path.write_text(run_html, "utf-8")
+    path.write_text(run_html(), "utf-8")
     return path.as_uri()
 
 
@@ -97,19 +59,6 @@ def requests(driver):
     return [url for url in sent if not url.startswith("data:")]
 
 
-def show(driver, *, width=1200, scheme="light"):
-    driver.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
-    )
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-
-
-def run(driver, script):
-    return driver.execute_script(f"return {script}")
-
-
 def test_nothing_is_asked_of_the_network_and_nothing_is_refused(driver, page):
     said, asked = visit(driver, page)
     assert said == []
@@ -125,16 +74,6 @@ def test_a_script_and_a_request_would_be_seen(driver, html, tmp_path):
     assert len([line for line in said if "Content Security Policy" in line]) == 2
     assert asked == [path.as_uri(), "http://127.0.0.1:9/x.png"]  # also what the policy refused
     assert driver.title.startswith("made: ")
-
-
-def violations(driver, axe):
-    """Everything that axe finds, of any impact."""
-    run(driver, "document.querySelectorAll('details').forEach(d => d.open = true)")
-    driver.execute_script(axe)
-    found = driver.execute_async_script(
-        "const done = arguments[0]; axe.run(document).then(r => done(r.violations))"
-    )
-    return [(f["id"], f["nodes"][0]["html"][:200]) for f in found]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -77,15 +77,15 @@ def with_loss(loss, **more):
 def test_a_run_that_is_done_is_not_said_to_be_trained():
     chance = write_run_page([with_loss(np.log(10) * 0.99)], [])
     assert chance.headline.startswith(
-        "elu-20 stays at chance after 151 steps: the mean loss of the last fifth is 2.28, "
+        "elu-20 stays at chance: after 151 steps, the mean loss of the last fifth is 2.28, "
         "guessing is 2.3"
     )
     assert write_run_page([with_loss(np.log(10) * 0.97)], []).headline.startswith("elu-20 trains")
     unknown = {"name": "own"}  # without classes, it is the fall of the loss that counts
     flat = write_run_page([with_loss(1.0, data=unknown)], [])
-    assert flat.headline.startswith("elu-20 does not lower its loss after 151 steps")
+    assert flat.headline.startswith("elu-20 does not lower its loss: after 151 steps")
     falling = write_run_page([with_loss(np.linspace(2, 1, 151), data=unknown)], [])
-    assert falling.headline.startswith("elu-20 lowers its loss after 151 steps: the mean")
+    assert falling.headline.startswith("elu-20 lowers its loss: after 151 steps, the mean")
     short = with_loss(1.0)
     short = replace(short, curve_frame=short.curve().head(19), steps=19)
     assert "whether it trains cannot be judged" in write_run_page([short], []).headline
@@ -194,3 +194,31 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
         write_run(tmp_path / "many", make_config(seed=seed))
     assert app.run(["report", "many"]) == 2
     assert f"{MOST_RUNS + 1} runs: one page shows at most {MOST_RUNS}" in capsys.readouterr().err
+
+
+def test_reservations_that_do_not_fit_the_first_screen_stand_below_and_name_their_runs():
+    runs = [synthetic_runs.make_run("elu", 20, seed=seed) for seed in range(2)]
+    page = write_run_page(runs, [])
+    cut = [line for line in page.sure if line.startswith("And ")]
+    (folded,) = [
+        part
+        for section in page.sections
+        for part in section.parts
+        if getattr(part, "title", "") == "All that was not judged"
+    ]
+    (bullets,) = folded.parts
+    assert len(cut) == 1
+    assert len(set(bullets.items)) == len(bullets.items)  # what both runs lack is said once
+    shown = [line for line in page.sure if line.startswith("Not judged")]
+    assert set(shown) < set(bullets.items)
+    assert str(len(bullets.items) - len(shown)) in cut[0]
+
+
+def test_figures_are_numbered_only_where_none_is_left_out():
+    run = synthetic_runs.make_run("elu", 20)
+    pictures = list(draw_runs(["curves", "signal"], [run]))
+    whole = to_html(write_run_page([run], pictures))
+    assert "Figure 1. " in whole
+    part = to_html(write_run_page([run], [pictures[0], replace(pictures[1], svg=b"")]))
+    assert "Figure " not in part
+    assert pictures[0].question in part

@@ -66,9 +66,12 @@
     const lost = stripes(pen);
     for (let b = 0; b < run.blocks.length; b++)
       for (let s = 0; s < run.steps.length; s++) cell(pen, w, h, b, s, lost);
-    const y = (run.blocks.length - 1 - block) * h;
-    pen.lineWidth = 4; pen.strokeStyle = "#000"; pen.strokeRect(step * w, y, w, h);
-    pen.lineWidth = 2; pen.strokeStyle = "#fff"; pen.strokeRect(step * w, y, w, h);
+    // inside the cell, where it is large enough: the canvas would cut a frame around it
+    const y = (run.blocks.length - 1 - block) * h, dx = Math.min(2, w / 4), dy = Math.min(2, h / 4);
+    for (const [thick, ink] of [[4, "#000"], [2, "#fff"]]) {
+      pen.lineWidth = thick; pen.strokeStyle = ink;
+      pen.strokeRect(step * w + dx, y + dy, w - 2 * dx, h - 2 * dy);
+    }
     drawScale();
   }
 
