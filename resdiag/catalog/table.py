@@ -137,7 +137,7 @@ _RUN = [
         "over depth on a log axis: the level rises steeply for a variant that explodes"),
     Metric("lr_grad_norm", "learning rate times gradient norm", "lr ||dL/dtheta||_2", "loss", "run",
         "observed on a and b with He initialisation, see the theory page",
-        "at 0.6 or more, no run of variants a and b has survived",
+        "a rule of thumb: of runs of a and b below 0.6, 28 of 28 lived 50 steps, above it 7 of 68",
         derive=lambda f: f["lr"] * f["grad_norm"]),
     Metric("head_mean", "mean of the pooled features",
         "mean_c of the batch mean of the classifier's input", "activation", "run", CLEVERT,

@@ -39,7 +39,7 @@ def _short(results: Results) -> list[str]:
         recipe = RECIPES[item.cell.request.recipe]
         if item.run and item.ended and item.cell.request.steps and not recipe.steps:
             found.append(
-                f"{item.run.steps} steps, {item.epochs:.2g} of the recipe's {recipe.epochs} epochs"
+                f"{item.run.steps} steps, {item.epochs:.2g} epochs; the recipe has {recipe.epochs}"
             )
     words = listing(list(dict.fromkeys(found)), 3)
     return [f"A short training: {words}; it does not show how a full one ends."] if found else []

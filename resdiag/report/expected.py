@@ -144,7 +144,15 @@ def _judge_numbers(
 
 
 def expected_words(judged: Sequence[Judged]) -> list[str]:
-    """How many expected values are met, and which ones are not; empty if nothing was expected."""
+    """How many expected values are met, and which ones are not; empty if nothing was expected.
+
+    Those that follow from a definition and hold are counted apart: they could not have failed.
+    """
+    sure = [item for item in judged if item.expected.is_identity and item.outcome == MET]
+    judged = [item for item in judged if item not in sure]
+    if sure:
+        held = f"{len(sure)} {'holds' if len(sure) == 1 else 'hold'} by definition."
+        return [*expected_words(judged), f"Besides, {held}" if judged else f"All {held}"]
     tally = Counter(item.outcome for item in judged)
     total = count(len(judged), "expected value")
     if not judged:

@@ -81,7 +81,8 @@ class Expected(BaseModel):
         value: The number, or the word.
         tolerance: Largest distance from a number that counts as agreement.
         factor: Largest ratio that does, for numbers that span decades.
-        source: Who says so, where.
+        source: Who says so, where. One that begins with "definition" says that it cannot be
+            otherwise: it checks the program, and is counted apart.
     """
 
     model_config = STRICT
@@ -93,6 +94,11 @@ class Expected(BaseModel):
     tolerance: Annotated[float, Field(ge=0)] | None = None
     factor: Annotated[float, Field(ge=1)] | None = None
     source: Annotated[Text, Field(min_length=1)]
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the value follows from the definition of what is measured."""
+        return self.source.startswith("definition")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

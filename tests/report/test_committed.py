@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 from made_studies import make_results, make_study
 
+from resdiag.catalog.table import METRICS
+from resdiag.diagnose.learning import AT_RISK
 from resdiag.report import committed
 from resdiag.report.render import escape
 from resdiag.report.storage import write_results
 from resdiag.runs.config import from_stored
+from resdiag.theory.prediction import CRITICAL
 
 ROOT = Path(__file__).resolve().parents[2]
 SPLIT = """
@@ -105,3 +108,17 @@ def test_committed_results_are_whole_small_and_say_where_they_are_from(name, tmp
 )  # fmt: skip
 def test_text_is_escaped_and_numbers_are_left_alone(text, written):
     assert escape(text) == written
+
+
+def test_the_rule_of_thumb_about_the_first_step_states_what_the_study_shows():
+    explosion = committed.read_results(ROOT / "studies" / "results" / "explosion")
+    lived = {True: [], False: []}
+    for cell in explosion.cells:
+        if cell.cell.request.variant in ("elu_nobn", "elu_pre"):
+            first = cell.cell.request.lr * cell.run.curve().grad_norm.iloc[0]
+            lived[bool(first < CRITICAL)].append(cell.run.status == "done")
+    assert all(lived[True])
+    below, above = len(lived[True]), f"{sum(lived[False])} of {len(lived[False])}"
+    for text in (METRICS["lr_grad_norm"].reading, AT_RISK.why):
+        assert f"{below} of {below}" in text
+        assert above in text

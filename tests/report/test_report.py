@@ -22,7 +22,16 @@ from resdiag.cli.main import app
 from resdiag.plots.style import VARIANT_LOOKS
 from resdiag.report.answer import answer
 from resdiag.report.comparisons import threshold_table
-from resdiag.report.expected import FEW, MET, NOT_MET, OPEN, SEVERAL, expected_section, judge_all
+from resdiag.report.expected import (
+    FEW,
+    MET,
+    NOT_MET,
+    OPEN,
+    SEVERAL,
+    expected_section,
+    expected_words,
+    judge_all,
+)
 from resdiag.report.figures import MOST_LINES, Drawings, draw_figures, draw_runs
 from resdiag.report.origin import changed_settings, remake_commands
 from resdiag.report.parts import Table, Text
@@ -117,6 +126,22 @@ def test_a_word_is_met_if_every_cell_says_it():
     found = judged(word, ("diverged", "done", "done"))
     assert (found.outcome, found.reason) == (NOT_MET, "done in 2 of 3")
     assert judged(word, ("done",) * 3, states=("running",) * 3).reason == "no cell has ended"
+
+
+def test_what_holds_by_definition_is_counted_apart():
+    met = judged("measure = 'status'\nvalue = 'done'", ("done",) * 3)
+    missed = judged("measure = 'status'\nvalue = 'done'", ("diverged",) * 3)
+    sure, broken = (
+        replace(one, expected=one.expected.model_copy(update={"source": "definition: h = x"}))
+        for one in (met, missed)
+    )
+    assert expected_words([sure, sure]) == ["All 2 hold by definition."]
+    words = expected_words([met, missed, sure])
+    assert (words[0], words[-1]) == (
+        "1 of 2 expected values is met, 1 is not.",
+        "Besides, 1 holds by definition.",
+    )
+    assert expected_words([broken])[0] == "0 of 1 expected value are met, 1 is not."
 
 
 def test_an_expected_verdict_of_runs_that_were_not_judged_is_open():
@@ -418,7 +443,7 @@ def test_a_short_training_is_said_not_to_be_a_full_one():
     text = ASKED.replace('data = "digits"', 'data = "digits"\nrecipe = "paper"\nsteps = 150')
     (line,) = [x for x in said(by_depth(ERRORS_BY_DEPTH, text)).sure if "short" in x]
     assert re.fullmatch(
-        r"A short training: 151 steps, [0-9.]+ of the recipe's 164 epochs; "
+        r"A short training: 151 steps, [0-9.]+ epochs; the recipe has 164; "
         "it does not show how a full one ends.",
         line,
     )
