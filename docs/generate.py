@@ -127,6 +127,8 @@ def metrics_page() -> str:
         "`resdiag metrics NAME` prints an entry in the terminal. In Python, the entries are in "
         "`resdiag.METRICS`.\n",
         _SYMBOLS,
+        "P1 to P4, slopes, saturation and the shares of the gradient are estimates from the first "
+        "4 samples of a batch, some per cent off; `attach(samples=None)` takes all of them.\n",
         f"Gradients are read at one of {_code(POINTS)}; the recorded column `point` says which.\n",
     ]
     for title, text, members in _sections():
