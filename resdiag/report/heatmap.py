@@ -111,7 +111,7 @@ def _number(value: float, lost: bool) -> Number:
 def to_json(maps: Sequence[HeatMap]) -> str:
     r"""The maps for a script element: nothing in it can end the element.
 
-    >>> to_json([HeatMap("</script>", [0], ["&"], [])])[:28]
+    >>> to_json([HeatMap("</script>", [0], ["&"], [])])[:29]
     '[{"name":"\\u003c/script\\u003e'
     """
     text = json.dumps([vars(one) for one in maps], separators=(",", ":"), allow_nan=False)
