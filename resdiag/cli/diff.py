@@ -41,10 +41,10 @@ def diff(
     ] = False,
     as_json: Json = False,
 ) -> int:
-    """Compare two runs that should agree: the first step, block and direction where they part.
+    """Find where two runs that should agree part for the first time.
 
-    For the same code on two machines, eager and compiled, before and after a refactoring, or with
-    two versions of a library.
+    It names step, block, and direction of the pass. For the same code on two machines, eager and
+    compiled, before and after a refactoring, or with two versions of a library.
     """
     if out is not None and out.suffix not in (".html", ".htm"):
         raise UsageError(f"--out {out} must end in .html", f"--out {out.with_suffix('.html')}")

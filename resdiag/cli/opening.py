@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from resdiag.cli.output import say
 from resdiag.errors import UsageError
-from resdiag.runs.folder import Run, find_runs, latest_run, read_run
+from resdiag.runs.folder import Run, find_runs, is_run_folder, latest_run, read_run
 
 if TYPE_CHECKING:
     from resdiag.study.study import Study
@@ -34,7 +34,11 @@ def open_runs_or_logs(paths: Sequence[Path] | None, root: Path, log_format: str)
 
     opened: list[Run] = []
     for path in dict.fromkeys(paths):
-        is_log = log_format or path.is_file() or (path.is_dir() and not find_runs(path))
+        is_log = (
+            log_format
+            or path.is_file()
+            or (path.is_dir() and not find_runs(path) and not is_run_folder(path))
+        )
         opened += [load_log(path, log_format)] if is_log else open_runs([path], root)
     return opened
 

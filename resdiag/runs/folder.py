@@ -175,6 +175,11 @@ def find_runs(path: str | os.PathLike[str]) -> list[Path]:
     return sorted(found)
 
 
+def is_run_folder(path: Path) -> bool:
+    """Whether a folder has files of a run, even if the most important one is missing."""
+    return any((path / name).exists() for name in (RUN, COMMIT, PREVIOUS))
+
+
 def latest_run(root: str | os.PathLike[str]) -> Path:
     """The run below `root` with the newest commit.
 

@@ -225,8 +225,11 @@ def test_cells_that_share_a_process_end_as_in_one_each_and_a_failing_one_fails_a
     assert len(processes) == 1
     assert {read_progress(job.folder(cell))["pid"] for cell in alone} == processes
     order = [cell for cell, _, _ in turns]
-    assert len(set(order[:3])) == 3
-    assert order[:12] == order[:3] * 4
+    trio = list(dict.fromkeys(order))[:3]  # on a busy machine one of them may begin late
+    last = min(len(order) - 1 - order[::-1].index(cell) for cell in trio)
+    shared = order[order.index(trio[2]) : last + 1]
+    assert len(shared) >= 3
+    assert shared[3:] == shared[:-3]  # while all three are there, they take turns
     for cell in alone:  # what each said is in its own log, and nothing of the others
         log = job.folder(cell).joinpath("log.txt").read_text()
         assert log.count("data: ") == 1
