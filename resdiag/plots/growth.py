@@ -129,17 +129,7 @@ def _statement(view: View, traces: list[Trace], panels: list[canvas.Panel]) -> s
     if not parts:
         return f"The growth per block is not finite{when_words(traces[:1])}"
     when = when_words(traces[:1]).removeprefix(", at")
-    who = _who(traces[0].records[0])
-    return f"{who} scales {' and '.join(parts)} (mean squares{when and ','}{when})"
-
-
-def _who(record: Record) -> str:
-    """Every block, or the one that is no transition."""
-    kept = [i for i, block in enumerate(record.run.blocks) if not block.get("transition", False)]
-    if len(kept) != 1:
-        return "Each block"
-    words = record.block_words(kept[0])
-    return f"{words[0].upper()}{words[1:]}"
+    return f"Each block scales {' and '.join(parts)} (mean squares{when and ','}{when})"
 
 
 def _stage_factors(record: Record, values: Floats) -> list[Floats]:

@@ -233,7 +233,7 @@ def test_a_signal_of_stages_of_one_block_is_finite_and_told_from_end_to_end():
     factor = float(re.search(r"\(×([\d.]+)\)", title)[1])
     assert factor == pytest.approx(values[2] / values[0], rel=0.01)
     growth = draw("growth", [run])
-    assert growth.get_label().startswith("Block 0 scales the signal ×")
+    assert growth.get_label().startswith("Each block scales the signal ×")
     assert len(figure_axes(growth)) == 2  # no means of one block each
     assert len(figure_axes(draw("growth", [make_run("elu", 20, steps=FEW)]))) == 4
 
