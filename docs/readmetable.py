@@ -39,7 +39,10 @@ def _table() -> str:
             "time of a recorded step, ResNet-20, batch 32: a small network",
             _cost("original", 20, 32),
         ),
-        ("weights after a watched training", "the same bits as without resdiag"),
+        (
+            "weights after a watched training",
+            "the same bits as without resdiag: `tests/watch/test_watching_changes_nothing.py`",
+        ),
         ("wrong numbers on torchvision's ResNet-18, in-place operations included", _wrong(peers)),
         ("other tools that name a block whose branch is 1000 times too large", _rivals(peers)),
     ]

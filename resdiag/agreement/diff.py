@@ -1,10 +1,8 @@
 """`resdiag.diff`: two runs that should agree, and the first place where they do not."""
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -16,13 +14,7 @@ from resdiag.agreement.tolerance import MARGIN, Tolerance, find_rounding
 from resdiag.diagnose.rundata import RunData
 from resdiag.errors import UsageError
 from resdiag.runs.folder import Run
-from resdiag.runs.watched import load_run
-
-if TYPE_CHECKING:
-    from resdiag.watch.loop.monitor import Monitor
-
-Source: TypeAlias = "Run | Monitor | str | os.PathLike[str]"
-"""A run, a monitor, or the folder of a run."""
+from resdiag.runs.watched import Source, load_run, load_runs
 
 
 def diff(
@@ -67,8 +59,8 @@ def diff(
     """
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise UsageError(f"tolerance {tolerance} must be a number that is at least 0")
-    given = [repeat] if _is_one(repeat) else list(repeat or ())  # type: ignore[arg-type]
-    runs = [load_run(source) for source in (a, b, *given)]
+    given = [] if repeat is None else load_runs(repeat)
+    runs = [load_run(a), load_run(b), *given]
     names = ["A", "B", *(f"repeat {at}" for at in range(1, len(given) + 1))]
     seen = [RunData(run) for run in runs]
     for name, run in zip(names[1:], runs[1:], strict=True):
@@ -177,11 +169,6 @@ def _check_blocks(a: Run, b: Run, name: str) -> None:
 def _nothing_in_common(a: RunData, b: RunData) -> str:
     ends = [f"{steps[0]} to {steps[-1]}" if steps else "none" for steps in (a.steps, b.steps)]
     return f"no step is in both runs: recorded steps of A: {ends[0]}, of B: {ends[1]}"
-
-
-def _is_one(given: object) -> bool:
-    """Whether it is one run, and not several or none."""
-    return isinstance(given, str | os.PathLike | Run) or hasattr(given, "to_frame")
 
 
 def _stated_dtype(source: Source) -> str:

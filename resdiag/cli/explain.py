@@ -180,12 +180,16 @@ def _print(
 
 def is_log(run: "Run") -> bool:
     """Whether a run was read from a log of another tool."""
-    return "log" in getattr(run.config, "settings", {})
+    return bool(_log_of(run))
 
 
 def place_of(run: "Run") -> str:
     """The run's folder, or the file of a log."""
-    return str(run.config.settings["log"]) if is_log(run) else str(run.path)  # type: ignore[union-attr]
+    return _log_of(run) or str(run.path)
+
+
+def _log_of(run: "Run") -> str:
+    return str(getattr(run.config, "settings", {}).get("log", ""))
 
 
 _BLOCKS = "resdiag.attach(model, optimizer)  # records what no log has: blocks, gradients, updates"

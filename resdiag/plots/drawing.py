@@ -3,9 +3,8 @@
 matplotlib is imported by the first `draw`, so that a usage error stays fast.
 """
 
-import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from resdiag.errors import UsageError
 from resdiag.plots.kinds import KINDS as KINDS
@@ -15,10 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from resdiag.plots.view import View
-    from resdiag.runs.folder import Run
-    from resdiag.watch.loop.monitor import Monitor
-
-    Source: TypeAlias = Run | Monitor | str | os.PathLike[str]
+    from resdiag.runs.watched import Source
 
 
 def draw(
@@ -46,12 +42,9 @@ def draw(
         UsageError: Unknown kind, no run, a run without records, without a metric that the plot
             needs, without the step asked for, or nothing that the plot could show.
     """
-    from resdiag.runs.watched import load_run
+    from resdiag.runs.watched import load_runs
 
-    listed: Sequence[Source] = (
-        [runs] if isinstance(runs, str) else (runs if isinstance(runs, Sequence) else [runs])
-    )
-    opened = [load_run(run) for run in listed]
+    opened = load_runs(runs)
     entry = find_kind(kind, [metric for run in opened for metric in run.custom_metrics])
     if not opened:
         raise UsageError(f"plot '{kind}' needs a run", "resdiag run --variant elu_pre --depth 20")

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from resdiag.catalog.table import RECORDED
 from resdiag.errors import UsageError, unknown
@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from resdiag.runs.folder import Run
     from resdiag.watch.loop.monitor import Monitor
+
+Source: TypeAlias = "Run | Monitor | str | os.PathLike[str]"
+"""A run, a monitor, or the folder of a run."""
 
 
 def as_run(
@@ -74,7 +77,14 @@ def as_run(
     )
 
 
-def load_run(run: "str | os.PathLike[str] | Run | Monitor") -> "Run":
+def load_runs(runs: "Source | Sequence[Source]") -> "list[Run]":
+    """One run or several, each as `load_run` takes it."""
+    if isinstance(runs, Sequence) and not isinstance(runs, str):
+        return [load_run(run) for run in runs]
+    return [load_run(runs)]
+
+
+def load_run(run: "Source") -> "Run":
     """The run in a folder, which may still be in progress; or what a monitor holds, as a run.
 
     Args:

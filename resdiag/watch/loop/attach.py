@@ -93,7 +93,6 @@ def attach(
         trace: "first" traces the first recorded pass operation by operation, and reads later ones
             by hooks as long as they do the same operations; "always" traces every recorded pass,
             which costs more and loses no values if passes differ.
-
         live: True shows a panel below the loop's output (in a notebook, below the cell): step,
             loss, the gradient by block, findings as they come; without a terminal, lines. "http"
             serves a page with growing plots on 127.0.0.1 and prints its address. Steps that are
