@@ -95,10 +95,14 @@ def probe(
         say(f"note: {note}")
     print(_describe(found))
     from resdiag.diagnose.text import render
+    from resdiag.probe.result import PLOTS
 
     print(render(found.verdict, colour=has_colour(sys.stdout)))
     for file in files:
         print(file)
+    if files:
+        others = [kind for kind in PLOTS if kind not in {file.stem for file in files}]
+        print(f"other plots: resdiag plot {'|'.join(others)} {found.run.path}")
 
 
 def _describe(found: "ProbeResult") -> str:

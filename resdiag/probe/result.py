@@ -8,14 +8,17 @@ from typing import Any
 import numpy as np
 
 from resdiag.diagnose.finding import plain
+from resdiag.diagnose.registry import FINDINGS
 from resdiag.diagnose.verdict import Verdict
 from resdiag.probe.critical_rate import Curvature
 from resdiag.runs.folder import Run
 from resdiag.theory.depthlaw import DepthLaw, depth_law
 from resdiag.theory.prediction import critical_lr
 
-PLOTS = ("signal", "gradnorms", "growth", "biasshift", "skip")
-"""Plots that a probe draws into its folder."""
+ALWAYS_DRAWN = ("signal", "gradnorms")
+PLOTS = (*ALWAYS_DRAWN, "growth", "biasshift", "skip")
+"""Plots that one recorded step fills; those not always drawn are drawn where a finding names them,
+as each costs a second of a probe that takes six."""
 
 _BY_BLOCK = (
     "output_second_moment", "forward_growth", "output_mean", "output_bias", "grad_param",
@@ -73,11 +76,12 @@ class ProbeResult:
         return plainly
 
     def draw(self) -> list[Path]:
-        """Draw `PLOTS` into the run's folder; none where there are no blocks."""
+        """Draw the plots of both directions, and those that findings name; none without blocks."""
         from resdiag.plots.drawing import draw
         from resdiag.plots.figurefile import save
 
-        kinds = [kind for kind in PLOTS if not (self.is_plain and kind == "skip")]
+        named = {kind for finding in self.verdict.findings for kind in FINDINGS[finding.name].plots}
+        kinds = [kind for kind in PLOTS if kind in (*ALWAYS_DRAWN, *named)]
         folder = self.run.path / "figures"
         return [
             file
