@@ -37,7 +37,7 @@ def findings_page() -> str:
         *map(_finding, FINDINGS.values()),
         "## Findings from several runs\n\n`resdiag explain RUN RUN ...` adds, per network:\n\n"
         f"{inspect.cleandoc(degraded.compare.__doc__ or '').split(chr(10) * 2, 1)[1]}\n",
-        _thresholds((degraded.LEAST_SEEDS, degraded.LEAST_GAP, degraded.ERRORS)),
+        _thresholds((degraded.LEAST_SEEDS, degraded.LEAST_GAP)),
     ]
     return "\n".join(parts)
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from resdiag.diagnose.finding import DEFINITION, Evidence, Finding, Threshold, plain
+from resdiag.diagnose.intervals import PERCENT, Interval, difference
 from resdiag.runs.folder import Run
 from resdiag.runs.watched_config import WatchedConfig
 
 LEAST_SEEDS = Threshold(3, "Runs per depth; with fewer there is no spread to compare with.")
 LEAST_GAP = Threshold(0.001, "0.1 percentage points of error.")
-ERRORS = Threshold(2.0, "Standard errors of the difference.")
 CLOSE = "the training error grows, the test error by no more than the seeds scatter"
 """Why more seeds would have to decide."""
 
@@ -32,32 +32,52 @@ class Depth:
         depth: Weighted layers.
         train: Final training errors, one per run, 0..1; NaN where a run diverged.
         test: Final test errors, likewise.
+        seeds: Their seeds, likewise; empty if not known.
     """
 
     depth: int
     train: tuple[float, ...]
     test: tuple[float, ...]
+    seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Gap:
-    """How much worse the deepest network ends than the best shallower one.
+    """How much worse the deepest network ends than the shallowest, which is fixed beforehand.
+
+    The best of several shallower ones would be chosen by its luck: under no change at all, that
+    reports a degradation more often than the level says.
 
     Attributes:
-        value: Difference of the mean errors, 0..1.
-        limit: What it must exceed; NaN where one depth has a single run.
+        interval: Difference of the mean errors, 0..1.
     """
 
-    value: float
-    limit: float
+    interval: Interval
+
+    @property
+    def value(self) -> float:
+        """Difference of the mean errors, 0..1."""
+        return self.interval.value
 
     @property
     def counts(self) -> bool:
-        """Whether it exceeds its limit."""
-        return self.value > self.limit
+        """Whether it exceeds `LEAST_GAP` and its interval lies above 0."""
+        return self.value > LEAST_GAP and self.interval.low > 0
 
     def __str__(self) -> str:
-        return f"{100 * self.value:+.2f} points (more than {100 * self.limit:.2f} would count)"
+        return f"{points(self.interval)} points"
+
+
+def points(interval: Interval) -> str:
+    """A difference of error rates in points, with its interval where there is one.
+
+    >>> points(Interval(0.0407, 0.0291, 0.0523, 3)), points(Interval(0.01))
+    ('+4.07 [2.91, 5.23]', '+1.00')
+    """
+    value = f"{100 * interval.value:+.2f}"
+    if math.isnan(interval.low):
+        return value
+    return f"{value} [{100 * interval.low:.2f}, {100 * interval.high:.2f}]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +90,6 @@ class Comparison:
         summary: One sentence.
         depths: The numbers, shallowest first.
         finding: The finding, where there is one.
-        best: Index of the depth that the deepest one is compared with; None without numbers.
         train: Gap of the training error; None without numbers.
         test: Gap of the test error; None without numbers.
     """
@@ -80,7 +99,6 @@ class Comparison:
     summary: str
     depths: tuple[Depth, ...] = ()
     finding: Finding | None = field(default=None)
-    best: int | None = None
     train: Gap | None = None
     test: Gap | None = None
 
@@ -98,12 +116,14 @@ class Comparison:
 def compare(runs: Sequence[Run]) -> list[Comparison]:
     """One conclusion per network of the runs, in order of first appearance.
 
-    degraded: the mean final training error at the greatest depth exceeds that at the best smaller
-    depth by more than 0.1 points and 2 standard errors, over 3 seeds or more each, and the test
-    error does too. overfit: the test error does, and the training error does not. not_degraded:
-    neither does, which shows no change and does not exclude one within the limits. undecidable
-    where the training error does and the test error grows by less, where seeds or depths are
-    missing, where runs differ in data or steps, and where some diverged.
+    degraded: the mean final training error at the greatest depth exceeds that at the smallest by
+    more than 0.1 points, and the 95 % interval of the difference lies above 0, over 3 seeds or more
+    each, and both hold of the test error too. overfit: they hold of the test error, and not of the
+    training error. not_degraded: they hold of neither, which shows no change and does not exclude
+    one within the interval. undecidable where they hold of the training error and the test error
+    grows by less, where seeds or depths are missing, where runs differ in data or steps, and where
+    some diverged. The intervals are t intervals of the differences seed by seed, where both depths
+    were run with the same seeds; else Welch's.
     """
     models = dict.fromkeys(run.config.model for run in runs)
     return [_conclude(m, [run for run in runs if run.config.model == m]) for m in models]
@@ -140,9 +160,9 @@ def compare_depths(model: str, depths: Sequence[Depth], reason: str = "") -> Com
         )
     train, test = gaps["train"], gaps["test"]
     words = (
-        f"depth {depths[-1].depth} against {depths[gaps['best']].depth}: training error {train}, "
+        f"depth {depths[-1].depth} against {depths[0].depth}: training error {train}, "
+        f"test error {test}, with {PERCENT} intervals"
     )
-    words += f"test error {test}"
     if train.counts and not test.counts and test.value > 0:
         return Comparison(
             model=model,
@@ -166,13 +186,14 @@ def _obstacle(depths: Sequence[Depth]) -> str:
     """Why the numbers do not decide, or ""."""
     if len(depths) < 2:
         return f"runs of one depth only ({depths[0].depth}), two are needed"
-    few = [d for d in depths if len(d.train) < LEAST_SEEDS]
+    ends = (depths[0], depths[-1])
+    few = [d for d in ends if len(d.train) < LEAST_SEEDS]
     if few:
         number = len(few[0].train)
         return (
             f"{number} seed{'s' * (number != 1)} at depth {few[0].depth}, {LEAST_SEEDS} are needed"
         )
-    for d in depths:
+    for d in ends:
         lost = sum(not math.isfinite(a + b) for a, b in zip(d.train, d.test, strict=True))
         if lost:
             return f"{lost} of {len(d.train)} runs at depth {d.depth} have no final error"
@@ -180,22 +201,23 @@ def _obstacle(depths: Sequence[Depth]) -> str:
 
 
 def _gaps(depths: Sequence[Depth]) -> dict[str, Any]:
-    """The deepest network against the shallower one that ends best in training, where it can be."""
-    whole = [bool(d.train) and np.isfinite([*d.train, *d.test]).all() for d in depths]
-    known = [index for index, known in enumerate(whole[:-1]) if known]
-    if not known or not whole[-1]:
+    """The deepest network against the shallowest, where both have all their numbers."""
+    shallow, deep = depths[0], depths[-1]
+    whole = (bool(d.train) and np.isfinite([*d.train, *d.test]).all() for d in (shallow, deep))
+    if len(depths) < 2 or not all(whole):
         return {}
-    best = min(known, key=lambda index: float(np.mean(depths[index].train)))
-    train, test = (
-        _gap(getattr(depths[-1], k), getattr(depths[best], k)) for k in ("train", "test")
-    )
-    return {"best": best, "train": train, "test": test}
+    seeds = (deep.seeds, shallow.seeds)
+    return {
+        kind: Gap(difference(getattr(deep, kind), getattr(shallow, kind), seeds))
+        for kind in ("train", "test")
+    }
 
 
 def _depth(depth: int, runs: Sequence[Run]) -> Depth:
     mine = [run for run in runs if _depth_of(run) == depth]
     train, test = ([_last(run, f"{kind}_error") for run in mine] for kind in ("train", "test"))
-    return Depth(depth=depth, train=tuple(train), test=tuple(test))
+    seeds = tuple(run.config.seed for run in mine)
+    return Depth(depth=depth, train=tuple(train), test=tuple(test), seeds=seeds)
 
 
 def _depth_of(run: Run) -> int:
@@ -213,15 +235,6 @@ def _last(run: Run, column: str) -> float:
     return float(known[-1]) if len(known) else math.nan
 
 
-def _gap(deep: Sequence[float], shallow: Sequence[float]) -> Gap:
-    """Difference of the means, and what it must exceed."""
-    a, b = np.asarray(deep), np.asarray(shallow)
-    if min(len(a), len(b)) < 2:
-        return Gap(float(a.mean() - b.mean()), math.nan)
-    error = math.sqrt(a.var(ddof=1) / len(a) + b.var(ddof=1) / len(b))
-    return Gap(float(a.mean() - b.mean()), max(LEAST_GAP, ERRORS * error))
-
-
 def _finding(name: str, words: str, gap: Gap) -> Finding:
     why = {
         "degraded": "The deeper network could copy the shallower one and does worse in training: "
@@ -230,7 +243,7 @@ def _finding(name: str, words: str, gap: Gap) -> Finding:
     }[name]
     evidence = Evidence(
         metric="train_error" if name == "degraded" else "test_error", value=gap.value,
-        threshold=gap.limit, text=words, source=_SOURCE,
+        threshold=float(LEAST_GAP), text=words, source=_SOURCE,
     )  # fmt: skip
     return Finding(
         name=name, cause=name, summary=words[:1].upper() + words[1:] + ".", why=why,

@@ -4,11 +4,12 @@ No sentence here is written for one study: each is a count or a comparison with 
 expected stands apart, see `resdiag.report.expected`.
 """
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from resdiag.diagnose.degraded import points
+from resdiag.diagnose.intervals import difference
 from resdiag.models.variants import variant_words
 from resdiag.report.certainty import certainty, missing_words
 from resdiag.report.comparisons import (
@@ -154,21 +155,21 @@ def _rank(where: str, groups: Sequence[Group]) -> str:
         words.append(f"{name} {100 * found.mean:.2f}{spread} % (n = {found.n})")
     data = listing(list(dict.fromkeys(item.data for group in ordered for item in group.members)))
     place = f" at {where}" if where else ""
-    first, second = (_errors(group) for group in ordered[:2])
-    return f"Final test error{place} ({data}): {listing(words, 9)}; {_compare(first, second)}."
+    told = _compare(*ordered[:2])
+    return f"Final test error{place} ({data}): {listing(words, 9)}; {told}."
 
 
-def _compare(one: Summary, other: Summary) -> str:
-    """Whether two means differ by more than two standard errors of their difference."""
-    if min(one.n, other.n) < 2:
+def _compare(one: Group, other: Group) -> str:
+    """How much the error of the second network is above that of the first."""
+    first, second = one.test_errors, other.test_errors
+    if min(len(first), len(second)) < 2:
         return "with one seed, the first two cannot be ranked"
-    error = math.hypot(one.deviation / math.sqrt(one.n), other.deviation / math.sqrt(other.n))
-    clear = abs(one.mean - other.mean) > 2 * error
-    return f"the first two differ by {'more' if clear else 'less'} than two standard errors"
+    gap = difference([*second.values()], [*first.values()], ([*second], [*first]))
+    return f"the second minus the first is {points(gap)} points"
 
 
 def _errors(group: Group) -> Summary:
-    return summarise([member.number("test_error") for member in group.members])
+    return summarise([*group.test_errors.values()])
 
 
 def _verdicts(results: Results) -> list[str]:

@@ -42,7 +42,11 @@ def _short(results: Results) -> list[str]:
                 f"{item.run.steps} steps, {item.epochs:.2g} epochs; the recipe has {recipe.epochs}"
             )
     words = listing(list(dict.fromkeys(found)), 3)
-    return [f"A short training: {words}; it does not show how a full one ends."] if found else []
+    return (
+        [f"A short training: {words}; it shows early learning, not how a full one ends."]
+        if found
+        else []
+    )
 
 
 def missing_words(results: Results) -> str:
@@ -74,7 +78,7 @@ def _disagreement(results: Results) -> list[str]:
 
 
 def _errors(group: Group) -> Summary:
-    return summarise([member.number("test_error") for member in group.members])
+    return summarise([*group.test_errors.values()])
 
 
 def _spread(results: Results) -> list[str]:

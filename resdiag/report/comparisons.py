@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from resdiag.diagnose.degraded import CLOSE, LEAST_SEEDS, Comparison, Depth, Gap, compare_depths
+from resdiag.diagnose.degraded import (
+    CLOSE,
+    LEAST_SEEDS,
+    Comparison,
+    Depth,
+    Gap,
+    compare_depths,
+    points,
+)
+from resdiag.diagnose.intervals import PERCENT
 from resdiag.report.parts import Entry, Mark, Table
 from resdiag.report.results import Group, Results
 from resdiag.report.words import count, joined, listing, settings_words, spread_words, summarise
@@ -43,12 +52,9 @@ class ByDepth:
 def compare_by_depth(results: Results) -> list[ByDepth]:
     """The lines of a study over depth, each with what `resdiag.diagnose.degraded` says of it.
 
-    None where depth does not vary, or where the study expects values and trains for less than an
-    epoch: its question is another one.
+    None where depth does not vary, or where the question is another one.
     """
-    if "depth" not in results.telling:
-        return []
-    if results.study.file.expected and not any(group.trained for group in results.groups):
+    if "depth" not in results.telling or not asks_of_errors(results):
         return []
     rest = [name for name in results.telling if name != "depth"]
     lots: dict[str, list[Group]] = {}
@@ -63,11 +69,20 @@ def compare_by_depth(results: Results) -> list[ByDepth]:
     return found
 
 
+def asks_of_errors(results: Results) -> bool:
+    """Whether final errors answer the study's question.
+
+    Those of a study that expects values and trains for less than an epoch do not.
+    """
+    return not results.study.file.expected or any(group.trained for group in results.groups)
+
+
 def _depth(group: Group) -> Depth:
     return Depth(
         depth=group.members[0].cell.request.depth,
         train=tuple(member.number("train_error") for member in group.ended),
         test=tuple(member.number("test_error") for member in group.ended),
+        seeds=tuple(member.cell.request.seed for member in group.ended),
     )
 
 
@@ -88,9 +103,8 @@ def depth_headline(lines: Sequence[ByDepth]) -> str:
     if not known:
         return f"Whether the error grows with depth is not decidable yet: {_why_not(lines)}."
     more = sum(gap.value > 0 for gap in known)
-    other = depths[0] if len(depths) == 2 else "the best shallower one"
     return (
-        f"The test error at depth {depths[-1]} is higher than at {other} in {more} of "
+        f"The test error at depth {depths[-1]} is higher than at {depths[0]} in {more} of "
         f"{count(len(known), 'setting')}, but this is not conclusive yet: {_why_not(lines)}."
     )
 
@@ -113,7 +127,7 @@ def depth_table(lines: Sequence[ByDepth]) -> Table:
     rows = [_row(line, depths) for line in lines]
     return Table(
         caption="Final test error, mean ± standard deviation over seeds; change in points from the "
-        "best shallower network to the deepest",
+        f"shallowest network to the deepest, with its {PERCENT} interval",
         header=header,
         rows=rows,
         numeric=range(2, len(depths) + 5),
@@ -137,11 +151,7 @@ def _row(line: ByDepth, depths: Sequence[int]) -> list[Entry]:
 
 
 def _change(gap: Gap | None) -> str:
-    """Points, with what must be exceeded where that is known."""
-    if gap is None:
-        return "-"
-    limit = "" if math.isnan(gap.limit) else f" (limit {100 * gap.limit:.2f})"
-    return f"{100 * gap.value:+.2f}{limit}"
+    return "-" if gap is None else points(gap.interval)
 
 
 def depth_rule(lines: Sequence[ByDepth]) -> str:
@@ -150,9 +160,11 @@ def depth_rule(lines: Sequence[ByDepth]) -> str:
     few = f" Some settings have {count(least, 'seed')} here: their changes may be chance."
     more = few if least < LEAST_SEEDS else ""
     return (
-        f"Worse with depth: the change of the training and of the test error exceeds two standard "
-        f"errors and 0.1 points, over {LEAST_SEEDS} seeds or more at every depth. Not "
-        f"decidable: only the change of the training error does.{more}"
+        f"Worse with depth: the change of the training and of the test error exceeds 0.1 points, "
+        f"and its {PERCENT} interval lies above 0, over {LEAST_SEEDS} seeds or more at both "
+        f"depths. Not decidable: only that of the training error does. The intervals are t "
+        f"intervals of the differences seed by seed, since runs of one seed see the same batches."
+        f"{more}"
     )
 
 

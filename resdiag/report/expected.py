@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from resdiag.diagnose.intervals import PERCENT, half_length
 from resdiag.report.origin import changed_settings, is_lossy
 from resdiag.report.outcomes import key_of
 from resdiag.report.parts import Entry, Mark, Part, Section, Table, Text
@@ -122,7 +123,7 @@ def _judge_words(item: Expected, words: Sequence[str]) -> tuple[str, str]:
 def _judge_numbers(
     item: Expected, ended: Sequence[CellResult], numbers: Sequence[float], found: Summary
 ) -> tuple[str, str]:
-    """Within the tolerance or not, if two standard errors of the mean do not blur that."""
+    """Within the tolerance or not, if the interval of the mean does not cross its edge."""
     broken = sum(m.state == "diverged" for m in ended) if item.measure in ERRORS else 0
     if broken:
         return NOT_MET, f"{broken} of {len(ended)} diverged"
@@ -137,7 +138,7 @@ def _judge_numbers(
         distance, limit = abs(math.log(found.mean / item.value)), math.log(item.factor)
     else:
         distance, limit = abs(found.mean - item.value), item.tolerance or 0.0
-    error = 2 * found.deviation / math.sqrt(found.n) if found.n > 1 else 0.0
+    error = half_length(found.deviation, found.n) if found.n > 1 else 0.0
     if error > 0 and abs(distance - limit) < error:
         return OPEN, f"the mean of {count(found.n, 'seed')} is too uncertain for the tolerance"
     return (MET if distance <= limit * (1 + _ROUNDING) + _ROUNDING else NOT_MET), ""
@@ -208,7 +209,7 @@ def expected_section(judged: Sequence[Judged]) -> Section:
         tables.setdefault(key if alone else (word, ""), []).extend(items)
     rule = Text(
         "A number is met if its mean over seeds is within the tolerance, and not decidable if the "
-        "mean plus or minus two standard errors crosses the edge of the tolerance. A word is met "
+        f"{PERCENT} t interval of the mean crosses the edge of the tolerance. A word is met "
         "if every cell has it. Error rates on other data, or of another training, are not compared "
         "with published ones."
     )

@@ -81,6 +81,12 @@ class Group:
         return [member for member in self.members if member.ended]
 
     @property
+    def test_errors(self) -> dict[int, float]:
+        """The final test errors that are numbers, by seed."""
+        found = {member.cell.request.seed: member.number("test_error") for member in self.ended}
+        return {seed: error for seed, error in found.items() if math.isfinite(error)}
+
+    @property
     def trained(self) -> bool:
         """Whether the first member that ended was trained for an epoch: errors mean something."""
         return bool(self.ended) and self.ended[0].epochs >= ONE_EPOCH

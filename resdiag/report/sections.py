@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from resdiag.report.answer import answer
+from resdiag.report.contrasts import contrast_parts
 from resdiag.report.expected import expected_section, judge_all
 from resdiag.report.origin import origin_section, remake_section
 from resdiag.report.parts import (
@@ -84,6 +85,7 @@ def _outcomes(results: Results) -> Section:
         parts.append(_matrix(results, "How it ended", _ended_words))
         if any(item.outcomes.get("verdict") for item in results.cells):
             parts.append(_matrix(results, "Verdicts", _verdict_words))
+    parts += contrast_parts(results)
     parts.append(Folded("Numbers by setting", [_numbers(results)]))
     return Section(id="outcomes", title="Results", parts=parts)
 

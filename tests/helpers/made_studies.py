@@ -48,7 +48,7 @@ measure = "output_second_moment"
 step = 0
 block = -1
 value = 5.4
-factor = 1.5
+factor = 3
 source = "theory"
 """
 
