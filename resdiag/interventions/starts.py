@@ -152,7 +152,7 @@ class VariantStart:
             torch.manual_seed(config.seed)
             return ResNet(
                 row, config.depth, width=config.width, num_classes=len(self.data.classes),
-                stem_bn=config.stem_bn,
+                stem_bn=config.stem_bn, branch_scale=config.branch_scale,
             )  # fmt: skip
 
 

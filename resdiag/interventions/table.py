@@ -153,6 +153,12 @@ def _halve_variance(network: "ResNet") -> None:
             module.weight.data.mul_(0.5**0.5)
 
 
+def _tenth_of_branches(network: "ResNet") -> None:
+    from resdiag.models.resnet import scale_branches
+
+    scale_branches(network, 0.1)
+
+
 def _freeze_blocks(network: "ResNet") -> None:
     for unit in _units(network):
         unit.requires_grad_(False)
@@ -254,6 +260,13 @@ _ROWS = (
         expects="without normalisation the branch's second moment is a quarter",
         source="He et al. 2015, arXiv:1502.01852, halved",
         variant=VariantChange(weights=_halve_variance),
+    ),
+    Intervention(
+        name="tenth_branch", words="initialising the last weights of each branch at a tenth",
+        expects="E[H^2] no longer grows; that steps are too large without normalisation remains",
+        source="dose of the branch: resdiag run --branch-scale",
+        variant=VariantChange(weights=_tenth_of_branches),
+        remedy_for=("grows_at_init",),
     ),
     Intervention(
         name="freeze", words="freezing the blocks",

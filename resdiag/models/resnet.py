@@ -76,6 +76,7 @@ class ResNet(nn.Module):
         num_classes: int = 10,
         in_channels: int = 3,
         stem_bn: bool = False,
+        branch_scale: float = 1.0,
     ) -> None:
         super().__init__()
         count = count_blocks(depth)
@@ -97,6 +98,7 @@ class ResNet(nn.Module):
             f"stages.{s}.{b}" for s in range(len(STAGE_CHANNELS)) for b in range(count)
         ]
         _initialise(self)
+        scale_branches(self, branch_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images (N, in_channels, H, W) to logits (N, num_classes)."""
@@ -115,6 +117,7 @@ def build_model(
     num_classes: int = 10,
     in_channels: int = 3,
     stem_bn: bool = False,
+    branch_scale: float = 1.0,
     seed: int | None = None,
 ) -> ResNet:
     """Build one of the variants.
@@ -130,6 +133,7 @@ def build_model(
         num_classes: Outputs of the classifier.
         in_channels: Channels of the images.
         stem_bn: Put BatchNorm after the stem's convolution where the row has none.
+        branch_scale: See `scale_branches`.
         seed: Seed of the weights; None draws from the global generator.
 
     Raises:
@@ -152,7 +156,23 @@ def build_model(
             num_classes=num_classes,
             in_channels=in_channels,
             stem_bn=stem_bn,
+            branch_scale=branch_scale,
         )
+
+
+def scale_branches(network: ResNet, factor: float) -> None:
+    """Multiply the last weights of each branch in place: of a convolution, or of a BatchNorm.
+
+    An activation behind them (variant a) is left as it is, so the branch itself is scaled only as
+    far as that is linear.
+    """
+    if factor == 1:
+        return
+    for name in network.unit_names:
+        branch = network.get_submodule(f"{name}.branch")
+        *_, last = (m for m in branch.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d))
+        with torch.no_grad():
+            last.weight.mul_(factor)
 
 
 def _stem(row: Variant, stem_bn: bool) -> str:

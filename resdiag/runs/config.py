@@ -166,6 +166,13 @@ class Settings:
     augment: bool = setting("Random crops, and flips if the data set allows.", default=True)
     width: float = setting("Factor on the 16/32/64 channels.", default=1.0, above=0, most=64)
     stem_bn: bool = setting("BatchNorm in the stem.", default=False)
+    branch_scale: float = setting(
+        "Factor on the last weights of each branch at initialisation.",
+        default=1.0,
+        above=0,
+        most=1000,
+        later=True,
+    )
     seed: int = setting(
         "Seed of weights, data order and augmentation.", default=0, least=0, in_studies=False
     )

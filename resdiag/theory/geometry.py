@@ -38,12 +38,14 @@ class BlockShape:
         transition: Whether it halves the resolution and doubles the channels.
         share1: Padding share of the first convolution, at the block's input resolution.
         share2: Padding share of the second convolution, at the output resolution.
+        dose: Variance of the second convolution's weights over He's: the branch scale, squared.
     """
 
     stage: int
     transition: bool
     share1: float
     share2: float
+    dose: float = 1.0
 
     @property
     def kept(self) -> float:
@@ -62,12 +64,17 @@ class BlockShape:
 
     @property
     def gain2(self) -> float:
-        """E[z^2] / E[x^2] of the second convolution: 2 p."""
-        return 2 * self.share2
+        """E[z^2] / E[x^2] of the second convolution: 2 p times the dose."""
+        return 2 * self.share2 * self.dose
 
 
-def block_shapes(depth: int, width_px: int = 32) -> list[BlockShape]:
+def block_shapes(depth: int, width_px: int = 32, *, branch_scale: float = 1.0) -> list[BlockShape]:
     """The 3n blocks of a network of `depth` = 6n+2 on images `width_px` wide.
+
+    Args:
+        depth: 6n+2.
+        width_px: Width of the images.
+        branch_scale: Factor on the second convolution's weights.
 
     Raises:
         UsageError: `depth` is not 6n+2.
@@ -79,11 +86,14 @@ def block_shapes(depth: int, width_px: int = 32) -> list[BlockShape]:
         for position in range(count):
             transition = stage > 0 and position == 0
             share1 = padding_share(2 * size if transition else size)
-            shapes.append(
-                BlockShape(
-                    stage=stage, transition=transition, share1=share1, share2=padding_share(size)
-                )
+            shape = BlockShape(
+                stage=stage,
+                transition=transition,
+                share1=share1,
+                share2=padding_share(size),
+                dose=branch_scale**2,
             )
+            shapes.append(shape)
     return shapes
 
 

@@ -151,11 +151,12 @@ class _Branch:
     def through(self, level: Level) -> tuple[Array, Array]:
         """Back through conv(ELU(conv x)): coefficient of x, and the energy across it."""
         patch = _HALF_TAPS * level.channels
+        dose = level.shape.dose
         # coefficient of ELU(z1): each position is seen by nine patches
-        inner = 9 * level.within.scatter(self.along / (patch * level.q2))
+        inner = 9 * level.within.scatter(self.along * dose / (patch * level.q2))
         moment = level.channels * elu_second_moment(level.q1)
         first = 9 * level.into.scatter(inner * moment / (patch * level.q1))
-        gated = elu_slope_sq(level.q1) * 2 * level.within.scatter(self.energy)
+        gated = elu_slope_sq(level.q1) * 2 * dose * level.within.scatter(self.energy)
         gated = gated + inner**2 * level.channels * elu_sq_times_slope_sq(level.q1)
         return first, 2 * level.shape.kept * level.into.scatter(gated)
 

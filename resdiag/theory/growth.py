@@ -133,7 +133,7 @@ def _pass(
 ) -> Level:
     """One block, of infinitely many channels."""
     q1 = 2 * shape.kept * into.gather(elu_second_moment(s) if pre else s)
-    q2 = 2 * within.gather(elu_second_moment(q1))
+    q2 = 2 * shape.dose * within.gather(elu_second_moment(q1))
     kept = slice(None, None, into.stride)
     skip_s, skip_m = shape.kept * s[kept, kept], shape.kept * m[kept, kept]
     branch = q2 if pre else elu_second_moment(q2)

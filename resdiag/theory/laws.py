@@ -59,6 +59,7 @@ class Law:
         largest: The largest s0 that it can compute.
         gradient_norm: Norm of all parameter gradients from the blocks, E[H^2] at the stem and
             behind every block, the gradient's growth and the number of classes; None: not known.
+        holds_scaled: Whether it holds for branches that are scaled at initialisation.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Law:
     columns: Callable[[Start], dict[str, Array]]
     largest: float = sys.float_info.max
     gradient_norm: Callable[[Sequence[BlockShape], Array, Array, int], float] | None = None
+    holds_scaled: bool = False
 
 
 _NOTHING_AFTER = {
@@ -110,6 +112,7 @@ def _multiplying(name: str, unit: str, *, pre: bool) -> Law:
         "signal",
         columns=partial(_grow_both_ways, pre=pre),
         gradient_norm=partial(parameter_gradient_norm, pre=pre),
+        holds_scaled=True,
     )
 
 

@@ -104,6 +104,7 @@ def predict(
     variances: Sequence[float] = (),
     width: float = 1.0,
     width_px: int = 32,
+    branch_scale: float = 1.0,
 ) -> Prediction:
     """Predict the statistics of a freshly initialised network.
 
@@ -118,6 +119,8 @@ def predict(
         width: Multiple of the 16/32/64 channels; a and b only, the others do not depend on it.
             Infinity is the mean field.
         width_px: Width of the images.
+        branch_scale: Factor on the second convolution's weights; a and b only, of the others
+            nothing is predicted unless it is 1.
 
     Raises:
         UsageError: Unknown variant, a depth other than 6n+2, or an s0 that no stem gives.
@@ -128,7 +131,10 @@ def predict(
     """
     row = find_variant(variant)
     law = LAWS.get(row.law)
-    shapes = block_shapes(depth, width_px)
+    scaled = branch_scale != 1
+    if law and scaled and not law.holds_scaled:
+        law = None
+    shapes = block_shapes(depth, width_px, branch_scale=branch_scale)
     if s0 is None:
         s0 = stem_second_moment(row, width_px)
     largest = law.largest if law else sys.float_info.max
@@ -147,7 +153,7 @@ def predict(
         m0=m0,
         growth_per_block=float(np.exp(np.log(arrays["forward_growth"]).mean())),
         gradient_ratio=float(np.exp(np.log(arrays["grad_growth"]).sum() / 2)),
-        basis=law.basis if law else _no_law(row),
+        basis=law.basis if law else _no_law(row, scaled=scaled),
         **arrays,
     )
 
@@ -162,21 +168,23 @@ def predict_run(
     """Predict the statistics of a run's network at initialisation, on the run's own input.
 
     Args:
-        config: The run's settings; read are its variant, its depth and its width.
+        config: The run's settings; read are its variant, its depth, its width and the scale of its
+            branches.
         blocks: The run's descriptions of its blocks; the first one's shape is that of the images.
         s0: E[H_0^2] measured at the stem's output at step 0; NaN if the run has none.
         m0: E[H_0] measured there; NaN if the run has none.
 
     Returns:
-        None where theory says nothing: another model, a depth other than 6n+2, or a variant
-        without a law.
+        None where theory says nothing: another model, a depth other than 6n+2, a variant without
+        a law, or scaled branches where its law does not hold for them.
     """
     shape = blocks[0].get("shape") if blocks else None
     width_px = int(shape[-1]) if isinstance(shape, list | tuple) and len(shape) == 3 else 32
     known = math.isfinite(s0) and s0 > 0
     try:
         row = find_variant(str(config.variant))
-        if LAWS.get(row.law) is None:
+        law, scale = LAWS.get(row.law), float(getattr(config, "branch_scale", 1.0))
+        if law is None or not (scale == 1 or law.holds_scaled):
             return None
         return _predict_once(
             row,
@@ -185,7 +193,8 @@ def predict_run(
             m0 if known and math.isfinite(m0) else None,
             float(getattr(config, "width", 1.0)),
             width_px,
-            LAWS[row.law],
+            scale,
+            law,
         )
     except UsageError:
         return None
@@ -199,10 +208,13 @@ def _predict_once(
     m0: float | None,
     width: float,
     width_px: int,
+    branch_scale: float,
     law: Law,
 ) -> Prediction:
     """`predict`, whose cache tells apart what was registered under the same name."""
-    return predict(row.id, depth, s0=s0, m0=m0, width=width, width_px=width_px)
+    return predict(
+        row.id, depth, s0=s0, m0=m0, width=width, width_px=width_px, branch_scale=branch_scale
+    )
 
 
 def gradient_norm(theory: Prediction, width_px: int = 32, classes: int = 10) -> float | None:
@@ -257,8 +269,10 @@ def _columns(law: Law | None, start: Start) -> dict[str, Array]:
     return arrays
 
 
-def _no_law(row: Variant) -> str:
+def _no_law(row: Variant, *, scaled: bool) -> str:
     """Why there is no prediction."""
+    if scaled and row.law in LAWS:
+        return f"the law '{row.law}' of variant {row.id} does not hold for scaled branches"
     if not row.law:
         return f"variant {row.id} names no law of resdiag.theory: nothing is predicted"
     return f"variant {row.id} names the law '{row.law}', which is not registered"

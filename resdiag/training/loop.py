@@ -70,6 +70,7 @@ class Training:
             width=config.width,
             num_classes=len(data.classes),
             stem_bn=config.stem_bn,
+            branch_scale=config.branch_scale,
             seed=config.seed,
         ).to(self._device, **layout)
         self._optimizer = SGD(

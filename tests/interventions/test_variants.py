@@ -184,7 +184,9 @@ def test_explain_proves_what_its_verdict_proposes(tmp_path, capsys):
     effects = {effect["name"]: effect for effect in document["lesions"]}
     assert document["verdict"]["name"] == "grows_at_init"
     assert effects["bn_before_add"]["confirmed"] is True
-    assert list(effects) == ["bn_before_add", "skipinit", "swap_activation", "lower_lr"]
+    assert list(effects) == [
+        "bn_before_add", "skipinit", "swap_activation", "lower_lr", "tenth_branch",
+    ]  # fmt: skip
     assert app.run([*words, "bn_before_add"]) == 0
     out = capsys.readouterr().out
     assert "inserting BN before the addition: growth per block" in out

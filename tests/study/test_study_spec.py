@@ -28,6 +28,7 @@ from resdiag.training.recipe import RECIPES
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = (
     "paper", "explosion", "degradation", "degradation-cpu", "initialisation", "rescue-cpu", "smoke",
+    "branch-dose",
 )  # fmt: skip
 
 
