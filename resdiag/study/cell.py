@@ -15,6 +15,7 @@ from resdiag.runs.lock import Heartbeat
 from resdiag.runs.store import RunWriter
 from resdiag.trackers.feed import open_feed
 from resdiag.trackers.tracker import RunInfo
+from resdiag.training.device import warn_of_dtype
 from resdiag.training.display import Display, open_display
 from resdiag.training.fair_lock import UNSHARED, LockHandle
 from resdiag.training.interrupt import Interrupt
@@ -87,6 +88,8 @@ def run_cell(request: Request, options: Options, say: Callable[[str], None]) -> 
         data = open_data(request.data, options.data_root)
     say(f"data: {data.note}")
     config = resolve(request, data_name=data.name, train_size=len(data.train_labels))
+    if slow := warn_of_dtype(config.device, config.dtype):
+        say(f"note: {slow}")
     # entered before there are threads, left after the verdict
     with options.thread_lock.interrupt() as interrupt:
         writer = RunWriter.open(

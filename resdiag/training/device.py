@@ -30,3 +30,21 @@ def find_device(name: str) -> str:
     if kind == "cuda" and not int(index or 0) < torch.cuda.device_count():
         raise UsageError(f"device '{name}' is not here", f"{torch.cuda.device_count()} GPUs found")
     return name
+
+
+def warn_of_dtype(device: str, dtype: str) -> str:
+    """What to say of a number format that the device computes slowly, or "".
+
+    Without AVX-512 a CPU has no instructions for bfloat16, and oneDNN's substitute took ten times
+    as long as float32.
+    """
+    import torch
+
+    if dtype != "bfloat16" or device != "cpu":
+        return ""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability.startswith("AVX512"):
+        return ""
+    return (
+        f"bfloat16 is slower than float32 on this CPU ({capability}, not AVX-512): --dtype float32"
+    )
