@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
+from claimspage import claims_page
 from findingpages import findings_page
 from gallery import gallery_page
 from measuredtables import HEAD, peers_table, performance_page, table
 from readmetable import readme_page
+from sizespage import silent_page
 from suitepage import calibration_page
 from typer.main import get_command
 
@@ -323,7 +325,11 @@ _FIGURES = HERE.parent / "studies" / "figures"
 def study_pages() -> dict[str, Callable[[], str]]:
     """Pages of the studies with committed results, and the digests of their figures' data."""
     pages: dict[str, Callable[[], str]] = {
-        "../studies/index.md": lambda: _head_of("studies/results", committed.index_page(RESULTS))
+        "../studies/index.md": lambda: _head_of(
+            "studies/results", committed.index_page(RESULTS, more=("claims",))
+        ),
+        "../studies/claims.md": claims_page,
+        "../explanation/paper-silent.md": silent_page,
     }
     for name in committed.committed_studies(RESULTS):
         source = f"studies/results/{name}"

@@ -37,8 +37,13 @@ def study_page(root: Path, name: str) -> str:
     return to_markdown(page, title=title, figures=f"figures/{name}", bulky=False) + again
 
 
-def index_page(root: Path) -> str:
-    """A table of the studies with results: question, answer, data."""
+def index_page(root: Path, more: Sequence[str] = ()) -> str:
+    """A table of the studies with results: question, answer, data.
+
+    Args:
+        root: Folder of the results.
+        more: Names of further pages for the table of contents.
+    """
     names = committed_studies(root)
     rows = []
     for name in names:
@@ -48,7 +53,7 @@ def index_page(root: Path) -> str:
         question = escape(results.study.file.question)
         rows.append(f"| [{name}]({name}.md) | {question} | {escape(said.headline)} | {data} |")
     table = ["| study | question | answer | data |", "| --- | --- | --- | --- |", *rows, ""]
-    toc = ["```{toctree}", ":hidden:", "", *names, "```", ""]
+    toc = ["```{toctree}", ":hidden:", "", *more, *names, "```", ""]
     about = (
         "Each page is generated from the results in `studies/results`; no number and no answer is "
         "written by hand. To run a study again, use `resdiag study run NAME`.\n"
