@@ -12,10 +12,10 @@ from measuredtables import HEAD, table
 from scipy.special import nctdtr, stdtrit
 
 from resdiag.diagnose.degraded import points
-from resdiag.diagnose.intervals import difference
 from resdiag.report.results import CellResult
 from resdiag.report.storage import read_results
 from resdiag.report.words import count
+from resdiag.theory.intervals import difference
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIRMED, REFUTED, BOUNDED, OPEN = "confirmed", "refuted", "bounded", "open"

@@ -1,6 +1,7 @@
 """`resdiag probe`: the diagnosis of any model at its weights as they are, without training."""
 
 import json
+import re
 import sys
 from itertools import chain
 from pathlib import Path
@@ -19,11 +20,13 @@ from resdiag.cli.options import (
     parse_shape,
 )
 from resdiag.cli.output import say, say_loading
-from resdiag.errors import unknown
+from resdiag.errors import UsageError, unknown
 from resdiag.terminal import LABEL, beside, has_colour, width_of_text, wrap
 
 if TYPE_CHECKING:
     from resdiag.probe.result import ProbeResult
+
+_MOST_VALUES = 32
 
 
 def probe(
@@ -46,6 +49,14 @@ def probe(
     curvature: Annotated[
         bool, typer.Option(help="Measure the critical learning rate (slow).")
     ] = True,
+    sweep: Annotated[
+        str,
+        typer.Option(
+            help="NAME=V,V,...: instead, measure the model at these values of an argument of its "
+            "factory, such as n_layer=2,4,8,16, and fit the law of depth or width."
+        ),
+    ] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="--sweep: models per value.")] = 2,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder to write the run to.")
     ] = None,
@@ -68,9 +79,20 @@ def probe(
         from resdiag.data.registry import check_data
 
         check_data(data)
+    if sweep:
+        argument, values = _parse_sweep(sweep, refused=weights or blocks)
     say_loading()
     from resdiag.models.source import parse_arguments
     from resdiag.probe.probe import probe_model
+
+    if sweep:
+        options: dict[str, Any] = {
+            "arguments": parse_arguments(arg or []), "seeds": seeds, "batch_size": batch_size,
+            "shape": shape, "data": data, "data_root": data_root, "loss": loss,
+        }  # fmt: skip
+        folder = out or runs / f"{_slug(model)}-sweep-{argument}"
+        _sweep(model, argument, values, folder, options, as_json=as_json)
+        return
 
     found = probe_model(
         model,
@@ -103,6 +125,70 @@ def probe(
     if files:
         others = [kind for kind in PLOTS if kind not in {file.stem for file in files}]
         print(f"other plots: resdiag plot {'|'.join(others)} {found.run.path}")
+
+
+def _parse_sweep(text: str, *, refused: object) -> tuple[str, list[int | float]]:
+    """The argument and its values; with one line about what is wrong.
+
+    >>> _parse_sweep("n_layer=2,4,8", refused=None)
+    ('n_layer', [2, 4, 8])
+    """
+    argument, _, listed = text.partition("=")
+    try:
+        values = [float(word) for word in listed.split(",")]
+    except ValueError:
+        values = []
+    good = argument.isidentifier() and len(set(values)) > 1 and all(0 < v < 1e9 for v in values)
+    if not good or len(values) > _MOST_VALUES:
+        raise UsageError(
+            f"--sweep '{text}' is not NAME=V,V,... with 2 to {_MOST_VALUES} different positive "
+            "numbers",
+            "for example --sweep n_layer=2,4,8,16",
+        )
+    if refused:
+        raise UsageError("--sweep builds models anew: it takes neither --weights nor --blocks")
+    return argument, [int(v) if v == int(v) else v for v in values]
+
+
+def _slug(model: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", model)[:64]
+
+
+def _sweep(
+    model: str,
+    argument: str,
+    values: "list[int | float]",
+    folder: Path,
+    options: dict[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    """Measure, write the numbers and the plot, and say by which laws the model grows."""
+    from resdiag.plots.figurefile import save
+    from resdiag.probe.sweep import sweep_model
+    from resdiag.runs.files import make_folder, write_file
+
+    def tell(value: float, seed: int) -> None:
+        say(f"{argument}={value:g}, seed {seed} ...")
+
+    found = sweep_model(model, argument, values, tell=tell, **options)
+    make_folder(folder)
+    document = json.dumps(found.to_dict(), indent=1)
+    write_file(folder / "sweep.json", document.encode())
+    files = [folder / "sweep.json", *save(found.draw(), folder / "sweep", ["png"])]
+    if as_json:
+        print(json.dumps({**found.to_dict(), "files": [str(file) for file in files]}))
+        return
+    names = list(found.trends)
+    print(f"{argument:>12} {'blocks':>7} {'seed':>5} " + " ".join(f"{name:>10}" for name in names))
+    for point in found.points:
+        numbers = " ".join(f"{point.numbers[name]:>10.3g}" for name in names)
+        print(f"{point.value:>12g} {point.blocks:>7} {point.seed:>5} {numbers}")
+    print()
+    for sentence in found.findings():
+        print("\n".join(wrap(sentence, width_of_text())))
+    for file in files:
+        print(file)
 
 
 def _describe(found: "ProbeResult") -> str:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from resdiag.diagnose.finding import DEFINITION, Evidence, Finding, Threshold, plain
-from resdiag.diagnose.intervals import PERCENT, Interval, difference
 from resdiag.runs.folder import Run
 from resdiag.runs.watched_config import WatchedConfig
+from resdiag.theory.intervals import PERCENT, Interval, difference
 
 LEAST_SEEDS = Threshold(3, "Runs per depth; with fewer there is no spread to compare with.")
 LEAST_GAP = Threshold(0.001, "0.1 percentage points of error.")

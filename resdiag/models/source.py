@@ -226,10 +226,11 @@ def _build_ours(name: str, what: str, arguments: dict[str, Any]) -> Built:
     if not variant or not depth.isdigit():
         raise UsageError(f"model '{name}' is not resdiag:VARIANT-DEPTH", "resdiag:elu_pre-110")
     row = find_variant(variant)
+    depth = arguments.pop("depth", depth)
     count_blocks(int(depth))
     model = _call(name, partial(build_model, row.id, int(depth)), arguments)
-    # theory is about the table's widths and stems
-    known = not set(arguments) & {"width", "stem_bn", "in_channels"}
+    # theory is about the table's widths, stems and initialisation
+    known = not set(arguments) & {"width", "stem_bn", "in_channels", "branch_scale"}
     return Built(
         name=name,
         library="resdiag",

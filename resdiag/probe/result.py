@@ -95,7 +95,7 @@ class ProbeResult:
         return all(block.get("shortcut") == "none" for block in self.run.blocks)
 
     def _death(self) -> float:
-        """0.6 / ||g_0||, above which no run of a and b survived; NaN for any other network."""
+        """0.6 / ||g_0||, a rule of thumb for a and b, see `critical_lr`; NaN for other networks."""
         norm = float(self.run.curve()["grad_norm"].iloc[0])
         known = self.run.config.variant in ("elu_nobn", "elu_pre")
         return critical_lr(norm) if known and math.isfinite(norm) else math.nan

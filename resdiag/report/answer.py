@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from resdiag.diagnose.degraded import points
-from resdiag.diagnose.intervals import difference
 from resdiag.models.variants import variant_words
 from resdiag.report.certainty import certainty, missing_words
 from resdiag.report.comparisons import (
@@ -27,6 +26,7 @@ from resdiag.report.parts import Table
 from resdiag.report.results import Group, Results
 from resdiag.report.training_outcome import seeds_words, training_headline
 from resdiag.report.words import Summary, count, listing, settings_words, summarise
+from resdiag.theory.intervals import difference
 
 _MOST_RANKS = 8
 """Settings whose variants are ranked on the first screen."""

@@ -15,10 +15,10 @@ from resdiag.diagnose.degraded import (
     compare_depths,
     points,
 )
-from resdiag.diagnose.intervals import PERCENT
 from resdiag.report.parts import Entry, Mark, Table
 from resdiag.report.results import Group, Results
 from resdiag.report.words import count, joined, listing, settings_words, spread_words, summarise
+from resdiag.theory.intervals import PERCENT
 
 _WORDS = {
     "degraded": "worse with depth",

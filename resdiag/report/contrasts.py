@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from resdiag.diagnose.degraded import points
-from resdiag.diagnose.intervals import LEVEL, PERCENT, Interval, mean_interval
 from resdiag.report.comparisons import asks_of_errors
 from resdiag.report.parts import Entry, Mark, Part, Table, Text
 from resdiag.report.results import Results
 from resdiag.report.words import count, settings_words
+from resdiag.theory.intervals import LEVEL, PERCENT, Interval, mean_interval
 
 MOST_NETWORKS = 4
 """Of more networks, each is held against the first one only."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from resdiag.diagnose.intervals import PERCENT, half_length
 from resdiag.report.origin import changed_settings, is_lossy
 from resdiag.report.outcomes import key_of
 from resdiag.report.parts import Entry, Mark, Part, Section, Table, Text
@@ -23,6 +22,7 @@ from resdiag.report.words import (
     summarise,
 )
 from resdiag.study.spec import WORDS, Expected
+from resdiag.theory.intervals import PERCENT, half_length
 
 MET, NOT_MET, OPEN = "met", "not met", "not decidable"
 _ROUNDING = 1e-9

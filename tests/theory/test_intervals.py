@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from resdiag.diagnose.degraded import Depth, compare_depths
-from resdiag.diagnose.intervals import difference, mean_interval
+from resdiag.theory.intervals import difference, mean_interval
 
 
 def test_the_intervals_are_scipys():

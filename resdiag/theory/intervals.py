@@ -61,7 +61,7 @@ def half_length(deviation: float, n: int) -> float:
         deviation: Sample standard deviation s, of n - 1 degrees of freedom.
         n: Values, two or more.
     """
-    return _quantile(n - 1) * deviation / math.sqrt(n)
+    return t_quantile(n - 1) * deviation / math.sqrt(n)
 
 
 def difference(
@@ -99,7 +99,7 @@ def difference(
         return Interval(gap, n=n)
     u, v = float(a.var(ddof=1)) / a.size, float(b.var(ddof=1)) / b.size
     freedom = (u + v) ** 2 / (u**2 / (a.size - 1) + v**2 / (b.size - 1)) if u + v > 0 else 1.0
-    half = _quantile(freedom) * math.sqrt(u + v)
+    half = t_quantile(freedom) * math.sqrt(u + v)
     return Interval(gap, gap - half, gap + half, n)
 
 
@@ -108,6 +108,6 @@ def _are_pairs(one: Sequence[int], other: Sequence[int]) -> bool:
     return bool(one) and len(set(one)) == len(one) and sorted(one) == sorted(other)
 
 
-def _quantile(freedom: float) -> float:
+def t_quantile(freedom: float) -> float:
     """Of Student's t distribution, two-sided at `LEVEL`."""
     return float(stdtrit(freedom, (1 + LEVEL) / 2))
