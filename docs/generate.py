@@ -15,6 +15,7 @@ from claimspage import claims_page
 from findingpages import findings_page
 from gallery import gallery_page
 from measuredtables import HEAD, peers_table, performance_page, table
+from predictionpage import prediction_page
 from readmetable import readme_page
 from sizespage import silent_page
 from suitepage import calibration_page
@@ -330,6 +331,7 @@ def study_pages() -> dict[str, Callable[[], str]]:
         ),
         "../studies/claims.md": claims_page,
         "../explanation/paper-silent.md": silent_page,
+        "../explanation/prediction.md": prediction_page,
     }
     for name in committed.committed_studies(RESULTS):
         source = f"studies/results/{name}"

@@ -25,6 +25,19 @@ def predict(
     ] = "auto",
     batch_size: Annotated[int, typer.Option(help="Batch size.")] = 64,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and the batch.")] = 0,
+    seeds: Annotated[
+        int, typer.Option(min=1, max=100, help="Number of seeds from there on, for the scatter.")
+    ] = 1,
+    width: Annotated[
+        float, typer.Option(min=0.01, max=64, help="Factor on the 16/32/64 channels.")
+    ] = 1.0,
+    stem_bn: Annotated[bool, typer.Option("--stem-bn", help="BatchNorm in the stem.")] = False,
+    branch_scale: Annotated[
+        float,
+        typer.Option(
+            min=1e-6, max=1000, help="Factor on the last weights of each branch at initialisation."
+        ),
+    ] = 1.0,
     data_root: DataRoot = None,
     as_json: Json = False,
 ) -> None:
@@ -39,8 +52,9 @@ def predict(
     from resdiag.probe.forecast import forecast
 
     found = forecast(
-        variant, depth, lr=lr, data=data, data_root=data_root, batch_size=batch_size, seed=seed
-    )
+        variant, depth, lr=lr, data=data, data_root=data_root, batch_size=batch_size, seed=seed,
+        seeds=seeds, width=width, stem_bn=stem_bn, branch_scale=branch_scale,
+    )  # fmt: skip
     if as_json:
         for name, pair in found.pairs().items():
             if math.isnan(pair.theory):
@@ -55,6 +69,8 @@ def _describe(found: "Forecast") -> str:
     for name, pair in found.pairs().items():
         numbers = [("-" if math.isnan(x) else f"{x:.3g}") for x in (pair.theory, pair.measured)]
         label = f"{name:18}{numbers[0]:>10}{numbers[1]:>11}"
-        lines += beside(label, wrap(pair.note, width - len(label) - 2), len(label) + 2)
+        known = [x for x in pair.seeds if math.isfinite(x)]
+        spread = f"{min(known):.3g} to {max(known):.3g} over seeds; " if known else ""
+        lines += beside(label, wrap(spread + pair.note, width - len(label) - 2), len(label) + 2)
     outcome = (f"outcome: {found.fate}; {found.why}", f"law: {found.basis}")
     return "\n".join([*lines, *(line for text in outcome for line in wrap(text, width, "  "))])

@@ -2,10 +2,13 @@
 
 import copy
 import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -31,13 +34,15 @@ class Pair:
 
     Attributes:
         theory: From the law of the variant, which continues from the measured stem.
-        measured: On one batch.
+        measured: On one batch; the geometric mean over seeds.
         note: How it is defined, and why a number is missing.
+        seeds: What was measured at each seed.
     """
 
     theory: float
     measured: float
     note: str
+    seeds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +68,7 @@ class Forecast:
     def to_dict(self) -> dict[str, Any]:
         """The document of `resdiag predict --json`; a missing number is null."""
         pairs = {
-            name: {"theory": pair.theory, "measured": pair.measured}
+            name: {"theory": pair.theory, "measured": pair.measured, "seeds": list(pair.seeds)}
             for name, pair in self.pairs().items()
         }
         document = plain({**pairs, "fate": self.fate})
@@ -85,10 +90,16 @@ def forecast(
     data_root: Path | None = None,
     batch_size: int = 64,
     seed: int = 0,
+    seeds: int = 1,
+    width: float = 1.0,
+    stem_bn: bool = False,
+    branch_scale: float = 1.0,
 ) -> Forecast:
-    """Forecast a training from theory and from one forward and backward pass.
+    """Forecast a training from theory and from one forward and backward pass per seed.
 
-    The batch is the first one of `resdiag run` with the same seed, and so are the weights.
+    The batch is the first one of `resdiag run` with the same seed, and so are the weights. The
+    critical rate of one network scatters by a factor of 3 and more over seeds: several of them say
+    how far.
 
     Args:
         variant: Id or letter of a variant.
@@ -97,7 +108,11 @@ def forecast(
         data: Images, as of `resdiag run --data`.
         data_root: Folder of downloaded data sets.
         batch_size: Images of the batch.
-        seed: Of weights and batch.
+        seed: Of weights and batch; the first one of several.
+        seeds: How many.
+        width: Multiple of the 16/32/64 channels.
+        stem_bn: BatchNorm in the stem.
+        branch_scale: Factor on the last weights of each branch.
 
     Raises:
         UsageError: Unknown variant or data, a depth other than 6n+2, a batch below 2 or a learning
@@ -109,20 +124,56 @@ def forecast(
     if not 0 < lr < math.inf:
         raise UsageError(f"--lr {lr} must be positive")
     found = open_data(data, data_root)
-    model = build_model(row.id, depth, num_classes=len(found.classes), seed=seed)
-    images, labels = Augmenter(found, batch_size, seed, augment=True).batch(0)
-    seen = _measure(model, images, labels, row.id, depth)
-    s0, m0 = seen.value("input_second_moment", 0, 0), seen.value("input_mean", 0, 0)
+    setting = _Setting(
+        variant=row.id, depth=depth, width=width, stem_bn=stem_bn, branch_scale=branch_scale
+    )
+    batches = (
+        (k, *Augmenter(found, batch_size, k, augment=True).batch(0))
+        for k in range(seed, seed + seeds)
+    )
+    each = [
+        _forecast_once(setting, images, labels, len(found.classes), lr, k)
+        for k, images, labels in batches
+    ]
+    return each[0] if seeds == 1 else _join(each, lr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Setting:
+    """The network that is forecast, see `build_model`."""
+
+    variant: str
+    depth: int
+    width: float
+    stem_bn: bool
+    branch_scale: float
+
+
+def _forecast_once(
+    setting: _Setting,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    classes: int,
+    lr: float,
+    seed: int,
+) -> Forecast:
+    """The forecast of one network on one batch."""
+    model = build_model(
+        setting.variant, setting.depth, width=setting.width, num_classes=classes,
+        stem_bn=setting.stem_bn, branch_scale=setting.branch_scale, seed=seed,
+    )  # fmt: skip
+    seen = _measure(model, images, labels, setting.variant, setting.depth)
     theory = predict(
-        row.id, depth, s0=s0, m0=m0, width_px=images.shape[-1],
-        variances=stem_variances(model, images),
+        setting.variant, setting.depth, width=setting.width, branch_scale=setting.branch_scale,
+        s0=seen.value("input_second_moment", 0, 0), m0=seen.value("input_mean", 0, 0),
+        width_px=images.shape[-1], variances=stem_variances(model, images),
     )  # fmt: skip
-    norm = seen.scalar("grad_norm", 0)
-    critical = _critical(
-        model, images, labels, row.norm,
-        gradient_norm(theory, images.shape[-1], len(found.classes)),
-    )  # fmt: skip
-    fate, why = _fate(row.norm, lr, norm, critical.measured)
+    norm, normed = seen.scalar("grad_norm", 0), find_variant(setting.variant).norm
+    # the law of the gradient's size is that of the full width
+    wide = setting.width == 1 and setting.branch_scale == 1
+    predicted = gradient_norm(theory, images.shape[-1], classes) if wide else None
+    critical = _critical(model, images, labels, normed, predicted)
+    fate, why = _fate(normed, lr, norm, critical.measured)
     return Forecast(
         growth_per_block=Pair(
             theory=theory.growth_per_block, measured=seen.growth_per_block(0),
@@ -134,6 +185,32 @@ def forecast(
         ),
         critical_lr=critical, fate=fate, why=why, basis=theory.basis,
     )  # fmt: skip
+
+
+def _join(each: Sequence[Forecast], lr: float) -> Forecast:
+    """The forecast over seeds: firm where all of them agree."""
+    fates = Counter(one.fate for one in each)
+    fate = each[0].fate if len(fates) == 1 else "at_risk"
+    rates = [one.critical_lr.measured for one in each]
+    words = ", ".join(f"{name} {amount}" for name, amount in fates.most_common())
+    why = f"over {len(each)} seeds: {words}; lr {lr:g} against a critical_lr of "
+    why += f"{min(rates):.3g} to {max(rates):.3g}."
+    pairs = {name: _mean([one.pairs()[name] for one in each]) for name in each[0].pairs()}
+    return Forecast(**pairs, fate=fate, why=why, basis=each[0].basis)
+
+
+def _mean(pairs: Sequence[Pair]) -> Pair:
+    """Geometric means over seeds; the note of the first."""
+    measured = tuple(pair.measured for pair in pairs)
+    return Pair(
+        theory=_geometric(pair.theory for pair in pairs), measured=_geometric(measured),
+        note=pairs[0].note, seeds=measured,
+    )  # fmt: skip
+
+
+def _geometric(values: Iterable[float]) -> float:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return float(np.exp(np.mean(np.log(list(values)))))
 
 
 def _measure(
@@ -169,7 +246,7 @@ def _critical(
             f"theory: {CRITICAL} / ||g_0||; both constants were observed on a and b, not derived"
         )
         if predicted is None:
-            words += "; no law predicts the parameter gradients of this variant"
+            words += "; no law predicts the parameter gradients of this network"
         theory = math.nan if predicted is None else critical_lr(predicted)
         return Pair(theory=theory, measured=critical_rate(model, images, labels), note=words)
     curve = largest_curvature(

@@ -115,10 +115,33 @@ def test_json_has_these_keys_and_no_nan(capsys):
     out, err = capsys.readouterr()
     document = json.loads(out)
     assert list(document) == ["growth_per_block", "gradient_ratio", "critical_lr", "fate"]
-    assert all(set(document[k]) == {"theory", "measured"} for k in list(document)[:3])
+    assert all(set(document[k]) == {"theory", "measured", "seeds"} for k in list(document)[:3])
     assert document["critical_lr"]["theory"] is None
     assert "critical_lr" in err
     assert document["critical_lr"]["measured"] > 0
+
+
+def test_a_forecast_over_seeds_joins_those_of_each():
+    options = {"data": "digits", "batch_size": 8, "width": 0.5, "branch_scale": 0.5}
+    singles = [forecast("b", 8, seed=seed, **options) for seed in (3, 4)]
+    found = forecast("b", 8, seed=3, seeds=2, **options)
+    rates = [one.critical_lr.measured for one in singles]
+    assert found.critical_lr.seeds == tuple(rates)
+    assert found.critical_lr.measured == pytest.approx(math.sqrt(rates[0] * rates[1]))
+    assert found.growth_per_block.theory == pytest.approx(
+        math.sqrt(singles[0].growth_per_block.theory * singles[1].growth_per_block.theory)
+    )
+    between = math.sqrt(2) * min(rates) if max(rates) > 2.1 * min(rates) else 1.2 * min(rates)
+    assert forecast("b", 8, seed=3, seeds=2, lr=between, **options).fate == "at_risk"
+    assert forecast("b", 8, seed=3, seeds=2, lr=0.4 * min(rates), **options).fate == "survives"
+
+
+def test_width_and_dose_reach_the_network_and_the_theory():
+    plain = forecast("b", 20, data="digits", batch_size=8)
+    small = forecast("b", 20, data="digits", batch_size=8, branch_scale=0.1, width=0.25)
+    for pair in (plain.growth_per_block, small.growth_per_block):
+        assert pair.measured == pytest.approx(pair.theory, rel=0.1)
+    assert small.growth_per_block.theory < 1 < plain.growth_per_block.theory
 
 
 @pytest.mark.parametrize(
