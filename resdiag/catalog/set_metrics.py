@@ -18,6 +18,9 @@ BASES = SETS[:2]
 USUAL = {"full": 1, "attention": 50, "experts": 50}
 """What `attach` records unless told otherwise: sets, and every how many steps."""
 
+EXTREME_SITES = ("branch", "shortcut", "output")
+"""Where extremes are looked for: what is added, and what goes on."""
+
 _ZHAI = "Zhai et al. 2023, arXiv:2303.06296"
 _DEHGHANI = "Dehghani et al. 2023, arXiv:2302.05442, section 2 (QK normalisation)"
 _XIAO = "Xiao et al. 2023, arXiv:2309.17453 (attention sinks)"
@@ -87,19 +90,18 @@ OPTIMIZER = [
         "block", _ADAM, "about the learning rate for Adam"),
 ]
 
-_AT = {"branch": "the branch", "shortcut": "the shortcut", "output": "the output"}
 EXTREMES = [
     metric
-    for site, name in _AT.items()
+    for site in EXTREME_SITES
     for metric in (
-        Metric(f"{site}_largest", f"largest magnitude at {name}", f"max |x| at {name}",
+        Metric(f"{site}_largest", f"largest magnitude of the {site}", f"max |x| over the {site}",
             "activation", site, _DETTMERS, "beside the RMS: how far single numbers stick out"),
-        Metric(f"{site}_kurtosis", f"kurtosis over channels at {name}",
-            f"mean_c s_c^4 / (mean_c s_c^2)^2, s_c the RMS of channel c at {name}", "1", site,
+        Metric(f"{site}_kurtosis", f"kurtosis over channels of the {site}",
+            f"mean_c s_c^4 / (mean_c s_c^2)^2, s_c the RMS of channel c of the {site}", "1", site,
             _HE2024, "1: all channels alike; the number of channels: one has everything"),
-        Metric(f"{site}_outliers", f"outlier channels at {name}",
-            f"number of channels with s_c > 6 median_c s_c at {name}", "channels", site, _DETTMERS,
-            "channels that low precision cannot hold together with the others"),
+        Metric(f"{site}_outliers", f"outlier channels of the {site}",
+            f"number of channels with s_c > 6 median_c s_c of the {site}", "channels", site,
+            _DETTMERS, "channels that low precision cannot hold together with the others"),
     )
 ]
 HEAD = [

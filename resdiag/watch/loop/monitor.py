@@ -65,14 +65,22 @@ class Monitor:
         guard = Guard()
         sets = Sets(schedule, record.sparse, guard)
         self._recorder = Recorder(
-            record.cells, record.head, guard, samples, pool, custom, core=core, moments=moments
+            record.cells,
+            record.head,
+            guard,
+            samples,
+            pool,
+            custom,
+            core=core,
+            moments=moments,
+            sets=sets,
         )
         self._state = state = State(model, self._now, self._recorder, record, scale, self._warnings)
         # its hooks come before those of a pass, which would see tensors that they do not know
         self._shards = Shards(model)
         count, updates = 1 if ranks is None else ranks.size, given and not core
         self._gradients = gradients = Gradients(
-            state, self._shards, pool, point, ranks=count, updates=updates
+            state, self._shards, pool, point, ranks=count, updates=updates, sets=sets
         )
         self._recorder.backward.begins = gradients.backward_begins
         tracing = Tracing(model, units)
@@ -401,7 +409,8 @@ class Monitor:
     def _after_update(self, optimizer: Optimizer, owned: Collection[int] | None) -> None:
         self._now.updating = self._now.updating and owned is None
         if owned is not None:
-            self._gradients.after_update(owned)
+            again = self._now.updates[id(optimizer)] > 1
+            self._gradients.after_update(optimizer, owned, again=again)
 
     def _finish(self) -> None:
         if self._now.compiled and self._passes.taps is not None:

@@ -76,6 +76,15 @@ def describe(logits: Tensor) -> Heads:
     )
 
 
+def spread(logits: Tensor) -> Tensor:
+    """Mean over queries of the largest visible logit minus the smallest, 0-d."""
+    visible = ~(logits <= MASKED)
+    most = logits.masked_fill(~visible, -math.inf).amax(-1)
+    least = logits.masked_fill(~visible, math.inf).amin(-1)
+    several = visible.sum(-1) > 1
+    return torch.where(several, most - least, 0.0).sum() / several.sum()
+
+
 def read_logits(
     name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], samples: int | None = SAMPLES
 ) -> Tensor:

@@ -1,5 +1,6 @@
 """Looks at some operations of a traced pass, and finds the block that each of them belongs to."""
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
@@ -74,7 +75,14 @@ class BlockSurvey(Surveyor, Generic[P]):
 
     def begin(self, flow: Dataflow) -> None:
         """The pass begins."""
-        self.flow = flow
+        self._flow = weakref.ref(flow)  # its calls hold tensors of the pass
+
+    @property
+    def flow(self) -> Dataflow:
+        """The tensors of the pass that runs."""
+        flow = self._flow()
+        assert flow is not None
+        return flow
 
     def enters(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A module's forward begins."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from resdiag.watch.base.functions import name_of
 from resdiag.watch.base.safety import guarded
 from resdiag.watch.base.tensors import tensors_in
+from resdiag.watch.measure.extremes import root_z
 from resdiag.watch.record.block_survey import BlockSurvey, Part
 
 _CHOICES = ("topk", "argmax", "max")
@@ -21,7 +22,7 @@ NO_ROUTER = (
     "no top-k or argmax over as many numbers as a module around it has experts was seen in its "
     "branch"
 )
-FREED = "the router's logits were freed before its choice"
+FREED = "the router's logits were freed or overwritten before its choice"
 
 
 @dataclass(eq=False, kw_only=True)
@@ -47,7 +48,7 @@ class RouterSurvey(BlockSurvey[_Router]):
     def __init__(self, *others: Any, is_expected: bool) -> None:  # noqa: ANN401
         super().__init__(*others, is_expected=is_expected)
         self._logits: int | None = None  # of the choice that is about to be made
-        self._experts = 0
+        self._experts, self._is_overwritten = 0, False
 
     @guarded
     def reads(
@@ -63,7 +64,9 @@ class RouterSurvey(BlockSurvey[_Router]):
         if number is None or dim not in (-1, x.dim() - 1) or not self._has_experts(x.shape[-1]):
             return
         self._experts = x.shape[-1]
-        self._logits = next((n for n in self.back(number, self._is_map) if self._is_map(n)), None)
+        way = self.back(number, self._is_map)
+        self._logits = next(filter(self._is_map, way), None)
+        self._is_overwritten = any(map(self._writes, way))
 
     def returns(self, result: Any) -> Any:  # noqa: ANN401
         """It has run; the result is handed on as it is."""
@@ -95,13 +98,19 @@ class RouterSurvey(BlockSurvey[_Router]):
         wide = found is None or found.shape[-1:] == (self._experts,)
         return node.is_transform and bool(node.parameters) and wide
 
+    def _writes(self, number: int) -> bool:
+        """Whether what made a tensor wrote to its operand."""
+        call = self.flow.node(number).call
+        return call is not None and (call.is_inplace or call.name == "setitem")
+
     def _has_experts(self, count: int) -> bool:
         around = self.open[: -_LEVELS - 1 : -1]
         return count > 1 and any(count in experts_of(self.modules[name]) for name in around)
 
     def _z(self, number: int) -> dict[str, Tensor]:
+        """The column of the logits, unless they were freed or overwritten since they were made."""
         logits = self.flow.node(number).at_hand()
-        if logits is None or self.flow.number(logits) != number:  # freed, or overwritten
+        if logits is None or self._is_overwritten:
             return {}
         return {"router_logit_z": root_z(logits)}
 
@@ -123,12 +132,6 @@ def load(chosen: Tensor, experts: int) -> dict[str, Tensor]:
         "expert_entropy": entropy,
         "expert_dead": (counts == 0).double().mean(),
     }
-
-
-def root_z(logits: Tensor) -> Tensor:
-    """sqrt(mean_n (ln sum_k exp z_nk)^2) of logits (..., K), 0-d float64."""
-    z: Tensor = logits.detach().double().logsumexp(-1).square().mean().sqrt()
-    return z
 
 
 def experts_of(module: nn.Module) -> set[int]:

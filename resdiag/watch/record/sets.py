@@ -1,6 +1,6 @@
 """The sets of metrics that have a cadence of their own: when each is due, and what it measured."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,9 +29,11 @@ class Sparse:
         """Keep numbers of a step's block, or of the whole step where `row` is None."""
         self._values |= {(step, row, name): value.detach() for name, value in values.items()}
 
-    def forget(self, step: int) -> None:
-        """The step begins once more."""
-        self._values = {key: value for key, value in self._values.items() if key[0] != step}
+    def forget(self, step: int, rows: Collection[int] | None = None) -> bool:
+        """Drop what a step has, of some blocks or of all, and say whether there was any."""
+        lost = {key for key in self._values if key[0] == step and (rows is None or key[1] in rows)}
+        self._values = {key: value for key, value in self._values.items() if key not in lost}
+        return bool(lost)
 
     def write(self, metrics: Columns, curve: Columns) -> None:
         """Move the numbers of the steps in two tables into them: a column each."""
@@ -118,6 +120,12 @@ class Sets:
     def miss(self, name: str, row: int, reason: str) -> None:
         """A set is missing for a block."""
         self.guard.miss(row, columns_of(name), reason)
+
+    def reject(self, rows: Collection[int], reason: str) -> None:
+        """Blocks of the pass are not those that were expected: nothing was measured of them."""
+        if self._sparse.forget(self.step, rows):
+            for row in rows:
+                self.miss("extremes", row, reason)
 
     def put(self, row: int | None, values: Scalars) -> None:
         """Keep numbers of a block, or of the step."""
