@@ -115,6 +115,7 @@ def slow_columns(mixture):
         "expert_busiest": shares.index(max(shares)),
         "expert_entropy": -sum(f * math.log(f) for f in shares if f) / math.log(EXPERT_COUNT),
         "expert_dead": shares.count(0) / EXPERT_COUNT,
+        "expert_tokens": total / EXPERT_COUNT,
         "router_logit_z": math.sqrt(sum(squares) / len(squares)),
     }
 

@@ -120,7 +120,8 @@ def load(chosen: Tensor, experts: int) -> dict[str, Tensor]:
 
     >>> values = load(torch.tensor([[0, 1], [0, 1], [0, 2]]), 4)
     >>> {name: round(value.item(), 4) for name, value in values.items()}
-    {'expert_load': 0.5, 'expert_busiest': 0, 'expert_entropy': 0.7296, 'expert_dead': 0.25}
+    {'expert_load': 0.5, 'expert_busiest': 0, 'expert_entropy': 0.7296, 'expert_dead': 0.25,
+     'expert_tokens': 1.5}
     """
     ones = torch.ones(chosen.numel(), dtype=torch.float64, device=chosen.device)
     counts = ones.new_zeros(experts).index_add_(0, chosen.reshape(-1), ones)
@@ -131,6 +132,7 @@ def load(chosen: Tensor, experts: int) -> dict[str, Tensor]:
         "expert_busiest": shares.argmax(),
         "expert_entropy": entropy,
         "expert_dead": (counts == 0).double().mean(),
+        "expert_tokens": counts.mean(),
     }
 
 
