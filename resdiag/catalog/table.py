@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from resdiag.catalog.set_metrics import OF_BLOCKS, ON_CADENCE
 from resdiag.catalog.site_metrics import CLEVERT, Column, site_metrics
 from resdiag.catalog.site_metrics import Metric as Metric
 
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
 
 SITES = ("input", "branch", "shortcut", "sum", "output")
 """Where a tensor is taken in a block: x, F(x), h(x), u, H."""
-
-SETS = ("full", "core")
-"""Sets of recorded columns: everything, or what costs next to nothing; see `CORE`."""
 
 POINTS = ("local", "reduced", "unscaled", "pre_clip", "post_clip")
 """Points at which gradients can be read; every series carries one."""
@@ -206,14 +204,20 @@ _RUN = [
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {
         entry.id: entry
-        for group in (_GRADIENT, *map(site_metrics, SITES), _SKIP, _HEALTH, _RUN)
+        for group in (
+            *(_GRADIENT, *map(site_metrics, SITES), _SKIP, _HEALTH, _RUN),
+            *ON_CADENCE.values(),
+        )
         for entry in group
     }
 )
 """Every metric by id, in the order in which frames show them."""
 
-RECORDED = tuple(m.id for m in METRICS.values() if m.derive is None and m.site != "run")
-"""Columns of a run's metrics files, one value per step and block."""
+RECORDED = tuple(
+    m.id for m in METRICS.values() if m.derive is None and m.site != "run" and m.id not in OF_BLOCKS
+)
+"""Columns of every run's metrics files, one value per step and block; those of
+`set_metrics.ON_CADENCE` are there only where something was measured."""
 
 CORE = tuple(
     name

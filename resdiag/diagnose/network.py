@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from resdiag.diagnose.finding import DEFINITION, Evidence, Finding, Outcome, Rule, Threshold
+from resdiag.diagnose.finding import DEFINITION, Evidence, Outcome, Rule, Threshold
 from resdiag.diagnose.rundata import RunData, trailing
 
 LEAST_EPSILON = Threshold(0.01, "Epsilon that no library has by default, above the variance.")
@@ -16,8 +16,6 @@ OTHERS = (
     Threshold(0.34, "and the share of exceptions up to which they are ones."),
 )
 LEAST_UPDATES = Threshold(3, "Updates before statistics that stayed are called stuck.")
-NO_ENTROPY = Threshold(0.02, "Entropy of attention over that of uniform weights.")
-NO_SPREAD = Threshold(1e-6, "Largest logit of attention minus the smallest, of uniform weights.")
 CONSTANT_SHARE = Threshold(0.5, "Share of such layers from which on no single block is named.")
 
 
@@ -201,49 +199,6 @@ def _role(name: str) -> str:
     return ".".join(parts[numbers[-1] + 1 if numbers else 0 :])
 
 
-def attention_collapsed(seen: RunData) -> Outcome:
-    """An attention looks at one key only, or at all keys alike.
-
-    Its weights have an entropy below 2 % of that of uniform weights; or its logits are all equal,
-    in the first recorded step and still in the last one that was looked at.
-    """
-    if not seen.inspected:
-        yield seen.without_inventory(ATTENTION_COLLAPSED)
-        return
-    first = seen.inventory["attentions"]
-    if not first:
-        yield ATTENTION_COLLAPSED.not_applicable("no attention was seen")
-        return
-    later = seen.inventory.get("later_attentions") or []
-    began = {entry["name"]: entry for entry in first}
-    for entry in later or first:
-        entropy, spread = _number(entry, "entropy"), _number(entry, "spread")
-        before = began.get(entry["name"], entry)
-        was = _number(before, "entropy") < NO_ENTROPY or _number(before, "spread") <= NO_SPREAD
-        step = 0 if was else int(seen.inventory.get("later_step", 0))
-        if entropy < NO_ENTROPY:
-            text = f"the entropy of {entry['name'] or 'attention'} is {entropy:.2g} of that of "
-            text += "uniform weights"
-            yield _collapsed(entry, step, "entropy of 0", text, entropy, NO_ENTROPY)
-            return
-        if spread <= NO_SPREAD and later:
-            text = f"the logits of {entry['name'] or 'attention'} differ by {spread:.2g} at most"
-            yield _collapsed(entry, step, "uniform weights", text, spread, NO_SPREAD)
-            return
-    if not later:
-        reason = "whether uniform weights stay: attention was looked at in one step only"
-        yield ATTENTION_COLLAPSED.not_judged(reason, "10 recorded steps")
-
-
-def _collapsed(
-    entry: Mapping[str, Any], step: int, cause: str, text: str, value: float, limit: float
-) -> Finding:
-    item = ATTENTION_COLLAPSED.evidence(
-        "inventory", value, limit, text, step=step, block=entry.get("block")
-    )
-    return ATTENTION_COLLAPSED.found(item, cause=cause)
-
-
 MISSING_SKIP = Rule(
     name="missing_skip",
     judge=missing_skip,
@@ -293,17 +248,4 @@ NORM_FAULT = Rule(
     remedy="use the library's default epsilon, factor and momentum; for small batches GroupNorm",
     thresholds=(LEAST_EPSILON, LEAST_COUNT, *OTHERS, LEAST_UPDATES),
     source="Ioffe & Szegedy 2015, arXiv:1502.03167; " + DEFINITION,
-)
-ATTENTION_COLLAPSED = Rule(
-    name="attention_collapsed",
-    judge=attention_collapsed,
-    needs=("inventory",),
-    applies="networks with attention",
-    cause="attention has collapsed",
-    why="A softmax at its ends passes no gradient to queries and keys; one of equal logits is a "
-    "mean",
-    remedy="look at the scale of queries and keys: normalise them, or divide by the root of their "
-    "width",
-    thresholds=(NO_ENTROPY, NO_SPREAD),
-    source="Zhai et al. 2023, arXiv:2303.06296 (attention entropy collapse)",
 )

@@ -3,8 +3,10 @@
 To add a built-in one, write its row in the module of its subject and enter it into `_ORDER`.
 """
 
+from resdiag.diagnose.attention import ATTENTION_COLLAPSED, ATTENTION_LOGITS_GROW
 from resdiag.diagnose.breakdown import EXPLODED
 from resdiag.diagnose.dataset import DATA_FAULT
+from resdiag.diagnose.experts import ROUTER_COLLAPSED
 from resdiag.diagnose.finding import Rule
 from resdiag.diagnose.learning import AT_RISK, OVERFIT, SKIP_COLLAPSED, STALLED
 from resdiag.diagnose.loop import (
@@ -15,8 +17,8 @@ from resdiag.diagnose.loop import (
     OPTIMIZER_MISMATCH,
     STEPS_SKIPPED,
 )
+from resdiag.diagnose.moments import SECOND_MOMENT_STALE
 from resdiag.diagnose.network import (
-    ATTENTION_COLLAPSED,
     DETACHED_OUTPUT,
     DROPOUT_ON_SKIP,
     MISSING_SKIP,
@@ -59,7 +61,9 @@ _ORDER = (
     SHORTCUT_SCALED,
     SYMMETRIC_UNITS,
     NORM_FAULT,
+    ATTENTION_LOGITS_GROW,
     ATTENTION_COLLAPSED,
+    ROUTER_COLLAPSED,
     BRANCH_TOO_LARGE,
     MISSING_NORM,
     BIAS_SHIFT,
@@ -68,6 +72,7 @@ _ORDER = (
     FROZEN_BLOCK,
     DEAD_BLOCK,
     SATURATED_BLOCK,
+    SECOND_MOMENT_STALE,
     LR_SCHEDULE,
     GROUP_LR,
     WEIGHT_DECAY_TOO_LARGE,

@@ -12,7 +12,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from resdiag.models.resnet import build_model
 from resdiag.pathologies import convnets, library, perceptrons, transformers
-from resdiag.pathologies.layers import Attention, Scale, Tied, Unit
+from resdiag.pathologies.layers import Attention, Mixture, Scale, Tied, Unit
 from resdiag.pathologies.tasks import TASKS, Task
 from resdiag.watch.find.blocks import Block, find_blocks, find_units
 
@@ -94,7 +94,7 @@ def traits_of(architecture: Architecture) -> Traits:
     Traits of blocks: "branch" (a module returns it), "shiftable" (so, and no norm follows the
     addition), "shortcut" (the identity by a module that can be replaced), "join" (the addition can
     be replaced), "after" (what follows it can be), "inner norm", "activation", "weights",
-    "attention block", "next to others" (neither the first nor the last of several).
+    "attention block", "experts", "next to others" (neither the first nor the last of several).
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -153,6 +153,7 @@ def _traits_of_block(model: nn.Module, block: Block, count: int) -> list[str]:
         "activation": alone and any(isinstance(m, ACTIVATIONS) for m in inside),
         "weights": alone and any(p.dim() > 1 for p in owner.parameters()),
         "attention block": any(isinstance(m, Attention) for m in inside),
+        "experts": any(isinstance(m, Mixture) for m in inside),
         "shiftable": alone and bool(block.branch_module) and "norm" not in block.after_add,
         "after": hasattr(owner, "after") or hasattr(owner, "after_add"),
         "next to others": alone and 0 < block.index < count - 1,
@@ -222,6 +223,7 @@ DEVELOPMENT = (
     Architecture("vit-mean", "vision transformer", _T.vision_encoder, "images 16", 0.0, 3e-3),
     Architecture("gpt", "decoder", _T.decoder, "next word", 0.0, 5e-3),
     Architecture("gpt-tied", "decoder", partial(_T.decoder, 2, tied=True), "next word", 0.0, 5e-3),
+    Architecture("mixture", "mixture of experts", _T.mixture_decoder, "next word", 0.0, 5e-3),
     Architecture("bottlenecks-gn", "bottleneck", _C.bottlenecks, "images 16", 0.05, 3e-3),
     Architecture("resnet18", "basic resnet", _L.basic_resnet, "images 32", 0.02, 2e-3),
     Architecture("mobilenet", "mobilenet", _L.mobilenet, "images 32", 0.02, 3e-3),

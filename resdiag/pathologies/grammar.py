@@ -13,9 +13,11 @@ from resdiag.pathologies.block_faults import BLOCK_FAULTS
 from resdiag.pathologies.data_faults import DATA_FAULTS
 from resdiag.pathologies.kinds import Kind
 from resdiag.pathologies.recipes import RECIPES, Recipe
+from resdiag.pathologies.transformer_faults import TRANSFORMER_FAULTS
 from resdiag.pathologies.update_faults import UPDATE_FAULTS
 
-KINDS = {kind.name: kind for kind in (*BLOCK_FAULTS, *UPDATE_FAULTS, *DATA_FAULTS)}
+_FAULTS = (*BLOCK_FAULTS, *UPDATE_FAULTS, *DATA_FAULTS, *TRANSFORMER_FAULTS)
+KINDS = {kind.name: kind for kind in _FAULTS}
 """Every kind of fault by its name."""
 WAYS = {recipe.name: recipe for recipe in RECIPES}
 """Every healthy way to train by its name."""

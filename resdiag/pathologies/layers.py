@@ -59,6 +59,43 @@ class Attention(nn.Module):
         return y
 
 
+class Mixture(nn.Module):
+    """A mixture of experts: every token goes to the `k` whose logits are largest.
+
+    While it trains, a bias that only the choice sees is lowered for experts that got more tokens
+    than the mean, and raised for the others (Wang et al. 2024, arXiv:2408.15664).
+
+    Attributes:
+        balance: How far the bias moves in a step; 0.05 unless a fault changes it.
+        favour: What is added to the logits, one number per expert; zeros unless a fault adds to it.
+    """
+
+    bias: Tensor
+
+    def __init__(self, width: int, experts: int, k: int = 2) -> None:
+        super().__init__()
+        self.router = nn.Linear(width, experts, bias=False)
+        self.experts = nn.ModuleList(linear(width, width, nn.GELU) for _ in range(experts))
+        self.register_buffer("bias", torch.zeros(experts))
+        self.k, self.balance, self.favour = k, 0.05, torch.zeros(experts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, T, C) to the same."""
+        tokens = x.flatten(0, 1)
+        logits = self.router(tokens) + self.favour
+        chosen = (logits + self.bias).topk(self.k, -1).indices
+        weights = logits.gather(1, chosen).softmax(-1)
+        y = torch.zeros_like(tokens)
+        for index, expert in enumerate(self.experts):
+            rows, place = torch.where(chosen == index)
+            y = y.index_add(0, rows, expert(tokens[rows]) * weights[rows, place, None])
+        if self.training:
+            with torch.no_grad():
+                counts = chosen.flatten().bincount(minlength=len(self.experts)).float()
+                self.bias = self.bias + self.balance * (counts.mean() - counts).sign()
+        return y.view_as(x)
+
+
 class RMSNorm(nn.Module):
     """Division by the root mean square, and a gain (Zhang and Sennrich 2019)."""
 

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from resdiag.pathologies.layers import (
     Attention,
     Mean,
+    Mixture,
     Patches,
     RMSNorm,
     Scale,
@@ -55,6 +56,16 @@ def decoder(layers: int = 3, width: int = 32, *, tied: bool = False) -> nn.Modul
     words = Words(TOKENS, LENGTH, width)
     head = Tied(words) if tied else nn.Linear(width, TOKENS, bias=False)
     return nn.Sequential(words, *units, nn.LayerNorm(width), head)
+
+
+def mixture_decoder(layers: int = 2, width: int = 32, experts: int = 8) -> nn.Module:
+    """A GPT-like language model with a mixture of experts in the place of each perceptron."""
+    units = []
+    for _ in range(layers):
+        for branch in (Attention(width, 2, causal=True), Mixture(width, experts)):
+            units.append(Unit(nn.Sequential(nn.LayerNorm(width), branch)))
+    head = nn.Linear(width, TOKENS, bias=False)
+    return nn.Sequential(Words(TOKENS, LENGTH, width), *units, nn.LayerNorm(width), head)
 
 
 def llama(layers: int = 3, width: int = 32) -> nn.Module:

@@ -7,7 +7,7 @@ segment would have had, so that no committed file is touched, and the commit bef
 its own.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from resdiag.catalog.set_metrics import OF_BLOCKS, OF_STEPS
 from resdiag.catalog.table import RECORDED, RECORDED_PER_STEP
 from resdiag.errors import StorageError
 from resdiag.runs.commit import Commit
@@ -41,6 +42,9 @@ CURVE = pa.schema(
 )  # fmt: skip
 """One row per optimizer step."""
 
+OPTIONAL = {"metrics": OF_BLOCKS, "curve": OF_STEPS}
+"""Columns of each table that a segment has only where something was measured."""
+
 CUSTOM = "custom_metrics"
 """Key of a segment's metadata: the columns of custom metrics, separated by commas."""
 
@@ -65,7 +69,7 @@ def encode(table: str, columns: Mapping[str, Any], keys: Mapping[str, str]) -> b
     Raises:
         ValueError: A column is unknown, or step or block is missing (a mistake of the caller).
     """
-    schema = _with_custom(SCHEMAS[table], table, keys.get(CUSTOM, "").split(","))
+    schema = _schema(table, columns, keys.get(CUSTOM, "").split(","))
     stray = set(columns) - set(schema.names)
     if stray:
         raise ValueError(f"no such column in {table}: {', '.join(sorted(stray))}")
@@ -85,11 +89,12 @@ def encode(table: str, columns: Mapping[str, Any], keys: Mapping[str, str]) -> b
     return bytes(sink.getvalue())
 
 
-def _with_custom(schema: pa.Schema, table: str, names: Iterable[str]) -> pa.Schema:
-    """The schema with a column per custom metric."""
-    known = set(schema.names)
-    custom = [name for name in names if name and name not in known and table == "metrics"]
-    return pa.schema([*schema, *((name, pa.float32()) for name in custom)])
+def _schema(table: str, there: Container[str], custom: Iterable[str]) -> pa.Schema:
+    """A table's columns, those optional ones that are there, and one per custom metric."""
+    known = set(SCHEMAS[table].names)
+    more = [name for name in OPTIONAL[table] if name in there]
+    more += [name for name in custom if name and name not in known and table == "metrics"]
+    return pa.schema([*SCHEMAS[table], *((name, pa.float32()) for name in more)])
 
 
 def _array(columns: Mapping[str, Any], field: pa.Field, rows: int) -> pa.Array:
@@ -119,7 +124,8 @@ def decode(
     """
     files = [(path, _open(path, data)) for path, data in parts]
     custom = dict.fromkeys(name for _, file in files for name in _custom_names(file))
-    schema = _with_custom(SCHEMAS[table], table, custom)
+    there = {name for _, file in files for name in file.schema.names}
+    schema = _schema(table, there, custom)
     if names is not None:
         schema = pa.schema([field for field in schema if field.name in {"step", "block", *names}])
     tables = [_decode_part(schema, path, file) for path, file in files]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+from resdiag.catalog.set_metrics import OF_BLOCKS, OF_STEPS
 from resdiag.catalog.table import RECORDED
 from resdiag.errors import UsageError, unknown
 from resdiag.runs.watched_config import WatchedConfig
@@ -60,7 +61,7 @@ def as_run(
     )
     frame = monitor.to_frame()
     custom = [entry["id"] for entry in monitor.custom_metrics]
-    recorded = [name for name in ("step", "block", *RECORDED, *custom) if name in frame]
+    recorded = [name for name in ("step", "block", *RECORDED, *OF_BLOCKS, *custom) if name in frame]
     return Run(
         config=config,
         blocks=[block.to_dict() for block in monitor.blocks],
@@ -157,7 +158,7 @@ def _curve_frame(
 
     from resdiag.runs.segments import CURVE
 
-    columns = list(CURVE.names)
+    columns = [*CURVE.names, *(name for name in OF_STEPS if name in recorded)]
     if "step" not in recorded:
         recorded = pd.DataFrame({"step": pd.Series(dtype="int32")})
     frame = recorded.set_index("step")

@@ -241,6 +241,25 @@ def sharpen(strength, blocks):
     return {"attentions": [one], "later_attentions": [one]}
 
 
+def grow_logits(strength, blocks, cell, curve):
+    for step, value in zip(
+        curve["step"], np.geomspace(1.5, many(strength, 1.5, 1e5), len(curve)), strict=True
+    ):
+        cell("attention_logit", value, step=step, block=0)
+
+
+def idle_experts(strength, blocks, cell, curve):
+    cell("expert_dead", strength, step=slice(10, None), block=1)
+    cell("expert_tokens", 100.0, block=1)
+
+
+def enlarge_a_gradient(strength, blocks, cell, curve):
+    cell("moment_second", 0.01)
+    cell("moment_second", many(strength, 0.01, 10.0), step=slice(20, None))
+    cell("moment_mismatch", 1.0)
+    cell("moment_mismatch", many(strength, 1.0, 1e-3), step=slice(21, None))
+
+
 def lose_skips(strength, blocks):
     lost = range(round(strength * 3))
     return {"lacking": [{"name": f"b{i}", "block": i, "like": blocks} for i in lost]}
@@ -261,7 +280,10 @@ EVIDENCE = {
     "dropout_on_skip": drop_shortcuts,
     "symmetric_units": taken(make_constant),
     "norm_fault": taken(widen_epsilon),
+    "attention_logits_grow": of_change(grow_logits),
     "attention_collapsed": taken(sharpen),
+    "router_collapsed": of_change(idle_experts),
+    "second_moment_stale": of_change(enlarge_a_gradient),
     "lr_schedule": of_change(stop_rate),
     "group_lr": taken(group_rates),
     "data_fault": in_curve("data_std", lambda s: many(s, 1.0, 1e4)),

@@ -185,6 +185,38 @@ def attending(entropy):
     return taken(attentions=[one], later_attentions=[one])
 
 
+def growing(end):
+    """Attention logits of block 2 that grow steadily from 2 to `end`."""
+
+    def grow(cell, frame):
+        for step in range(20):
+            cell("attention_logit", 2 * (end / 2) ** (step / 19), step=step, block=2)
+            cell("attention_logit_head", 3.0, step=step, block=2)
+
+    return run_of(grow)
+
+
+def idle_experts(share):
+    def idle(cell, frame):
+        cell("expert_dead", 0.0, block=4)
+        cell("expert_dead", share, step=slice(6, None), block=4)
+        cell("expert_tokens", 64.0, block=4)
+        cell("expert_busiest", 1.0, block=4)
+        cell("expert_load", 0.5, block=4)
+
+    return run_of(idle)
+
+
+def remembering(jump):
+    def remember(cell, frame):
+        cell("moment_second", 0.01)
+        cell("moment_second", 0.01 * jump, step=slice(8, None))
+        cell("moment_mismatch", 1.0)
+        cell("moment_mismatch", 0.1, step=slice(9, None))
+
+    return run_of(remember)
+
+
 def norms(jump):
     values = np.full(30, 2.0)
     values[9] = 2.0 * jump
@@ -221,7 +253,9 @@ CASES = {
         taken(constant=[]),
     ),
     "norm_fault": lambda: (normalising(2.1), normalising(1.9)),
+    "attention_logits_grow": lambda: (growing(101.0), growing(99.0)),
     "attention_collapsed": lambda: (attending(0.019), attending(0.021)),
+    "router_collapsed": lambda: (idle_experts(0.5), idle_experts(0.49)),
     "branch_too_large": lambda: (
         cell("branch_ratio", 51, block=2),
         cell("branch_ratio", 49, block=2),
@@ -247,6 +281,7 @@ CASES = {
         cell("branch_channel_std", 1.1e-5, block=1),
     ),
     "saturated_block": lambda: (saturated(0.91), saturated(0.89)),
+    "second_moment_stale": lambda: (remembering(5.1), remembering(4.9)),
     "lr_schedule": lambda: (rate_of_nothing(5), rate_of_nothing(4)),
     "group_lr": lambda: (grouped(101.0), grouped(99.0)),
     "weight_decay_too_large": lambda: (curve(weight_decay=0.11), curve(weight_decay=0.09)),

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resdiag.watch.base.functions import NORMALISATIONS, name_of
@@ -21,18 +20,22 @@ from resdiag.watch.base.safety import Guard, guarded
 from resdiag.watch.base.tensors import first_floating, mesh_of, tensors_in
 from resdiag.watch.find.additions import Addition
 from resdiag.watch.find.passes import Operands, Surveyor
+from resdiag.watch.measure.attention import (
+    READERS,
+    Unreadable,
+    describe,
+    read_logits,
+    softmax_dimension,
+    spread,
+)
 
 _SAMPLES = 4
 """Samples of the batch that attention and normalisations within a sample are read on."""
 
-_QUERIES = 64
 _LEAST_LIKE = 3
 """Modules of a kind that have an addition before one that has none is missed."""
 
 _EPSILONS = ("eps", "variance_epsilon", "epsilon")
-_ATTENTION = ("scaled_dot_product_attention", "softmax", "multi_head_attention_forward")
-_MASKED = -1e4
-"""Below this a logit of attention is taken for masked: libraries add -1e4, -1e9 or -inf."""
 
 
 @dataclass(eq=False)
@@ -164,10 +167,8 @@ class Inspection(Surveyor):
         with torch.no_grad(), torch._C.DisableTorchFunction():
             if name in NORMALISATIONS:
                 self._see_normalisation(name, args, kwargs)
-            elif name in _ATTENTION and args and isinstance(args[0], Tensor):
-                logits = _LOGITS[name](args, kwargs)
-                if logits is not None and (name != "softmax" or self._is_attention(logits)):
-                    self._see_attention(logits)
+            elif name in READERS and (name != "softmax" or self._is_attention(args, kwargs)):
+                self._see_attention(name, args, kwargs)
 
     def lacking(self) -> list[dict[str, Any]]:
         """Modules that add nothing although their likes do: name, blocks before it, how many do.
@@ -246,27 +247,21 @@ class Inspection(Surveyor):
             )
         )
 
-    def _is_attention(self, logits: Tensor) -> bool:
+    def _is_attention(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether a softmax is one over keys, and not over classes or experts."""
+        x = args[0] if args else kwargs["input"]
+        if x.dim() < 3 or softmax_dimension(x, args, kwargs) != -1:
+            return False
         names = " ".join(type(self._modules[name]).__name__.lower() for name in self._open[-2:])
-        return "att" in names or (logits.dim() == 4 and logits.shape[-1] == logits.shape[-2])
+        return "att" in names or (x.dim() == 4 and x.shape[-1] == x.shape[-2])
 
-    def _see_attention(self, logits: Tensor) -> None:
-        wide = logits.float()
-        there = wide > _MASKED
-        count = there.sum(-1)
-        log = wide.masked_fill(~there, -math.inf).log_softmax(-1)
-        entropy = -(log.exp() * log).nan_to_num(0.0).sum(-1)
-        several = (count > 1).float()
-        share = entropy / count.clamp_min(2).float().log()
-        low = wide.masked_fill(~there, math.inf).amin(-1)
-        spread = (wide.amax(-1) - low).nan_to_num(0.0, 0.0, 0.0)
-        rows = several.sum()
-        self.attentions.append(
-            Attention(
-                *self._place(), (share * several).sum() / rows, (spread * several).sum() / rows
-            )
-        )
+    def _see_attention(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        try:
+            logits = read_logits(name, args, kwargs, _SAMPLES)
+        except Unreadable:
+            return
+        share = describe(logits).share.mean()
+        self.attentions.append(Attention(*self._place(), share, spread(logits)))
 
 
 _ARGUMENTS = {
@@ -291,64 +286,6 @@ def _rows(name: str, x: Tensor, given: Mapping[str, Any]) -> Tensor | None:
     if name in ("layer_norm", "rms_norm"):
         return x.reshape(-1, math.prod(given["normalized_shape"]))
     return None
-
-
-def _of_softmax(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    x, dim = args[0], kwargs.get("dim", args[1] if len(args) > 1 else None)
-    if x.dim() < 3 or dim not in (-1, x.dim() - 1):
-        return None
-    rows: Tensor = x[:_SAMPLES, ..., -_QUERIES:, :]
-    return rows
-
-
-def _of_product(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Logits (..., queries, keys) of `scaled_dot_product_attention`, of the last queries."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    q, k, mask = given.get("query"), given.get("key"), given.get("attn_mask")
-    if not isinstance(q, Tensor) or not isinstance(k, Tensor) or q.dim() < 3 or q.is_nested:
-        return None
-    q, k, first = q[:_SAMPLES], k[:_SAMPLES], max(0, q.shape[-2] - _QUERIES)
-    if q.dim() == 4 and k.shape[1] != q.shape[1]:  # grouped queries share a key
-        k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    scale = given.get("scale") or 1 / math.sqrt(q.shape[-1])
-    logits = q[..., first:, :].float() @ k.float().transpose(-1, -2) * scale
-    if given.get("is_causal"):
-        seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-        logits = logits.masked_fill(~seen[first:], -math.inf)
-    elif isinstance(mask, Tensor):
-        mask = mask[:_SAMPLES] if mask.dim() == q.dim() else mask
-        mask = mask[..., first:, :] if mask.shape[-2] == q.shape[-2] else mask
-        hidden = ~mask if mask.dtype == torch.bool else mask <= _MASKED
-        logits = logits.masked_fill(hidden, -math.inf)
-    return logits
-
-
-def _of_module(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Logits of `multi_head_attention_forward` with its usual weights, without its masks."""
-    names = ("query", "key", "value", "embed_dim_to_check", "num_heads", "in_proj_weight",
-             "in_proj_bias")  # fmt: skip
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    q, k, weight, bias = (given.get(n) for n in ("query", "key", "in_proj_weight", "in_proj_bias"))
-    masked = given.get("attn_mask") is not None or given.get("key_padding_mask") is not None
-    if masked or not isinstance(weight, Tensor) or q is None or k is None or q.dim() != 3:
-        return None
-    heads, width = int(given["num_heads"]), q.shape[-1]
-    halves = weight.split(width)[:2], (None, None) if bias is None else bias.split(width)[:2]
-    q, k = (
-        F.linear(x[:, :_SAMPLES].to(w.dtype), w, b).float().unflatten(-1, (heads, -1))
-        for x, w, b in zip((q, k), *halves, strict=True)
-    )
-    q = q[-_QUERIES:].permute(1, 2, 0, 3)
-    logits: Tensor = q @ k.permute(1, 2, 3, 0) / math.sqrt(width // heads)
-    return logits
-
-
-_LOGITS: Mapping[str, Callable[[tuple[Any, ...], Mapping[str, Any]], Tensor | None]] = {
-    "softmax": _of_softmax,
-    "scaled_dot_product_attention": _of_product,
-    "multi_head_attention_forward": _of_module,
-}
 
 
 def _constant(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:

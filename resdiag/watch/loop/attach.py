@@ -1,14 +1,15 @@
 """`attach`: watch the residual blocks of a model while it trains."""
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from resdiag.catalog.table import POINTS, SETS
+from resdiag.catalog.set_metrics import cadences
+from resdiag.catalog.table import POINTS
 from resdiag.errors import unknown
 from resdiag.watch.base.safety import WatchWarning as WatchWarning
 from resdiag.watch.base.safety import compiled_parts
@@ -19,6 +20,7 @@ from resdiag.watch.loop.parameters import is_sharded, is_sharding
 from resdiag.watch.loop.ranks import find_ranks, is_reduced
 from resdiag.watch.loop.state import LossScale
 from resdiag.watch.plan.ports import example
+from resdiag.watch.record.sets import Schedule
 
 _WRAPPERS = {
     "DataParallel": (
@@ -47,7 +49,7 @@ def attach(
     reduce: bool = True,
     scaler: Any = None,  # noqa: ANN401
     forward_pass: str = "first",
-    metrics: str = "full",
+    metrics: str | Mapping[str, int] = "full",
     moment_samples: int | None = None,
     example_inputs: object = None,
     trace: str = "first",
@@ -71,8 +73,10 @@ def attach(
         grad_read_point: Point of the loop where parameter gradients are read, one of
             `catalog.POINTS`; stored with the data. Default: "local", "unscaled" with a scaler,
             "post_clip" once the loop changes gradients itself; see `Monitor.read_gradients`.
-        metrics: "full" for all of `catalog.RECORDED`; "core" for `catalog.CORE`, which costs half
-            or less.
+        metrics: "full" for all of `catalog.RECORDED`, and every 50th step attention and experts if
+            the model has them; "core" for `catalog.CORE` alone, which costs half or less. Or sets
+            with the number of steps between two records of each: `{"core": 1, "attention": 10,
+            "experts": 10, "optimizer": 10, "extremes": 50}`; "full" is added where no "core" is.
         moment_samples: Number of first samples of the batch from which moments, gradient norms of
             activations and their non-finite fractions are estimated; None for the whole batch. The
             relative standard error of a second moment from k samples is s / sqrt(k), where s is the
@@ -134,10 +138,12 @@ def attach(
         ("grad_read_point", grad_read_point, (None, *POINTS)),
         ("forward_pass", forward_pass, ("first", "last")),
         ("trace", trace, ("first", "always")),
-        ("set of metrics", metrics, SETS),
     ):
         if given not in known:
             raise ValueError(unknown(what, str(given), [one for one in known if one]).message)
+    sets = cadences(metrics)
+    asked = not isinstance(metrics, str)
+    schedule = Schedule(every=every, first=record_first, cadences=sets, asked=asked)
     following = None
     if live or on_finding is not None:
         # by its name: this room is below the one that judges and draws, and does without them
@@ -158,13 +164,13 @@ def attach(
         inner,
         _optimizers(optimizer),
         units,
-        lambda step: step < record_first or step % every == 0,
+        schedule,
         samples,
         "reduced" if reduced and grad_read_point in (None, "local") else grad_read_point,
         ranks,
         LossScale(scaler),
         take_last=forward_pass == "last",
-        core=metrics == "core",
+        core="core" in sets,
         moments=moment_samples,
         always=trace == "always",
     )

@@ -12,6 +12,7 @@ from resdiag.watch.loop.gradients import Gradients
 from resdiag.watch.loop.state import State, casts_to_half
 from resdiag.watch.record.collect import GraphRecorder
 from resdiag.watch.record.follow import Follower
+from resdiag.watch.record.set_surveys import SetSurveys
 
 
 class ForwardPasses:
@@ -29,10 +30,11 @@ class ForwardPasses:
         schedule: Callable[[int], bool],
         gradients: Gradients,
         follower: Follower,
+        surveys: SetSurveys,
         *,
         take_last: bool,
     ) -> None:
-        self.follower = follower
+        self.follower, self._surveys = follower, surveys
         self.taps: GraphRecorder | None = None
         self.seen = Seen()
         self.demanded = self.is_paused = self._captured = False
@@ -84,6 +86,7 @@ class ForwardPasses:
     def _open(self) -> None:
         """Begin to record a pass, in place of one that was recorded in the same step."""
         self._record.begin(self._step.number, again=self._step.forward)
+        self._surveys.begin(self._step.number)
         self._step.forward, self.demanded, self._step.foreign = True, False, False
         self._recorder.begin()
 
@@ -156,6 +159,7 @@ class ForwardPasses:
     def _open_compiled(self) -> None:
         self._step.compiled, self._step.factor = True, self._scale.now()
         self._open()
+        self._surveys.hide()
 
     def _replaces(self) -> bool:
         """Whether a further forward pass of the step is recorded in place of the one before."""

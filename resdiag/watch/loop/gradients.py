@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from resdiag.watch.loop.moments import Moments
 from resdiag.watch.loop.parameters import ParameterNorms, Shards, is_sharded, may_reduce
 from resdiag.watch.loop.state import State
 from resdiag.watch.record.pool import Pool
+from resdiag.watch.record.sets import Sets
 
 _SCALED = ("grad_input", "grad_sum", "grad_output")
 
@@ -32,7 +34,9 @@ class Gradients:
         *,
         ranks: int,
         updates: bool,
+        sets: Sets,
     ) -> None:
+        self._sets, self._moments = sets, Moments(sets)
         self.point = point or ("unscaled" if state.scale.is_used else "local")
         self.rated = False
         self.total = torch.zeros((), dtype=torch.float64)
@@ -52,6 +56,7 @@ class Gradients:
     def forget(self) -> None:
         """Begin a step: nothing has been read."""
         self._has_arrived = False
+        self._moments.begin()
         for known in self._norms.values():
             known.forget()
 
@@ -81,12 +86,17 @@ class Gradients:
         if self._scale.is_used:
             skips = self._scale.skips(optimizer)
             self._write_head("skipped", torch.zeros(()) if skips is None else skips)
-        if self._wants_updates and not self._step.pending:
+        if self._follows_updates() and not self._step.pending:
             self._norms_at(self.point).remember()
             self._step.pending = True
 
-    def after_update(self, owned: Collection[int]) -> None:
-        """An optimizer has stepped: if it owns all parameters, nothing will move them any more."""
+    def after_update(self, optimizer: Optimizer, owned: Collection[int], *, again: bool) -> None:
+        """An optimizer has stepped, perhaps `again` in the same step.
+
+        If it owns all parameters, nothing will move them any more.
+        """
+        if self._step.forward and not again:
+            self._moments.read(optimizer, self._recorder.anatomy)
         trained = (p for p in self._model.parameters() if p.requires_grad)
         if self._step.pending and all(id(p) in owned for p in trained):
             self._write_updates()
@@ -95,7 +105,17 @@ class Gradients:
         """Write how far the blocks' parameters moved since they were remembered."""
         self._step.pending = False
         moved, sizes = self._norms_at(self.point).updates()
-        self._write_rows("update_ratio", moved / sizes, sizes.square())
+        if self._wants_updates:
+            self._write_rows("update_ratio", moved / sizes, sizes.square())
+        if self._sets.is_due("optimizer"):
+            for row, members in enumerate(self._recorder.anatomy.parameters):
+                if members:
+                    count = sum(p.numel() for p in members)
+                    self._sets.put(row, {"update_size": moved[row] / math.sqrt(count)})
+
+    def _follows_updates(self) -> bool:
+        """Whether how far parameters move is measured in this step."""
+        return self._wants_updates or self._sets.is_due("optimizer")
 
     def _point_before_update(self) -> str:
         """The point at which gradients are read now; where the loop rewrote them, `post_clip`."""
@@ -116,7 +136,7 @@ class Gradients:
         """Complete what is known of the step's gradients and updates."""
         skipped = self._scale.is_used and not self._step.stepped
         works = not self._recorder.guard.failure
-        if skipped and works and self._wants_updates and not self._step.pending:
+        if skipped and works and self._follows_updates() and not self._step.pending:
             self._norms_at(self.point).remember()
             self._step.pending = True
         if self._step.pending:
@@ -126,6 +146,7 @@ class Gradients:
         self._record.cells.settle()
         if works:
             self._write()
+            self._moments.write(len(self._recorder.anatomy.blocks))
         if self._step.passes > 1 and self._step.follows:  # zeroed between the passes, perhaps
             self._write_head("grad_kept", torch.full((), math.nan, device=self.device()))
         if skipped:

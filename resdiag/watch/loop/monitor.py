@@ -28,6 +28,8 @@ from resdiag.watch.record.follow import Follower
 from resdiag.watch.record.forward import Recorder
 from resdiag.watch.record.history import Listener, Record
 from resdiag.watch.record.pool import Pool
+from resdiag.watch.record.set_surveys import RANKS, SetSurveys
+from resdiag.watch.record.sets import Schedule, Sets
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +43,7 @@ class Monitor:
         model: nn.Module,
         optimizers: Sequence[Optimizer],
         units: frozenset[str] | None,
-        schedule: Callable[[int], bool],
+        schedule: Schedule,
         samples: int | None,
         point: str | None,
         ranks: Ranks | None,
@@ -60,19 +62,36 @@ class Monitor:
         pool = None
         if ranks is not None:
             pool = Pool(record.cells, record.head, ranks.size, sharded=ranks.sharded)
+        guard = Guard()
+        sets = Sets(schedule, record.sparse, guard)
         self._recorder = Recorder(
-            record.cells, record.head, Guard(), samples, pool, custom, core=core, moments=moments
+            record.cells,
+            record.head,
+            guard,
+            samples,
+            pool,
+            custom,
+            core=core,
+            moments=moments,
+            sets=sets,
         )
         self._state = state = State(model, self._now, self._recorder, record, scale, self._warnings)
         # its hooks come before those of a pass, which would see tensors that they do not know
         self._shards = Shards(model)
         count, updates = 1 if ranks is None else ranks.size, given and not core
         self._gradients = gradients = Gradients(
-            state, self._shards, pool, point, ranks=count, updates=updates
+            state, self._shards, pool, point, ranks=count, updates=updates, sets=sets
         )
         self._recorder.backward.begins = gradients.backward_begins
-        follower = Follower(Tracing(model, units), self._recorder, always=always)
-        self._passes = ForwardPasses(state, schedule, gradients, follower, take_last=take_last)
+        tracing = Tracing(model, units)
+        names = {name: module for module, name in tracing.names.items()}
+        self._surveys = surveys = SetSurveys(names, sets, self._recorder.sites, samples)
+        if ranks is not None:
+            surveys.refuse(RANKS)
+        follower = Follower(tracing, self._recorder, always=always, surveys=surveys.due)
+        self._passes = ForwardPasses(
+            state, schedule.is_due, gradients, follower, surveys, take_last=take_last
+        )
         self._checks = Checks(state, self._passes, self._custom.stopped, given=given)
         self._reduction: RankReduction | None = None
         if ranks is not None and pool is not None:
@@ -305,6 +324,7 @@ class Monitor:
 
         It is shown with one line per reason.
         """
+        self._surveys.settle()
         missing = [
             (metric, sorted(rows) or "all", reason)
             for metric, reasons in self._recorder.guard.reasons.items()
@@ -389,7 +409,8 @@ class Monitor:
     def _after_update(self, optimizer: Optimizer, owned: Collection[int] | None) -> None:
         self._now.updating = self._now.updating and owned is None
         if owned is not None:
-            self._gradients.after_update(owned)
+            again = self._now.updates[id(optimizer)] > 1
+            self._gradients.after_update(optimizer, owned, again=again)
 
     def _finish(self) -> None:
         if self._now.compiled and self._passes.taps is not None:

@@ -1,6 +1,6 @@
 """Which pass is traced, and which is read at the places of a plan."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -30,7 +30,8 @@ class Follower:
 
     The first pass is traced. What its plan can place and its graph can tell again is read by hooks
     from then on; a pass that was not the expected one costs its numbers, and the next one is traced
-    again. A model whose passes differ all the time is always traced.
+    again. A model whose passes differ all the time is always traced, and so is a pass for which
+    `surveys` has surveyors.
 
     `reason` says why every pass is traced although none differed, or is ""; `missed` that the last
     pass was not the expected one; `reads` counts passes that were read by hooks; `inspection` is
@@ -39,8 +40,16 @@ class Follower:
     a pass that was not the expected one.
     """
 
-    def __init__(self, tracing: Tracing, recorder: Recorder, *, always: bool = False) -> None:
+    def __init__(
+        self,
+        tracing: Tracing,
+        recorder: Recorder,
+        *,
+        always: bool = False,
+        surveys: Callable[[], Sequence[Surveyor]] = tuple,
+    ) -> None:
         self._tracing, self._recorder, self._always = tracing, recorder, always
+        self._surveys = surveys
         self._names = {name: module for module, name in tracing.names.items()}
         self._expected: Expected | None = None
         self._again = Recompute(tracing, recorder)
@@ -54,7 +63,8 @@ class Follower:
         self.end()
         again = self._passes in _LATER
         self._passes += 1
-        if self._expected is not None and not again:
+        asked = self._surveys()
+        if self._expected is not None and not again and not asked:
             return TappedPass(self._expected, self._recorder, self._judge)
         self.missed = False
         model = self._tracing.model
@@ -69,6 +79,7 @@ class Follower:
         elif again or self._misses:
             self.later = Inspection(self._names, step)
             surveyors.insert(0, self.later)
+        surveyors += asked
         return TracedPass(
             self._tracing, [self._recorder], surveyors, lambda one: self._again.arm(one.calls)
         )

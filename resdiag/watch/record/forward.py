@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from resdiag.catalog.custom import CustomValues
+from resdiag.catalog.set_metrics import EXTREME_SITES
 from resdiag.catalog.table import CORE, RECORDED
 from resdiag.watch.base.functions import Call
 from resdiag.watch.base.safety import Guard, guarded
@@ -19,10 +20,12 @@ from resdiag.watch.find.blocks import Anatomy
 from resdiag.watch.find.passes import Observer, Operands
 from resdiag.watch.find.units import Unit
 from resdiag.watch.measure.changes import Saturation
+from resdiag.watch.measure.extremes import describe_logits, extremes
 from resdiag.watch.measure.skip_path import COLUMNS, SkipPath
 from resdiag.watch.record.backward import Backward
 from resdiag.watch.record.buffer import Buffer, Key
 from resdiag.watch.record.pool import Pool
+from resdiag.watch.record.sets import Sets
 from resdiag.watch.record.sites import SITE_COLUMNS, Head, Parts, Sites
 from resdiag.watch.record.unit_tensors import UnitTensors
 
@@ -35,6 +38,7 @@ NO_ADDITION = (
 """The columns that a block without an addition does not have."""
 
 OTHER_PASS = "the forward pass of a step was not the one that had been traced"
+_NO_ADDITION = "the block has no residual addition"
 _NOT_CORE = "not in the core set: attach(metrics='full') records it"
 
 
@@ -60,7 +64,9 @@ class Recorder(Observer):
         *,
         core: bool = False,
         moments: int | None = None,
+        sets: Sets | None = None,
     ) -> None:
+        self._sets = sets
         self.guard, self.custom = guard, custom or CustomValues(())
         self.sites = Sites(cells, pool, moments, guard.miss)
         self.skip = SkipPath(samples, core=core)
@@ -226,7 +232,9 @@ class Recorder(Observer):
             self._cells.reserve(row + 1, self._units.device(unit.output))
         row = self.anatomy.rows[key]
         self._ran.add(row)
-        self.guard.miss(row, NO_ADDITION, "the block has no residual addition")
+        self.guard.miss(row, NO_ADDITION, _NO_ADDITION)
+        if self._sets is not None and self._sets.is_due("extremes"):
+            self._sets.miss("extremes", row, _NO_ADDITION)
         if not self.is_core:
             if not self._units.settle(row, "input", unit.input):
                 missing = (*SITE_COLUMNS["input"], "grad_input")
@@ -252,6 +260,8 @@ class Recorder(Observer):
                 self.sites.take_over(row, column.removesuffix("_mean"), known)
         for row in rows:
             self.sites.forget(row, SITE_COLUMNS)
+        if rows and self._sets is not None:
+            self._sets.reject(rows, OTHER_PASS)
         if rows:
             stages = {row: self.anatomy.blocks[row].stage for row in rows}
             self.skip.reject(stages, [self.anatomy.rows[key] for key in order])
@@ -271,6 +281,8 @@ class Recorder(Observer):
             self.skipped = [b.name for b in self.anatomy.blocks if b.index not in self._ran]
         self.fixed, self.is_whole = self.fixed or bool(self.anatomy.blocks), True
         self.complete()
+        if logits is not None and self._sets is not None and self._sets.is_due("extremes"):
+            self._sets.put(None, describe_logits(logits))
         if self.head.classify(features, logits, reason) and logits is not None:
             self.backward.watch_logits(logits)
         output = self.head.ending(outputs)
@@ -303,6 +315,9 @@ class Recorder(Observer):
         if site in self._custom_sites:
             for name, value in self.custom.compute(site, x):
                 self._cells.put(self._cells.slot, row, name, value)
+        if site in EXTREME_SITES and self._sets is not None and self._sets.is_due("extremes"):
+            found = extremes(self.skip.head(x), self.sites.features(row, x))
+            self._sets.put(row, {f"{site}_{name}": value for name, value in found.items()})
         if (known := self._known.get(x)) is not None:
             self.sites.repeat(row, site, known)
             return

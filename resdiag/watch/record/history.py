@@ -21,6 +21,7 @@ from resdiag.catalog.table import RECORDED
 from resdiag.watch.base.safety import Warnings
 from resdiag.watch.find.blocks import Block
 from resdiag.watch.record.buffer import Buffer
+from resdiag.watch.record.sets import Sparse
 
 Listener: TypeAlias = Callable[[Columns, Columns], object]
 """Called with the per-block and per-step columns of each flush."""
@@ -31,13 +32,13 @@ _SLOTS = 16
 class Record:
     """The record of one monitor: `cells` per block, `head` per step, the `losses` the loop tells.
 
-    Each of `listeners` is called with what came to the host.
+    `sparse` has what few steps have. Each of `listeners` is called with what came to the host.
     """
 
     def __init__(self, custom: Sequence[str], warnings: Warnings) -> None:
         self.cells = Buffer((*RECORDED, *custom), _SLOTS)
         self.head = Buffer(STEP_CELLS, _SLOTS)
-        self.losses = Losses()
+        self.losses, self.sparse = Losses(), Sparse()
         self.listeners: list[Listener] = []
         self._warnings = warnings
         self._rates: list[tuple[float, float, float]] = []
@@ -82,6 +83,7 @@ class Record:
             metrics = block_columns(steps, values[:, : len(blocks)], sizes, self.cells.columns)
             curve = step_columns(steps, head, rates)
             self._add_points(metrics, curve)
+            self.sparse.write(metrics, curve)
             self._metrics.append(metrics)
             self._curve.append(curve)
             self._tell(metrics, curve)
