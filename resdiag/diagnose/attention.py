@@ -124,8 +124,8 @@ def _collapses(
         if spread <= NO_SPREAD and later:
             text = f"the logits of {name} differ by {spread:.2g} at most"
             yield _collapsed(entry, step, "uniform weights", text, spread, NO_SPREAD)
-    last = table.ffill().tail(1).squeeze(axis=0)
-    for block in table.columns[(last < NO_ENTROPY).to_numpy()] if len(table) else ():
+    last = table.ffill().to_numpy(dtype=float)[-1] if len(table) else np.empty(0)
+    for block in table.columns[last < NO_ENTROPY] if len(table) else ():
         shares = table[block].dropna()
         value, since = float(shares.iloc[-1]), held_since(shares < NO_ENTROPY)
         text = f"the entropy of attention in {seen.name(int(block))} is {value:.2g} of that of "

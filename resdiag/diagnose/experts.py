@@ -26,7 +26,7 @@ def router_collapsed(seen: RunData) -> Outcome:
         reason = f"experts were recorded in {len(dead)} steps, {LEAST_STREAK} needed"
         yield ROUTER_COLLAPSED.not_judged(reason, "more records of experts")
         return
-    last = dead.ffill().tail(1).squeeze(axis=0).dropna()
+    last = dead.ffill().iloc[-1].dropna()
     for block in last.sort_values(ascending=False, kind="stable").index:
         shares = dead[block].dropna()
         idle = shares >= MOST_DEAD
