@@ -26,6 +26,7 @@ BOUNDED = {
     "dtype": st.sampled_from(DTYPES),
     "backend": st.sampled_from(BACKENDS),
     "width": st.floats(min_value=0, max_value=64, exclude_min=True),
+    "branch_scale": st.floats(min_value=0, max_value=1000, exclude_min=True),
 }
 CONFIGS = st.fixed_dictionaries(
     {f.name: BOUNDED.get(f.name, KINDS[f.type]) for f in fields(RunConfig)}

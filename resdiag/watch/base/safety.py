@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -96,6 +97,34 @@ class Guard:
     def fail(self, error: Exception) -> None:
         """A mistake of ours must not end somebody's training: note it, and watch no more."""
         self.failure = f"{type(error).__name__}: {error}"
+
+
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+"""What the messages of PyTorch's allocators say: the one of the CPU raises a RuntimeError."""
+
+
+def is_shortage(error: Exception) -> bool:
+    """Whether an error says that memory is short.
+
+    >>> is_shortage(MemoryError()), is_shortage(RuntimeError("not enough memory: you tried ..."))
+    (True, True)
+    >>> is_shortage(ValueError("out of memory of the past"))
+    False
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+@contextmanager
+def outlasting_shortage(guard: Guard) -> Iterator[None]:
+    """Let a shortage of memory inside end the recording, and not somebody's training."""
+    try:
+        yield
+    except Exception as error:
+        if not is_shortage(error):
+            raise
+        guard.fail(error)
 
 
 class _Guarded(Protocol):

@@ -195,6 +195,7 @@ class Checks:
         self._now, self._passes, self._recorder = state.now, passes, state.recorder
         self._loss_scale, self._warnings = state.scale, state.warnings
         self._stopped, self._given = stopped, given
+        self._is_failure_said = False
 
     def order(self) -> None:
         """Warn if `step()` is called at the wrong place of the loop."""
@@ -229,15 +230,20 @@ class Checks:
                 "eval mode?"
             )
 
+    def failure(self) -> None:
+        """Warn once that nothing is recorded from here on, and why."""
+        if self._recorder.guard.failure and not self._is_failure_said:
+            self._is_failure_said = True
+            self._warnings.say(
+                f"watching stopped at step {self._now.number} after an error inside resdiag, the "
+                f"training continues: {self._recorder.guard.failure}"
+            )
+
     def backward(self) -> None:
         """Warn of what is wrong with a recorded pass."""
         for metric, reason in self._stopped.items():
             self._warnings.say(f"custom metric '{metric}' stopped: {reason}")
         if self._recorder.guard.failure:
-            self._warnings.say(
-                f"watching stopped at step {self._now.number} after an error inside resdiag, the "
-                f"training continues: {self._recorder.guard.failure}"
-            )
             return
         anatomy, backward = self._recorder.anatomy, self._recorder.backward
         if anatomy.is_chosen:

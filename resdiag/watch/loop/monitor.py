@@ -12,9 +12,9 @@ from resdiag.catalog.custom import CustomValues, custom_metrics
 from resdiag.catalog.table import POINTS, derive
 from resdiag.errors import unknown
 from resdiag.summary import Summary, Unavailable, by_reason, summarise_blocks
-from resdiag.watch.base.safety import Guard, Warnings
+from resdiag.watch.base.safety import Guard, Warnings, outlasting_shortage
 from resdiag.watch.find.blocks import Blocks
-from resdiag.watch.find.passes import PassDriver
+from resdiag.watch.find.passes import FollowedPass, PassDriver
 from resdiag.watch.find.tracer import Tracing
 from resdiag.watch.loop.forward_passes import Checks, ForwardPasses
 from resdiag.watch.loop.gradients import Gradients
@@ -96,7 +96,7 @@ class Monitor:
         self._reduction: RankReduction | None = None
         if ranks is not None and pool is not None:
             self._reduction = RankReduction(ranks, pool, state, gradients)
-        self._driver = PassDriver(model, self._passes.begin, self._passes.seen)
+        self._driver = PassDriver(model, self._begin_pass, self._passes.seen)
         self._shards.same = self._driver.same
         self._steps = OptimizerSteps(model, optimizers, self._before_update, self._after_update)
         self._inventory = Inventory(model, optimizers)
@@ -140,26 +140,17 @@ class Monitor:
         """
         if not self._open:
             raise RuntimeError("the monitor is closed; attach again")
-        if loss is not None:
-            self._record.losses.tell(self._now.number, loss)
-        self._checks.order()
-        self._note_events()
-        self._passes.adopt_hidden()
-        if self._now.forward:
-            self._finish()
-        else:
-            self._checks.forward()
-        if self._reduction is not None and self._passes.is_due():
-            self._reduction.meet()
-        if self._now.forward and self._state.scale.is_used:
-            self._gradients.divide_scale()
+        with outlasting_shortage(self._recorder.guard):
+            self._end_step(loss)
         recorded = self._now.forward
+        self._checks.failure()
         self._now.begin()
         self._gradients.forget()
         self._now.number += 1
         self._passes.arm()
         if self._record.cells.is_full:
-            self._flush()
+            with outlasting_shortage(self._recorder.guard):
+                self._flush()
         if recorded:
             for follower, _ in self._followers:
                 follower()
@@ -378,6 +369,26 @@ class Monitor:
         frame = pd.DataFrame({**columns, **derive(columns, per_step=per == "step")})
         return frame.assign(point=pd.Categorical([self.point] * len(frame)))
 
+    def _begin_pass(self) -> FollowedPass | None:
+        with outlasting_shortage(self._recorder.guard):
+            return self._passes.begin()
+        return None
+
+    def _end_step(self, loss: float | Tensor | None) -> None:
+        if loss is not None:
+            self._record.losses.tell(self._now.number, loss)
+        self._checks.order()
+        self._note_events()
+        self._passes.adopt_hidden()
+        if self._now.forward:
+            self._finish()
+        else:
+            self._checks.forward()
+        if self._reduction is not None and self._passes.is_due():
+            self._reduction.meet()
+        if self._now.forward and self._state.scale.is_used:
+            self._gradients.divide_scale()
+
     def _note_events(self) -> None:
         now, events = self._now, self._inventory.events
         if now.updates:
@@ -388,6 +399,10 @@ class Monitor:
             events.note("no_update", now.number)
 
     def _before_update(self, optimizer: Optimizer, owned: Collection[int] | None) -> None:
+        with outlasting_shortage(self._recorder.guard):
+            self._see_update(optimizer, owned)
+
+    def _see_update(self, optimizer: Optimizer, owned: Collection[int] | None) -> None:
         now = self._now
         if owned is None:
             now.foreign = True
@@ -410,7 +425,8 @@ class Monitor:
         self._now.updating = self._now.updating and owned is None
         if owned is not None:
             again = self._now.updates[id(optimizer)] > 1
-            self._gradients.after_update(optimizer, owned, again=again)
+            with outlasting_shortage(self._recorder.guard):
+                self._gradients.after_update(optimizer, owned, again=again)
 
     def _finish(self) -> None:
         if self._now.compiled and self._passes.taps is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from resdiag.watch.base.safety import guarded
+from resdiag.watch.base.safety import guarded, outlasting_shortage
 from resdiag.watch.find.additions import Addition
 from resdiag.watch.find.passes import Operands
 from resdiag.watch.measure import changes, reductions
@@ -190,8 +190,9 @@ class Backward:
 
         def back(g: Tensor) -> None:
             if self._is_current(begun) and not self.guard.failure:
-                self._see()
-                self._head.gap(slot, g, kept)
+                with outlasting_shortage(self.guard):
+                    self._see()
+                    self._head.gap(slot, g, kept)
 
         logits.register_hook(back)
 
@@ -201,7 +202,8 @@ class Backward:
 
         def back(g: Tensor) -> None:
             if self._is_current(begun) and not self.guard.failure:
-                self._head.write_output(slot, g, kept)
+                with outlasting_shortage(self.guard):
+                    self._head.write_output(slot, g, kept)
 
         output.register_hook(back)
 
