@@ -263,7 +263,8 @@ def _exponential_is_the_cause() -> Said:
     ]
     words = (
         f"ELU' is at most 1, so no ELU makes a gradient larger; with ReLU in its place E[H^2] still grows {growth[0]} times per "
-        f"block at depth 20 ({between(b, '.3g')} with ELU), as He's initialisation doubles what the activation halves"
+        f"block at depth 20 ({between(b, '.3g')} with ELU), as He's initialisation doubles what the activation halves. The "
+        f"doubling and the missing normalisation are told apart in [branch-dose](branch-dose.md)"
     )
     return Said(status=REFUTED, words=words, n="3 seeds", **_story("b"))
 

@@ -72,9 +72,12 @@ def compare_by_depth(results: Results) -> list[ByDepth]:
 def asks_of_errors(results: Results) -> bool:
     """Whether final errors answer the study's question.
 
-    Those of a study that expects values and trains for less than an epoch do not.
+    Those of a study that expects values and trains for less than an epoch do not, nor those of one
+    that expects values by the learning rate: it asks at which rate networks diverge.
     """
-    return not results.study.file.expected or any(group.trained for group in results.groups)
+    if not results.study.file.expected:
+        return True
+    return "lr" not in results.telling and any(group.trained for group in results.groups)
 
 
 def _depth(group: Group) -> Depth:
