@@ -22,6 +22,7 @@ from suitepage import calibration_page
 from typer.main import get_command
 
 import resdiag
+from resdiag.catalog.set_metrics import ON_CADENCE
 from resdiag.catalog.table import METRICS, POINTS, SITES, Metric
 from resdiag.cli.main import app
 from resdiag.data.registry import DATASETS
@@ -31,6 +32,7 @@ from resdiag.report import committed
 from resdiag.runs.config import RunConfig, row_of
 from resdiag.theory.laws import LAWS
 from resdiag.training.recipe import RECIPES, Request
+from resdiag.watch.measure.attention import MASKED, QUERIES, SAMPLES
 
 HERE = Path(__file__).resolve().parent / "reference"
 ROOT = HERE.parent.parent
@@ -396,8 +398,11 @@ Symbols, in the order of the computation:
 def _sections() -> Iterator[tuple[str, str, list[Metric]]]:
     """The catalogue in the chapters of the page; the moments of the sites share one table."""
     groups: dict[str, list[Metric]] = {"block": [], "moments": [], "run": []}
+    apart = {metric.id for members in ON_CADENCE.values() for metric in members}
     for metric in METRICS.values():
         site = metric.site
+        if metric.id in apart:
+            continue
         if site == "run":
             groups["run"].append(metric)
         elif _is_moment(metric):
@@ -417,6 +422,22 @@ def _sections() -> Iterator[tuple[str, str, list[Metric]]]:
         first,
     )
     yield "Per step", "One value per step: columns of the curve.", groups["run"]
+    for name, members in ON_CADENCE.items():
+        yield f"The set `{name}`", _SETS[name], list(members)
+
+
+_SETS = {
+    "attention": "Per block with attention, in every 50th step unless `metrics=` says otherwise; "
+    f"of the first {SAMPLES} samples and up to {QUERIES} of their queries, evenly spaced from the "
+    "first to the last. Queries that see one key only do not count. A key is masked if its logit "
+    f"is at most {MASKED:,.0f}.",
+    "experts": "Per block with a mixture of experts, in every 50th step unless `metrics=` says "
+    "otherwise; of all tokens of the pass.",
+    "optimizer": "Per block, if `metrics=` names the set.",
+    "extremes": "Per block, and per step for the head, if `metrics=` names the set; of the first "
+    f"{SAMPLES} samples.",
+}
+"""When each set is recorded, and of what; `docs/howto/sets.md` says more."""
 
 
 def _is_moment(metric: Metric) -> bool:

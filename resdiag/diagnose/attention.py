@@ -1,7 +1,7 @@
 """Rules about attention: logits that grow, and weights that have collapsed."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ LARGE_LOGIT = Threshold(
     "Kimi Team 2025, arXiv:2507.20534 (QK-Clip acts above 100)",
 )
 LEAST_GROWTH = Threshold(4.0, "The last such logit over the first one, or over 1 if that is less.")
-LEAST_RISING = Threshold(0.75, "Share of the records of that growth that are above the one before.")
+LEAST_RISES = Threshold(4, "Records of that growth that are 10 % above the highest before.")
 LARGEST_JUMP = Threshold(0.6, "Share of the logarithm of the growth that lies between two records.")
 LEAST_RECORDS = Threshold(5, "Records of attention before growth is told from a jump.")
 
@@ -26,9 +26,9 @@ LEAST_RECORDS = Threshold(5, "Records of attention before growth is told from a 
 def attention_logits_grow(seen: RunData) -> Outcome:
     """The largest logit of an attention is above 100, and grew to that little by little.
 
-    It is 4 times the first one or more, rises in 3 of 4 records from where it began to grow, and no
-    two records have more than 60 % of the growth between them: a jump is no growth. Named is the
-    block with the largest one.
+    It is 4 times the first one or more, 4 records are 10 % above the highest before, and no two
+    successive ones have more than 60 % of the growth between them, in its logarithm: a jump is no
+    growth. Named is the block with the largest logit.
     """
     table = seen.table("attention_logit").dropna(how="all")
     if table.empty:
@@ -55,11 +55,19 @@ def _growing_since(values: "pd.Series[float]") -> int | None:
         return None
     lowest = np.minimum.accumulate(sizes[::-1])[::-1]  # from each record on
     begins = max(0, int(np.searchsorted(lowest, 1.5 * first, side="right")) - 1)
-    with np.errstate(all="ignore"):
-        steps = np.diff(np.log(np.maximum(sizes[begins:], 1e-3)))
-    gradual = len(steps) >= 3 and steps.max() <= LARGEST_JUMP * steps.sum()
-    rises = len(steps) > 0 and (steps > 0).mean() >= LEAST_RISING
-    return int(values.index[begins]) if gradual and rises else None
+    grown = np.maximum(sizes[begins:], 1e-3)
+    steps = np.diff(np.log(grown))
+    gradual = bool(len(steps)) and steps.max() <= LARGEST_JUMP * steps.sum()
+    return int(values.index[begins]) if gradual and _rises(grown) >= LEAST_RISES else None
+
+
+def _rises(sizes: Iterable[float]) -> int:
+    """How many numbers are 10 % above the last one that was so, or the first one."""
+    level, count = math.nan, -1
+    for size in sizes:
+        if not size < 1.1 * level:
+            level, count = size, count + 1
+    return count
 
 
 def _growing(seen: RunData, block: int, values: "pd.Series[float]", since: int) -> Finding:
@@ -160,7 +168,7 @@ ATTENTION_LOGITS_GROW = Rule(
     "passes no gradient, and low precision rounds its logits",
     remedy="normalise queries and keys (QK norm), cap the logits, or lower the learning rate of "
     "their weights",
-    thresholds=(LARGE_LOGIT, LEAST_GROWTH, LEAST_RISING, LARGEST_JUMP, LEAST_RECORDS),
+    thresholds=(LARGE_LOGIT, LEAST_GROWTH, LEAST_RISES, LARGEST_JUMP, LEAST_RECORDS),
     source="Dehghani et al. 2023, arXiv:2302.05442, section 2; Wortsman et al. 2023, "
     "arXiv:2309.14322, section 3.1",
 )
