@@ -3,7 +3,7 @@
 import math
 
 from resdiag.diagnose.finding import Finding, NotJudged, Outcome, Rule, Threshold
-from resdiag.diagnose.rundata import RunData, held_since, trailing
+from resdiag.diagnose.rundata import RunData, held_since, last_known, trailing
 
 LEAST_EVEN = Threshold(
     0.25, "Evenness of the load: 0 if every token goes to the same k experts, 1 if it is balanced."
@@ -29,7 +29,7 @@ def router_collapsed(seen: RunData) -> Outcome:
         reason = f"experts were recorded in {len(table)} steps, {LEAST_STREAK} needed"
         yield ROUTER_COLLAPSED.not_judged(reason, "more records of experts")
         return
-    last = table.ffill().tail(1).squeeze(axis=0).dropna()
+    last = last_known(table)
     for block in last.sort_values(kind="stable").index:
         evenness = table[block].dropna()
         uneven, step = evenness < LEAST_EVEN, int(evenness.index[-1])

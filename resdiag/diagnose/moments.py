@@ -25,7 +25,7 @@ def second_moment_stale(seen: RunData) -> Outcome:
         yield _without_moments(seen)
         return
     with np.errstate(all="ignore"):
-        jumps = np.log(roots).diff()
+        jumps = pd.Series(np.log(roots.to_numpy()), index=roots.index).diff()
     step = int(jumps.index[int(np.nan_to_num(jumps.to_numpy(), nan=-np.inf).argmax())])
     before, after = fits[fits.index < step], fits[fits.index > step]
     if len(before) < LEAST_BEFORE or len(after) < LEAST_STALE:
