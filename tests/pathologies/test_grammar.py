@@ -56,7 +56,7 @@ def test_a_fault_is_planted_in_three_families_by_three_seeds_each(which):
     # experts
     assert few <= {
         "attention sharpened", "attention uniform", "batch of two", "biases learn faster",
-        "first step too long", "large weights, no norm", "sixteen samples",
+        "first step too long", "large weights, no norm", "router collapses", "sixteen samples",
         "small weights, no norm", "targets not shifted",
     }  # fmt: skip
 
