@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from resdiag.diagnose.finding import Finding, Outcome, Rule, Threshold
-from resdiag.diagnose.rundata import RunData, held_since
+from resdiag.diagnose.rundata import RunData, held_since, last_known
 
 NO_ENTROPY = Threshold(0.02, "Entropy of attention over that of uniform weights.")
 NO_SPREAD = Threshold(1e-6, "Largest logit of attention minus the smallest, of uniform weights.")
@@ -38,7 +38,7 @@ def attention_logits_grow(seen: RunData) -> Outcome:
         reason = f"attention was recorded in {len(table)} steps, {LEAST_RECORDS} needed"
         yield ATTENTION_LOGITS_GROW.not_judged(reason, "more records of attention")
         return
-    last = table.ffill().iloc[-1].replace([np.inf, -np.inf], math.nan).dropna()
+    last = last_known(table)
     for block in last.sort_values(ascending=False).index:
         values = table[block].dropna()
         since = _growing_since(values)
@@ -132,8 +132,8 @@ def _collapses(
         if spread <= NO_SPREAD and later:
             text = f"the logits of {name} differ by {spread:.2g} at most"
             yield _collapsed(entry, step, "uniform weights", text, spread, NO_SPREAD)
-    last = table.ffill().to_numpy(dtype=float)[-1] if len(table) else np.empty(0)
-    for block in table.columns[last < NO_ENTROPY] if len(table) else ():
+    last = last_known(table)
+    for block in last.index[last < NO_ENTROPY]:
         shares = table[block].dropna()
         value, since = float(shares.iloc[-1]), held_since(shares < NO_ENTROPY)
         text = f"the entropy of attention in {seen.name(int(block))} is {value:.2g} of that of "

@@ -271,6 +271,17 @@ class RunData:
             return float(first / np.float64(self.value("grad_output", step, self.indices[-1])))
 
 
+def last_known(table: pd.DataFrame) -> "pd.Series[float]":
+    """By block, the last finite number; blocks without one are left out.
+
+    >>> last_known(pd.DataFrame({0: [1.0, math.nan], 1: [math.nan, math.inf]})).to_dict()
+    {0: 1.0}
+    """
+    found = {block: table[block].to_numpy(dtype=float) for block in table.columns}
+    finite = {block: values[np.isfinite(values)] for block, values in found.items()}
+    return pd.Series({b: float(v[-1]) for b, v in finite.items() if len(v)}, dtype=float)
+
+
 def trailing(marks: "pd.Series[bool]") -> int:
     """How many of the last entries are true, without a gap.
 

@@ -248,8 +248,8 @@ def grow_logits(strength, blocks, cell, curve):
         cell("attention_logit", value, step=step, block=0)
 
 
-def idle_experts(strength, blocks, cell, curve):
-    cell("expert_dead", strength, step=slice(10, None), block=1)
+def neglect_experts(strength, blocks, cell, curve):
+    cell("expert_entropy", 1 - strength, step=slice(10, None), block=1)
     cell("expert_tokens", 100.0, block=1)
 
 
@@ -282,7 +282,7 @@ EVIDENCE = {
     "norm_fault": taken(widen_epsilon),
     "attention_logits_grow": of_change(grow_logits),
     "attention_collapsed": taken(sharpen),
-    "router_collapsed": of_change(idle_experts),
+    "router_collapsed": of_change(neglect_experts),
     "second_moment_stale": of_change(enlarge_a_gradient),
     "lr_schedule": of_change(stop_rate),
     "group_lr": taken(group_rates),

@@ -196,15 +196,18 @@ def growing(end):
     return run_of(grow)
 
 
-def idle_experts(share):
-    def idle(cell, frame):
-        cell("expert_dead", 0.0, block=4)
-        cell("expert_dead", share, step=slice(6, None), block=4)
+def routing(evenness):
+    """The load of block 4 becomes as uneven at step 6."""
+
+    def collapse(cell, frame):
+        cell("expert_entropy", 0.9, block=4)
+        cell("expert_entropy", evenness, step=slice(6, None), block=4)
         cell("expert_tokens", 64.0, block=4)
         cell("expert_busiest", 1.0, block=4)
         cell("expert_load", 0.5, block=4)
+        cell("expert_dead", 0.25, block=4)
 
-    return run_of(idle)
+    return run_of(collapse)
 
 
 def remembering(jump):
@@ -255,7 +258,7 @@ CASES = {
     "norm_fault": lambda: (normalising(2.1), normalising(1.9)),
     "attention_logits_grow": lambda: (growing(101.0), growing(99.0)),
     "attention_collapsed": lambda: (attending(0.019), attending(0.021)),
-    "router_collapsed": lambda: (idle_experts(0.5), idle_experts(0.49)),
+    "router_collapsed": lambda: (routing(0.24), routing(0.26)),
     "branch_too_large": lambda: (
         cell("branch_ratio", 51, block=2),
         cell("branch_ratio", 49, block=2),

@@ -10,6 +10,9 @@ from resdiag.pathologies.grammar import KINDS, REPEATS, WAYS, draw
 
 ROWS = {row.name: row for rows in SETS.values() for row in rows}
 WHOLE = ("development", "locked")
+# no locked architecture has experts: another one would redraw the set that the published figures
+# are of
+DEVELOPMENT_ONLY = {"router collapses"}
 
 
 def test_no_family_and_no_architecture_is_in_both_sets():
@@ -27,7 +30,8 @@ def test_a_set_is_large_enough(which):
     assert len({case.fault for case in ill}) >= 120
     assert len(healthy) >= 120
     assert {case.recipe for case in healthy} == set(WAYS)
-    assert {case.kind for case in ill} == set(KINDS)
+    missing = DEVELOPMENT_ONLY if which == "locked" else set()
+    assert {case.kind for case in ill} == set(KINDS) - missing
     assert len({case.name for case in cases}) == len(cases)
     assert {case.architecture for case in healthy} == {row.name for row in SETS[which]}
 
@@ -48,10 +52,11 @@ def test_a_fault_is_planted_in_three_families_by_three_seeds_each(which):
         assert set(seeds.values()) == {REPEATS}
         if len({ROWS[name].family for name in seeds}) < REPEATS:
             few.add(cases[0].kind)
-    # what these need, few families have: our variants, recurrent norms of vectors, no norm at all
+    # what these need, few families have: our variants, recurrent norms of vectors, no norm at all,
+    # experts
     assert few <= {
         "attention sharpened", "attention uniform", "batch of two", "biases learn faster",
-        "first step too long", "large weights, no norm", "sixteen samples",
+        "first step too long", "large weights, no norm", "router collapses", "sixteen samples",
         "small weights, no norm", "targets not shifted",
     }  # fmt: skip
 
@@ -66,7 +71,7 @@ def test_the_seed_alone_decides_what_is_drawn(which):
 def test_any_beginning_of_a_set_is_a_mixture():
     cases = draw("locked", 1)
     beginning = cases[: len(cases) // 8]
-    assert {case.kind for case in beginning if case.kind} == set(KINDS)
+    assert {case.kind for case in beginning if case.kind} == set(KINDS) - DEVELOPMENT_ONLY
     share = sum(not case.kind for case in cases) / len(cases)
     assert sum(not c.kind for c in beginning) / len(beginning) == pytest.approx(share, abs=0.02)
 

@@ -110,10 +110,11 @@ def slow_columns(mixture):
     squares = [
         math.log(math.fsum(math.exp(z) for z in logits)) ** 2 for logits in mixture.logits.tolist()
     ]
+    k, entropy = mixture.chosen.shape[-1], -sum(f * math.log(f) for f in shares if f)
     return {
         "expert_load": max(shares),
         "expert_busiest": shares.index(max(shares)),
-        "expert_entropy": -sum(f * math.log(f) for f in shares if f) / math.log(EXPERT_COUNT),
+        "expert_entropy": (entropy - math.log(k)) / (math.log(EXPERT_COUNT) - math.log(k)),
         "expert_dead": shares.count(0) / EXPERT_COUNT,
         "expert_tokens": total / EXPERT_COUNT,
         "router_logit_z": math.sqrt(sum(squares) / len(squares)),
@@ -137,7 +138,7 @@ def test_experts_that_get_no_token_are_counted():
     found = row(record(model))
     assert found["expert_dead"] == 0.5
     assert found["expert_load"] == 0.5
-    assert found["expert_entropy"] == pytest.approx(0.5)
+    assert found["expert_entropy"] == pytest.approx(0, abs=1e-6)
 
 
 class Largest(nn.Module):

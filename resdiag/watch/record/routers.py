@@ -48,7 +48,7 @@ class RouterSurvey(BlockSurvey[_Router]):
     def __init__(self, *others: Any, is_expected: bool) -> None:  # noqa: ANN401
         super().__init__(*others, is_expected=is_expected)
         self._logits: int | None = None  # of the choice that is about to be made
-        self._experts, self._is_overwritten = 0, False
+        self._name, self._experts, self._is_overwritten = "", 0, False
 
     @guarded
     def reads(
@@ -56,6 +56,7 @@ class RouterSurvey(BlockSurvey[_Router]):
     ) -> None:
         """An operation is about to run: is it a choice of experts?"""
         self._logits, name = None, name_of(func)
+        self._name = name
         x = args[0] if args else kwargs.get("input")
         if name not in _CHOICES or not isinstance(x, Tensor) or x.dim() < 2:
             return
@@ -87,7 +88,8 @@ class RouterSurvey(BlockSurvey[_Router]):
         chosen = [x for x in tensors_in(result) if not x.is_floating_point()]
         self.pending = [part for part in self.pending if part.number != self._logits]
         with torch.no_grad(), torch._C.DisableTorchFunction():
-            values = load(chosen[-1], self._experts) | self._z(self._logits)
+            k = chosen[-1].shape[-1] if self._name == "topk" else 1
+            values = load(chosen[-1], self._experts, k) | self._z(self._logits)
         self.pending.append(_Router(modules=tuple(self.open), number=self._logits, values=values))
         self._logits = None
 
@@ -115,22 +117,25 @@ class RouterSurvey(BlockSurvey[_Router]):
         return {"router_logit_z": root_z(logits)}
 
 
-def load(chosen: Tensor, experts: int) -> dict[str, Tensor]:
+def load(chosen: Tensor, experts: int, k: int) -> dict[str, Tensor]:
     """How many tokens each expert gets, from the indices that were chosen, of any shape.
 
-    >>> values = load(torch.tensor([[0, 1], [0, 1], [0, 2]]), 4)
-    >>> {name: round(value.item(), 4) for name, value in values.items()}
-    {'expert_load': 0.5, 'expert_busiest': 0, 'expert_entropy': 0.7296, 'expert_dead': 0.25,
-     'expert_tokens': 1.5}
+    Each token has chosen `k` experts.
+
+    >>> values = load(torch.tensor([[0, 1], [0, 1], [0, 2]]), 4, 2)
+    >>> print(*(f"{name} {value:.3g}" for name, value in values.items()))
+    expert_load 0.5 expert_busiest 0 expert_entropy 0.459 expert_dead 0.25 expert_tokens 1.5
     """
     ones = torch.ones(chosen.numel(), dtype=torch.float64, device=chosen.device)
     counts = ones.new_zeros(experts).index_add_(0, chosen.reshape(-1), ones)
     shares = counts / counts.sum()
-    entropy = -torch.special.xlogy(shares, shares).sum() / math.log(experts)
+    entropy = -torch.special.xlogy(shares, shares).sum()
+    free = math.log(experts / k)  # 0 where every expert is chosen
+    evenness = (entropy - math.log(k)) / free if free else torch.full_like(entropy, math.nan)
     return {
         "expert_load": shares.amax(),
         "expert_busiest": shares.argmax(),
-        "expert_entropy": entropy,
+        "expert_entropy": evenness.clamp_min(0),
         "expert_dead": (counts == 0).double().mean(),
         "expert_tokens": counts.mean(),
     }
