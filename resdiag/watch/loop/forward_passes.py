@@ -232,7 +232,8 @@ class Checks:
 
     def failure(self) -> None:
         """Warn once that nothing is recorded from here on, and why."""
-        if self._recorder.guard.failure and not self._is_failure_said:
+        said = any(text.startswith("watching stopped") for text in self._warnings.texts)
+        if self._recorder.guard.failure and not self._is_failure_said and not said:
             self._is_failure_said = True
             self._warnings.say(
                 f"watching stopped at step {self._now.number} after an error inside resdiag, the "
