@@ -85,8 +85,8 @@ def claims_page() -> str:
 
 
 _ABOUT = """Every claim, table and figure of Shah et al. 2016 (arXiv:1604.04112), with what the results in this repository say of
-it: {tally}. *Bounded* means shown for a part only, such as the first steps. Nothing here was trained to the end: 164 epochs of
-ten networks take days on one GPU. Intervals are 95 % t intervals of differences in the same seed, in points of test error."""
+it: {tally}. *Bounded* means shown for a part only, such as the first steps. Nothing here was trained to the
+end, 164 epochs. Intervals are 95 % t intervals of differences in the same seed, in points of test error."""
 
 
 # -- data ------------------------------------------------------------------------------------------

@@ -22,7 +22,11 @@ def test_every_claim_has_a_status_numbers_and_a_command():
     for row in rows:
         assert all(cell.strip() for cell in row)
         assert row[3] in {"**confirmed**", "**refuted**", "**bounded**", "**open**"}
-        assert (row[3] == "**open**") == (row[5] == "0") or "seeds" in row[4]
+        if row[3] == "**open**":  # nothing was trained, or a rule asks for more
+            assert row[5] == "0" or "its rule asks for 3 seeds" in row[4]
+        else:
+            assert row[5] != "0"
+            assert re.search(r"\d", row[4]) or row[5] == "-"
 
 
 def test_a_rescue_is_open_until_its_rule_can_be_applied():
