@@ -41,12 +41,10 @@ def _short(results: Results) -> list[str]:
             found.append(
                 f"{item.run.steps} steps, {item.epochs:.2g} epochs; the recipe has {recipe.epochs}"
             )
+    if not found:
+        return []
     words = listing(list(dict.fromkeys(found)), 3)
-    return (
-        [f"A short training: {words}; it shows early learning, not how a full one ends."]
-        if found
-        else []
-    )
+    return [f"A short training: {words}; it shows early learning, not how a full one ends."]
 
 
 def missing_words(results: Results) -> str:

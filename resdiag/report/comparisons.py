@@ -56,17 +56,22 @@ def compare_by_depth(results: Results) -> list[ByDepth]:
     """
     if "depth" not in results.telling or not asks_of_errors(results):
         return []
+    found = []
+    for name, groups in group_networks(results).items():
+        depths = sorted(map(_depth, groups), key=lambda depth: depth.depth)
+        if len(depths) > 1 and any(math.isfinite(e) for d in depths for e in d.test):
+            found.append(ByDepth(name, compare_depths(name, depths)))
+    return found
+
+
+def group_networks(results: Results) -> dict[str, list[Group]]:
+    """The groups that differ in nothing but the depth, by their other settings in words."""
     rest = [name for name in results.telling if name != "depth"]
     lots: dict[str, list[Group]] = {}
     for group in results.groups:
         name = settings_words({key: group.settings[key] for key in rest})
         lots.setdefault(name or "the network", []).append(group)
-    found = []
-    for name, groups in lots.items():
-        depths = sorted(map(_depth, groups), key=lambda depth: depth.depth)
-        if len(depths) > 1 and any(math.isfinite(e) for d in depths for e in d.test):
-            found.append(ByDepth(name, compare_depths(name, depths)))
-    return found
+    return lots
 
 
 def asks_of_errors(results: Results) -> bool:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from resdiag.diagnose.degraded import points
-from resdiag.report.comparisons import asks_of_errors
+from resdiag.report.comparisons import asks_of_errors, group_networks
 from resdiag.report.parts import Entry, Mark, Part, Table, Text
-from resdiag.report.results import Results
-from resdiag.report.words import count, settings_words
+from resdiag.report.results import Group, Results
+from resdiag.report.words import count
 from resdiag.theory.intervals import LEVEL, PERCENT, Interval, mean_interval
 
 MOST_NETWORKS = 4
@@ -21,7 +21,8 @@ Errors: TypeAlias = Mapping[int, float]
 
 def contrast_parts(results: Results) -> list[Part]:
     """How to read them, and a table of the differences; nothing where no two can be compared."""
-    errors = _errors(results) if asks_of_errors(results) else {}
+    networks = group_networks(results) if asks_of_errors(results) else {}
+    errors = {name: {_depth(g): g.test_errors for g in lot} for name, lot in networks.items()}
     depths = sorted({depth for by_depth in errors.values() for depth in by_depth})
     names = list(errors)
     pairs = list(itertools.combinations(names, 2))
@@ -31,7 +32,7 @@ def contrast_parts(results: Results) -> list[Part]:
     amount = sum(math.isfinite(one.low) for row in found.values() for one in row)
     if not amount:
         return []
-    header = ["networks", *(f"depth {depth}" if depth else "difference" for depth in depths)]
+    header = ["networks", *(f"depth {depth}" for depth in depths)]
     header += [f"change from {depths[0]} to {depths[-1]}"] if len(depths) > 1 else []
     rows = [[f"{a} - {b}", *map(_entry, row)] for (a, b), row in found.items()]
     rule = (
@@ -44,15 +45,8 @@ def contrast_parts(results: Results) -> list[Part]:
     return [Text(rule), Table(caption=caption, header=header, rows=rows, numeric=numeric)]
 
 
-def _errors(results: Results) -> dict[str, dict[int, Errors]]:
-    """Final test errors by network, depth (0 where it does not vary) and seed."""
-    rest = [name for name in results.telling if name != "depth"]
-    found: dict[str, dict[int, Errors]] = {}
-    for group in results.groups:
-        name = settings_words({key: group.settings[key] for key in rest}) or "the network"
-        depth = group.members[0].cell.request.depth if "depth" in results.telling else 0
-        found.setdefault(name, {})[depth] = group.test_errors
-    return found
+def _depth(group: Group) -> int:
+    return group.members[0].cell.request.depth
 
 
 def _contrasts(
