@@ -28,15 +28,11 @@ def predict(
     seeds: Annotated[
         int, typer.Option(min=1, max=100, help="Number of seeds from there on, for the scatter.")
     ] = 1,
-    width: Annotated[
-        float, typer.Option(min=0.01, max=64, help="Factor on the 16/32/64 channels.")
-    ] = 1.0,
+    width: Annotated[float, typer.Option(help="Factor on the 16/32/64 channels.")] = 1.0,
     stem_bn: Annotated[bool, typer.Option("--stem-bn", help="BatchNorm in the stem.")] = False,
     branch_scale: Annotated[
         float,
-        typer.Option(
-            min=1e-6, max=1000, help="Factor on the last weights of each branch at initialisation."
-        ),
+        typer.Option(help="Factor on the last weights of each branch at initialisation."),
     ] = 1.0,
     data_root: DataRoot = None,
     as_json: Json = False,

@@ -4,7 +4,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from resdiag.data.augment import Augmenter
-from resdiag.data.dataset import open_data
+from resdiag.data.dataset import ImageData, open_data
 from resdiag.diagnose.finding import plain
 from resdiag.diagnose.rundata import RunData
 from resdiag.errors import UsageError
@@ -23,6 +23,7 @@ from resdiag.probe.critical_rate import RISE, critical_rate, largest_curvature
 from resdiag.runs.watched import as_run
 from resdiag.runs.watched_config import WatchedConfig
 from resdiag.theory.prediction import CRITICAL, critical_lr, gradient_norm, predict
+from resdiag.training.recipe import Request
 from resdiag.watch.loop.attach import attach
 
 _PRODUCTS = 6
@@ -118,62 +119,40 @@ def forecast(
         UsageError: Unknown variant or data, a depth other than 6n+2, a batch below 2 or a learning
             rate that is not positive.
     """
-    row = find_variant(variant)
-    if batch_size < 2:
-        raise UsageError(f"--batch-size {batch_size} must be at least 2")
     if not 0 < lr < math.inf:
         raise UsageError(f"--lr {lr} must be positive")
+    first = Request(
+        variant=find_variant(variant).id, depth=depth, lr=lr, data=data, batch_size=batch_size,
+        seed=seed, width=width, stem_bn=stem_bn, branch_scale=branch_scale,
+    )  # fmt: skip
+    first.check()
     found = open_data(data, data_root)
-    setting = _Setting(
-        variant=row.id, depth=depth, width=width, stem_bn=stem_bn, branch_scale=branch_scale
-    )
-    batches = (
-        (k, *Augmenter(found, batch_size, k, augment=True).batch(0))
-        for k in range(seed, seed + seeds)
-    )
     each = [
-        _forecast_once(setting, images, labels, len(found.classes), lr, k)
-        for k, images, labels in batches
+        _forecast_once(replace(first, seed=seed + number), batch_size, lr, found)
+        for number in range(seeds)
     ]
     return each[0] if seeds == 1 else _join(each, lr)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Setting:
-    """The network that is forecast, see `build_model`."""
-
-    variant: str
-    depth: int
-    width: float
-    stem_bn: bool
-    branch_scale: float
-
-
-def _forecast_once(
-    setting: _Setting,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    classes: int,
-    lr: float,
-    seed: int,
-) -> Forecast:
-    """The forecast of one network on one batch."""
+def _forecast_once(asked: Request, batch_size: int, lr: float, data: ImageData) -> Forecast:
+    """The forecast of one network on its first batch."""
+    images, labels = Augmenter(data, batch_size, asked.seed, augment=True).batch(0)
+    classes, normed = len(data.classes), find_variant(asked.variant).norm
     model = build_model(
-        setting.variant, setting.depth, width=setting.width, num_classes=classes,
-        stem_bn=setting.stem_bn, branch_scale=setting.branch_scale, seed=seed,
+        asked.variant, asked.depth, width=asked.width, num_classes=classes,
+        stem_bn=asked.stem_bn, branch_scale=asked.branch_scale, seed=asked.seed,
     )  # fmt: skip
-    seen = _measure(model, images, labels, setting.variant, setting.depth)
+    seen = _measure(model, images, labels, asked.variant, asked.depth)
     theory = predict(
-        setting.variant, setting.depth, width=setting.width, branch_scale=setting.branch_scale,
+        asked.variant, asked.depth, width=asked.width, branch_scale=asked.branch_scale,
         s0=seen.value("input_second_moment", 0, 0), m0=seen.value("input_mean", 0, 0),
         width_px=images.shape[-1], variances=stem_variances(model, images),
     )  # fmt: skip
-    norm, normed = seen.scalar("grad_norm", 0), find_variant(setting.variant).norm
     # the law of the gradient's size is that of the full width
-    wide = setting.width == 1 and setting.branch_scale == 1
-    predicted = gradient_norm(theory, images.shape[-1], classes) if wide else None
+    full = asked.width == 1
+    predicted = gradient_norm(theory, images.shape[-1], classes) if full else None
     critical = _critical(model, images, labels, normed, predicted)
-    fate, why = _fate(normed, lr, norm, critical.measured)
+    fate, why = _fate(normed, lr, seen.scalar("grad_norm", 0), critical.measured)
     return Forecast(
         growth_per_block=Pair(
             theory=theory.growth_per_block, measured=seen.growth_per_block(0),

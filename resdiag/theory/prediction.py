@@ -35,6 +35,7 @@ class Prediction:
     Attributes:
         variant: Id in the variants table.
         depth: 6n+2.
+        branch_scale: Factor on the second convolution's weights.
         s0: E[H_0^2] at the stem's output.
         m0: E[H_0] at the stem's output.
         second_moment: E[H^2] of the block's output.
@@ -60,6 +61,7 @@ class Prediction:
 
     variant: str
     depth: int
+    branch_scale: float
     s0: float
     m0: float
     second_moment: Array
@@ -149,6 +151,7 @@ def predict(
     return Prediction(
         variant=row.id,
         depth=depth,
+        branch_scale=branch_scale,
         s0=s0,
         m0=m0,
         growth_per_block=float(np.exp(np.log(arrays["forward_growth"]).mean())),
@@ -220,13 +223,15 @@ def _predict_once(
 def gradient_norm(theory: Prediction, width_px: int = 32, classes: int = 10) -> float | None:
     """||g_0||, the root of all squared parameter gradients; None where the law does not say it.
 
+    It takes images for alike and logits for large, which they are not where branches are scaled.
+
     Args:
         theory: Of the network.
         width_px: Width of the images.
         classes: Of the classifier.
     """
     law = LAWS.get(find_variant(theory.variant).law)
-    if law is None or law.gradient_norm is None:
+    if law is None or law.gradient_norm is None or theory.branch_scale != 1:
         return None
     moments = np.append(theory.s0, theory.second_moment)
     shapes = block_shapes(theory.depth, width_px)
