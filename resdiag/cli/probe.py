@@ -1,7 +1,6 @@
 """`resdiag probe`: the diagnosis of any model at its weights as they are, without training."""
 
 import json
-import re
 import sys
 from itertools import chain
 from pathlib import Path
@@ -79,30 +78,25 @@ def probe(
         from resdiag.data.registry import check_data
 
         check_data(data)
-    if sweep:
-        argument, values = _parse_sweep(sweep, refused=weights or blocks)
+    if sweep and (weights or blocks):
+        raise UsageError("--sweep builds models anew: it takes neither --weights nor --blocks")
+    swept = _parse_sweep(sweep) if sweep else None
     say_loading()
     from resdiag.models.source import parse_arguments
-    from resdiag.probe.probe import probe_model
 
-    if sweep:
-        options: dict[str, Any] = {
-            "arguments": parse_arguments(arg or []), "seeds": seeds, "batch_size": batch_size,
-            "shape": shape, "data": data, "data_root": data_root, "loss": loss,
-        }  # fmt: skip
-        folder = out or runs / f"{_slug(model)}-sweep-{argument}"
-        _sweep(model, argument, values, folder, options, as_json=as_json)
+    options: dict[str, Any] = {
+        "arguments": parse_arguments(arg or []), "shape": shape, "batch_size": batch_size,
+        "data": data, "data_root": data_root, "loss": loss,
+    }  # fmt: skip
+    if swept:
+        _sweep(model, *swept, out, runs, {**options, "seeds": seeds}, as_json=as_json)
         return
+    from resdiag.probe.probe import probe_model
 
     found = probe_model(
         model,
-        parse_arguments(arg or []),
-        shape=shape,
-        batch_size=batch_size,
-        data=data,
-        data_root=data_root,
+        **options,
         weights=weights,
-        loss=loss,
         seed=seed,
         out=out,
         root=runs,
@@ -122,15 +116,15 @@ def probe(
     print(render(found.verdict, colour=has_colour(sys.stdout)))
     for file in files:
         print(file)
-    if files:
-        others = [kind for kind in PLOTS if kind not in {file.stem for file in files}]
+    others = [kind for kind in PLOTS if kind not in {file.stem for file in files}]
+    if files and others:
         print(f"other plots: resdiag plot {'|'.join(others)} {found.run.path}")
 
 
-def _parse_sweep(text: str, *, refused: object) -> tuple[str, list[int | float]]:
-    """The argument and its values; with one line about what is wrong.
+def _parse_sweep(text: str) -> tuple[str, list[int | float]]:
+    """The argument and its values.
 
-    >>> _parse_sweep("n_layer=2,4,8", refused=None)
+    >>> _parse_sweep("n_layer=2,4,8")
     ('n_layer', [2, 4, 8])
     """
     argument, _, listed = text.partition("=")
@@ -145,20 +139,15 @@ def _parse_sweep(text: str, *, refused: object) -> tuple[str, list[int | float]]
             "numbers",
             "for example --sweep n_layer=2,4,8,16",
         )
-    if refused:
-        raise UsageError("--sweep builds models anew: it takes neither --weights nor --blocks")
     return argument, [int(v) if v == int(v) else v for v in values]
-
-
-def _slug(model: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", model)[:64]
 
 
 def _sweep(
     model: str,
     argument: str,
     values: "list[int | float]",
-    folder: Path,
+    out: Path | None,
+    runs: Path,
     options: dict[str, Any],
     *,
     as_json: bool,
@@ -167,17 +156,20 @@ def _sweep(
     from resdiag.plots.figurefile import save
     from resdiag.probe.sweep import sweep_model
     from resdiag.runs.files import make_folder, write_file
+    from resdiag.runs.watched_config import WatchedConfig
 
     def tell(value: float, seed: int) -> None:
         say(f"{argument}={value:g}, seed {seed} ...")
 
     found = sweep_model(model, argument, values, tell=tell, **options)
+    settings = {argument: ",".join(map(str, values))}
+    folder = out or runs / WatchedConfig(model=model, kind="sweep", settings=settings).name
     make_folder(folder)
-    document = json.dumps(found.to_dict(), indent=1)
-    write_file(folder / "sweep.json", document.encode())
+    document = found.to_dict()
+    write_file(folder / "sweep.json", json.dumps(document, indent=1).encode())
     files = [folder / "sweep.json", *save(found.draw(), folder / "sweep", ["png"])]
     if as_json:
-        print(json.dumps({**found.to_dict(), "files": [str(file) for file in files]}))
+        print(json.dumps({**document, "files": [str(file) for file in files]}))
         return
     names = list(found.trends)
     print(f"{argument:>12} {'blocks':>7} {'seed':>5} " + " ".join(f"{name:>10}" for name in names))

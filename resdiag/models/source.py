@@ -226,9 +226,11 @@ def _build_ours(name: str, what: str, arguments: dict[str, Any]) -> Built:
     if not variant or not depth.isdigit():
         raise UsageError(f"model '{name}' is not resdiag:VARIANT-DEPTH", "resdiag:elu_pre-110")
     row = find_variant(variant)
-    depth = arguments.pop("depth", depth)
-    count_blocks(int(depth))
-    model = _call(name, partial(build_model, row.id, int(depth)), arguments)
+    number = arguments.pop("depth", int(depth))
+    if not isinstance(number, int):
+        raise UsageError(f"{name}: depth {number!r} is not a whole number", "depth=20")
+    count_blocks(number)
+    model = _call(name, partial(build_model, row.id, number), arguments)
     # theory is about the table's widths, stems and initialisation
     known = not set(arguments) & {"width", "stem_bn", "in_channels", "branch_scale"}
     return Built(
@@ -236,7 +238,7 @@ def _build_ours(name: str, what: str, arguments: dict[str, Any]) -> Built:
         library="resdiag",
         model=model,
         variant=row.id if known else "",
-        depth=int(depth) if known else 0,
+        depth=number if known else 0,
     )
 
 

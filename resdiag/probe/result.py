@@ -18,7 +18,7 @@ from resdiag.theory.prediction import critical_lr
 ALWAYS_DRAWN = ("signal", "gradnorms")
 PLOTS = (*ALWAYS_DRAWN, "growth", "biasshift", "skip")
 """Plots that one recorded step fills; those not always drawn are drawn where a finding names them,
-as each costs a second of a probe that takes six."""
+as each costs half a second."""
 
 _BY_BLOCK = (
     "output_second_moment", "forward_growth", "output_mean", "output_bias", "grad_param",

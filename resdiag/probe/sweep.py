@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from resdiag.diagnose.finding import plain
 from resdiag.errors import UsageError
 from resdiag.models.source import Built, build_source
 from resdiag.probe.batch import Batch, main_output, open_batch
@@ -94,23 +95,26 @@ class Sweep:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The document of `resdiag probe --sweep --json`; None for what is not finite."""
-        return {
+        """The document of `resdiag probe --sweep --json`, see `plain`."""
+        document = {
             "schema": 1,
             "model": self.model,
             "argument": self.argument,
             "by": "depth" if self.is_depth else "width",
             "points": [
-                {"value": p.value, "seed": p.seed, "blocks": p.blocks, **_finite(p.numbers)}
+                {"value": p.value, "seed": p.seed, "blocks": p.blocks, **p.numbers}
                 for p in self.points
             ],
             "trends": {
-                name: {"kind": t.kind, "reason": t.reason}
-                | _finite({"exponent": t.slope, "low": t.low, "high": t.high})
+                name: {"kind": t.kind, "reason": t.reason, "exponent": t.slope}
+                | {"low": t.low, "high": t.high}
                 for name, t in self.trends.items()
             },
             "findings": self.findings(),
         }
+        plainly = plain(document)
+        assert isinstance(plainly, dict)
+        return plainly
 
 
 def sweep_model(
@@ -157,8 +161,7 @@ def sweep_model(
             built = build_source(name, {**(arguments or {}), argument: value}, seed=seed)
             batch = open_batch(built, data, data_root, batch_size, shape, seed)
             points.append(_measure(built, batch, loss, value, seed))
-    counts = {point.value: point.blocks for point in points}
-    is_depth = len(set(counts.values())) > 1
+    is_depth = len({point.blocks for point in points}) > 1
     trends = {}
     for measure in BY_DEPTH if is_depth else BY_WIDTH:
         sizes = [float(p.blocks if is_depth else p.value) for p in points]
@@ -218,10 +221,6 @@ def _output(model: nn.Module, batch: Batch, seed: int) -> Tensor:
 
 def _rms(x: Tensor) -> float:
     return float(x.double().square().mean().sqrt())
-
-
-def _finite(numbers: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
 # -- words -----------------------------------------------------------------------------------------

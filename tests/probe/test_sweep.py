@@ -112,6 +112,12 @@ def test_a_sweep_that_cannot_be_is_one_line(linear, call, words):
     assert "Traceback" not in err
 
 
+def test_a_depth_that_is_no_whole_number_is_refused(call):
+    code, _, err = call("probe", "resdiag:d-8", "--sweep", "depth=8,8.5", "--arg", "width=0.25")
+    assert code == 2
+    assert "depth 8.5 is not a whole number" in err
+
+
 def test_one_value_is_no_sweep(linear):
     with pytest.raises(UsageError, match="two different values"):
         sweep_model(linear, "depth", [4])

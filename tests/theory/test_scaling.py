@@ -49,3 +49,8 @@ def test_two_sizes_are_a_power_and_have_no_interval():
 @pytest.mark.parametrize("values", [[1.0, 0.0, 2.0], [1.0, math.nan, 2.0], [1.0, math.inf, 2.0]])
 def test_what_has_no_logarithm_has_no_law(values):
     assert fit_trend([1, 2, 4], values).kind == "unknown"
+
+
+def test_a_fit_of_tiny_numbers_keeps_its_digits():
+    found = fit_trend([2, 4, 8], [1e-20, 2e-20, 4e-20])
+    assert found.at(16) == pytest.approx(8e-20)

@@ -12,6 +12,7 @@ import torch
 import two_ranks
 from torch import nn
 
+from resdiag.catalog.set_metrics import columns_of
 from resdiag.catalog.table import LOCAL
 from resdiag.watch.loop.attach import attach
 
@@ -20,10 +21,14 @@ pytestmark = pytest.mark.timeout(900)  # the first one starts the ranks
 HOWTO = Path(__file__).parents[2] / "docs" / "howto" / "distributed.md"
 
 
+def of_attention(frame):
+    """Its columns of the set of attention, which is not recorded over several ranks."""
+    return [name for name in frame if name in columns_of("attention")]
+
+
 def assert_equal(found, expected, tolerance=1e-6):
     """Every column to a relative 1e-6; numbers that are zero but for rounding have a floor."""
-    # the sets of attention are not recorded over several ranks; `unavailable` says so
-    expected = expected.drop(columns=[c for c in expected if c.startswith("attention_")])
+    expected = expected.drop(columns=of_attention(expected))
     assert list(found.columns) == list(expected.columns)
     assert len(found) == len(expected) > 0
     for name in expected.columns.drop("point", errors="ignore"):
@@ -39,6 +44,7 @@ def assert_same_run(found, expected):
     assert found["curve"][local].isna().all(axis=None)
     reasons = {item["metric"]: item["reason"] for item in found["unavailable"]}
     assert {reasons[metric] for metric in local} == {"not added up over ranks"}
+    assert all("several ranks" in reasons[name] for name in of_attention(expected["frame"]))
     assert_equal(found["curve"].drop(columns=local), expected["curve"].drop(columns=local))
     assert set(found["frame"].point) == {"reduced"}
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from resdiag.watch.base.safety import compiled_parts, is_capturing
+from resdiag.watch.base.safety import STOPPED, compiled_parts, is_capturing
 from resdiag.watch.find.blocks import describe_units
 from resdiag.watch.find.passes import FollowedPass, Seen
 from resdiag.watch.loop.gradients import Gradients
@@ -195,7 +195,6 @@ class Checks:
         self._now, self._passes, self._recorder = state.now, passes, state.recorder
         self._loss_scale, self._warnings = state.scale, state.warnings
         self._stopped, self._given = stopped, given
-        self._is_failure_said = False
 
     def order(self) -> None:
         """Warn if `step()` is called at the wrong place of the loop."""
@@ -231,14 +230,14 @@ class Checks:
             )
 
     def failure(self) -> None:
-        """Warn once that nothing is recorded from here on, and why."""
-        said = any(text.startswith("watching stopped") for text in self._warnings.texts)
-        if self._recorder.guard.failure and not self._is_failure_said and not said:
-            self._is_failure_said = True
-            self._warnings.say(
-                f"watching stopped at step {self._now.number} after an error inside resdiag, the "
-                f"training continues: {self._recorder.guard.failure}"
-            )
+        """Warn once that nothing is recorded from here on, and why; the ranks may have said it."""
+        failure = self._recorder.guard.failure
+        if not failure or any(text.startswith(STOPPED) for text in self._warnings.texts):
+            return
+        self._warnings.say(
+            f"{STOPPED} at step {self._now.number} after an error inside resdiag, the training "
+            f"continues: {failure}"
+        )
 
     def backward(self) -> None:
         """Warn of what is wrong with a recorded pass."""

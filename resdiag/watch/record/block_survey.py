@@ -1,6 +1,7 @@
 """Looks at some operations of a traced pass, and finds the block that each of them belongs to."""
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
@@ -37,7 +38,7 @@ class Part:
 P = TypeVar("P", bound=Part)
 
 
-class BlockSurvey(Surveyor, Generic[P]):
+class BlockSurvey(Surveyor, ABC, Generic[P]):
     """Parts of a pass, each with the next block whose branch was made from it.
 
     A survey of one kind of parts appends them to `pending` and has a `write`.
@@ -121,9 +122,9 @@ class BlockSurvey(Surveyor, Generic[P]):
             if row not in self.of_blocks:
                 self.sets.miss(self.SET, row, self.NONE)
 
+    @abstractmethod
     def write(self, row: int, parts: Sequence[P]) -> None:
         """Hand the numbers of a block on, or say why there are none."""
-        raise NotImplementedError
 
     def back(self, number: int, ends: Callable[[int], bool]) -> list[int]:
         """A tensor and those that it was made from, no further than to those where it `ends`."""
