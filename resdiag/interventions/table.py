@@ -345,7 +345,7 @@ def propose(verdict: str, variant: str) -> list[str]:
     """Names of the interventions that are a remedy for a verdict and that the variant allows.
 
     >>> propose("grows_at_init", "b")
-    ['bn_before_add', 'skipinit', 'swap_activation', 'lower_lr']
+    ['bn_before_add', 'skipinit', 'swap_activation', 'lower_lr', 'tenth_branch']
     """
     row = find_variant(variant)
     remedies = [known for known in INTERVENTIONS.values() if verdict in known.remedy_for]

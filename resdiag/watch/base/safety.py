@@ -127,10 +127,6 @@ def outlasting_shortage(guard: Guard) -> Iterator[None]:
         guard.fail(error)
 
 
-STOPPED = "watching stopped"
-"""How the one warning begins that nothing is recorded any more."""
-
-
 class _Guarded(Protocol):
     guard: Guard
 

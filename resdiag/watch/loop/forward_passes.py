@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from resdiag.watch.base.safety import STOPPED, compiled_parts, is_capturing
+from resdiag.watch.base.safety import compiled_parts, is_capturing
 from resdiag.watch.find.blocks import describe_units
 from resdiag.watch.find.passes import FollowedPass, Seen
 from resdiag.watch.loop.gradients import Gradients
@@ -232,12 +232,12 @@ class Checks:
     def failure(self) -> None:
         """Warn once that nothing is recorded from here on, and why; the ranks may have said it."""
         failure = self._recorder.guard.failure
-        if not failure or any(text.startswith(STOPPED) for text in self._warnings.texts):
-            return
-        self._warnings.say(
-            f"{STOPPED} at step {self._now.number} after an error inside resdiag, the training "
-            f"continues: {failure}"
-        )
+        said = (text.startswith("watching stopped") for text in self._warnings.texts)
+        if failure and not any(said):
+            self._warnings.say(
+                f"watching stopped at step {self._now.number} after an error inside resdiag, the "
+                f"training continues: {failure}"
+            )
 
     def backward(self) -> None:
         """Warn of what is wrong with a recorded pass."""

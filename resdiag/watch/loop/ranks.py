@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from resdiag.watch.base.safety import STOPPED
 from resdiag.watch.base.tensors import mesh_of
 from resdiag.watch.loop.gradients import Gradients
 from resdiag.watch.loop.parameters import is_sharded
@@ -267,7 +266,7 @@ class RankReduction:
         except Exception as error:  # training goes on without the record
             self._guard.failure = str(error) or type(error).__name__
             self._ranks.close()
-            self._warnings.say(f"{STOPPED} at step {step}: {self._guard.failure}")
+            self._warnings.say(f"watching stopped at step {step}: {self._guard.failure}")
         if met is not None and self._now.forward:
             self._keep(slot, *met)
         elif self._now.forward:
